@@ -1,0 +1,30 @@
+"""The one exception a user's mistake raises, whatever part of the package finds it."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake only the user can mend; its text is one line, safe to print, without data-set text.
+
+    The command line prints it to stderr and exits with status 2 before anything is trained or written.
+
+    Args:
+        argument: Name of the argument as the user wrote it, e.g. ``"regularizer.weight"``.
+        value: What was given. Never pass forget-set text here; pass ids or counts.
+        allowed: What would have been accepted.
+
+    Example:
+        >>> raise UserError("p", 1.5, "a fraction in (0, 1)")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: p: got 1.5, allowed: a fraction in (0, 1)
+    """
+
+    def __init__(self, argument: str, value: object, allowed: str) -> None:
+        self.argument, self.value, self.allowed = argument, value, allowed
+        shown = " ".join(repr(value).split())
+        super().__init__(f"{argument}: got {shown}, allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
+        # ValueError would be rebuilt from the one-line text alone, and a spawned rank must be able to send it.
+        return type(self), (self.argument, self.value, self.allowed)
