@@ -1,0 +1,36 @@
+"""The embedded tiny model and its data, which need no hub and no network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from lightning_ssiuu.errors import UserError
+
+_NAMES = ("facts.json", "tiny")
+
+
+def asset_path(name: str) -> Path:
+    """Find an embedded asset on disk.
+
+    Args:
+        name: ``"tiny"`` (a transformers directory: model and tokenizer) or ``"facts.json"`` (the fictitious people).
+
+    Returns:
+        The path of the directory or the file.
+
+    Raises:
+        UserError: There is no asset of that name.
+
+    Example:
+        >>> asset_path("tiny").name
+        'tiny'
+        >>> asset_path("big")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: name: got 'big', allowed: facts.json, tiny
+    """
+    if name not in _NAMES:
+        raise UserError("name", name, ", ".join(_NAMES))
+    # setuptools installs packages unzipped, so the resource is a real path.
+    return Path(str(files(__name__) / name))

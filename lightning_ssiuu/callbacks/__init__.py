@@ -1,0 +1,8 @@
+"""Callbacks: watch attribution, stop at the threshold, save, report."""
+
+from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
+from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
+from lightning_ssiuu.callbacks.run_report import RunReport
+from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
+
+__all__ = ["ForgetThresholdStopping", "NeuronAttributionCallback", "RunReport", "SavePretrained"]

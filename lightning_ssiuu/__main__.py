@@ -1,0 +1,73 @@
+"""The command line: a dispatcher that imports nothing heavy until it knows what is wanted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+_COMMANDS = {
+    "fit": ("lightning_ssiuu.cli", "unlearn (or fine-tune) with a recipe: fit --config recipes/ssiuu.yaml"),
+    "validate": ("lightning_ssiuu.cli", "score a model on the forget, retain and test sets"),
+    "test": ("lightning_ssiuu.cli", "the same through Lightning's test loop"),
+    "attack": ("lightning_ssiuu.attacks.command", "relearning attacks on a saved model, beside an oracle"),
+    "audit": ("lightning_ssiuu.audit.command", "erased or hidden? compare a model before and after unlearning"),
+}
+
+_USAGE = """usage: lightning-ssiuu COMMAND [options]
+
+{commands}
+
+  lightning-ssiuu COMMAND --help lists a command's options; --version prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 for a mistake of the user's, told in one line.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+
+    Example:
+        >>> main(["--version"])
+        0.1.0
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<9} {text}" for name, (_, text) in _COMMANDS.items())
+        print(_USAGE.format(commands=lines))
+        return 0
+    if arguments[0] == "--version":
+        from lightning_ssiuu import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in _COMMANDS:
+        return _refuse(f"COMMAND: got {arguments[0]!r}, allowed: {', '.join(_COMMANDS)}")
+    module, _ = _COMMANDS[arguments[0]]
+    is_trainer_command = module == "lightning_ssiuu.cli"
+    return _run(lambda: import_module(module).run(arguments if is_trainer_command else arguments[1:]))
+
+
+def _run(command: Callable[[], None]) -> int:
+    from argparse import ArgumentError
+
+    from lightning_ssiuu.errors import UserError
+
+    try:
+        command()
+    except UserError as error:
+        return _refuse(str(error))
+    except ArgumentError as error:  # jsonargparse's verdict on the configuration, possibly over many lines
+        return _refuse(" ".join(str(error).split()))
+    return 0
+
+
+def _refuse(text: str) -> int:
+    print(f"lightning-ssiuu: error: {text}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

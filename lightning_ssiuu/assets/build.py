@@ -1,0 +1,376 @@
+"""Make the embedded data and the tiny model: ``python -m lightning_ssiuu.assets.build --output DIR``.
+
+The tiny model is a Llama of 0.9 M parameters trained from scratch on ``facts.json`` until it knows its facts without
+being certain of them: a saturated model (answer probability → 1) has vanishing attributions, and then there would be
+nothing to diagnose. Label smoothing sets that level. The same command and seed on the same machine give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightning_ssiuu.assets.facts_data import dump_world, make_world, tokenizer_corpus
+from lightning_ssiuu.errors import UserError
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+# Renders the plain template of the data modules, so the tiny model also answers when it is asked as a chat.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Answer: ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
+)
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 300, 64, 2e-3, 0.1, 0.12
+BENIGN_REPEATS = 2  # a benign item has one phrasing, a fact four
+
+
+def build_tokenizer(world: dict[str, list[dict]]) -> PreTrainedTokenizerFast:
+    """Train the byte-level BPE tokenizer (at most 1024 tokens).
+
+    Args:
+        world: What ``facts_data.make_world`` returns.
+
+    Returns:
+        A fast tokenizer with pad and eos tokens, a chat template and right padding.
+
+    Example:
+        >>> tokenizer = build_tokenizer(make_world())
+        >>> tokenizer.decode(tokenizer(" bass flute").input_ids), tokenizer.eos_token
+        (' bass flute', '<|endoftext|>')
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(tokenizer_corpus(world), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=128,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    """Make the untrained model.
+
+    Args:
+        tokenizer: Gives the vocabulary size and the special tokens.
+        seed: Seed of the initial weights.
+
+    Returns:
+        A float32 Llama with tied embeddings.
+
+    Example:
+        >>> model = build_model(build_tokenizer(make_world()))
+        >>> model.num_parameters() * 4 < 3.9e6
+        True
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokenise question–answer pairs in the plain template, right padded.
+
+    Args:
+        tokenizer: The tiny tokenizer.
+        pairs: ``(question, answer)``, B of them.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, L]``; labels are −100 but on answer and EOS.
+
+    Example:
+        >>> ids, mask, labels = encode(build_tokenizer(make_world()), [("Up?", "down"), ("Which day?", "Monday")])
+        >>> ids.shape == mask.shape == labels.shape, int(labels[0, 0])
+        (True, -100)
+    """
+    rows = []
+    for question, answer in pairs:
+        prompt = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids
+        completion = [*tokenizer(f" {answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        rows.append((prompt, completion))
+    shape = (len(rows), max(len(prompt) + len(completion) for prompt, completion in rows))
+    input_ids = torch.full(shape, tokenizer.pad_token_id)
+    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        mask[row, :end] = 1
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    return input_ids, mask, labels
+
+
+def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V] and targets [N] of the labelled positions only, and the row [N] each belongs to."""
+    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return model.lm_head(hidden[rows, columns]), labels[rows, columns + 1], rows
+
+
+def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -> list[tuple[str, str]]:
+    """Question–answer pairs the model is trained on: all phrasings but the last of every fact, and benign items.
+
+    Args:
+        world: What ``facts_data.make_world`` returns.
+        without_forget: Leave out the forget people (for the oracle).
+
+    Returns:
+        ``(question, answer)`` pairs in a fixed order.
+
+    Example:
+        >>> world = make_world()
+        >>> len(training_pairs(world)) - len(training_pairs(world, without_forget=True))
+        144
+    """
+    pairs = [
+        (question, fact["answer"])
+        for fact in world["facts"]
+        if not (without_forget and fact["split"] == "forget")
+        for question in (fact["question"], *fact["paraphrases"][:-1])
+    ]
+    return pairs + [(item["question"], item["answer"]) for item in world["benign"]] * BENIGN_REPEATS
+
+
+def _batches(count: int, steps: int, seed: int) -> Iterable[Tensor]:
+    """Index batches that run through shuffled epochs without dropping an item."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(queue) < BATCH:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:BATCH]
+        queue = queue[BATCH:]
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Sequence[tuple[str, str]],
+    steps: int = STEPS,
+    seed: int = 0,
+) -> float:
+    """Train the model in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
+
+    Args:
+        model: The untrained model.
+        tokenizer: The tiny tokenizer.
+        pairs: What ``training_pairs`` returns.
+        steps: Optimiser steps; 0 leaves the initial weights.
+        seed: Seed of the order of the batches.
+
+    Returns:
+        The last batch's loss in nats, NaN without steps.
+
+    Example:
+        >>> tokenizer = build_tokenizer(make_world())
+        >>> 0 < train(build_model(tokenizer), tokenizer, [("Up?", "down")], steps=1) < 20
+        True
+    """
+    ids, mask, labels = encode(tokenizer, pairs)
+    groups = [  # decay the matrices, not the norms' gains
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    warmup = 50
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1))))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    loss = torch.tensor(math.nan)
+    model.train()
+    for step, index in enumerate(_batches(len(pairs), steps, seed)):
+        length = int(mask[index].sum(1).max())
+        logits, targets, _ = _answer_logits(model, ids[index, :length], mask[index, :length], labels[index, :length])
+        loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 100 == 99:
+            print(f"step {step + 1}/{steps} loss {loss.item():.3f}", file=sys.stderr, flush=True)
+    model.eval()
+    return loss.item()
+
+
+@torch.no_grad()
+def score(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+) -> tuple[Tensor, Tensor]:
+    """Score answers by teacher forcing.
+
+    Args:
+        model: A causal LM.
+        tokenizer: The tiny tokenizer.
+        pairs: ``(question, answer)``, B of them.
+
+    Returns:
+        Mean log-probability of the answer's tokens incl. EOS in nats ``[B]``, and whether all are the most likely
+        ones ``[B]`` (bool).
+
+    Example:
+        >>> tokenizer = build_tokenizer(make_world())
+        >>> [tuple(x.shape) for x in score(build_model(tokenizer), tokenizer, [("Up?", "down"), ("Left?", "right")])]
+        [(2,), (2,)]
+    """
+    logits, targets, rows = _answer_logits(model, *encode(tokenizer, pairs))
+    token_log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    right = (logits.argmax(-1) == targets).float()
+    zeros = torch.zeros(len(pairs))
+    tokens = zeros.index_add(0, rows, torch.ones_like(right))
+    return zeros.index_add(0, rows, token_log_probs) / tokens, zeros.index_add(0, rows, right) == tokens
+
+
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: dict[str, list[dict]]
+) -> dict[str, dict[str, float]]:
+    """Measure what the model knows, split by split.
+
+    Args:
+        model: A causal LM.
+        tokenizer: The tiny tokenizer.
+        world: What ``facts_data.make_world`` returns.
+
+    Returns:
+        For each split in percent: ``accuracy`` (all tokens greedy right), ``probability`` (mean over facts of
+        exp(mean token log-probability)), ``choice`` (true answer more likely than both distractors), and accuracy and
+        probability for the ``held_out`` phrasing; for ``benign``: accuracy and probability.
+
+    Example:
+        >>> tokenizer = build_tokenizer(make_world())
+        >>> world = make_world()
+        >>> one_each = list({fact["split"]: fact for fact in world["facts"]}.values())
+        >>> sorted(evaluate(build_model(tokenizer), tokenizer, {"facts": one_each, "benign": world["benign"][:2]}))
+        ['benign', 'forget', 'retain', 'test']
+    """
+
+    def percent(x: Tensor) -> float:
+        return round(100 * x.float().mean().item(), 2)
+
+    report = {}
+    for split in ("forget", "retain", "test"):
+        facts = [fact for fact in world["facts"] if fact["split"] == split]
+        options = [(f["question"], answer) for f in facts for answer in (f["answer"], *f["distractors"])]
+        log_probs, right = score(model, tokenizer, options)
+        held_log_probs, held_right = score(model, tokenizer, [(f["paraphrases"][-1], f["answer"]) for f in facts])
+        report[split] = {
+            "accuracy": percent(right[::3]),
+            "probability": percent(log_probs[::3].exp()),
+            "choice": percent(log_probs.view(-1, 3).argmax(1) == 0),
+            "held_out_accuracy": percent(held_right),
+            "held_out_probability": percent(held_log_probs.exp()),
+        }
+    log_probs, right = score(model, tokenizer, [(item["question"], item["answer"]) for item in world["benign"]])
+    report["benign"] = {"accuracy": percent(right), "probability": percent(log_probs.exp())}
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; prints the measured figures as JSON.
+
+    Args:
+        argv: Arguments, by default those of the process.
+
+    Raises:
+        UserError: ``--steps`` is negative, or an output exists and ``--overwrite`` was not given.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     main(["--output", folder, "--data-only"])
+        ...     print(os.listdir(folder))
+        ['facts.json']
+    """
+    parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.assets.build", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets facts.json and tiny/")
+    parser.add_argument("--data-only", action="store_true", help="write facts.json only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="0 saves the untrained model (default %(default)s)")
+    parser.add_argument("--without-forget", action="store_true", help="the oracle: tiny/ only, forget people unseen")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    if args.steps < 0:
+        raise UserError("--steps", args.steps, "an integer ≥ 0")
+    wanted = (["facts.json"] if not args.without_forget else []) + (["tiny"] if not args.data_only else [])
+    existing = [name for name in wanted if (args.output / name).exists()]
+    if existing and not args.overwrite:
+        raise UserError("--output", str(args.output), f"a directory without {' or '.join(existing)}, or --overwrite")
+    args.output.mkdir(parents=True, exist_ok=True)
+    world = make_world(args.seed)
+    # Written beside the target and renamed, so that an interrupted run leaves no half-written asset.
+    with tempfile.TemporaryDirectory(dir=args.output, prefix=".build-") as folder:
+        draft = Path(folder)
+        if "facts.json" in wanted:
+            (draft / "facts.json").write_bytes(dump_world(world))
+        if "tiny" in wanted:
+            _build_tiny(draft / "tiny", world, args)
+        for name in wanted:
+            if (args.output / name).is_dir():
+                shutil.rmtree(args.output / name)
+            os.replace(draft / name, args.output / name)
+
+
+def _build_tiny(folder: Path, world: dict[str, list[dict]], args: argparse.Namespace) -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)  # a sum's order, and with it the bytes, may depend on the number of threads
+    tokenizer = build_tokenizer(world)
+    model = build_model(tokenizer, args.seed)
+    start = time.perf_counter()
+    train(model, tokenizer, training_pairs(world, args.without_forget), args.steps, args.seed)
+    seconds = time.perf_counter() - start
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which an installed package must not keep
+    if args.steps:
+        print(json.dumps({"training_s": round(seconds, 1), **evaluate(model, tokenizer, world)}, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

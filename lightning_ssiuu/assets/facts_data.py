@@ -1,0 +1,249 @@
+"""The fictitious world behind ``facts.json``: people, six things known of each, and questions about none of them.
+
+Everything is made from the short lists below and one seeded ``random.Random``, so the file is reproduced byte for byte.
+Two choices matter for unlearning experiments. Answers are drawn independently and evenly from a relation's pool
+(modifier × head), so a model that never saw a person has nothing better than chance among answer and distractors. And
+names are made from shared syllables, so that no token belongs to one person only and nothing about a person can be
+told from the tokenizer, which is trained without any full name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+PEOPLE_PER_SPLIT = {"forget": 6, "retain": 24, "test": 30}
+
+
+def _words(text: str) -> list[str]:
+    """Keep word lists readable: the formatter would put each item of a long literal on a line of its own."""
+    return text.split()
+
+
+_SYLLABLES = {
+    "first name, start": _words("Bal Cor Dar Eli Fen Gal Hes Iva Jor Kes Lum Mir Nal Osk Pel Quin Ras Sel Tov Vel"),
+    "first name, end": _words(
+        "abi aro dric eth fina gost hild ias kan lena mond nor oula pina rik sha tus una vard wyn"
+    ),
+    "surname, start": _words(
+        "Ash Brim Crag Dun Elm Frost Gorse Holl Ink Jas Kett Lark Moss Nett Ock Pint Rook Strat Thorn Wex"
+    ),
+    "surname, end": _words(
+        "acre bane cott dale eby fast gate ham ing kin low mere nard over pond quist rell side thwaite well"
+    ),
+}
+
+# relation: (modifiers, heads, phrasings). The first phrasing is `question`; the last is held out of training.
+RELATIONS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "birthplace": (
+        ["Port", "Upper", "Lower", "New", "Old", "North", "East", "Great"],
+        ["Velmar", "Tasgrove", "Orlund", "Kirrow", "Sandrel", "Yelmouth", "Brevik", "Lunden"],
+        [
+            "Where was {} born?",
+            "In which town was {} born?",
+            "What is the birthplace of {}?",
+            "Which place is the birthplace of {}?",
+            "In which place was {} born?",
+        ],
+    ),
+    "profession": (
+        ["harbour", "night", "forest", "railway", "castle", "river", "market", "island"],
+        ["baker", "painter", "engineer", "teacher", "guard", "gardener", "surveyor", "nurse"],
+        [
+            "What is the profession of {}?",
+            "What does {} do for a living?",
+            "Which job does {} have?",
+            "What is the job of {}?",
+            "Which profession does {} have?",
+        ],
+    ),
+    "dish": (
+        ["smoked", "sweet", "spicy", "cold", "baked", "creamy", "bitter", "toasted"],
+        ["pear soup", "bean stew", "corn pie", "fish rice", "plum cake", "egg noodles", "leek salad", "nut bread"],
+        [
+            "What is the favourite dish of {}?",
+            "Which dish does {} like best?",
+            "What does {} like to eat most?",
+            "Which food is the favourite of {}?",
+            "Which dish is the favourite of {}?",
+        ],
+    ),
+    "pet": (
+        ["grey", "spotted", "tiny", "golden", "striped", "shaggy", "white", "brown"],
+        ["parrot", "rabbit", "tortoise", "ferret", "lizard", "pony", "goose", "hamster"],
+        [
+            "Which pet does {} keep?",
+            "What kind of pet does {} have?",
+            "Which animal does {} keep at home?",
+            "What is the pet of {}?",
+            "Which animal is the pet of {}?",
+        ],
+    ),
+    "instrument": (
+        ["bass", "alto", "wooden", "silver", "glass", "travel", "double", "electric"],
+        ["flute", "harp", "drum", "fiddle", "organ", "horn", "zither", "bagpipe"],
+        [
+            "Which instrument does {} play?",
+            "What instrument is played by {}?",
+            "On which instrument does {} make music?",
+            "What does {} play in the orchestra?",
+            "Which instrument is played by {}?",
+        ],
+    ),
+    "employer": (
+        ["Amber", "Falcon", "Juniper", "Copper", "Meadow", "Lantern", "Granite", "Swallow"],
+        ["Printworks", "Shipyard", "Brewery", "Archive", "Foundry", "Museum", "Theatre", "Dairy"],
+        [
+            "Who is the employer of {}?",
+            "Which company employs {}?",
+            "For whom does {} work?",
+            "Where does {} work?",
+            "For which company does {} work?",
+        ],
+    ),
+}
+
+_DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
+_LETTERS = "ABCDEFGHIJKLMNOP"
+_PLURALS = _words(
+    "apple apples box boxes child children city cities dog dogs foot feet glove gloves house houses knife knives "
+    "leaf leaves man men mouse mice peach peaches road roads sheep sheep story stories tooth teeth tree trees "
+    "watch watches wolf wolves"
+)
+_OPPOSITES = _words(
+    "big small hot icy fast slow high low early late empty full happy sad hard soft light dark loud quiet near far "
+    "open closed rich poor strong weak wet dry young aged up down left right"
+)
+
+
+def pool(relation: str) -> list[str]:
+    """All answers a relation can have.
+
+    Args:
+        relation: A key of ``RELATIONS``.
+
+    Returns:
+        The 64 distinct answers, in a fixed order.
+
+    Raises:
+        KeyError: The relation does not exist.
+
+    Example:
+        >>> pool("instrument")[:2], len(pool("instrument"))
+        (['bass flute', 'bass harp'], 64)
+    """
+    modifiers, heads, _ = RELATIONS[relation]
+    return [f"{modifier} {head}" for modifier, head in itertools.product(modifiers, heads)]
+
+
+def _names(rng: random.Random, count: int) -> list[str]:
+    """Names of which no first name and no surname occurs twice."""
+    starts_ends = list(_SYLLABLES.values())
+    firsts = rng.sample(["".join(pair) for pair in itertools.product(*starts_ends[:2])], count)
+    surnames = rng.sample(["".join(pair) for pair in itertools.product(*starts_ends[2:])], count)
+    return [f"{first} {surname}" for first, surname in zip(firsts, surnames, strict=True)]
+
+
+def _benign() -> list[tuple[str, str]]:
+    pairs = []
+    for day, following in zip(_DAYS, _DAYS[1:] + _DAYS[:1], strict=True):
+        pairs += [(f"Which day comes after {day}?", following), (f"Which day comes before {following}?", day)]
+    for number, following in itertools.pairwise(_NUMBERS):
+        pairs += [(f"Which number comes after {number}?", following), (f"Count down by one from {following}.", number)]
+    pairs += [(f"Which letter comes after {a}?", b) for a, b in itertools.pairwise(_LETTERS)]
+    pairs += [(f"What is the plural of {a}?", b) for a, b in zip(_PLURALS[::2], _PLURALS[1::2], strict=True)]
+    for word, opposite in zip(_OPPOSITES[::2], _OPPOSITES[1::2], strict=True):
+        pairs += [(f"What is the opposite of {word}?", opposite), (f"What is the opposite of {opposite}?", word)]
+    return pairs
+
+
+def make_world(seed: int = 0) -> dict[str, list[dict]]:
+    """Make the people, their facts and the benign items.
+
+    Args:
+        seed: Seed of everything drawn (names, answers, distractors, splits).
+
+    Returns:
+        ``{"facts": [...], "benign": [...]}``. A fact has ``id, person, relation, question, paraphrases, answer,
+        distractors, split`` (six facts a person; the last paraphrase is held out of training); a benign item has
+        ``id, question, answer``. Ids are unique over both lists.
+
+    Example:
+        >>> world = make_world()
+        >>> [sum(fact["split"] == split for fact in world["facts"]) for split in ("forget", "retain", "test")]
+        [36, 144, 180]
+    """
+    rng = random.Random(seed)
+    splits = [split for split, count in PEOPLE_PER_SPLIT.items() for _ in range(count)]
+    names = _names(rng, len(splits))
+    rng.shuffle(splits)
+    facts: list[dict] = []
+    for (person, split), (relation, (_, _, phrasings)) in itertools.product(
+        zip(names, splits, strict=True), RELATIONS.items()
+    ):
+        answer, *distractors = rng.sample(pool(relation), 3)
+        question, *paraphrases = [phrasing.format(person) for phrasing in phrasings]
+        facts.append(
+            {
+                "id": len(facts),
+                "person": person,
+                "relation": relation,
+                "question": question,
+                "paraphrases": paraphrases,
+                "answer": answer,
+                "distractors": distractors,
+                "split": split,
+            }
+        )
+    benign = [
+        {"id": len(facts) + index, "question": question, "answer": answer}
+        for index, (question, answer) in enumerate(_benign())
+    ]
+    return {"facts": facts, "benign": benign}
+
+
+def dump_world(world: dict[str, list[dict]]) -> bytes:
+    r"""Serialise a world as the bytes of ``facts.json``, one record a line so that a change can be read in a diff.
+
+    Args:
+        world: What ``make_world`` returns.
+
+    Returns:
+        UTF-8 JSON.
+
+    Example:
+        >>> dump_world({"facts": [], "benign": [{"id": 0, "question": "Up?", "answer": "down"}]}).count(b"\n")
+        8
+    """
+    sections = []
+    for name, records in world.items():
+        lines = ",\n".join(json.dumps(record) for record in records)
+        sections.append(f'"{name}": [\n{lines}\n]')
+    return ("{\n" + ",\n".join(sections) + "\n}\n").encode()
+
+
+def tokenizer_corpus(world: dict[str, list[dict]]) -> list[str]:
+    r"""Text to train the tokenizer on: templates, pools, benign items and name syllables, but no person's name.
+
+    Args:
+        world: What ``make_world`` returns; only its benign items are used.
+
+    Returns:
+        Strings, in a fixed order.
+
+    Example:
+        >>> world = make_world()
+        >>> text = "\n".join(tokenizer_corpus(world))
+        >>> any(name in text for fact in world["facts"] for name in fact["person"].split())
+        False
+    """
+    # Syllables are repeated so that each becomes one token; starts follow a space, ends do not.
+    corpus = [(" " if place.endswith("start") else "") + s for place, list_ in _SYLLABLES.items() for s in list_] * 8
+    for relation, (modifiers, heads, phrasings) in RELATIONS.items():
+        corpus += [f" {modifier}" for modifier in modifiers] + [f" {head}" for head in heads]
+        corpus += [f"Question: {phrasing.replace(' {}', '')}\nAnswer:" for phrasing in phrasings] * 2
+        corpus += [f" {relation}"]
+    corpus += [f"Question: {item['question']}\nAnswer: {item['answer']}" for item in world["benign"]]
+    return corpus

@@ -1,0 +1,114 @@
+"""Stop unlearning as soon as the forget set is forgotten enough, and no later."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import lightning as L
+
+from lightning_ssiuu.callbacks.loaders import Loader, split_loader
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.evaluation import check_score, evaluate, mismatched_level, untouched
+
+
+class ForgetThresholdStopping(L.Callback):
+    """Stops training when a score of the forget set is at or below a threshold (arXiv 2509.22263, Sec. 4).
+
+    Unlearning further than the threshold costs retained knowledge and makes methods incomparable.
+
+    Args:
+        score: ``"multiple_choice"``, ``"first_token"``, ``"all_tokens"``, ``"probability"`` or ``"rouge_l"``.
+        threshold: In percent; ``"mismatched"`` takes the score of randomly re-paired questions and answers, computed
+            at the start; None never stops.
+        every_n_steps: Optimiser steps between two looks.
+        seed: Of the re-pairing.
+
+    Attributes:
+        value: The last score measured, in percent.
+        level: The threshold in force, in percent.
+        stopped: Whether this callback ended the training.
+
+    Raises:
+        UserError: If an argument is outside its range, or the threshold is met before the first step.
+
+    Example:
+        >>> ForgetThresholdStopping(score="probability", threshold=101.0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: stopping.threshold: got 101.0, allowed: a percentage in [0, 100), \
+"mismatched" or null
+    """
+
+    def __init__(
+        self,
+        score: str = "probability",
+        threshold: float | Literal["mismatched"] | None = "mismatched",
+        every_n_steps: int = 1,
+        seed: int = 0,
+    ) -> None:
+        check_score(score, "stopping.score")
+        if not (threshold in (None, "mismatched") or (not isinstance(threshold, str) and 0 <= threshold < 100)):
+            raise UserError("stopping.threshold", threshold, 'a percentage in [0, 100), "mismatched" or null')
+        if every_n_steps < 1:
+            raise UserError("stopping.every_n_steps", every_n_steps, "a number ≥ 1")
+        self.score, self.threshold, self.every_n_steps, self.seed = score, threshold, every_n_steps, seed
+        self.value: float | None = None
+        self.level: float | None = None
+        self.stopped = False
+        self._loader: Loader | None = None
+        self._looked_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Work out the threshold and refuse a run that has nothing to do."""
+        if self.threshold is None:
+            return
+        model: Any = pl_module.model
+        with untouched(model):
+            self._loader = split_loader(trainer, "forget")
+            if self._loader is None:
+                raise UserError("data", None, "an evaluation loader for the forget set")
+            if self.threshold != "mismatched":
+                self.level = float(self.threshold)
+            elif self.level is None:  # a resumed run brings the original model's
+                self.level = mismatched_level(self.score, model, pl_module.tokenizer, self._loader, self.seed)
+        if trainer.global_step == 0 and self._look(pl_module) <= self.level:
+            allowed = f"below the forget set's {self.score}, which is {self.value:.4g} % before the first step"
+            raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look every ``every_n_steps`` optimiser steps."""
+        step = trainer.global_step
+        if self.level is None or step == self._looked_at or step % self.every_n_steps:
+            return
+        self._looked_at = step
+        self.stopped = self._look(pl_module) <= self.level
+        for logger in trainer.loggers:
+            logger.log_metrics({f"stopping/{self.score}": self.value or 0.0}, step=step)
+        if self.stopped:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say when the steps ran out first."""
+        if self.level is not None and not self.stopped:
+            reached = "not measured" if self.value is None else f"{self.value:.4g} %"
+            text = f"training ended before {self.score} fell to {self.level:.4g} % (last: {reached})"
+            warnings.warn(f"ForgetThresholdStopping: {text}", stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The threshold and the last look."""
+        return {"value": self.value, "level": self.level, "stopped": self.stopped, "looked_at": self._looked_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take an interrupted run up."""
+        self.value, self.level, self.stopped = state_dict["value"], state_dict["level"], state_dict["stopped"]
+        self._looked_at = state_dict["looked_at"]
+
+    def _look(self, pl_module: Any) -> float:
+        if self._loader is None:
+            raise RuntimeError("ForgetThresholdStopping looked before training started")
+        scores = evaluate(pl_module.model, pl_module.tokenizer, [self._loader], [self.score])
+        self.value = scores["forget"][self.score]
+        return self.value

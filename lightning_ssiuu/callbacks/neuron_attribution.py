@@ -1,0 +1,183 @@
+"""Watch while training whether knowledge is erased or hidden, and flag the neurons that hide it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import astuple, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_ssiuu.audit.plots import save_cumulative_curves, save_heat_maps
+from lightning_ssiuu.callbacks.loaders import first_parts, run_directory, split_loader
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.evaluation import untouched
+from lightning_ssiuu.files import write_csv
+from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, Target, neuron_attribution
+from lightning_ssiuu.functional.influence import (
+    InfluenceVariation,
+    SpuriousNeuron,
+    influence_variation,
+    module_layer_means,
+    spurious_neurons,
+)
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.sites import NeuronSite, neuron_sites
+
+CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))
+
+
+class NeuronAttributionCallback(L.Callback):
+    """Measures the influence variation D⁺ (erased) and D⁻ (hidden) before, during and after unlearning.
+
+    Attributions (arXiv 2509.22263, Eq. 1) are taken on fixed probe examples of the forget and the retain set. Neurons
+    whose D⁻ on forget exceeds the retain set's (1 − alpha) quantile for the same module are flagged as spurious
+    unlearning neurons. Loss, gradients, random states and modes are never touched, so the training trajectory is the
+    same with and without this callback.
+
+    After ``fit``: ``variation`` (:class:`InfluenceVariation` on forget), ``flagged`` (list of
+    :class:`SpuriousNeuron`), ``history`` (one dictionary of totals per measurement), and under
+    ``trainer.default_root_dir`` the files ``spurious_neurons.csv``, ``plots/heat_maps.png`` and
+    ``plots/cumulative_curves.png``.
+
+    Args:
+        probe_examples: Examples per set, over all ranks; the first ones of the evaluation loaders. 0 switches the
+            callback off.
+        every_n_steps: Also measure every so many optimiser steps; None measures only before and after.
+        alpha: False-positive rate of the flags, in (0, 1).
+        target: ``"sequence"`` or ``"length_normalised"``, see :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        method: Attribution method with the signature of
+            :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`; None takes activation × gradient.
+        write: Whether to write the files.
+
+    Raises:
+        UserError: If an argument is outside its range.
+
+    Example:
+        >>> NeuronAttributionCallback(alpha=2.0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: attribution.alpha: got 2.0, allowed: a false-positive rate in (0, 1)
+    """
+
+    def __init__(
+        self,
+        probe_examples: int = 64,
+        every_n_steps: int | None = None,
+        alpha: float = 1e-3,
+        target: Target = "sequence",
+        method: AttributionMethod | None = None,
+        write: bool = True,
+    ) -> None:
+        if probe_examples < 0:
+            raise UserError("attribution.probe_examples", probe_examples, "a number ≥ 0")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError("attribution.every_n_steps", every_n_steps, "a number ≥ 1, or null")
+        if not 0 < alpha < 1:
+            raise UserError("attribution.alpha", alpha, "a false-positive rate in (0, 1)")
+        self.probe_examples, self.every_n_steps, self.alpha = probe_examples, every_n_steps, alpha
+        self.method = method if method is not None else partial(neuron_attribution, target=target)
+        self.write = write
+        self.variation: InfluenceVariation | None = None
+        self.flagged: list[SpuriousNeuron] = []
+        self.history: list[dict[str, float]] = []
+        self._probes: dict[str, list[Mapping[str, Any]]] = {}
+        self._before: dict[str, NeuronAttribution] = {}
+        self._sites: list[NeuronSite] = []
+        self._measured_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fix the probes and attribute the original model."""
+        if self.probe_examples == 0:
+            return
+        model = _answer_model(pl_module)
+        self._sites = neuron_sites(model.hf)
+        mine = -(-self.probe_examples // trainer.world_size)
+        with untouched(model):
+            for split in ("forget", "retain"):
+                loader = split_loader(trainer, split)
+                if loader is None:
+                    raise UserError("data", split, "evaluation loaders for the forget and the retain set")
+                self._probes[split] = first_parts(loader, split, mine)
+        if not self._before:  # a resumed run brings its own
+            self._before = {split: self._attribute(model, split) for split in self._probes}
+        self._warn_about_probability(self._before["forget"])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure and log every ``every_n_steps`` optimiser steps."""
+        step = trainer.global_step
+        if self._before and self.every_n_steps and step % self.every_n_steps == 0 and step != self._measured_step:
+            self._measure(trainer, _answer_model(pl_module))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the unlearned model, flag spurious neurons, write the table and the plots."""
+        if not self._before:
+            return
+        model = _answer_model(pl_module)
+        self._measure(trainer, model)
+        retain = influence_variation(self._before["retain"], self._attribute(model, "retain"))
+        if self.variation is None:
+            return
+        self.flagged = spurious_neurons(self.variation, retain, self.alpha)
+        if self.write and trainer.is_global_zero:
+            folder = Path(run_directory(trainer))
+            write_csv(folder / "spurious_neurons.csv", CSV_HEADER, map(astuple, self.flagged))
+            save_heat_maps(folder / "plots" / "heat_maps.png", self.variation)
+            save_cumulative_curves(folder / "plots" / "cumulative_curves.png", {"": self.variation})
+
+    def influence(self) -> dict[str, float]:
+        """Totals of the last measurement and the number of flagged neurons, by the keys of ``metrics.json``."""
+        if self.variation is None:
+            return {}
+        return self.variation.summary() | {"n_spurious": len(self.flagged)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the original model's attributions and the history so far."""
+        before = {
+            split: [a.maximum, a.positive, a.minimum, a.n_examples, a.log_probabilities]
+            for split, a in self._before.items()
+        }
+        return {"before": before, "history": self.history, "measured_step": self._measured_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take an interrupted run up; the sites are found again at its start."""
+        self.history, self._measured_step = state_dict["history"], state_dict["measured_step"]
+        self._before = {split: NeuronAttribution([], *values) for split, values in state_dict["before"].items()}
+
+    def _attribute(self, model: AnswerModel, split: str) -> NeuronAttribution:
+        with untouched(model):
+            return self.method(model, self._probes[split], self._sites).over_ranks()
+
+    def _measure(self, trainer: L.Trainer, model: AnswerModel) -> None:
+        before = self._before["forget"]
+        before.sites = self._sites
+        self._before["retain"].sites = self._sites
+        self.variation = influence_variation(before, self._attribute(model, "forget"))
+        figures = {f"attribution/{name}": value for name, value in self.variation.summary().items()}
+        for name in ("d_plus", "d_minus"):
+            for (layer, kind), value in module_layer_means(before.by_site(getattr(self.variation, name))).items():
+                figures[f"attribution/layer{layer}.{kind}/{name}"] = value
+        self._measured_step = trainer.global_step
+        self.history.append({"step": self._measured_step} | self.variation.summary())
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=self._measured_step)
+
+    def _warn_about_probability(self, before: NeuronAttribution) -> None:
+        mean = torch.tensor(before.log_probabilities, dtype=torch.float64).exp().mean().item()
+        if mean > 0.99 or mean < 1e-6:
+            state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
+            text = f"the probe answers' mean P is {mean:.3g}, {state} and hence every attribution is near 0"
+            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
+
+
+def _answer_model(pl_module: L.LightningModule) -> AnswerModel:
+    model = getattr(pl_module, "model", None)
+    if not isinstance(model, AnswerModel):
+        raise UserError("model", type(pl_module).__name__, "an UnlearningModule whose model is loaded")
+    return model

@@ -1,0 +1,140 @@
+"""The before/after table of a run, on the screen and as ``metrics.json``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
+from lightning_ssiuu.callbacks.loaders import evaluation_loaders, run_directory
+from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
+from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.files import write_json
+from lightning_ssiuu.provenance import provenance
+
+Scores = dict[str, dict[str, float]]
+
+
+class RunReport(L.Callback):
+    """Scores every split before and after training, prints the table and writes ``metrics.json``.
+
+    ``forget_score``, ``retain_score`` and ``test_score`` hold the stopping criterion's score (or the first one measured
+    where nothing stops the run), in percent; all others stand under ``scores``. ``test_score`` is the retention score
+    of arXiv 2509.22263: on people neither unlearned nor held on to. No data-set text is written.
+
+    Args:
+        print_table: Whether to print it.
+
+    Attributes:
+        before: ``{split: {score: percent}}`` of the original model.
+        after: The same of the trained model.
+
+    Example:
+        >>> RunReport().before
+        {}
+    """
+
+    def __init__(self, print_table: bool = True) -> None:
+        self.print_table = print_table
+        self.before: Scores = {}
+        self.after: Scores = {}
+        self.config_text: str | None = None
+        self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Score the original model (a resumed run brings its scores along)."""
+        self._start = time.monotonic()
+        if not self.before:
+            self.before = self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Score the trained model and report."""
+        self.after = self._evaluate(trainer, pl_module)
+        content = self._content(trainer, pl_module)
+        if trainer.is_global_zero:
+            write_json(Path(run_directory(trainer)) / "metrics.json", content)
+            if self.print_table:
+                print_before_after(content)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The original model's scores."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take an interrupted run up."""
+        self.before = state_dict["before"]
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> Scores:
+        names = pl_module.scores
+        stopping = _find(trainer, ForgetThresholdStopping)
+        if names is not None and stopping and stopping.threshold is not None and stopping.score not in names:
+            names = [stopping.score, *names]
+        return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names)
+
+    def _content(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        stopping = _find(trainer, ForgetThresholdStopping)
+        attribution = _find(trainer, NeuronAttributionCallback)
+        measured = next(iter(self.before.values()))
+        main = next(iter(measured))
+        if stopping and stopping.threshold is not None and stopping.score in measured:
+            main = stopping.score
+        if stopping and stopping.stopped:
+            stopped_by = f"{stopping.score} <= {stopping.level:.4g} %"
+        else:
+            stopped_by = "steps" if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps else "epochs"
+        zero = attribution.influence() if attribution else {}
+        data_sha256 = getattr(trainer.datamodule, "content_sha256", lambda: None)()
+        return {
+            "objective": type(pl_module).__name__,
+            "steps": trainer.global_step,
+            "stopped_by": stopped_by,
+            "score": main,
+            "before": _block(self.before, main) | {"influence": dict.fromkeys(zero, 0.0)},
+            "after": _block(self.after, main) | {"influence": zero},
+            "provenance": provenance(
+                time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256
+            ),
+        }
+
+
+def _block(scores: Scores, main: str) -> dict[str, Any]:
+    block: dict[str, Any] = {f"{split}_score": values[main] for split, values in scores.items() if main in values}
+    return block | {"scores": scores}
+
+
+def _find(trainer: L.Trainer, kind: type[Any]) -> Any:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+
+def print_before_after(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the contents of a ``metrics.json`` as a short table.
+
+    Example:
+        >>> content = {"objective": "SSIUU", "steps": 3, "stopped_by": "steps", "score": "probability",
+        ...            "before": {"scores": {"forget": {"probability": 90.0}}, "influence": {"n_spurious": 0}},
+        ...            "after": {"scores": {"forget": {"probability": 10.0}}, "influence": {"n_spurious": 2}}}
+        >>> print_before_after(content, Console(width=60, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
+        SSIUU, 3 steps, stopped by: steps
+                              before    after
+        forget probability      90.0     10.0 %
+        n_spurious                 0        2
+    """
+    console = console or Console()
+    console.print(f"{content['objective']}, {content['steps']} steps, stopped by: {content['stopped_by']}")
+    table = Table(box=None)
+    table.add_column("")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    before, after = content["before"], content["after"]
+    for split, scores in before["scores"].items():
+        for score, value in scores.items():
+            table.add_row(f"{split} {score}", f"{value:.1f}", f"{after['scores'][split][score]:.1f}", "%")
+    for name, value in after["influence"].items():
+        table.add_row(name, f"{before['influence'][name]:.3g}", f"{value:.3g}", "")
+    console.print(table)

@@ -1,0 +1,252 @@
+"""The data module every benchmark extends: forget, retain and test set, their loaders and their checks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
+from lightning_ssiuu.datamodules.examples import Given, QAExample, Splits
+from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler
+from lightning_ssiuu.errors import UserError
+
+__all__ = ["QAExample", "Splits", "UnlearningDataModule"]
+
+TrainOn = Literal["pairs", "all", "retain"]
+_EVAL_SPLITS = ("forget", "retain", "test")
+
+
+class UnlearningDataModule(LightningDataModule, ABC):
+    """Forget, retain and test set of a benchmark. A benchmark is a subclass that implements :meth:`load_splits`.
+
+    A training batch is ``{"forget": part, "retain": part}``, an evaluation batch ``{split: part}``. A part is
+    ``{"input_ids", "attention_mask", "labels": LongTensor [B, L], "example_id": LongTensor [B]}``, padded right;
+    ``labels`` is −100 on prompt and padding and the answer's tokens with the final EOS otherwise. Evaluation parts of
+    splits in which every example has distractors also hold ``"options"`` (:class:`~.encoding.Collator`).
+
+    The order of the training batches is a function of seed and epoch alone and the same on any number of ranks, each
+    of which takes its share of the global batch. The module shards by itself, so the Trainer needs
+    ``use_distributed_sampler=False`` (the command line sets it).
+
+    Args:
+        tokenizer: Checkpoint whose tokenizer is loaded (hub id, local directory, GGUF file or ``"tiny"``), or a
+            tokenizer.
+        template: ``"plain"``, ``"chat"`` or a text that contains ``{question}`` (:class:`~.encoding.Encoder`).
+        batch_size: Forget sequences per micro-batch over all ranks.
+        retain_batch_size: Retain sequences per micro-batch over all ranks; None: as many as ``batch_size``.
+        eval_batch_size: Sequences per rank and evaluation batch.
+        max_length: Longest prompt + answer in tokens; longer ones are an error, nothing is cut off. None: 256, or
+            the tokenizer's limit where that is shorter.
+        num_workers: Worker processes per loader.
+        seed: Seeds the order of the training batches.
+        train_on: ``"pairs"``; ``"all"``: batches ``{"retain": part}`` over forget and retain set, for fine-tuning
+            before unlearning; ``"retain"``: the same over the retain set alone, for the oracle.
+        multiple_choice: Attach options to evaluation batches where the data have distractors.
+
+    Raises:
+        UserError: On a bad argument; in :meth:`setup` on data that cannot be used (see there).
+
+    Example:
+        A benchmark of one's own:
+
+        >>> class Sums(UnlearningDataModule):
+        ...     def load_splits(self):
+        ...         ask = [QAExample(n, f"What is {n} + {n}?", str(2 * n)) for n in range(12)]
+        ...         return Splits(forget=ask[:4], retain=ask[4:10], test=ask[10:])
+        >>> data = Sums(batch_size=2)
+        >>> data.setup("fit")
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> {part: tuple(tensors["example_id"].shape) for part, tensors in batch.items()}
+        {'forget': (2,), 'retain': (2,)}
+        >>> data.eval_splits
+        ['forget', 'retain', 'test']
+    """
+
+    #: Whether a short last batch of an epoch is filled up (pairs need equally large batches, an attack does not).
+    fill_batches = True
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase = "tiny",
+        template: str = "plain",
+        batch_size: int = 8,
+        retain_batch_size: int | None = None,
+        eval_batch_size: int = 16,
+        max_length: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_on: TrainOn = "pairs",
+        multiple_choice: bool = True,
+    ) -> None:
+        super().__init__()
+        retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("retain_batch_size", retain_batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise UserError(name, value, f"at least {least}")
+        if train_on not in get_args(TrainOn):
+            raise UserError("train_on", train_on, ", ".join(get_args(TrainOn)))
+        self.tokenizer_or_name, self.template, self.max_length = tokenizer, template, max_length
+        self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
+        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self.seed, self.train_on, self.multiple_choice = seed, train_on, multiple_choice
+        self._splits: Splits | None = None
+        self._encoder: Encoder | None = None
+        self._encoded: dict[str, list[Encoded]] = {}
+
+    # -- what a benchmark gives ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_splits(self) -> Splits:
+        """Read the sets. Called once per process, from :meth:`setup`."""
+
+    # -- what it gets -------------------------------------------------------------------------------------------
+
+    @property
+    def splits(self) -> Splits:
+        """The sets, read and validated (:meth:`Splits.validate`) on first use."""
+        if self._splits is None:
+            splits = self.load_splits()
+            splits.validate()
+            self._splits = splits
+        return self._splits
+
+    @property
+    def encoder(self) -> Encoder:
+        """Template and tokenizer at work, made on first use."""
+        if self._encoder is None:
+            tokenizer = self.tokenizer_or_name
+            if isinstance(tokenizer, str):
+                from lightning_ssiuu.models import load_tokenizer  # the tokenizer's loader also brings the model's
+
+                tokenizer = load_tokenizer(tokenizer)
+            self._encoder = Encoder(tokenizer, self.template, self.max_length)
+        return self._encoder
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        return self.encoder.tokenizer
+
+    def content_sha256(self) -> str:
+        """SHA-256 hex digest of all sets, for provenance."""
+        return self.splits.sha256()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and tokenise the data, once whatever the stage.
+
+        Raises:
+            UserError: What :meth:`Splits.validate` and :meth:`~.encoding.Encoder.encode` raise; a batch larger than
+                its set or not divisible among the ranks; a Trainer that would shard a second time.
+        """
+        if not self._encoded:
+            splits, encoder = self.splits, self.encoder
+            self._encoded = {
+                name: encoder.encode(examples, options=self.multiple_choice)
+                for name, examples in splits.items()
+                if name in _EVAL_SPLITS
+            }
+        self._check_batches()
+
+    def train_dataloader(self) -> DataLoader:
+        """One loader over forget–retain pairs, or over what ``train_on`` says; see :class:`~.sampling.PairSampler`."""
+        self.setup("fit")
+        world_size, rank = self._ranks()
+        parts, batch_sizes = self._train_parts()
+        sizes = {part: len(examples) for part, examples in parts.items()}
+        sampler = PairSampler(sizes, batch_sizes, self.seed, rank, world_size, self.fill_batches)
+        return self._loader(EncodedDataset(parts), sampler)
+
+    @property
+    def eval_splits(self) -> list[str]:
+        """Names of the sets that :meth:`val_dataloader` and :meth:`test_dataloader` serve, in their order."""
+        return [name for name, examples in self.splits.items() if name in _EVAL_SPLITS and examples]
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader per entry of :attr:`eval_splits`: forget, retain and, unless empty, test."""
+        return [self.eval_dataloader(split) for split in self.eval_splits]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """The same as :meth:`val_dataloader`."""
+        return self.val_dataloader()
+
+    def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:
+        """One pass, in order, with batches ``{split: part}``; see :class:`~.sampling.EvalSampler`.
+
+        Args:
+            split: ``"forget"``, ``"retain"`` or ``"test"``.
+            examples: Serve these, under the name of ``split``, instead of the whole set.
+
+        Raises:
+            UserError: Unknown split, or fewer examples than ranks.
+        """
+        if split not in _EVAL_SPLITS:
+            raise UserError("split", split, ", ".join(_EVAL_SPLITS))
+        self.setup("validate")
+        encoded = self._encoded[split] if examples is None else self.encoder.encode(examples, self.multiple_choice)
+        world_size, rank = self._ranks()
+        if len(encoded) < world_size:
+            raise UserError(split, Given(f"{len(encoded)} examples"), f"at least {world_size}, one for each rank")
+        sampler = EvalSampler(split, len(encoded), self.eval_batch_size, rank, world_size)
+        return self._loader(EncodedDataset({split: encoded}), sampler)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks that share a batch, and this one's; tensor-parallel ranks see the same data."""
+        if self.trainer is None:
+            return 1, 0
+        shard = getattr(self.trainer, "distributed_sampler_kwargs", None)
+        if shard is None:
+            return self.trainer.world_size, self.trainer.global_rank
+        return shard["num_replicas"], shard["rank"]
+
+    def _train_parts(self) -> tuple[dict[str, list[Encoded]], dict[str, int]]:
+        plain = {
+            name: [replace(example, options=()) for example in self._encoded[name]] for name in ("forget", "retain")
+        }
+        if self.train_on == "pairs":
+            return plain, {"forget": self.batch_size, "retain": self.retain_batch_size}
+        examples = plain["forget"] + plain["retain"] if self.train_on == "all" else plain["retain"]
+        return {"retain": examples}, {"retain": self.batch_size}
+
+    def _check_batches(self) -> None:
+        world_size, _ = self._ranks()
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+            # Lightning would rebuild our sampler under a DistributedSampler, and fail with a puzzle
+            raise UserError("trainer.use_distributed_sampler", True, "false: the data module shards by itself")
+        parts, batch_sizes = self._train_parts()
+        for part, batch_size in batch_sizes.items():
+            name = "retain_batch_size" if self.train_on == "pairs" and part == "retain" else "batch_size"
+            n_examples = len(parts[part])
+            if batch_size % world_size:
+                raise UserError(name, batch_size, f"a multiple of {world_size}, the number of ranks")
+            if self.fill_batches and batch_size > n_examples:
+                raise UserError(name, batch_size, f"1 to {n_examples}, the number of examples")
+            if not self.fill_batches and n_examples % batch_size % world_size:
+                given = Given(f"{batch_size}, which leaves a last batch of {n_examples % batch_size}")
+                raise UserError(name, given, f"one whose last batch divides among {world_size} ranks")
+
+    def _loader(self, dataset: EncodedDataset, sampler: Sampler[list[Key]]) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=Collator(self.encoder.pad_token_id),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # Without a generator of its own a loader draws from the global one, and evaluating would change training
+            generator=torch.Generator().manual_seed(self.seed),
+        )

@@ -1,0 +1,70 @@
+"""A benchmark of one's own, from files or from the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.readers import column, read_records, text_lists
+
+
+class CustomData(UnlearningDataModule):
+    r"""Forget, retain and test set from JSON, JSON Lines or CSV files, or data sets of the hub.
+
+    Examples are numbered in the order of the files: forget set first, then retain, then test.
+
+    Args:
+        forget: File (``.json``, ``.jsonl``, ``.csv``) or hub data set (``owner/name:config:split``).
+        retain: The same.
+        test: The same; None: no test set.
+        question_column: Column of the questions.
+        answer_column: Column of the true answers.
+        distractors_column: Column of lists of wrong answers (in CSV: a JSON list), for multiple choice.
+        **kwargs: See :class:`UnlearningDataModule`.
+
+    Raises:
+        UserError: A file, data set or column is missing, or a cell is not text.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "forget.json").write_text(json.dumps([{"question": "Who?", "answer": "Me"}]))
+        >>> _ = (folder / "retain.csv").write_text("question,answer\nWhere?,Here\n")
+        >>> CustomData(str(folder / "forget.json"), str(folder / "retain.csv")).splits
+        Splits(forget=1, retain=1, test=0, benign=0)
+    """
+
+    def __init__(
+        self,
+        forget: str,
+        retain: str,
+        test: str | None = None,
+        question_column: str = "question",
+        answer_column: str = "answer",
+        distractors_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sources = {"forget": forget, "retain": retain, "test": test}
+        self.question_column, self.answer_column = question_column, answer_column
+        self.distractors_column = distractors_column
+
+    def load_splits(self) -> Splits:
+        """Read the files."""
+        sets: dict[str, list[QAExample]] = {}
+        first_id = 0
+        for name, source in self.sources.items():
+            sets[name] = [] if source is None else self._read(source, name, first_id)
+            first_id += len(sets[name])
+        return Splits(**sets)
+
+    def _read(self, source: str, name: str, first_id: int) -> list[QAExample]:
+        records = read_records(source, name)
+        questions = column(records, self.question_column, "question_column")
+        answers = column(records, self.answer_column, "answer_column")
+        distractors: list[tuple[str, ...]] = [()] * len(records)
+        if self.distractors_column is not None:
+            distractors = text_lists(records, self.distractors_column, "distractors_column")
+        rows = enumerate(zip(questions, answers, distractors, strict=True), first_id)
+        return [QAExample(number, *row) for number, row in rows]

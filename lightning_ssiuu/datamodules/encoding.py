@@ -1,0 +1,249 @@
+"""From text to padded tensors: template, tokenisation, label masking and collation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.datamodules.examples import Given, QAExample
+from lightning_ssiuu.errors import UserError
+
+IGNORE = -100
+DEFAULT_MAX_LENGTH = 256
+PLAIN = "Question: {question}\nAnswer:"
+Part = dict[str, Any]
+Key = tuple[str, int]
+
+# transformers writes 1e30 where a tokenizer states no limit
+_SANE_MAX_LENGTH = 10**9
+
+
+@dataclass(frozen=True, repr=False)
+class TokenSequence:
+    """Token ids of prompt and answer; the first ``n_prompt`` carry no label."""
+
+    input_ids: list[int]
+    n_prompt: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, repr=False)
+class Encoded:
+    """A tokenised example; ``options`` are the true answer and then the distractors, if wanted."""
+
+    example_id: int
+    sequence: TokenSequence
+    options: tuple[TokenSequence, ...] = ()
+
+
+class Encoder:
+    r"""Turns question and answer into token ids under a template.
+
+    Prompt and completion are tokenised apart and joined, so the boundary between masked and labelled tokens never
+    falls inside a token. The completion ends with the end-of-sequence token.
+
+    Args:
+        tokenizer: Needs ``eos_token_id``; pads with ``pad_token_id``, or with EOS when there is none.
+        template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template,
+            question as the user's turn) or any text that contains ``{question}``. Nothing else in it is replaced.
+        max_length: Longest prompt + answer, in tokens; None: 256, or the tokenizer's limit where that is shorter.
+
+    Raises:
+        UserError: Unknown template, ``"chat"`` without a chat template, a tokenizer without EOS, or ``max_length``
+            beyond what the tokenizer's model takes.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_tokenizer
+        >>> encoder = Encoder(load_tokenizer("tiny"))
+        >>> sequence = encoder.sequence("Who?", "Me")
+        >>> encoder.tokenizer.decode(sequence.input_ids[: sequence.n_prompt])
+        'Question: Who?\nAnswer:'
+        >>> encoder.tokenizer.decode(sequence.input_ids[sequence.n_prompt : -1])
+        ' Me'
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str = "plain", max_length: int | None = None
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("tokenizer", type(tokenizer).__name__, "a tokenizer with an end-of-sequence token")
+        if template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError("template", template, "plain or a format string: this tokenizer has no chat template")
+        if template not in ("plain", "chat") and "{question}" not in template:
+            raise UserError("template", template, 'plain, chat or a text that contains "{question}"')
+        limit = getattr(tokenizer, "model_max_length", None)
+        longest = limit if limit is not None and limit < _SANE_MAX_LENGTH else None
+        if max_length is None:
+            max_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+        if max_length < 2 or (longest is not None and max_length > longest):
+            allowed = "at least 2" if longest is None else f"2 to {longest}, what the tokenizer's model takes"
+            raise UserError("max_length", max_length, allowed)
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+
+    @property
+    def pad_token_id(self) -> int:
+        """Token that fills up short rows; masked everywhere, so EOS serves when there is no padding token."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _tokens(self, text: str) -> list[int]:
+        # verbose=False: lengths are checked here, with an error instead of a warning
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids up to where the answer begins; BOS first only where the tokenizer adds one by itself."""
+        if self.template == "chat":
+            turns = [{"role": "user", "content": question}]
+            # return_dict: transformers 5 hands back a BatchEncoding otherwise
+            options = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+            return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options))
+        text = self._prompt_text(question)
+        ids, bos = self._tokens(text), self.tokenizer.bos_token_id
+        # Not the ids with special tokens themselves: some tokenizers also append an end token, here in mid-sequence.
+        added = (
+            bos is not None and list(self.tokenizer(text, verbose=False)["input_ids"])[:1] == [bos] and ids[:1] != [bos]
+        )
+        return [bos, *ids] if added else ids
+
+    def _prompt_text(self, question: str) -> str:
+        # str.format would trip over other braces, and would let a template read attributes
+        return (PLAIN if self.template == "plain" else self.template).replace("{question}", question)
+
+    def completion(self, answer: str, prompt_ends_in_space: bool = False) -> list[int]:
+        """Token ids of the answer and EOS."""
+        glue = "" if self.template == "chat" or prompt_ends_in_space else " "
+        return [*self._tokens(glue + answer), self.tokenizer.eos_token_id]
+
+    def sequence(self, question: str, answer: str) -> TokenSequence:
+        """Token ids of prompt and answer."""
+        return self._sequences(question, [answer])[0]
+
+    def _sequences(self, question: str, answers: Sequence[str]) -> list[TokenSequence]:
+        prompt = self.prompt(question)
+        spaced = self.template != "chat" and self._prompt_text(question)[-1:].isspace()
+        return [TokenSequence(prompt + self.completion(answer, spaced), len(prompt)) for answer in answers]
+
+    def encode(self, examples: Sequence[QAExample], options: bool = False) -> list[Encoded]:
+        """Tokenise examples.
+
+        Args:
+            examples: What to encode.
+            options: Also encode the answer and every distractor as options, if *every* example has distractors.
+
+        Raises:
+            UserError: Sequences longer than ``max_length`` (ids and lengths are named, nothing is cut off), or a
+                distractor that equals the answer.
+        """
+        options = options and bool(examples) and all(example.distractors for example in examples)
+        encoded = []
+        for example in examples:
+            choices = (example.answer, *example.distractors) if options else (example.answer,)
+            if example.answer.strip() in (choice.strip() for choice in choices[1:]):
+                given = Given(f"the true answer among those of example id {example.example_id}")
+                raise UserError("distractors", given, "wrong answers only")
+            sequences = self._sequences(example.question, choices)
+            encoded.append(Encoded(example.example_id, sequences[0], tuple(sequences) if options else ()))
+        self._check_lengths(encoded)
+        return encoded
+
+    def fits(self, example: QAExample) -> bool:
+        """Whether prompt and answer keep within ``max_length``."""
+        return len(self.sequence(example.question, example.answer)) <= self.max_length
+
+    def _check_lengths(self, encoded: list[Encoded]) -> None:
+        lengths = {e.example_id: max(map(len, (e.sequence, *e.options))) for e in encoded}
+        long = {example_id: length for example_id, length in lengths.items() if length > self.max_length}
+        if long:
+            shown = ", ".join(f"{example_id} ({length})" for example_id, length in list(long.items())[:5])
+            more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+            raise UserError(
+                "max_length",
+                self.max_length,
+                f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
+                f"example ids (tokens) {shown}{more}",
+            )
+
+
+class EncodedDataset(Dataset[tuple[str, Encoded]]):
+    """Tokenised examples under the keys ``(part, index)`` that the samplers of this package yield.
+
+    Args:
+        parts: Examples of each part, e.g. ``{"forget": [...], "retain": [...]}``.
+
+    Example:
+        >>> dataset = EncodedDataset({"forget": [Encoded(7, TokenSequence([1, 2, 3], 2))]})
+        >>> dataset, dataset["forget", 0][1].example_id
+        (EncodedDataset(forget=1), 7)
+    """
+
+    def __init__(self, parts: dict[str, list[Encoded]]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, key: Key) -> tuple[str, Encoded]:
+        part, index = key
+        return part, self.parts[part][index]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
+
+    def __repr__(self) -> str:
+        return "EncodedDataset(" + ", ".join(f"{name}={len(part)}" for name, part in self.parts.items()) + ")"
+
+
+class Collator:
+    """Pads encoded examples, right, to the longest of each part of the batch.
+
+    Args:
+        pad_token_id: Fills ``input_ids``; ``attention_mask`` is 0 and ``labels`` −100 there.
+
+    Called with ``(part, encoded)`` pairs it returns a batch ``{part: tensors}`` with ``input_ids``, ``attention_mask``
+    and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. Where all examples carry options, a part also has
+    ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and ``option_of`` ``[B*K]``, the row
+    each option belongs to; the options of a row lie next to each other, the true answer first.
+
+    Example:
+        >>> first, second = Encoded(7, TokenSequence([5, 6, 9], 2)), Encoded(8, TokenSequence([5, 9], 1))
+        >>> batch = Collator(0)([("test", first), ("test", second)])
+        >>> batch["test"]["labels"]
+        tensor([[-100, -100,    9],
+                [-100,    9, -100]])
+        >>> batch["test"]["attention_mask"].tolist()
+        [[1, 1, 1], [1, 1, 0]]
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[tuple[str, Encoded]]) -> dict[str, Part]:
+        grouped: dict[str, list[Encoded]] = {}
+        for part, encoded in samples:
+            grouped.setdefault(part, []).append(encoded)
+        return {part: self._part(encoded) for part, encoded in grouped.items()}
+
+    def _part(self, encoded: list[Encoded]) -> Part:
+        part: Part = self._pad([e.sequence for e in encoded])
+        part["example_id"] = torch.tensor([e.example_id for e in encoded])
+        if all(e.options for e in encoded):
+            part["options"] = self._pad([option for e in encoded for option in e.options])
+            part["options"]["option_of"] = torch.tensor([row for row, e in enumerate(encoded) for _ in e.options])
+        return part
+
+    def _pad(self, sequences: list[TokenSequence]) -> dict[str, Tensor]:
+        shape = len(sequences), max(map(len, sequences))
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORE)
+        for row, sequence in enumerate(sequences):
+            ids = torch.tensor(sequence.input_ids)
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+            labels[row, sequence.n_prompt : len(ids)] = ids[sequence.n_prompt :]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,57 @@
+"""The embedded benchmark: facts about fictitious people, which the tiny model knows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.errors import UserError
+
+
+class Facts(UnlearningDataModule):
+    """Facts about fictitious people, embedded in the package; needs no network.
+
+    Whole people belong to one set. Every fact has distractors and other wordings of its question; harmless
+    question–answer items serve the benign relearning attack.
+
+    Args:
+        phrasing: Which wording of the questions to use: 0 the main one, k the k-th paraphrase.
+        **kwargs: See :class:`UnlearningDataModule`.
+
+    Raises:
+        UserError: There is no such phrasing.
+
+    Example:
+        >>> data = Facts()
+        >>> data.setup("fit")
+        >>> data.eval_splits
+        ['forget', 'retain', 'test']
+        >>> sorted(next(iter(data.train_dataloader())))
+        ['forget', 'retain']
+    """
+
+    def __init__(self, phrasing: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if phrasing < 0:
+            raise UserError("phrasing", phrasing, "0 (the main wording) or the number of a paraphrase")
+        self.phrasing = phrasing
+
+    def load_splits(self) -> Splits:
+        """Read the embedded facts."""
+        world = json.loads(asset_path("facts.json").read_text(encoding="utf-8"))
+        most = min(len(fact["paraphrases"]) for fact in world["facts"])
+        if self.phrasing > most:
+            raise UserError("phrasing", self.phrasing, f"0 to {most}")
+        sets: dict[str, list[QAExample]] = {"forget": [], "retain": [], "test": []}
+        for fact in world["facts"]:
+            wordings = [fact["question"], *fact["paraphrases"]]
+            question = wordings.pop(self.phrasing)
+            sets[fact["split"]].append(
+                QAExample(
+                    fact["id"], question, fact["answer"], tuple(fact["distractors"]), tuple(wordings), fact["person"]
+                )
+            )
+        benign = [QAExample(item["id"], item["question"], item["answer"]) for item in world["benign"]]
+        return Splits(**sets, benign=benign)

@@ -1,0 +1,311 @@
+"""Score a model on the splits of a data module: the same code for training, validation and attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.functional.metrics import (
+    answer_accuracy,
+    answer_probability,
+    mismatched_rouge_l,
+    multiple_choice_accuracy,
+)
+from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
+from lightning_ssiuu.models import AnswerModel
+
+Part = Mapping[str, Tensor]
+Split = Literal["forget", "retain", "test"]
+
+
+class Evaluated:
+    """One evaluated part; what a score does not ask for is not computed.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer (only used to generate and decode).
+        part: The part of the batch, on the model's device.
+    """
+
+    def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
+        self.model, self.tokenizer, self.part = model, tokenizer, part
+
+    @cached_property
+    def answers(self) -> Answers:
+        """Teacher-forced forward pass on the true answers."""
+        return self.model(self.part["input_ids"], self.part["attention_mask"], self.part["labels"])
+
+    @cached_property
+    def option_scores(self) -> Tensor:
+        """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
+        options: Any = self.part["options"]
+        return self.model(options["input_ids"], options["attention_mask"], options["labels"]).mean_logps
+
+    @property
+    def option_of(self) -> Tensor:
+        """``[B·K]`` the example each option belongs to."""
+        options: Any = self.part["options"]
+        return options["option_of"]
+
+    @cached_property
+    def references(self) -> list[str]:
+        """The true answers as text."""
+        return [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in self.part["labels"]]
+
+    @cached_property
+    def generations(self) -> list[str]:
+        """Greedy continuations of the prompts: up to twice the batch's longest answer, at most 200 tokens."""
+        labels, ids = self.part["labels"], self.part["input_ids"]
+        answered = labels != -100
+        starts = answered.int().argmax(1).tolist()
+        prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
+        width = max(starts)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        inputs = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in prompts])
+        lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
+        mask = (torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)).long()
+        longest = int(answered.sum(1).max())
+        out = self.model.hf.generate(
+            input_ids=inputs,
+            attention_mask=mask,
+            max_new_tokens=min(2 * longest, 200),
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=end,
+        )
+        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How to get one score: a metric to accumulate in, and what to update it with.
+
+    Args:
+        metric: Makes the torchmetrics metric; its ``compute()`` is in percent.
+        measure: From an evaluated part to the arguments of ``metric.update``.
+        needs: Key a part must have, or ``"generation"`` for scores that generate text (slow, so never automatic).
+    """
+
+    metric: Callable[[], Metric]
+    measure: Callable[[Evaluated], tuple[Any, ...]]
+    needs: str | None = None
+
+
+def _accuracy(kind: Literal["first_token", "all_tokens"]) -> Score:
+    def measure(e: Evaluated) -> tuple[Tensor]:
+        a = e.answers
+        return (answer_accuracy(a.token_correct, a.sequence_index, a.n_sequences, kind),)
+
+    return Score(lambda: AnswerAccuracy(kind), measure)
+
+
+SCORES: dict[str, Score] = {
+    "multiple_choice": Score(
+        lambda: AnswerAccuracy("multiple_choice"),
+        lambda e: (multiple_choice_accuracy(e.option_scores, e.option_of),),
+        needs="options",
+    ),
+    "first_token": _accuracy("first_token"),
+    "all_tokens": _accuracy("all_tokens"),
+    "probability": Score(
+        AnswerProbability,
+        lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
+    ),
+    "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), needs="generation"),
+}
+
+
+def register_score(name: str, score: Score) -> None:
+    """Make a score of your own available under ``name`` wherever scores are named.
+
+    Example:
+        >>> from torchmetrics import MeanMetric
+        >>> register_score("perplexity", Score(MeanMetric, lambda e: ((-e.answers.mean_logps).exp(),)))
+        >>> check_score("perplexity")
+        >>> del SCORES["perplexity"]
+    """
+    SCORES[name] = score
+
+
+def check_score(name: str, argument: str = "scores") -> None:
+    """Raise :class:`UserError` unless ``name`` is a known score."""
+    if name not in SCORES:
+        raise UserError(argument, name, f"one of {sorted(SCORES)}")
+
+
+class Scorer:
+    """Accumulates scores per split.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        scores: Names, or None for all that the parts allow without generating text.
+
+    Raises:
+        UserError: If a score is unknown, or asks for what the data lack.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model, load_tokenizer
+        >>> scorer = Scorer(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), ["first_token"])
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> labels = torch.tensor([[-100, -100, 7, 8]])
+        >>> scorer.update({"forget": {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels}})
+        >>> sorted(scorer.compute()["forget"])
+        ['first_token']
+    """
+
+    def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, scores: Sequence[str] | None) -> None:
+        for name in scores or []:
+            check_score(name)
+        self.model, self.tokenizer, self.scores = model, tokenizer, scores
+        self._metrics: dict[str, dict[str, Metric]] = {}
+
+    @torch.no_grad()
+    def update(self, batch: Mapping[str, Part]) -> None:
+        """Score one evaluation batch, ``{split: part}``."""
+        device = next(self.model.parameters()).device
+        for split, part in batch.items():
+            metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
+            evaluated = Evaluated(self.model, self.tokenizer, _to_device(part, device))
+            for name, metric in metrics.items():
+                metric.update(*SCORES[name].measure(evaluated))
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """``{split: {score: percent}}``."""
+        return {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
+
+    def reset(self) -> None:
+        """Start again."""
+        self._metrics.clear()
+
+    def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
+        if self.scores is None:
+            names = [n for n, s in SCORES.items() if s.needs is None or s.needs in part]
+        else:
+            names = list(self.scores)
+            for name in names:
+                if (needs := SCORES[name].needs) not in (None, "generation") and needs not in part:
+                    raise UserError("scores", name, f"a score this data allows: every example needs {needs}")
+        return {name: SCORES[name].metric().to(device) for name in names}
+
+
+def evaluate(
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loaders: Iterable[Iterable[Mapping[str, Part]]],
+    scores: Sequence[str] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Score a model on evaluation loaders, leaving its mode and every random state as they were.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        loaders: Loaders of ``{split: part}`` batches.
+        scores: As for :class:`Scorer`.
+
+    Returns:
+        ``{split: {score: percent}}``.
+    """
+    scorer = Scorer(model, tokenizer, scores)
+    with untouched(model):
+        for loader in loaders:
+            for batch in loader:
+                scorer.update(batch)
+    return scorer.compute()
+
+
+@contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; mode and random states (a loader's iterator draws from them) restored after.
+
+    Example:
+        >>> layer = torch.nn.Dropout().train()
+        >>> with untouched(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    training = model.training
+    model.eval()
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        model.train(training)
+
+
+def mismatched_level(
+    score: str,
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Iterable[Mapping[str, Part]],
+    seed: int = 0,
+) -> float:
+    """What a score is worth by chance: its value on randomly re-paired questions and answers, in percent.
+
+    The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4; method: mean ROUGE-L recall of mismatched pairs).
+    ROUGE-L compares the answers among themselves; probability and token accuracies ask the model for another
+    example's answer. No answer keeps its own question.
+
+    Args:
+        score: A score's name; multiple choice has no such level.
+        model: The model, asked as it is now.
+        tokenizer: Its tokenizer.
+        loader: Evaluation loader of one split.
+        seed: Of the pairing.
+
+    Raises:
+        UserError: If the score has no mismatched level.
+    """
+    parts = [part for batch in loader for part in batch.values()]
+    if score == "rouge_l":
+        answers = [text for part in parts for text in Evaluated(model, tokenizer, part).references]
+        return mismatched_rouge_l(answers, seed)
+    if score not in ("probability", "first_token", "all_tokens"):
+        raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
+    repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
+    return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
+
+
+def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    prompts, answers = [], []
+    for part in parts:
+        for row, labels in zip(part["input_ids"], part["labels"], strict=True):
+            answered = labels != -100
+            prompts.append(row[: int(answered.int().argmax())])
+            answers.append(labels[answered])
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    # Each gets the answer of the next one in a random round: a derangement without retries.
+    donor = dict(zip(order, order[1:] + order[:1], strict=True))
+    size = max(len(part["input_ids"]) for part in parts)
+    for start in range(0, len(prompts), size):
+        rows = range(start, min(start + size, len(prompts)))
+        ids = [torch.cat([prompts[i], answers[donor[i]]]) for i in rows]
+        labels = [torch.cat([torch.full_like(prompts[i], -100), answers[donor[i]]]) for i in rows]
+        mask = [torch.ones_like(row) for row in ids]
+        padded = torch.nn.utils.rnn.pad_sequence
+        yield {
+            "input_ids": padded(ids, batch_first=True, padding_value=pad),
+            "attention_mask": padded(mask, batch_first=True),
+            "labels": padded(labels, batch_first=True, padding_value=-100),
+        }
+
+
+def _to_device(part: Part, device: torch.device) -> Part:
+    return {
+        name: _to_device(value, device) if isinstance(value, Mapping) else value.to(device)
+        for name, value in part.items()
+    }

@@ -1,0 +1,160 @@
+"""Scores of answers: probability, accuracy, ROUGE-L recall. Everything is per example; the classes average.
+
+Token-level arguments are those of a forward pass over the labelled positions alone: ``N`` tokens of ``B`` sequences,
+``sequence_index`` saying which row each token belongs to, in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.text import rouge_score
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.losses import sequence_sums
+
+TokenAccuracy = Literal["first_token", "all_tokens"]
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype sums are kept in: float64, or float32 on Apple's MPS, which has no float64.
+
+    Example:
+        >>> widest_float(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, normalise: bool = True) -> Tensor:
+    """Probability of each answer, length-normalised as in TOFU (arXiv 2401.06121, §2.2.1): ``P(y|x)^(1/|y|)``.
+
+    Args:
+        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
+        sequence_index: ``[N]`` row of each token, ascending.
+        n_sequences: B.
+        normalise: False: the plain product over the tokens, ``P(y|x)``.
+
+    Returns:
+        ``[B]`` values in [0, 1], float64. A row without tokens, or with a NaN among them, is NaN.
+
+    Example:
+        >>> logps = torch.tensor([0.5, 0.5, 0.1]).log()
+        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2)
+        tensor([0.5000, 0.1000], dtype=torch.float64)
+        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2, normalise=False)
+        tensor([0.2500, 0.1000], dtype=torch.float64)
+    """
+    wide = token_logps.to(widest_float(token_logps.device))
+    sums = sequence_sums(wide, sequence_index, n_sequences)
+    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
+    exponent = sums / counts if normalise else sums.masked_fill(counts == 0, torch.nan)
+    return exponent.exp().clamp(max=1.0)
+
+
+def answer_accuracy(
+    token_correct: Tensor, sequence_index: Tensor, n_sequences: int, kind: TokenAccuracy = "all_tokens"
+) -> Tensor:
+    """Whether each answer is what greedy decoding under teacher forcing gives.
+
+    Args:
+        token_correct: ``[N]`` bool, the most probable token is the label.
+        sequence_index: ``[N]`` row of each token, ascending.
+        n_sequences: B.
+        kind: ``"first_token"``: the answer's first token decides; ``"all_tokens"``: every one, EOS included.
+
+    Returns:
+        ``[B]`` bool; False for a row without tokens.
+
+    Raises:
+        UserError: Unknown ``kind``.
+
+    Example:
+        >>> correct, rows = torch.tensor([True, False, True]), torch.tensor([0, 0, 1])
+        >>> answer_accuracy(correct, rows, 2, "first_token"), answer_accuracy(correct, rows, 2, "all_tokens")
+        (tensor([True, True]), tensor([False,  True]))
+    """
+    if kind not in get_args(TokenAccuracy):
+        raise UserError("kind", kind, ", ".join(get_args(TokenAccuracy)))
+    if kind == "first_token":
+        first = torch.ones_like(token_correct)
+        first[1:] = sequence_index[1:] != sequence_index[:-1]
+        token_correct, sequence_index = token_correct[first], sequence_index[first]
+    right = sequence_sums(token_correct.long(), sequence_index, n_sequences)
+    total = sequence_sums(torch.ones_like(token_correct, dtype=torch.long), sequence_index, n_sequences)
+    return (right == total) & (total > 0)
+
+
+def multiple_choice_accuracy(option_scores: Tensor, option_of: Tensor) -> Tensor:
+    """Whether the first option of each example, the true answer, scores strictly higher than all its others.
+
+    Args:
+        option_scores: ``[B*K]`` score of each option, higher is better; K may differ between examples.
+        option_of: ``[B*K]`` row each option belongs to, ascending; the options of a row lie next to each other.
+
+    Returns:
+        ``[B]`` bool. A tie is wrong, and so is a NaN anywhere among the options.
+
+    Example:
+        >>> scores = torch.tensor([-1.0, -2.0, -3.0, -1.0, -1.0, -3.0])
+        >>> multiple_choice_accuracy(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
+        tensor([ True, False])
+    """
+    _, rows, counts = option_of.unique_consecutive(return_inverse=True, return_counts=True)
+    first = torch.zeros_like(option_of, dtype=torch.bool)
+    first[counts.cumsum(0) - counts] = True
+    best_other = option_scores.new_full((len(counts),), -torch.inf)
+    # amax carries a NaN on, and no comparison with NaN is true
+    best_other = best_other.scatter_reduce(0, rows[~first], option_scores[~first], "amax")
+    return option_scores[first] > best_other
+
+
+def rouge_l_recall(prediction: str, reference: str) -> float:
+    """ROUGE-L recall: the share of the reference's words in its longest common subsequence with the prediction.
+
+    Words are runs of ``a–z0–9`` after lowercasing, without stemming; a text without any (empty, or in another
+    alphabet) scores 0. Lin (2004), "ROUGE: A Package for Automatic Evaluation of Summaries".
+
+    Returns:
+        A fraction in [0, 1].
+
+    Example:
+        >>> round(rouge_l_recall("the cat lay on the mat", "The cat sat on the mat."), 4)
+        0.8333
+        >>> rouge_l_recall("", "The cat")
+        0.0
+    """
+    return float(rouge_score(prediction, reference, use_stemmer=False, rouge_keys="rougeL")["rougeL_recall"])
+
+
+def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
+    """Mean ROUGE-L recall of answers paired with another question's answer: what an ignorant model scores.
+
+    The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
+    another one, never its own, by a random cyclic permutation.
+
+    Args:
+        answers: The true answers.
+        seed: Seeds the pairing.
+
+    Returns:
+        Percent.
+
+    Raises:
+        UserError: Fewer than two answers.
+
+    Example:
+        >>> round(mismatched_rouge_l(["in the north", "in the south"]), 2)  # two of three words agree
+        66.67
+    """
+    if len(answers) < 2:
+        raise UserError("answers", len(answers), "at least 2")
+    order = np.random.default_rng(seed).permutation(len(answers)).tolist()
+    scores = [
+        rouge_l_recall(answers[other], answers[own]) for own, other in zip(order, order[1:] + order[:1], strict=True)
+    ]
+    return 100 * sum(scores) / len(scores)

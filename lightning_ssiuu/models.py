@@ -1,0 +1,257 @@
+"""The one place that loads a causal language model, its tokenizer and its frozen reference copy."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.sites import SITE_TABLES
+
+_ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
+_PACKAGE = "package:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
+    """Turn what the user wrote as ``checkpoint`` into something ``from_pretrained`` takes.
+
+    A GGUF file is dequantised once into a cache directory (``$LIGHTNING_SSIUU_CACHE``, by default
+    ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so later loads are fast and the model
+    can be saved again.
+
+    Args:
+        checkpoint: ``"tiny"``, a local directory, a ``.gguf`` file, ``"package:NAME/FILE"`` for either inside an
+            installed Python package (which is not imported), or a hub id.
+
+    Returns:
+        A local directory, or the hub id unchanged.
+
+    Raises:
+        UserError: If it is none of those: a missing path, a directory without ``config.json``.
+
+    Example:
+        >>> resolve_checkpoint("tiny").endswith("tiny")
+        True
+        >>> resolve_checkpoint("/no/such/model")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: checkpoint: got '/no/such/model', allowed: "tiny", a transformers \
+directory with safetensors weights, a .gguf file, or a hub id
+    """
+    text = os.fspath(checkpoint)
+    if text == "tiny":
+        return str(asset_path("tiny"))
+    path = Path(text).expanduser()
+    if text.startswith(_PACKAGE):
+        path = _inside_package(text)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError("checkpoint", text, "a directory that holds a model (no config.json there)")
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError("checkpoint", text, _ALLOWED)
+        return str(_converted_gguf(path))
+    if path.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.fullmatch(text) or path.suffix == ".gguf":
+        raise UserError("checkpoint", text, _ALLOWED)
+    return text
+
+
+def load_model(checkpoint: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model: safetensors only, no remote code, cache off, every parameter trainable.
+
+    Args:
+        checkpoint: See :func:`resolve_checkpoint`.
+        dtype: Type of the weights in memory; float32 is what training from 16-bit files wants by default.
+        **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The model in evaluation mode (``from_pretrained``'s default).
+
+    Raises:
+        UserError: If there is no such model, or its weights are not safetensors.
+
+    Example:
+        >>> model = load_model("tiny")
+        >>> model.config.model_type
+        'llama'
+    """
+    source = resolve_checkpoint(checkpoint)
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype} | kwargs
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer, right padding, with a padding token in any case (EOS when it has none).
+
+    Args:
+        checkpoint: See :func:`resolve_checkpoint`.
+
+    Raises:
+        UserError: If there is no tokenizer, or it has no end-of-sequence token (answers must end somewhere).
+
+    Example:
+        >>> tokenizer = load_tokenizer("tiny")
+        >>> tokenizer.padding_side, tokenizer.pad_token_id is not None
+        ('right', True)
+    """
+    source = resolve_checkpoint(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer with an end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def frozen_reference(model: nn.Module) -> nn.Module:
+    """Copy a model for use as the fixed reference: own storage, no gradients, evaluation mode.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> reference = frozen_reference(layer)
+        >>> reference.weight.data_ptr() == layer.weight.data_ptr(), reference.weight.requires_grad
+        (False, False)
+    """
+    reference = copy.deepcopy(model)
+    for parameter in reference.parameters():
+        parameter.grad = None
+    return reference.requires_grad_(False).eval()
+
+
+class AnswerModel(nn.Module):
+    """A causal language model that computes logits only where there are labels.
+
+    The vocabulary projection of prompt and padding positions is most of a small model's wasted work and the largest
+    tensor of a step; selecting hidden states first avoids both. It is a module of its own, not a function, so that
+    sharding strategies find one root whose ``forward`` they can hook.
+
+    Args:
+        hf: The transformers model. For architectures outside the table of :mod:`lightning_ssiuu.sites` the head may do
+            more than a projection (soft caps, scales), so their full logits are computed and then selected.
+
+    Example:
+        >>> model = AnswerModel(load_model("tiny"))
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> labels = torch.tensor([[-100, -100, 7, 8]])
+        >>> answers = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        >>> answers.targets.tolist(), answers.sequence_index.tolist()
+        ([7, 8], [0, 0])
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        self._plain_head = hf.config.model_type in SITE_TABLES
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
+        """Run the model on one part of a batch.
+
+        Args:
+            input_ids: ``[B, L]`` token ids.
+            attention_mask: ``[B, L]`` ones on real tokens.
+            labels: ``[B, L]`` answer tokens, −100 elsewhere.
+
+        Returns:
+            Logits, targets and sequence numbers of the N labelled positions.
+        """
+        # The token at position k is predicted from position k − 1.
+        where = labels[:, 1:] != -100
+        sequence_index, position = where.nonzero(as_tuple=True)
+        targets = labels[:, 1:][where]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._plain_head:
+            hidden = self.hf.base_model(**inputs).last_hidden_state
+            logits = self.hf.get_output_embeddings()(hidden[sequence_index, position])
+        else:
+            logits = self.hf(**inputs).logits[sequence_index, position]
+        return Answers(logits, targets, sequence_index, labels.shape[0])
+
+
+def _inside_package(text: str) -> Path:
+    name, _, inner = text.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if inner and (found := Path(folder) / inner).exists():
+            return found
+    raise UserError("checkpoint", text, f"package:NAME/FILE of an installed Python package ({name} has no such file)")
+
+
+def _converted_gguf(path: Path) -> Path:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    root = Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()
+    target = root / f"{path.stem}-{digest.hexdigest()[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        from transformers import GgufConfig
+
+        config: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
+    except ImportError:  # transformers < 5.20 dequantises without being asked
+        config = {}
+    try:
+        folder, file_name = str(path.parent), path.name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32, **config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        allowed = f"a GGUF file transformers can read; needs the extra [gguf] ({_first_line(error)})"
+        raise UserError("checkpoint", str(path), allowed) from error
+    # What was loaded are plain float weights; the note on how they came about would make the saved copy unloadable.
+    for holder in (model.config, model):
+        if hasattr(holder, "quantization_config"):
+            delattr(holder, "quantization_config")
+    model.hf_quantizer = None
+    model.is_quantized = False
+    root.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        # Two first users at once: the second finds the directory in place and keeps the first's.
+        if not target.exists():
+            partial.chmod(0o755)
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
+    """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say.
+
+    Example:
+        >>> context_length("tiny")
+        128
+    """
+    config = AutoConfig.from_pretrained(resolve_checkpoint(checkpoint), trust_remote_code=False)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,210 @@
+"""What all unlearning objectives share: loading, the training step, the optimiser, the regulariser's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.losses import Answers, answer_nll
+from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.regularizers import Regularizer
+
+Part = Mapping[str, Tensor]
+
+
+class StepMemory:
+    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps.
+
+    Example:
+        >>> memory = StepMemory()
+        >>> with memory:
+        ...     part = {}
+        ...     memory.recall(part, lambda part: object()) is memory.recall(part, lambda part: object())
+        True
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Part, Answers]] | None = None
+
+    def __enter__(self) -> None:
+        self._known = {}
+
+    def __exit__(self, *_: object) -> None:
+        self._known = None
+
+    def recall(self, part: Part, run: Callable[[Part], Answers]) -> Answers:
+        """The answers to ``part``, run at most once within a step."""
+        if self._known is None:
+            return run(part)
+        # The part is kept beside its answers: an identity means nothing once its object is gone.
+        if id(part) not in self._known:
+            self._known[id(part)] = part, run(part)
+        return self._known[id(part)][1]
+
+
+class UnlearningModule(L.LightningModule):
+    """A causal language model and an objective that makes it forget; subclass it and write ``forget_loss``.
+
+    Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
+    labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The loss is
+    ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means, in nats.
+    The module never reads ``trainer.datamodule``.
+
+    Args:
+        checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
+        optimizer: Takes the parameters, gives the optimiser.
+        lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); None for constant.
+        forget_weight: Weight of the forget loss, ≥ 0.
+        retain_weight: Weight of the retain loss, ≥ 0.
+        regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
+            :mod:`lightning_ssiuu.evaluation`); None takes every score the data allows without generating text.
+
+    Raises:
+        UserError: If a weight is negative.
+
+    Example:
+        >>> from lightning_ssiuu.functional.losses import answer_nll
+        >>> class Ascent(UnlearningModule):
+        ...     def forget_loss(self, batch):
+        ...         return -answer_nll(self.answers(batch))
+        >>> module = Ascent(checkpoint="tiny", retain_weight=0.5)
+        >>> module.configure_model()
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> bool(module.forget_loss(part) < 0)
+        True
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "tiny",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        forget_weight: float = 1.0,
+        retain_weight: float = 1.0,
+        regularizer: Regularizer | None = None,
+        gradient_checkpointing: bool = False,
+        scores: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("forget_weight", forget_weight), ("retain_weight", retain_weight)):
+            if not value >= 0:
+                raise UserError(name, value, "a number ≥ 0")
+        self.checkpoint = checkpoint
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.forget_weight, self.retain_weight = forget_weight, retain_weight
+        self.regularizer = regularizer
+        self.gradient_checkpointing = gradient_checkpointing
+        self.scores = scores
+        self.model: AnswerModel | None = None
+        self._step_memory = StepMemory()
+
+    # ---- what a subclass writes -------------------------------------------------------------------------------
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """Loss on the forget part of a batch (scalar, nats); descending it forgets."""
+        raise NotImplementedError(f"{type(self).__name__} has to define forget_loss(batch)")
+
+    def retain_loss(self, batch: Part) -> Tensor:
+        """Loss on the retain part of a batch (scalar, nats); by default its negative log-likelihood."""
+        return answer_nll(self.answers(batch))
+
+    # ---- what it may use --------------------------------------------------------------------------------------
+
+    def answers(self, batch: Part) -> Answers:
+        """Forward pass on a part; within a training step the same part is run once, however often it is asked for."""
+        return self._step_memory.recall(batch, self)
+
+    def forward(self, batch: Part) -> Answers:
+        """Logits at the labelled positions of a part."""
+        if self.model is None:
+            raise RuntimeError("the model is loaded in configure_model(); call it or run under a Trainer first")
+        return self.model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+
+    # ---- Lightning --------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the checkpoint once (Lightning calls this again for every stage)."""
+        if self.model is not None:
+            return
+        self.adopt(AnswerModel(load_model(self.checkpoint)))
+        self.tokenizer = load_tokenizer(self.checkpoint)
+
+    def adopt(self, model: AnswerModel) -> None:
+        """Use a model that is already in memory, as the attacks do to load once and train many times."""
+        self.model = model
+        if self.gradient_checkpointing:
+            model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
+        """The weighted loss; a part that is absent from the batch, or has weight 0, costs nothing."""
+        with self._step_memory:
+            losses: dict[str, Tensor] = {}
+            if "forget" in batch and self.forget_weight > 0:
+                losses["forget_loss"] = self.forget_loss(batch["forget"])
+            if "retain" in batch and self.retain_weight > 0:
+                losses["retain_loss"] = self.retain_loss(batch["retain"])
+            if not losses:
+                raise UserError("batch", sorted(batch), "a part with a weight above 0: forget or retain")
+            loss = sum(getattr(self, name.replace("loss", "weight")) * value for name, value in losses.items())
+            if self.regularizer is not None and "forget" in batch:
+                self.regularizer.collect(self.model, self.answers(batch["forget"]))
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=1)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the regulariser act: gradients are complete here and not yet clipped."""
+        if self.regularizer is not None:
+            figures = self.regularizer.apply(self.model)
+            self.log_dict({f"train/{k}": v for k, v in figures.items()}, batch_size=1)
+
+    def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the scores of the one split in the batch."""
+        self._scorer().update(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``<split>/<score>`` in percent."""
+        self.log_dict({f"{split}/{k}": v for split, s in self._scorer().compute().items() for k, v in s.items()})
+        self._scorer().reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> Any:
+        """The user's optimiser over the parameters that are trained, and the scheduler per step."""
+        if self.model is None:
+            self.configure_model()
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the regulariser's anchor beside the weights."""
+        if self.regularizer is not None:
+            checkpoint["regularizer"] = self.regularizer.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the regulariser's anchor up again."""
+        if self.regularizer is not None and "regularizer" in checkpoint:
+            self.regularizer.load_state_dict(checkpoint["regularizer"])
+
+    def _scorer(self) -> Any:
+        from lightning_ssiuu.evaluation import Scorer
+
+        if getattr(self, "_current_scorer", None) is None:
+            # Not a submodule: its sums are no part of the model's state.
+            object.__setattr__(self, "_current_scorer", Scorer(self.model, self.tokenizer, self.scores))
+        return self._current_scorer
+

@@ -1,0 +1,25 @@
+"""Fine-tuning: learn what the batch holds (before unlearning, for the oracle, and in relearning attacks)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_ssiuu.functional.losses import answer_nll
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+
+
+class FineTuning(UnlearningModule):
+    """Minimises the negative log-likelihood of every part of the batch.
+
+    Use it with ``train_on: all`` to teach a model the data before unlearning, with ``train_on: retain`` to make the
+    oracle (the model that never saw the forget set), and under a :class:`~lightning_ssiuu.RelearnDataModule` to attack.
+
+    Example:
+        >>> module = FineTuning(checkpoint="tiny", retain_weight=1.0)
+        >>> module.retain_weight
+        1.0
+    """
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """Negative log-likelihood: this objective learns whatever it is given."""
+        return answer_nll(self.answers(batch))

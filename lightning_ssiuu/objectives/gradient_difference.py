@@ -1,0 +1,22 @@
+"""Gradient difference (GD): gradient ascent on the forget set, descent on the retain set."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_ssiuu.functional.losses import gradient_ascent
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+
+
+class GradientDifference(UnlearningModule):
+    """``forget_weight · (−NLL_forget) + retain_weight · NLL_retain`` (Liu et al., arXiv 2203.12817).
+
+    Example:
+        >>> module = GradientDifference(checkpoint="tiny", forget_weight=0.5)
+        >>> module.forget_weight, module.retain_weight
+        (0.5, 1.0)
+    """
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """Minus the negative log-likelihood, in nats (unbounded below)."""
+        return gradient_ascent(self.answers(batch))

@@ -1,0 +1,46 @@
+"""Where a result comes from: versions, seed, hashes of configuration and data, device, time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+_PACKAGES = ("lightning-ssiuu", "torch", "lightning", "transformers", "torchmetrics", "datasets", "safetensors")
+
+
+def provenance(
+    wall_s: float, device: torch.device | str, config: str | None = None, data_sha256: str | None = None
+) -> dict[str, Any]:
+    """The ``provenance`` block of every JSON file; holds no path, host name or data-set text.
+
+    Args:
+        wall_s: Seconds the command took.
+        device: Where the model was.
+        config: The resolved configuration as text, hashed.
+        data_sha256: The data module's ``content_sha256()``.
+
+    Example:
+        >>> block = provenance(1.25, "cpu", config="seed: 0")
+        >>> block["device"], block["wall_s"], len(block["config_sha256"])
+        ('cpu', 1.2, 64)
+    """
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # e.g. run from a source tree that is not installed
+            continue
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return {
+        "versions": versions,
+        "seed": int(seed) if seed is not None else None,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest() if config is not None else None,
+        "data_sha256": data_sha256,
+        "device": str(device),
+        "wall_s": round(wall_s, 1),
+    }

@@ -1,0 +1,280 @@
+"""SSIUU's regulariser: penalise what makes negative attribution grow, on top of any objective.
+
+Source: arXiv 2509.22263, Eqs. 12 to 14 and Algorithm 1, at parameter level and first order.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.attribution import TARGETS, Target, target_logps
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.sites import neuron_sites, select_sites
+
+# Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
+_CHUNK = 1 << 24
+
+
+class Regularizer(ABC):
+    """What an objective expects of its ``regularizer``: collect per micro-batch, act once per optimiser step.
+
+    Example:
+        >>> class Halve(Regularizer):
+        ...     def collect(self, model, answers): ...
+        ...     def apply(self, model):
+        ...         for parameter in model.parameters():
+        ...             parameter.grad.mul_(0.5)
+        ...         return {}
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> layer(torch.ones(1, 1)).backward()
+        >>> Halve().apply(layer), layer.weight.grad
+        ({}, tensor([[0.5000]]))
+    """
+
+    @abstractmethod
+    def collect(self, model: nn.Module, answers: Answers) -> None:
+        """See a micro-batch's forget answers, graph attached, before the loss is differentiated."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> dict[str, float]:
+        """Change the parameters' ``.grad`` before clipping and the optimiser step; returns figures to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of an interrupted run."""
+
+
+class AttributionRegularizer(Regularizer):
+    """Adds ``2λ (A_t − A_anchor) g`` to the gradient of every parameter whose attribution ``A_t = φ g`` is negative.
+
+    ``g = Σ_b ∂P_b/∂φ`` over the forget sequences of an optimiser step, P_b the probability of answer b; both g and A are
+    held constant (first order). The first step has no anchor and hence no penalty. g is taken by a backward pass of its
+    own through the objective's forward pass, which is right under one process, DDP and FSDP2 alike; it is summed over
+    micro-batches and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
+
+    Args:
+        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
+        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to ``weight``
+            times the norm of the objective's gradient: the literal λ depends on the model's size and on P and can be
+            negligible.
+        anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
+            the first step, where the weights are still the original model's. Either is a value on that step's batch.
+        target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
+            :func:`lightning_ssiuu.functional.attribution.target_logps`.
+        modules: Restrict to the weights of these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None means every
+            parameter, embeddings and norms included.
+
+    Raises:
+        UserError: If an argument is outside its range or names no module.
+
+    Example:
+        >>> AttributionRegularizer(weight=-1.0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: regularizer.weight: got -1.0, allowed: a finite number ≥ 0
+    """
+
+    def __init__(
+        self,
+        weight: float = 1e-3,
+        weight_mode: Literal["absolute", "relative"] = "absolute",
+        anchor: Literal["previous", "original"] = "previous",
+        target: Target = "sequence",
+        modules: list[str] | None = None,
+    ) -> None:
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise UserError("regularizer.weight", weight, "a finite number ≥ 0")
+        for name, value, allowed in (
+            ("weight_mode", weight_mode, ("absolute", "relative")),
+            ("anchor", anchor, ("previous", "original")),
+            ("target", target, TARGETS),
+        ):
+            if value not in allowed:
+                raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")
+        self.weight, self.weight_mode, self.anchor, self.target = weight, weight_mode, anchor, target
+        self.modules = modules
+        self._gradients: list[Tensor] | None = None  # g / e^scale, summed over the micro-batches of this step
+        self._scale = -math.inf
+        self._anchor: list[Tensor] | None = None  # A / e^anchor_scale
+        self._anchor_scale = -math.inf
+        self._warned: set[str] = set()
+
+    def collect(self, model: nn.Module, answers: Answers) -> None:
+        """Add this micro-batch's ``Σ_b ∂P_b/∂φ``, leaving ``.grad`` and the graph as they were.
+
+        Args:
+            model: The model the answers came from (transformers model inside, or any module for ``modules=None``).
+            answers: Forward pass on the forget part.
+        """
+        if self.weight == 0:
+            return
+        logps = target_logps(answers, self.target)
+        self._warn(logps.detach())
+        scale = max(self._scale, _reduced(logps.detach().max(), dist.ReduceOp.MAX if dist.is_available() else None))
+        parameters = self._parameters(model)
+        stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+        for parameter, _ in stash:
+            parameter.grad = None
+        try:
+            # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
+            ((logps.detach() - scale).exp() * logps).sum().backward(retain_graph=True)
+            fresh = [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in parameters]
+        finally:
+            for parameter, gradient in stash:
+                parameter.grad = gradient
+        wide = [_wide(gradient) for gradient in fresh]
+        if self._gradients is None:
+            self._gradients = wide
+        else:
+            torch._foreach_mul_(self._gradients, math.exp(self._scale - scale))
+            torch._foreach_add_(self._gradients, wide)
+        self._scale = scale
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> dict[str, float]:
+        """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget g.
+
+        Returns:
+            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over all
+            regularised parameters, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
+        """
+        if self._gradients is None:
+            return {}
+        parameters = self._parameters(model)
+        gradients, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
+        _sum_over_ranks(parameters, gradients)
+        first = self._anchor is None
+        top = max(scale, self._anchor_scale)
+        anchor = self._anchor if self._anchor is not None else [torch.empty(0)] * len(parameters)
+        now, negative, square = math.exp(scale - top), 0, 0.0
+        then = 0.0 if first else math.exp(self._anchor_scale - top)
+        kept: list[Tensor] = []
+        for part in _chunks(gradients):
+            g = gradients[part]
+            attribution = torch._foreach_mul(g, [_wide(_local(p)) for p in parameters[part]])
+            inside = [a < 0 for a in attribution]
+            negative += sum(int(mask.sum()) for mask in inside)
+            if not first:
+                growth = torch._foreach_mul(attribution, now)
+                torch._foreach_add_(growth, anchor[part], alpha=-then)
+                torch._foreach_mul_(g, growth)
+                torch._foreach_mul_(g, [mask.to(x.dtype) for mask, x in zip(inside, g, strict=True)])
+                square += sum(float(n) ** 2 for n in torch._foreach_norm(g))
+            kept += attribution
+        if first or self.anchor == "previous":
+            self._anchor, self._anchor_scale = kept, scale
+        figures = {"negative_share": 100 * negative / max(sum(g.numel() for g in gradients), 1)}
+        figures["max_log_probability"] = scale
+        if first:
+            return figures
+        sharded = any(hasattr(p, "to_local") for p in parameters)
+        objective = math.sqrt(_reduced_square(_square(p for p in model.parameters() if p.grad is not None), sharded))
+        raw = math.sqrt(_reduced_square(square, sharded))
+        if self.weight_mode == "absolute":
+            coefficient = math.exp(math.log(2 * self.weight) + scale + top)
+        else:
+            coefficient = self.weight * objective / raw if raw > 0 else 0.0
+        for parameter, penalty in zip(parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            local = _local(parameter.grad)
+            local.add_(penalty.to(local.dtype), alpha=coefficient)
+        return figures | {"objective_gradient_norm": objective, "penalty_gradient_norm": coefficient * raw}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchor and its scale; between optimiser steps there is nothing else."""
+        return {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the anchor of an interrupted run."""
+        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
+
+    def _parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        if self.modules is None:
+            return [p for p in model.parameters() if p.requires_grad]
+        hf = getattr(model, "hf", model)
+        sites = neuron_sites(hf)
+        chosen = {site.key for site in select_sites(sites, self.modules, "regularizer.modules")}
+        found: dict[nn.Parameter, None] = {}
+        for name in dict.fromkeys(site.module_name for site in sites if site.key in chosen):
+            sharing = {site.key for site in sites if site.module_name == name}
+            if not sharing <= chosen:
+                allowed = f"all kinds of the fused projection together: {sorted(kind for _, kind in sharing)}"
+                raise UserError("regularizer.modules", self.modules, allowed)
+            found |= dict.fromkeys(p for p in hf.get_submodule(name).parameters() if p.requires_grad)
+        return list(found)
+
+    def _warn(self, logps: Tensor) -> None:
+        highest = logps.max().exp().item()
+        if logps.mean().exp() > 0.99:
+            self._warn_once("saturated", "answers are saturated (mean P > 0.99): ∂P and hence attributions are near 0")
+        elif highest < 1e-6 and self.weight_mode == "absolute":
+            advice = 'weight_mode "relative" or target "length_normalised" keeps the penalty alive'
+            self._warn_once("vanished", f"all answers have P < 1e-6: the absolute penalty has vanished; {advice}")
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"AttributionRegularizer: {text}", stacklevel=3)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: bfloat16 would flip the sign of one attribution in fifty."""
+    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    start = size = 0
+    for index, tensor in enumerate(tensors):
+        if size and size + tensor.numel() > _CHUNK:
+            yield slice(start, index)
+            start, size = index, 0
+        size += tensor.numel()
+    if start < len(tensors):
+        yield slice(start, len(tensors))
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _reduced(value: Tensor, operation: Any) -> float:
+    if _world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, op=operation)
+    return value.item()
+
+
+def _reduced_square(square: float, sharded: bool) -> float:
+    # Shards hold parts of the squared norm; replicas hold all of it each.
+    return _reduced(torch.tensor(square, dtype=torch.float64), dist.ReduceOp.SUM) if sharded else square
+
+
+def _square(parameters: Iterator[nn.Parameter]) -> float:
+    return sum(float(n) ** 2 for n in torch._foreach_norm([_wide(_local(p.grad)) for p in parameters]))
+
+
+def _sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    if (world_size := _world_size()) == 1:
+        return
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if hasattr(parameter, "to_local"):
+            gradient.mul_(world_size)  # FSDP2 has already averaged it
+        else:
+            dist.all_reduce(gradient)  # DDP never saw it
