@@ -71,7 +71,9 @@ directory with safetensors weights, a .gguf file, or a hub id
     return text
 
 
-def load_model(checkpoint: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    checkpoint: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> PreTrainedModel:
     """Load a causal language model: safetensors only, no remote code, cache off, every parameter trainable.
 
     Args:

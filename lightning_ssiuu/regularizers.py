@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.functional.attribution import TARGETS, Target, target_logps
+from lightning_ssiuu.functional.attribution import target_logps
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.sites import neuron_sites, select_sites
 
@@ -91,7 +91,7 @@ class AttributionRegularizer(Regularizer):
         weight: float = 1e-3,
         weight_mode: Literal["absolute", "relative"] = "absolute",
         anchor: Literal["previous", "original"] = "previous",
-        target: Target = "sequence",
+        target: Literal["sequence", "length_normalised"] = "sequence",
         modules: list[str] | None = None,
     ) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
@@ -99,10 +99,12 @@ class AttributionRegularizer(Regularizer):
         for name, value, allowed in (
             ("weight_mode", weight_mode, ("absolute", "relative")),
             ("anchor", anchor, ("previous", "original")),
-            ("target", target, TARGETS),
+            ("target", target, ("sequence", "length_normalised")),
         ):
             if value not in allowed:
                 raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")
+        if modules is not None and not modules:
+            raise UserError("regularizer.modules", modules, "null, or at least one module to restrict to")
         self.weight, self.weight_mode, self.anchor, self.target = weight, weight_mode, anchor, target
         self.modules = modules
         self._gradients: list[Tensor] | None = None  # g / e^scale, summed over the micro-batches of this step

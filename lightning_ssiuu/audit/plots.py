@@ -15,7 +15,10 @@ from lightning_ssiuu.functional.influence import InfluenceVariation, cumulative_
 from lightning_ssiuu.sites import KINDS
 
 _PLUS, _MINUS = "#1b7f79", "#b3402f"
-_PANELS = (("d_plus", "D⁺: positive influence lost (erased)", "GnBu"), ("d_minus", "D⁻: negative influence gained (hidden)", "OrRd"))
+_PANELS = (
+    ("d_plus", "D⁺: positive influence lost (erased)", "GnBu"),
+    ("d_minus", "D⁻: negative influence gained (hidden)", "OrRd"),
+)
 
 
 def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, top: int = 100) -> None:

@@ -96,9 +96,7 @@ class RunReport(L.Callback):
             "score": main,
             "before": _block(self.before, main) | {"influence": dict.fromkeys(zero, 0.0)},
             "after": _block(self.after, main) | {"influence": zero},
-            "provenance": provenance(
-                time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256
-            ),
+            "provenance": provenance(time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256),
         }
 
 

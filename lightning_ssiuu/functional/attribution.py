@@ -20,18 +20,21 @@ from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.sites import NeuronSite
 
-Target = Literal["sequence", "length_normalised"]
-TARGETS: tuple[Target, ...] = ("sequence", "length_normalised")
+Target = Literal["sequence", "length_normalised", "log_probability"]
+TARGETS: tuple[Target, ...] = ("sequence", "length_normalised", "log_probability")
 
 
 def target_logps(answers: Answers, target: Target) -> Tensor:
     """Log of the probability that is attributed: ``[B]`` values in nats.
 
+    Every attribution of P carries the factor P. Where unlearning has pushed P to almost nothing, so are all
+    attributions, negative ones included: D⁻ then vanishes although nothing was erased. ``"log_probability"`` has no such
+    factor and stays informative there.
+
     Args:
         answers: A forward pass.
-        target: ``"sequence"`` for log P(y|x), the paper's; ``"length_normalised"`` for log P(y|x)^{1/T}, T the number
-            of answer tokens. P of a long answer is tiny after unlearning and all its attributions with it; P^{1/T} is
-            comparable between lengths and between models.
+        target: ``"sequence"`` for P(y|x), the paper's; ``"length_normalised"`` for P(y|x)^{1/T}, T the number of answer
+            tokens, comparable between lengths; ``"log_probability"`` for log P(y|x) / T.
 
     Raises:
         UserError: If the target is unknown.
@@ -146,7 +149,8 @@ def neuron_attribution(
         target: See :func:`target_logps`.
 
     Returns:
-        Aggregates in units of probability (P is in [0, 1]); positive values push the answer up.
+        Aggregates in units of probability (P is in [0, 1]), or of nats per token for ``"log_probability"``; positive
+        values push the answer up.
 
     Example:
         >>> from lightning_ssiuu.models import load_model
@@ -207,12 +211,13 @@ def _attribute_batch(
         # Examples do not interact, so the gradient of the sum holds each example's own gradient. Asking for the
         # embeddings' gradient alone leaves the parameters out of the graph walk: no .grad is touched.
         torch.autograd.grad(logps.sum(), start)
-    probability = logps.detach().double().exp().unsqueeze(-1)
+    logps = logps.detach().double()
+    factor = (torch.ones_like(logps) if target == "log_probability" else logps.exp()).unsqueeze(-1)
     result.add(
-        {key: value.double() * probability for key, value in maxima.items()},
-        {key: value.double() * probability for key, value in minima.items()},
+        {key: value.double() * factor for key, value in maxima.items()},
+        {key: value.double() * factor for key, value in minima.items()},
     )
-    result.log_probabilities += logps.detach().double().tolist()
+    result.log_probabilities += logps.tolist()
 
 
 @contextmanager

@@ -121,7 +121,9 @@ class SpuriousNeuron:
     z: float
 
 
-def spurious_neurons(forget: InfluenceVariation, retain: InfluenceVariation, alpha: float = 1e-3) -> list[SpuriousNeuron]:
+def spurious_neurons(
+    forget: InfluenceVariation, retain: InfluenceVariation, alpha: float = 1e-3
+) -> list[SpuriousNeuron]:
     """Flag neurons whose D⁻ on the forget set exceeds what the retain set shows for the same kind of module.
 
     The retain set was not to be unlearned, so its D⁻ is what training moves anyway: taking its (1 − α) quantile over all

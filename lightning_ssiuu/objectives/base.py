@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, answer_nll
@@ -135,12 +136,12 @@ class UnlearningModule(L.LightningModule):
         """Load the checkpoint once (Lightning calls this again for every stage)."""
         if self.model is not None:
             return
-        self.adopt(AnswerModel(load_model(self.checkpoint)))
-        self.tokenizer = load_tokenizer(self.checkpoint)
+        self.adopt(AnswerModel(load_model(self.checkpoint)), load_tokenizer(self.checkpoint))
+        self.model.train()
 
-    def adopt(self, model: AnswerModel) -> None:
+    def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use a model that is already in memory, as the attacks do to load once and train many times."""
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         if self.gradient_checkpointing:
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -207,4 +208,3 @@ class UnlearningModule(L.LightningModule):
             # Not a submodule: its sums are no part of the model's state.
             object.__setattr__(self, "_current_scorer", Scorer(self.model, self.tokenizer, self.scores))
         return self._current_scorer
-

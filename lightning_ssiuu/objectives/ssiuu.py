@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel
@@ -65,10 +66,10 @@ class SSIUU(UnlearningModule):
         """The objective whose losses are used."""
         return self._backbone[0]
 
-    def adopt(self, model: AnswerModel) -> None:
+    def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the backbone the same model and the same memory of this step's forward passes."""
-        super().adopt(model)
-        self.backbone.adopt(model)
+        super().adopt(model, tokenizer)
+        self.backbone.adopt(model, tokenizer)
         self.backbone._step_memory = self._step_memory
 
     def forget_loss(self, batch: Part) -> Tensor:

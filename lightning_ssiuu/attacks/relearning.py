@@ -1,0 +1,256 @@
+"""Relearning attacks: fine-tune the unlearned model a little and see whether the secret comes back.
+
+Protocol: arXiv 2509.22263, Sec. 4: the score is the highest forget score seen during the attack, over learning rates, on
+examples the attack did not train on; mean over seeds.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+import lightning as L
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.datamodules import RelearnDataModule
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.evaluation import check_score, evaluate
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.objectives.fine_tuning import FineTuning
+
+
+@dataclass
+class RecoveryCurve:
+    """The forget score along one attack: before it, and after each epoch.
+
+    Args:
+        model: ``"unlearned"`` or ``"oracle"``.
+        kind: ``"harmful"`` or ``"benign"``.
+        p: Attacked fraction of the forget set; None for benign attacks.
+        learning_rate: AdamW's.
+        seed: Of the selection and the order.
+        n_attack: Examples trained on.
+        n_scored: Examples scored.
+        forget_scores: Percent; entry e is the score after e epochs.
+    """
+
+    model: str
+    kind: str
+    p: float | None
+    learning_rate: float
+    seed: int
+    n_attack: int
+    n_scored: int
+    forget_scores: list[float] = field(default_factory=list)
+
+
+class Recorder(L.Callback):
+    """Scores the attacked model before the first step and after every epoch.
+
+    Args:
+        score: A score's name.
+        curve: Receives the scores.
+    """
+
+    def __init__(self, score: str, curve: RecoveryCurve) -> None:
+        self.score, self.curve = score, curve
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the model as it was handed over."""
+        self._record(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the model after an epoch."""
+        self._record(trainer, pl_module)
+
+    def _record(self, trainer: Any, pl_module: Any) -> None:
+        loaders = trainer.datamodule.val_dataloader()
+        scores = evaluate(pl_module.model, pl_module.tokenizer, loaders, [self.score])
+        self.curve.forget_scores.append(scores["forget"][self.score])
+
+
+def relearn(
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RelearnDataModule,
+    learning_rate: float,
+    epochs: int,
+    score: str = "probability",
+    name: str = "unlearned",
+    accelerator: str = "auto",
+) -> RecoveryCurve:
+    """Attack a model in memory once; its weights are the attacked ones afterwards.
+
+    Args:
+        model: The model to attack.
+        tokenizer: Its tokenizer.
+        data: What to train on and what to score.
+        learning_rate: AdamW's, > 0.
+        epochs: Passes over the attack set, ≥ 1.
+        score: A score's name.
+        name: Written into the curve.
+        accelerator: Lightning's.
+
+    Returns:
+        The recovery curve, ``epochs + 1`` values in percent.
+
+    Raises:
+        UserError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> from lightning_ssiuu.models import load_model, load_tokenizer
+        >>> model = AnswerModel(load_model("tiny"))
+        >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.1)
+        >>> curve = relearn(model, load_tokenizer("tiny"), data, learning_rate=1e-4, epochs=1)
+        >>> len(curve.forget_scores), curve.n_attack, curve.n_scored
+        (2, 4, 32)
+    """
+    check_score(score, "score")
+    if not learning_rate > 0:
+        raise UserError("learning_rates", learning_rate, "numbers > 0")
+    if epochs < 1:
+        raise UserError("epochs", epochs, "a number ≥ 1")
+    splits = data.splits
+    p = data.p if data.kind == "harmful" else None
+    curve = RecoveryCurve(name, data.kind, p, learning_rate, data.seed, len(splits.retain), len(splits.forget))
+    module = FineTuning(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0))
+    module.adopt(model, tokenizer)
+    with _quiet_lightning():
+        L.seed_everything(data.seed, verbose=False)
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_epochs=epochs,
+            callbacks=[Recorder(score, curve)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, datamodule=data)
+    return curve
+
+
+class Snapshot:
+    """A model's weights, to be put back in place after each attack: one load serves a whole sweep.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> snapshot = Snapshot(layer)
+        >>> _ = layer.weight.data.add_(1.0)
+        >>> snapshot.restore()
+        >>> bool((layer.weight == snapshot.tensors["weight"]).all())
+        True
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back and drop the gradients."""
+        for name, tensor in self.model.state_dict().items():
+            tensor.copy_(self.tensors[name])
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+
+def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
+    """Score of one attack on one model: per seed the highest forget score over learning rates and epochs.
+
+    Args:
+        curves: All learning rates and seeds of one kind and p, of one model.
+
+    Returns:
+        ``before`` and ``forget_score`` as ``{mean, std, per_seed}`` in percent (std over seeds, n − 1; 0 for one seed),
+        ``best`` (learning rate and epoch of the highest score of all), ``inside_grid``: whether neither lies at the
+        upper end of what was tried, in which case a stronger attack may find more.
+
+    Example:
+        >>> curves = [RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, scores)
+        ...           for rate, scores in ((1e-5, [5.0, 6.0, 6.0]), (1e-4, [5.0, 20.0, 18.0]), (1e-3, [5.0, 9.0, 2.0]))]
+        >>> summary = summarise(curves)
+        >>> summary["forget_score"]["mean"], summary["best"], summary["inside_grid"]
+        (20.0, {'learning_rate': 0.0001, 'epoch': 1}, True)
+    """
+    seeds = sorted({curve.seed for curve in curves})
+    highest = [max(max(c.forget_scores) for c in curves if c.seed == seed) for seed in seeds]
+    before = [next(c.forget_scores[0] for c in curves if c.seed == seed) for seed in seeds]
+    best = max(curves, key=lambda curve: max(curve.forget_scores))
+    epoch = max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)
+    inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < len(best.forget_scores) - 1
+    return {
+        "before": spread(before),
+        "forget_score": spread(highest),
+        "best": {"learning_rate": best.learning_rate, "epoch": epoch},
+        "inside_grid": inside,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """``{mean, std, per_seed}``, std with n − 1.
+
+    Example:
+        >>> spread([1.0, 3.0])
+        {'mean': 2.0, 'std': 1.4142135623730951, 'per_seed': [1.0, 3.0]}
+    """
+    return {
+        "mean": mean(values),
+        "std": stdev(values) if len(values) > 1 else 0.0,
+        "per_seed": list(values),
+    }
+
+
+def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
+    """One row per attack: the unlearned model's summary, the oracle's, and the gap seed by seed.
+
+    Example:
+        >>> curves = [RecoveryCurve(model, "harmful", 0.1, 1e-4, 0, 4, 36, [5.0, top])
+        ...           for model, top in (("unlearned", 30.0), ("oracle", 12.0))]
+        >>> table(curves)[0]["gap"]["mean"]
+        18.0
+    """
+    rows = []
+    for kind, p in dict.fromkeys((curve.kind, curve.p) for curve in curves):
+        mine = [curve for curve in curves if (curve.kind, curve.p) == (kind, p)]
+        row: dict[str, Any] = {"kind": kind, "p": p, "n_attack": mine[0].n_attack, "n_scored": mine[0].n_scored}
+        for name in dict.fromkeys(curve.model for curve in mine):
+            row[name] = summarise([curve for curve in mine if curve.model == name])
+        if "oracle" in row and "unlearned" in row:
+            pairs = zip(
+                row["unlearned"]["forget_score"]["per_seed"], row["oracle"]["forget_score"]["per_seed"], strict=True
+            )
+            row["gap"] = spread([ours - oracle for ours, oracle in pairs])
+        rows.append(row)
+    return rows
+
+
+def curve_dicts(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
+    """The curves as plain dictionaries for ``attack.json``."""
+    return [asdict(curve) for curve in curves]
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """A sweep makes a Trainer per attack; their banners and tips would drown the progress bar."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

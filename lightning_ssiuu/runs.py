@@ -1,0 +1,72 @@
+"""Find what a finished run knows about itself: its data section, its score, where results belong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
+from lightning_ssiuu.errors import UserError
+
+
+def run_of(model: str) -> Path | None:
+    """The run directory a saved model lies in, or None for a model that ``fit`` did not write.
+
+    Example:
+        >>> run_of("tiny") is None
+        True
+    """
+    parent = Path(model).absolute().parent
+    return parent if (parent / "config.yaml").is_file() and (parent / "metrics.json").is_file() else None
+
+
+def output_directory(model: str, output: str | None) -> Path:
+    """Where results on a saved model go: ``output``, else beside it in its run.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    if output is not None:
+        return Path(output)
+    if (run := run_of(model)) is None:
+        raise UserError("output", None, "a directory: the model is not part of a run that results could be put beside")
+    return run
+
+
+def run_score(model: str, default: str = "probability") -> str:
+    """The score a run was stopped by, as written in its ``metrics.json``."""
+    run = run_of(model)
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["score"] if run else default
+
+
+def run_data(model: str, data: UnlearningDataModule | None) -> UnlearningDataModule:
+    """The data module to judge a model by: the one given, else its run's, else the embedded facts.
+
+    Whatever training set the run's data module was told to serve, and whatever tokenizer, what comes back has the
+    saved model's tokenizer.
+
+    Raises:
+        UserError: If the run's configuration names no data module that can be built.
+    """
+    if data is None:
+        run = run_of(model)
+        data = Facts(tokenizer=model) if run is None else _from_config(run / "config.yaml")
+    if isinstance(data.tokenizer_or_name, str):
+        data.tokenizer_or_name = model
+    return data
+
+
+def _from_config(path: Path) -> UnlearningDataModule:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    section: Any = yaml.safe_load(path.read_text(encoding="utf-8")).get("data")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(UnlearningDataModule, "data")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"data": section})).data
+    except (ArgumentError, AttributeError, TypeError) as error:
+        allowed = "data given explicitly: the run's configuration names a data module that cannot be built here"
+        raise UserError("data", str(path), allowed) from error

@@ -1,0 +1,466 @@
+"""The attribution regulariser against a slow reference written from the formulas of arXiv 2509.22263, Eqs. 12 to 14."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from model_toys import (
+    Recorder,
+    answer_model,
+    bare_trainer,
+    batch,
+    distance,
+    equal,
+    example_log_probability,
+    loader,
+    part,
+    random_model,
+    weights,
+)
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.objectives.gradient_ascent import GradientAscent
+from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+from lightning_ssiuu.objectives.ssiuu import SSIUU
+from lightning_ssiuu.regularizers import AttributionRegularizer
+
+LR = 0.02
+WEIGHT = 1e4
+
+
+class Reference:
+    """The formulas, one example at a time, nothing clever."""
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        weight: float,
+        mode: str,
+        anchor: str,
+        target: str,
+        names: str = "",
+        forget_only: bool = False,
+    ) -> None:
+        self.hf, self.weight, self.mode, self.anchor, self.target = copy.deepcopy(hf), weight, mode, anchor, target
+        self.named = dict(self.hf.named_parameters())
+        self.regularized = [name for name in self.named if names in name]
+        self.before: dict[str, Tensor] | None = None
+        self.forget_only = forget_only
+
+    def grad(self, value: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.named, torch.autograd.grad(value, list(self.named.values())), strict=True))
+
+    def nll(self, some: dict[str, Tensor]) -> Tensor:
+        rows = [example_log_probability(self.hf, some, row) for row in range(len(some["input_ids"]))]
+        return torch.stack([-logp / n for logp, n in rows]).mean()
+
+    def step(self, micro: Sequence[dict[str, Any]], clip: float | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns (penalty alone, everything) and takes an SGD step."""
+        total = {name: torch.zeros_like(p) for name, p in self.named.items()}
+        g = {name: torch.zeros_like(p) for name, p in self.named.items()}
+        for one in micro:
+            loss = -self.nll(one["forget"]) + (0 if self.forget_only else self.nll(one["retain"]))
+            for name, value in self.grad(loss / len(micro)).items():
+                total[name] += value
+            for row in range(len(one["forget"]["input_ids"])):
+                logp, n = example_log_probability(self.hf, one["forget"], row)
+                probability = (logp if self.target == "sequence" else logp / n).exp()
+                for name, value in self.grad(probability).items():
+                    g[name] += value
+        now = {name: p.detach() * g[name] for name, p in self.named.items()}
+        penalty = {name: torch.zeros_like(p) for name, p in self.named.items()}
+        if self.before is not None:
+            for name in self.regularized:
+                penalty[name] = 2 * (now[name] - self.before[name]) * g[name] * (now[name] < 0)
+            if self.mode == "absolute":
+                factor = self.weight
+            else:
+                factor = self.weight * _norm(total.values()) / _norm(penalty.values())
+            penalty = {name: factor * value for name, value in penalty.items()}
+        if self.before is None or self.anchor == "previous":
+            self.before = now
+        total = {name: value + penalty[name] for name, value in total.items()}
+        if clip is not None:
+            scale = min(1.0, clip / (_norm(total.values()) + 1e-6))
+            total = {name: value * scale for name, value in total.items()}
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p -= LR * total[name]
+        return list(penalty.values()), list(total.values())
+
+
+def _norm(values: Any) -> float:
+    return math.sqrt(sum(float(v.double().square().sum()) for v in values))
+
+
+def trained(module: Any, model: AnswerModel, batches: Sequence[Any], steps: int, **kwargs: Any) -> list[list[Tensor]]:
+    """Train through a real Trainer; gradients as the optimiser saw them, per step."""
+    log: list[list[Tensor]] = []
+    module.optimizer = lambda params: Recorder(params, lr=LR, log=log)
+    module.adopt(model, None)
+    model.train()
+    bare_trainer(steps, **kwargs).fit(module, loader(batches))
+    return log
+
+
+def compared(
+    accumulate: int = 1,
+    clip: float | None = None,
+    mode: str = "absolute",
+    anchor: str = "previous",
+    target: str = "sequence",
+    modules: list[str] | None = None,
+    names: str = "",
+    objective: type = SSIUU,
+    **kwargs: Any,
+) -> tuple[list[float], list[float]]:
+    """Train five steps; per step, error of the whole gradient, and the penalty's share of it in the reference."""
+    # The random model's probabilities are small: λ is chosen so that the penalty is as large as the objective's part.
+    weight = {"absolute": WEIGHT if target == "sequence" else 100.0, "relative": 0.7}[mode]
+    steps, model = 5, answer_model(**kwargs)
+    reference = Reference(model.hf, weight, mode, anchor, target, names, objective is GradientAscent)
+    batches = [batch(n) for n in range(steps * accumulate)]
+    module = objective(regularizer=AttributionRegularizer(weight, mode, anchor, target, modules))
+    log = trained(module, model, batches, steps, accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+    errors, shares = [], []
+    assert len(log) == steps
+    for number, gradients in enumerate(log):
+        penalty, total = reference.step(batches[number * accumulate : (number + 1) * accumulate], clip)
+        errors.append(distance(gradients, total))
+        shares.append(_norm(penalty) / _norm(total))
+    return errors, shares
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("target", ["sequence", "length_normalised"])
+@pytest.mark.parametrize("anchor", ["previous", "original"])
+def test_gradient_equals_the_formulas(anchor: str, target: str, accumulate: int) -> None:
+    errors, shares = compared(accumulate, anchor=anchor, target=target)
+    assert max(errors) < 1e-10
+    assert shares[0] == 0
+    assert min(shares[1:]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"mode": "relative"},
+        {"mode": "relative", "accumulate": 3, "anchor": "original"},
+        {"tie_word_embeddings": False},
+        {"clip": 0.1},
+        {"clip": 0.1, "mode": "relative", "accumulate": 2},
+        {"objective": GradientAscent},
+        {"modules": ["mlp_up"], "names": "mlp.up_proj"},
+        {"modules": ["layer1.attn_q"], "names": "layers.1.self_attn.q_proj", "mode": "relative"},
+        {"name": "gpt2"},
+        {"name": "gpt_neox", "mode": "relative"},
+    ],
+    ids=str,
+)
+def test_gradient_equals_the_formulas_in_other_settings(case: dict[str, Any]) -> None:
+    errors, shares = compared(**case)
+    assert max(errors) < 1e-10
+    assert shares[0] == 0
+    assert min(shares[1:]) > 1e-3
+
+
+def test_chunks_of_parameters_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_ssiuu.regularizers._CHUNK", 100)
+    errors, _ = compared()
+    assert max(errors) < 1e-10
+
+
+def test_recomputed_activations_change_nothing() -> None:
+    logs = []
+    for checkpointing in (False, True):
+        module = SSIUU(regularizer=AttributionRegularizer(WEIGHT), gradient_checkpointing=checkpointing)
+        logs.append(trained(module, answer_model(), [batch(n) for n in range(3)], 3))
+    assert max(distance(a, b) for a, b in zip(*logs, strict=True)) < 1e-12
+
+
+class Split(L.Callback):
+    """The objective's own gradient: callbacks run before the module's hook, in which the regulariser acts."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append([p.grad.clone() for p in pl_module.model.parameters()])
+
+
+@pytest.mark.parametrize("weight", [0.3, 2.0])
+def test_relative_weight_is_the_ratio_of_norms(weight: float) -> None:
+    split = Split()
+    module = SSIUU(regularizer=AttributionRegularizer(weight, "relative"))
+    log = trained(module, answer_model(), [batch(n) for n in range(4)], 4, callbacks=[split])
+    assert equal(split.seen[0], log[0])
+    for own, both in zip(split.seen[1:], log[1:], strict=True):
+        added = [b - a for a, b in zip(own, both, strict=True)]
+        assert _norm(added) == pytest.approx(weight * _norm(own), rel=1e-12)
+
+
+def test_restriction_changes_the_chosen_weights_only() -> None:
+    split, model = Split(), answer_model()
+    module = SSIUU(regularizer=AttributionRegularizer(WEIGHT, modules=["layer0", "mlp_down"]))
+    log = trained(module, model, [batch(n) for n in range(3)], 3, callbacks=[split])
+    names = [name for name, _ in model.named_parameters()]
+    changed = {n for n, a, b in zip(names, split.seen[2], log[2], strict=True) if not torch.equal(a, b)}
+    # norms of block 0 are no neuron sites
+    assert changed == {n for n in names if ("layers.0." in n and "_proj" in n) or "down_proj" in n}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weight_zero_is_the_backbone_bit_for_bit(accumulate: int) -> None:
+    results = []
+    for make in (GradientDifference, lambda: SSIUU(regularizer=AttributionRegularizer(weight=0.0))):
+        model = answer_model(dtype=torch.float32)
+        trained(make(), model, [batch(n) for n in range(6)], 6 // accumulate, accumulate_grad_batches=accumulate)
+        results.append(weights(model))
+    assert equal(*results)
+
+
+def test_the_first_step_is_the_backbone_s_bit_for_bit() -> None:
+    results = []
+    for make in (GradientDifference, lambda: SSIUU(regularizer=AttributionRegularizer(weight=1e6))):
+        model = answer_model(dtype=torch.float32)
+        trained(make(), model, [batch(0)], 1)
+        results.append(weights(model))
+    assert equal(*results)
+
+
+# ---- log space: the regulariser alone, fed with parts of very different probability ------------------------------
+
+
+def penalties(
+    model: AnswerModel, regularizer: AttributionRegularizer, parts: Sequence[Any], own: Sequence[Tensor]
+) -> Any:
+    """What is added to the gradient ``own`` at each step, weights held."""
+    added = []
+    for some in parts:
+        regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]))
+        for p, g in zip(model.parameters(), own, strict=True):
+            p.grad = g.clone().to(p.dtype)
+        figures = regularizer.apply(model)
+        assert all(math.isfinite(value) for value in figures.values())
+        added.append([p.grad - g.to(p.dtype) for p, g in zip(model.parameters(), own, strict=True)])
+    return added
+
+
+def log_space_reference(model: AnswerModel, parts: Sequence[Any]) -> list[tuple[float, list[Tensor]]]:
+    """Per step (log factor, penalty / factor / 2λ) in float64, each example's gradient scaled by its own exponent."""
+    hf, steps, before = copy.deepcopy(model.hf).double(), [], None
+    parameters = list(hf.parameters())
+    for some in parts:
+        logps, gradients = [], []
+        for row in range(len(some["input_ids"])):
+            logp, _ = example_log_probability(hf, some, row)
+            gradients.append(torch.autograd.grad(logp, parameters))
+            logps.append(logp.item())
+        m = max(logps)
+        g = [sum(math.exp(p - m) * x[i] for p, x in zip(logps, gradients, strict=True)) for i in range(len(parameters))]
+        a = [p.detach() * x for p, x in zip(parameters, g, strict=True)]
+        if before is not None:
+            top = max(m, before[0])
+            growth = [
+                math.exp(m - top) * now - math.exp(before[0] - top) * then
+                for now, then in zip(a, before[1], strict=True)
+            ]
+            raw = [d * x * (now < 0) for d, x, now in zip(growth, g, a, strict=True)]
+            steps.append((m + top, raw))
+        before = (m, a)
+    return steps
+
+
+def long_part(answer: int, seed: int) -> dict[str, Tensor]:
+    return part([(3, answer), (2, answer - 1)], seed)
+
+
+@pytest.mark.parametrize("answer", [55, 110])
+def test_float32_is_enough_for_answers_of_tiny_probability(answer: int) -> None:
+    # exp(−200), and exp(−400) whose square is no float64 either
+    model = answer_model(dtype=torch.float32)
+    parts = [long_part(answer, n) for n in range(3)]
+    logps = model(*[parts[0][k] for k in ("input_ids", "attention_mask", "labels")]).logps
+    assert logps.max() < -3 * answer
+    own = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in model.parameters()]
+    regularizer = AttributionRegularizer(1000.0, "relative")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        added = penalties(model, regularizer, parts, own)
+    assert _norm(added[0]) == 0
+    for got, (_, raw) in zip(added[1:], log_space_reference(model, parts), strict=True):
+        assert all(x.isfinite().all() for x in got)
+        expected = [x * 1000 * _norm(own) / _norm(raw) for x in raw]
+        assert distance(got, expected) < 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-10), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("order", [(1, 60, 1), (60, 1, 60), (1, 20, 100)])
+def test_absolute_weight_across_scales(order: tuple[int, ...], dtype: torch.dtype, error: float) -> None:
+    model = answer_model(dtype=dtype)
+    parts = [long_part(max(n, 2), seed) for seed, n in enumerate(order)]
+    reference = log_space_reference(model, parts)
+    zero = [torch.zeros_like(p) for p in model.parameters()]
+    for step, (factor, raw) in enumerate(reference, start=1):
+        weight = min(math.exp(-factor), 1e300)  # brings the penalty back to where float32 can hold it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            regularizer = AttributionRegularizer(1.0)
+            penalties(model, regularizer, parts[:step], zero)
+            regularizer.weight = weight
+            added = penalties(model, regularizer, parts[step : step + 1], zero)
+        expected = [2 * weight * math.exp(factor) * x for x in raw]
+        if _norm(expected) > 0:
+            assert distance(added[-1], expected) < error
+        assert all(x.isfinite().all() for x in added[-1])
+
+
+def test_micro_batches_of_different_scale_sum_up_in_any_order() -> None:
+    model = answer_model()
+    one, two = long_part(2, 0), long_part(40, 1)
+    results = []
+    for order in ((one, two), (two, one)):
+        regularizer = AttributionRegularizer(1.0)
+        for some in order:
+            regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]))
+        regularizer.apply(model)
+        results.append([a * math.exp(regularizer._anchor_scale) for a in regularizer._anchor or []])
+    assert distance(*results) < 1e-13
+
+
+def test_collect_leaves_gradients_and_graph_alone() -> None:
+    model, some = answer_model(), part([(3, 2)])
+    given = [torch.randn_like(p) for p in model.parameters()]
+    for p, g in zip(model.parameters(), given, strict=True):
+        p.grad = g
+    answers = model(some["input_ids"], some["attention_mask"], some["labels"])
+    AttributionRegularizer(1.0).collect(model, answers)
+    assert all(p.grad is g for p, g in zip(model.parameters(), given, strict=True))
+    answers.logps.sum().backward()
+
+
+def test_collect_restores_gradients_after_an_exception() -> None:
+    model, some = answer_model(), part([(3, 2)])
+    given = [torch.randn_like(p) for p in model.parameters()]
+    for p, g in zip(model.parameters(), given, strict=True):
+        p.grad = g
+    answers = model(some["input_ids"], some["attention_mask"], some["labels"])
+
+    def broken(_: Tensor) -> None:
+        raise ZeroDivisionError
+
+    answers.logits.register_hook(broken)
+    with pytest.raises(ZeroDivisionError):
+        AttributionRegularizer(1.0).collect(model, answers)
+    assert all(p.grad is g for p, g in zip(model.parameters(), given, strict=True))
+
+
+def test_frozen_parameters_stay_out() -> None:
+    model = answer_model()
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    log = trained(SSIUU(regularizer=AttributionRegularizer(WEIGHT)), model, [batch(n) for n in range(3)], 3)
+    assert equal(frozen, [p for p in model.parameters() if not p.requires_grad])
+    assert len(log[0]) == sum(p.requires_grad for p in model.parameters())
+
+
+# ---- warnings, errors, state -------------------------------------------------------------------------------------
+
+
+def constant_answers(logp: float, model: AnswerModel) -> Any:
+    from lightning_ssiuu.functional.losses import Answers
+
+    # Two tokens to choose from, the first with probability exp(logp).
+    margin = logp - math.log(-math.expm1(logp))
+    shift = 0 * next(model.parameters()).sum()
+    logits = torch.stack([torch.tensor([margin, 0.0], dtype=torch.float64) + shift])
+    return Answers(logits, torch.tensor([0]), torch.tensor([0]), 1)
+
+
+@pytest.mark.parametrize(
+    ("logp", "mode", "word"),
+    [
+        (-1e-3, "absolute", "saturated"),
+        (-20.0, "absolute", "vanished"),
+        (-20.0, "relative", None),
+        (-1.0, "absolute", None),
+    ],
+)
+def test_warnings_about_the_answers_probability(logp: float, mode: Any, word: str | None) -> None:
+    model, regularizer = answer_model(), AttributionRegularizer(1.0, mode)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            regularizer.collect(model, constant_answers(logp, model))
+    assert [word in str(w.message) for w in caught] == ([True] if word else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"weight": -1e-9}, "regularizer.weight"),
+        ({"weight": math.nan}, "regularizer.weight"),
+        ({"weight": math.inf}, "regularizer.weight"),
+        ({"weight_mode": "both"}, "regularizer.weight_mode"),
+        ({"anchor": "next"}, "regularizer.anchor"),
+        ({"target": "token"}, "regularizer.target"),
+        ({"modules": []}, "regularizer.modules"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        AttributionRegularizer(**arguments)
+    assert caught.value.argument == named
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [("llama", ["mlp"]), ("llama", ["layer2"]), ("llama", [""]), ("gpt2", ["attn_q"]), ("gpt_neox", ["layer0.attn_k"])],
+)
+def test_modules_that_do_not_exist_or_are_fused(name: str, modules: list[str]) -> None:
+    module = SSIUU(regularizer=AttributionRegularizer(1.0, modules=modules))
+    model = answer_model(name)
+    before = weights(model)
+    with pytest.raises(UserError, match=r"regularizer\.modules"):
+        trained(module, model, [batch(0)], 1)
+    assert equal(before, weights(model))
+
+
+def test_an_architecture_without_known_sites_needs_no_modules() -> None:
+    model = AnswerModel(random_model("gemma2"))
+    trained(SSIUU(regularizer=AttributionRegularizer(1.0)), model, [batch(0), batch(1)], 2)
+    with pytest.raises(UserError, match="gemma2"):
+        trained(SSIUU(regularizer=AttributionRegularizer(1.0, modules=["mlp_up"])), model, [batch(0)], 1)
+
+
+def test_resuming_takes_the_anchor_up(tmp_path: Any) -> None:
+    batches = [batch(n) for n in range(6)]
+
+    def module() -> SSIUU:
+        module = SSIUU(regularizer=AttributionRegularizer(WEIGHT))
+        module.optimizer = lambda params: torch.optim.AdamW(params, lr=1e-2)
+        model = answer_model()
+        model.train()
+        module.adopt(model, None)
+        return module
+
+    whole = module()
+    bare_trainer(max_epochs=2).fit(whole, loader(batches[:3]))
+    first = module()
+    trainer = bare_trainer(max_epochs=1)
+    trainer.fit(first, loader(batches[:3]))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second = module()
+    bare_trainer(max_epochs=2).fit(second, loader(batches[:3]), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert equal(weights(whole.model), weights(second.model))
+    assert not equal(weights(first.model), weights(second.model))
