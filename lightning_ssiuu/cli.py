@@ -21,7 +21,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: the data and the threshold have not been checked."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Write, and let the report hash what was written."""
         text = self.parser.dump(self.config, skip_none=False)
         for callback in trainer.callbacks:
@@ -35,8 +35,8 @@ class SaveConfig(SaveConfigCallback):
 class UnlearningCLI(LightningCLI):
     """LightningCLI with this package's callbacks as sections of their own, so that recipes can set them one by one.
 
-    A YAML list is replaced as a whole when recipes are composed; sections are merged key by key. Hence ``attribution:``,
-    ``stopping:``, ``saving:`` and ``report:`` instead of entries under ``trainer.callbacks``.
+    A YAML list is replaced as a whole when recipes are composed; sections are merged key by key. Hence
+    ``attribution:``, ``stopping:``, ``saving:`` and ``report:`` instead of entries under ``trainer.callbacks``.
     """
 
     @staticmethod

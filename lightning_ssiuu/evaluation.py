@@ -256,7 +256,7 @@ def mismatched_level(
 ) -> float:
     """What a score is worth by chance: its value on randomly re-paired questions and answers, in percent.
 
-    The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4; method: mean ROUGE-L recall of mismatched pairs).
+    The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     ROUGE-L compares the answers among themselves; probability and token accuracies ask the model for another
     example's answer. No answer keeps its own question.
 

@@ -41,13 +41,13 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a mapping as indented JSON with a final newline; NaN and infinity are refused, they are not JSON.
+    r"""Write a mapping as indented JSON with a final newline; NaN and infinity are refused, they are not JSON.
 
     Example:
         >>> target = Path(tempfile.mkdtemp()) / "a.json"
         >>> write_json(target, {"n": 1})
         >>> target.read_text()
-        '{\\n  "n": 1\\n}\\n'
+        '{\n  "n": 1\n}\n'
     """
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with written_atomically(path) as temporary:

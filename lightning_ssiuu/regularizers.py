@@ -52,23 +52,23 @@ class Regularizer(ABC):
         """What a resumed run needs, as plain values and tensors."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional, like state_dict
         """Take up the state of an interrupted run."""
 
 
 class AttributionRegularizer(Regularizer):
     """Adds ``2λ (A_t − A_anchor) g`` to the gradient of every parameter whose attribution ``A_t = φ g`` is negative.
 
-    ``g = Σ_b ∂P_b/∂φ`` over the forget sequences of an optimiser step, P_b the probability of answer b; both g and A are
-    held constant (first order). The first step has no anchor and hence no penalty. g is taken by a backward pass of its
-    own through the objective's forward pass, which is right under one process, DDP and FSDP2 alike; it is summed over
-    micro-batches and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
+    ``g = Σ_b ∂P_b/∂φ`` over the forget sequences of an optimiser step, P_b the probability of answer b; both g and A
+    are held constant (first order). The first step has no anchor and hence no penalty. g is taken by a backward pass
+    of its own through the objective's forward pass, which is right under one process, DDP and FSDP2 alike; it is
+    summed over micro-batches and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
 
     Args:
         weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
-        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to ``weight``
-            times the norm of the objective's gradient: the literal λ depends on the model's size and on P and can be
-            negligible.
+        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to
+            ``weight`` times the norm of the objective's gradient: the literal λ depends on the model's size and on P
+            and can be negligible.
         anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
             the first step, where the weights are still the original model's. Either is a value on that step's batch.
         target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
@@ -182,7 +182,7 @@ class AttributionRegularizer(Regularizer):
         if first:
             return figures
         sharded = any(hasattr(p, "to_local") for p in parameters)
-        objective = math.sqrt(_reduced_square(_square(p for p in model.parameters() if p.grad is not None), sharded))
+        objective = math.sqrt(_reduced_square(_square(model.parameters()), sharded))
         raw = math.sqrt(_reduced_square(square, sharded))
         if self.weight_mode == "absolute":
             coefficient = math.exp(math.log(2 * self.weight) + scale + top)
@@ -269,7 +269,8 @@ def _reduced_square(square: float, sharded: bool) -> float:
 
 
 def _square(parameters: Iterator[nn.Parameter]) -> float:
-    return sum(float(n) ** 2 for n in torch._foreach_norm([_wide(_local(p.grad)) for p in parameters]))
+    gradients = [_wide(_local(p.grad)) for p in parameters if p.grad is not None]
+    return math.fsum(float(n) ** 2 for n in torch._foreach_norm(gradients))
 
 
 def _sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:

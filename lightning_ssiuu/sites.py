@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ssiuu.errors import UserError
 
@@ -111,7 +111,7 @@ class NeuronSite:
         return output if self.columns is None else output[..., self.columns.to(output.device)]
 
 
-def neuron_sites(model: nn.Module) -> list[NeuronSite]:
+def neuron_sites(model: Any) -> list[NeuronSite]:
     """List the neuron sites of a transformers causal language model, layer by layer, in the order of :data:`KINDS`.
 
     Args:
@@ -151,7 +151,7 @@ def neuron_sites(model: nn.Module) -> list[NeuronSite]:
     return sites
 
 
-def _out_features(module: nn.Module) -> int:
+def _out_features(module: Any) -> int:
     # Conv1D of GPT-2 stores [in, out] and calls its output size nf.
     return int(module.nf if hasattr(module, "nf") else module.out_features)
 

@@ -129,7 +129,8 @@ def print_attacks(rows: list[dict], score: str, console: Console | None = None) 
     """Print the rows of ``attack.json`` as a table.
 
     Example:
-        >>> cell = {"before": {"mean": 5.0, "std": 0.0}, "forget_score": {"mean": 30.0, "std": 1.0}, "inside_grid": True}
+        >>> cell = {"before": {"mean": 5.0, "std": 0.0}, "forget_score": {"mean": 30.0, "std": 1.0}}
+        >>> cell["inside_grid"] = True
         >>> rows = [{"kind": "harmful", "p": 0.1, "n_attack": 4, "n_scored": 36, "unlearned": cell}]
         >>> print_attacks(rows, "probability", Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
         Highest forget probability under attack, %

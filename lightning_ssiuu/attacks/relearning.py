@@ -1,7 +1,7 @@
 """Relearning attacks: fine-tune the unlearned model a little and see whether the secret comes back.
 
-Protocol: arXiv 2509.22263, Sec. 4: the score is the highest forget score seen during the attack, over learning rates, on
-examples the attack did not train on; mean over seeds.
+Protocol: arXiv 2509.22263, Sec. 4: the score is the highest forget score seen during the attack, over learning rates,
+on examples the attack did not train on; mean over seeds.
 """
 
 from __future__ import annotations

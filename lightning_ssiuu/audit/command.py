@@ -123,8 +123,8 @@ def print_audit(content: dict[str, Any], console: Console | None = None) -> None
     """Print the contents of ``audit.json`` as a table.
 
     Example:
-        >>> content = {"scores": {"original": {"forget": {"probability": 90.0}}, "unlearned": {"forget": {"probability": 9.0}}},
-        ...            "influence": {"unlearned": {"d_plus_total": 1.0, "d_minus_total": 2.0}}}
+        >>> scores = {name: {"forget": {"probability": p}} for name, p in (("original", 90.0), ("unlearned", 9.0))}
+        >>> content = {"scores": scores, "influence": {"unlearned": {"d_plus_total": 1.0, "d_minus_total": 2.0}}}
         >>> print_audit(content, Console(width=60, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
                               original  unlearned
         forget probability        90.0        9.0  %

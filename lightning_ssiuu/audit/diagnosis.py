@@ -119,8 +119,8 @@ def diagnose(original: Examined, changed: Examined, alpha: float = 1e-3) -> Diag
 def attribution_correlation(first: Mapping[str, NeuronAttribution], second: Mapping[str, NeuronAttribution]) -> float:
     """Pearson ρ between the forget-set attributions of two models, over all neurons' positive and negative influence.
 
-    Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5). NaN is never
-    returned: a model without any attribution correlates with nothing, 0.
+    Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5). NaN is
+    never returned: a model without any attribution correlates with nothing, 0.
 
     Example:
         >>> from lightning_ssiuu import Facts

@@ -30,7 +30,7 @@ def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, 
         top: Neurons averaged per module and layer.
     """
     sites = variation.before.sites
-    kinds = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
+    kinds: list[str] = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
     n_layers = 1 + max(site.layer for site in sites)
     means = {n: module_layer_means(variation.before.by_site(getattr(variation, n)), top) for n, _, _ in _PANELS}
     highest = max(max(values.values()) for values in means.values()) or 1.0

@@ -43,7 +43,8 @@ def split_loader(trainer: L.Trainer, split: str) -> Loader | None:
 
 def first_parts(loader: Loader, split: str, n_examples: int) -> list[Mapping[str, Any]]:
     """The parts of a loader's first ``n_examples`` examples, the last one cut to fit."""
-    parts, missing = [], n_examples
+    parts: list[Mapping[str, Any]] = []
+    missing = n_examples
     for batch in islice(loader, n_examples):
         part = {name: value[:missing] for name, value in batch[split].items() if not isinstance(value, Mapping)}
         parts.append(part)

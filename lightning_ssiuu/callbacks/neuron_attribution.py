@@ -49,7 +49,8 @@ class NeuronAttributionCallback(L.Callback):
             callback off.
         every_n_steps: Also measure every so many optimiser steps; None measures only before and after.
         alpha: False-positive rate of the flags, in (0, 1).
-        target: ``"sequence"`` or ``"length_normalised"``, see :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        target: What is attributed: ``"sequence"``, ``"length_normalised"`` or ``"log_probability"``, see
+            :func:`~lightning_ssiuu.functional.attribution.target_logps`.
         method: Attribution method with the signature of
             :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`; None takes activation × gradient.
         write: Whether to write the files.

@@ -46,13 +46,13 @@ class RunReport(L.Callback):
         self.config_text: str | None = None
         self._start = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Score the original model (a resumed run brings its scores along)."""
         self._start = time.monotonic()
         if not self.before:
             self.before = self._evaluate(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Score the trained model and report."""
         self.after = self._evaluate(trainer, pl_module)
         content = self._content(trainer, pl_module)
@@ -69,14 +69,14 @@ class RunReport(L.Callback):
         """Take an interrupted run up."""
         self.before = state_dict["before"]
 
-    def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> Scores:
+    def _evaluate(self, trainer: Any, pl_module: Any) -> Scores:
         names = pl_module.scores
         stopping = _find(trainer, ForgetThresholdStopping)
         if names is not None and stopping and stopping.threshold is not None and stopping.score not in names:
             names = [stopping.score, *names]
         return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names)
 
-    def _content(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    def _content(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         stopping = _find(trainer, ForgetThresholdStopping)
         attribution = _find(trainer, NeuronAttributionCallback)
         measured = next(iter(self.before.values()))
@@ -105,7 +105,7 @@ def _block(scores: Scores, main: str) -> dict[str, Any]:
     return block | {"scores": scores}
 
 
-def _find(trainer: L.Trainer, kind: type[Any]) -> Any:
+def _find(trainer: Any, kind: type[Any]) -> Any:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 

@@ -27,9 +27,9 @@ TARGETS: tuple[Target, ...] = ("sequence", "length_normalised", "log_probability
 def target_logps(answers: Answers, target: Target) -> Tensor:
     """Log of the probability that is attributed: ``[B]`` values in nats.
 
-    Every attribution of P carries the factor P. Where unlearning has pushed P to almost nothing, so are all
-    attributions, negative ones included: D⁻ then vanishes although nothing was erased. ``"log_probability"`` has no such
-    factor and stays informative there.
+    Every attribution of P carries the factor P. Where unlearning has pushed P to almost nothing, all attributions
+    are almost nothing, negative ones included: D⁻ then vanishes although nothing was erased. ``"log_probability"`` has
+    no such factor, but its gradient grows as P falls, also for a model that never knew the answer.
 
     Args:
         answers: A forward pass.
@@ -138,9 +138,9 @@ def neuron_attribution(
 ) -> NeuronAttribution:
     """Attribute the answers' probability to every neuron (arXiv 2509.22263, Eq. 1): one forward, one backward a batch.
 
-    ∂P/∂h is taken as P · ∂log P/∂h, with P applied last, per example, so that a tiny P scales and never underflows inside
-    the backward pass. Tokens that are no input to a prediction (the last answer token, padding) do not count. The
-    model's ``.grad`` fields, mode and hooks are as before on return, also after an exception.
+    ∂P/∂h is taken as P · ∂log P/∂h, with P applied last, per example, so that a tiny P scales and never underflows
+    inside the backward pass. Tokens that are no input to a prediction (the last answer token, padding) do not count.
+    The model's ``.grad`` fields, mode and hooks are as before on return, also after an exception.
 
     Args:
         model: The model; its parameters need not require gradients.

@@ -107,8 +107,9 @@ def module_layer_means(by_site: Mapping[tuple[int, str], Tensor], top: int = 100
 class SpuriousNeuron:
     """A flagged neuron: one line of ``spurious_neurons.csv``.
 
-    ``attribution_before`` and ``attribution_after`` are mean negative influences (mean over forget examples of min_k A);
-    ``z`` says by how many standard deviations of the retain set's D⁻ in the same module its D⁻ lies above their mean.
+    ``attribution_before`` and ``attribution_after`` are mean negative influences (mean over forget examples of
+    min_k A); ``z`` says by how many standard deviations of the retain set's D⁻ in the same module its D⁻ lies above
+    their mean.
     """
 
     module: str
@@ -126,8 +127,8 @@ def spurious_neurons(
 ) -> list[SpuriousNeuron]:
     """Flag neurons whose D⁻ on the forget set exceeds what the retain set shows for the same kind of module.
 
-    The retain set was not to be unlearned, so its D⁻ is what training moves anyway: taking its (1 − α) quantile over all
-    layers of a kind as the threshold sets the false-positive rate to α instead of guessing a cut-off.
+    The retain set was not to be unlearned, so its D⁻ is what training moves anyway: taking its (1 − α) quantile over
+    all layers of a kind as the threshold sets the false-positive rate to α instead of guessing a cut-off.
 
     Args:
         forget: Variation on the forget set.

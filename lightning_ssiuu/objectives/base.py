@@ -53,8 +53,8 @@ class UnlearningModule(L.LightningModule):
     """A causal language model and an objective that makes it forget; subclass it and write ``forget_loss``.
 
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
-    labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The loss is
-    ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means, in nats.
+    labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The
+    loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means, in nats.
     The module never reads ``trainer.datamodule``.
 
     Args:
@@ -84,6 +84,9 @@ class UnlearningModule(L.LightningModule):
         True
     """
 
+    model: AnswerModel
+    tokenizer: PreTrainedTokenizerBase
+
     def __init__(
         self,
         checkpoint: str = "tiny",
@@ -105,7 +108,6 @@ class UnlearningModule(L.LightningModule):
         self.regularizer = regularizer
         self.gradient_checkpointing = gradient_checkpointing
         self.scores = scores
-        self.model: AnswerModel | None = None
         self._step_memory = StepMemory()
 
     # ---- what a subclass writes -------------------------------------------------------------------------------
@@ -126,15 +128,20 @@ class UnlearningModule(L.LightningModule):
 
     def forward(self, batch: Part) -> Answers:
         """Logits at the labelled positions of a part."""
-        if self.model is None:
+        if not self.is_loaded:
             raise RuntimeError("the model is loaded in configure_model(); call it or run under a Trainer first")
         return self.model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a model yet (from ``configure_model`` or ``adopt``)."""
+        return "model" in self._modules
 
     # ---- Lightning --------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Load the checkpoint once (Lightning calls this again for every stage)."""
-        if self.model is not None:
+        if self.is_loaded:
             return
         self.adopt(AnswerModel(load_model(self.checkpoint)), load_tokenizer(self.checkpoint))
         self.model.train()
@@ -181,8 +188,6 @@ class UnlearningModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The user's optimiser over the parameters that are trained, and the scheduler per step."""
-        if self.model is None:
-            self.configure_model()
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer

@@ -44,12 +44,13 @@ class SSIUU(UnlearningModule):
         retain_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
-        weights = {"forget_weight": forget_weight, "retain_weight": retain_weight}
+        weights: dict[str, Any] = {"forget_weight": forget_weight, "retain_weight": retain_weight}
         given = {name: value for name, value in weights.items() if value is not None}
         if backbone is None:
             backbone = GradientDifference(**given)
-        elif given:
-            raise UserError(next(iter(given)), next(iter(given.values())), "unset: give the weights to the backbone")
+        for name, value in given.items():
+            if value != getattr(backbone, name):
+                raise UserError(name, value, "unset beside a backbone: give the weights to the backbone")
         if backbone.regularizer is not None:
             raise UserError("backbone.regularizer", type(backbone.regularizer).__name__, "none: SSIUU brings its own")
         super().__init__(
