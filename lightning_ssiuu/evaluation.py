@@ -24,6 +24,7 @@ from lightning_ssiuu.functional.metrics import (
 )
 from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
 from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.progress import progress
 
 Part = Mapping[str, Tensor]
 Split = Literal["forget", "retain", "test"]
@@ -221,7 +222,7 @@ def evaluate(
     scorer = Scorer(model, tokenizer, scores)
     with untouched(model):
         for loader in loaders:
-            for batch in loader:
+            for batch in progress(loader, "scoring"):
                 scorer.update(batch)
     return scorer.compute()
 

@@ -21,6 +21,7 @@ from lightning_ssiuu.functional.influence import (
     spurious_neurons,
 )
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.progress import progress
 from lightning_ssiuu.sites import neuron_sites
 
 
@@ -72,7 +73,12 @@ def examine(
     measured = evaluate(model, tokenizer, data.val_dataloader(), scores)
     sites = neuron_sites(model.hf)
     attribution = {
-        split: neuron_attribution(model, first_parts(data.eval_dataloader(split), split, probe_examples), sites, target)
+        split: neuron_attribution(
+            model,
+            progress(first_parts(data.eval_dataloader(split), split, probe_examples), f"attribution, {split}"),
+            sites,
+            target,
+        )
         for split in ("forget", "retain")
     }
     return Examined(measured, attribution)

@@ -34,7 +34,7 @@ def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, 
     n_layers = 1 + max(site.layer for site in sites)
     means = {n: module_layer_means(variation.before.by_site(getattr(variation, n)), top) for n, _, _ in _PANELS}
     highest = max(max(values.values()) for values in means.values()) or 1.0
-    figure = Figure(figsize=(5 + 0.35 * n_layers, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.4 + 0.35 * n_layers, 3.2), layout="constrained")
     for axes, (name, title, colours) in zip(figure.subplots(1, 2, sharey=True), _PANELS, strict=True):
         grid = np.full((len(kinds), n_layers), np.nan)
         for (layer, kind), value in means[name].items():

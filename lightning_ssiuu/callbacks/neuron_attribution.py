@@ -26,6 +26,7 @@ from lightning_ssiuu.functional.influence import (
     spurious_neurons,
 )
 from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.progress import progress
 from lightning_ssiuu.sites import NeuronSite, neuron_sites
 
 CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))
@@ -153,7 +154,8 @@ class NeuronAttributionCallback(L.Callback):
 
     def _attribute(self, model: AnswerModel, split: str) -> NeuronAttribution:
         with untouched(model):
-            return self.method(model, self._probes[split], self._sites).over_ranks()
+            parts = progress(self._probes[split], f"attribution, {split}")
+            return self.method(model, parts, self._sites).over_ranks()
 
     def _measure(self, trainer: L.Trainer, model: AnswerModel) -> None:
         before = self._before["forget"]

@@ -1,4 +1,4 @@
-"""What a relearning attack trains on and what it is scored on (arXiv 2509.22263, §6 of its protocol)."""
+"""What a relearning attack trains on and what it is scored on (arXiv 2509.22263, Sec. 4)."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class UnlearningModule(L.LightningModule):
 
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
     labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The
-    loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means, in nats.
+    loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means,
+    in nats.
     The module never reads ``trainer.datamodule``.
 
     Args:
