@@ -14,6 +14,8 @@ _COMMANDS = {
     "audit": ("lightning_ssiuu.audit.command", "erased or hidden? compare a model before and after unlearning"),
 }
 
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
 _USAGE = """usage: lightning-ssiuu COMMAND [options]
 
 {commands}
@@ -23,7 +25,7 @@ _USAGE = """usage: lightning-ssiuu COMMAND [options]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for a mistake of the user's, told in one line.
+    """Run a command; returns the exit status: 0, 2 for a mistake of the user's, told in one line, 130 after Ctrl-C.
 
     Args:
         argv: Arguments without the program's name; None takes the process's.
@@ -51,16 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Callable[[], None]) -> int:
-    from argparse import ArgumentError
-
-    from lightning_ssiuu.errors import UserError
-
     try:
         command()
-    except UserError as error:
-        return _refuse(str(error))
-    except ArgumentError as error:  # jsonargparse's verdict on the configuration, possibly over many lines
-        return _refuse(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except SystemExit as error:  # --help, or Lightning's way out after an interrupt
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return _INTERRUPTED
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:
+        from lightning_ssiuu.mistakes import user_error
+
+        if (mistake := user_error(error)) is None:
+            raise
+        return _refuse(str(mistake))
     return 0
 
 

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.files import refuse_existing, written_atomically
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import check_space, refuse_existing, written_atomically
+from lightning_ssiuu.mistakes import trainer_mistakes
+from lightning_ssiuu.models import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
+from lightning_ssiuu.screen import hide_short_bars, quiet
+
+
+#: What ``fit`` writes beside the model; any of them in the way is a run that must not be overwritten unasked.
+RESULTS = ("metrics.json", "config.yaml", "spurious_neurons.csv", "plots")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -54,12 +62,42 @@ class UnlearningCLI(LightningCLI):
         parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
         parser.link_arguments("model.init_args.checkpoint", "data.init_args.tokenizer")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse what the dispatcher handed over; ``sys.argv`` holds the same, which Lightning would warn about."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer; a device that is not there is the user's mistake."""
+        with trainer_mistakes(self._get(self.config, "trainer", default={})):
+            return super().instantiate_trainer(**kwargs)
+
     def before_fit(self) -> None:
         """Refuse to run into existing results before anything is loaded."""
         config = self.config.fit
         if config.get("ckpt_path") is None:
-            names = [self.config.fit.saving.folder or "model", "metrics.json"]
+            names = [config.saving.folder or "model", *RESULTS]
             refuse_existing("trainer.default_root_dir", self.trainer.default_root_dir, names, config.overwrite)
+        # How much the model takes is asked again when it is known; a directory that cannot be written is told now.
+        check_space("trainer.default_root_dir", self.trainer.default_root_dir, 1 << 20)
+        self._before_any()
+
+    def before_validate(self) -> None:
+        """Check what does not need the weights."""
+        self._before_any()
+
+    def before_test(self) -> None:
+        """Check what does not need the weights."""
+        self._before_any()
+
+    def _before_any(self) -> None:
+        checkpoint = resolve_checkpoint(self.model.checkpoint)
+        hide_short_bars(checkpoint)
+        limit = context_length(checkpoint) if os.path.isdir(checkpoint) else None  # a hub id is not downloaded for this
+        encoder = self.datamodule.encoder
+        if limit is not None and encoder.max_length > limit:  # a tokenizer need not know its model's context
+            if self.datamodule.max_length is not None:
+                raise UserError("data.max_length", self.datamodule.max_length, f"at most {limit}, the model's context")
+            encoder.max_length = limit
 
 
 def run(args: list[str]) -> None:
@@ -80,15 +118,16 @@ def run(args: list[str]) -> None:
         "check_val_every_n_epoch": 1_000_000,
         "log_every_n_steps": 1,
     }
-    UnlearningCLI(
-        UnlearningModule,
-        UnlearningDataModule,
-        save_config_callback=SaveConfig,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        trainer_defaults=defaults,
-        parser_kwargs={"exit_on_error": False},
-        args=args,
-    )
+    with quiet():
+        UnlearningCLI(
+            UnlearningModule,
+            UnlearningDataModule,
+            save_config_callback=SaveConfig,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults=defaults,
+            parser_kwargs={"exit_on_error": False},
+            args=args,
+        )

@@ -124,6 +124,11 @@ class AttributionRegularizer(Regularizer):
             return
         logps = target_logps(answers, self.target)
         self._warn(logps.detach())
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                # FSDP2 leaves its root whole after a forward pass, under parameters that never see a reduced gradient;
+                # resharded, it shows those that do. The backward pass gathers it again.
+                module.reshard()
         scale = max(self._scale, _reduced(logps.detach().max(), dist.ReduceOp.MAX if dist.is_available() else None))
         parameters = self._parameters(model)
         stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
@@ -177,13 +182,14 @@ class AttributionRegularizer(Regularizer):
             kept += attribution
         if first or self.anchor == "previous":
             self._anchor, self._anchor_scale = kept, scale
-        figures = {"negative_share": 100 * negative / max(sum(g.numel() for g in gradients), 1)}
+        sharded = any(hasattr(p, "to_local") for p in parameters)
+        total = _over_shards(sum(g.numel() for g in gradients), sharded)
+        figures = {"negative_share": 100 * _over_shards(negative, sharded) / max(total, 1)}
         figures["max_log_probability"] = scale
         if first:
             return figures
-        sharded = any(hasattr(p, "to_local") for p in parameters)
-        objective = math.sqrt(_reduced_square(_square(model.parameters()), sharded))
-        raw = math.sqrt(_reduced_square(square, sharded))
+        objective = math.sqrt(_over_shards(_square(model.parameters()), sharded))
+        raw = math.sqrt(_over_shards(square, sharded))
         if self.weight_mode == "absolute":
             coefficient = math.exp(math.log(2 * self.weight) + scale + top)
         else:
@@ -263,9 +269,9 @@ def _reduced(value: Tensor, operation: Any) -> float:
     return value.item()
 
 
-def _reduced_square(square: float, sharded: bool) -> float:
-    # Shards hold parts of the squared norm; replicas hold all of it each.
-    return _reduced(torch.tensor(square, dtype=torch.float64), dist.ReduceOp.SUM) if sharded else square
+def _over_shards(value: float, sharded: bool) -> float:
+    # Shards hold parts of a count or a squared norm; replicas hold all of it each.
+    return _reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM) if sharded else value
 
 
 def _square(parameters: Iterator[nn.Parameter]) -> float:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score, evaluate
+from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 
@@ -124,11 +125,28 @@ def relearn(
     module.adopt(model, tokenizer)
     with _quiet_lightning():
         L.seed_everything(data.seed, verbose=False)
-        trainer = L.Trainer(
+        make_trainer(accelerator, epochs, [Recorder(score, curve)]).fit(module, datamodule=data)
+    return curve
+
+
+def make_trainer(accelerator: str, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    """The bare Trainer of an attack.
+
+    Raises:
+        UserError: If the accelerator is not there.
+
+    Example:
+        >>> make_trainer("abacus", 1, [])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: accelerator: got 'abacus', allowed: what this machine has (...)
+    """
+    with trainer_mistakes({"accelerator": accelerator}, prefix=""):
+        return L.Trainer(
             accelerator=accelerator,
             devices=1,
             max_epochs=epochs,
-            callbacks=[Recorder(score, curve)],
+            callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -136,8 +154,6 @@ def relearn(
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
-        trainer.fit(module, datamodule=data)
-    return curve
 
 
 class Snapshot:

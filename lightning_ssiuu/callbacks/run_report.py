@@ -24,7 +24,7 @@ class RunReport(L.Callback):
     """Scores every split before and after training, prints the table and writes ``metrics.json``.
 
     ``forget_score``, ``retain_score`` and ``test_score`` hold the stopping criterion's score (or the first one measured
-    where nothing stops the run), in percent; all others stand under ``scores``. ``test_score`` is the retention score
+    where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score
     of arXiv 2509.22263: on people neither unlearned nor held on to. No data-set text is written.
 
     Args:
@@ -72,7 +72,7 @@ class RunReport(L.Callback):
     def _evaluate(self, trainer: Any, pl_module: Any) -> Scores:
         names = pl_module.scores
         stopping = _find(trainer, ForgetThresholdStopping)
-        if names is not None and stopping and stopping.threshold is not None and stopping.score not in names:
+        if names is not None and stopping and stopping.score not in names:
             names = [stopping.score, *names]
         return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names)
 
@@ -81,7 +81,7 @@ class RunReport(L.Callback):
         attribution = _find(trainer, NeuronAttributionCallback)
         measured = next(iter(self.before.values()))
         main = next(iter(measured))
-        if stopping and stopping.threshold is not None and stopping.score in measured:
+        if stopping and stopping.score in measured:
             main = stopping.score
         if stopping and stopping.stopped:
             stopped_by = f"{stopping.score} <= {stopping.level:.4g} %"

@@ -1,0 +1,182 @@
+"""Turn what jsonargparse and Lightning raise for a user's mistake into one line that names the argument."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from lightning_ssiuu.datamodules.examples import Given
+from lightning_ssiuu.errors import UserError
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
+_NO_CLASS = re.compile(
+    r"Expected a dot import path string: (?P<name>\S+)"
+    r"|Import path (?P<path>\S+) does not correspond to a subclass"
+    r"|(?:[Nn]o module named|has no attribute) '[^']*'.*?(?:class_path=)'(?P<called>[^']+)'"
+)
+_REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is required")
+_UNKNOWN = re.compile(
+    r"[Oo]ption '([^']+)' is not accepted|does not accept option '([^']+)'|arguments: (--?[^\s=]+|\S+)"
+)
+_FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
+_YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
+_TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+_UNION_VALUE = re.compile(r"^\s*Given value: (.*)$", re.MULTILINE)
+_TYPE_NAMES = {
+    "NoneType": "null",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "collections.abc.Sequence": "a list",
+}
+_LONGEST = 300
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The user's mistake behind an exception, or None when it is something else.
+
+    Args:
+        error: What parsing a configuration, or making the objects it describes, raised.
+
+    Example:
+        >>> from argparse import ArgumentError
+        >>> print(user_error(ArgumentError(None, 'Parser key "seed":\\n  Expected a <class \\'int\\'>. Got value: x')))
+        seed: got 'x', allowed: a whole number
+        >>> user_error(RuntimeError("a defect")) is None
+        True
+    """
+    chain = list(_chain(error))
+    if (own := next((one for one in chain if isinstance(one, UserError)), None)) is not None:
+        return own
+    # By name, because jsonargparse's own class derives from argparse's in some versions and replaces it in others.
+    parsed = next((one for one in chain if type(one).__name__ == "ArgumentError"), None)
+    if parsed is None and str(error).startswith("Does not validate against any of the Union"):
+        parsed = error
+    return None if parsed is None else _translate(str(parsed).strip())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _translate(text: str) -> UserError:
+    """Find the innermost complaint of jsonargparse's nested report and the key it belongs to."""
+    path = ".init_args.".join(_KEY.findall(text))
+    inner = _KEY.split(text)[-1]
+    classes = _CLASS.findall(text)
+    prefix = f"{path}.init_args." if path and _CLASS.search(inner) else (f"{path}." if path else "")
+    if found := _REQUIRED.search(inner):
+        names = re.sub(r"\b(fit|validate|test)\.", "", next(filter(None, found.groups())))
+        allowed = "a value on the command line or in a --config file"
+        return UserError(prefix + names, Given("nothing"), allowed)
+    if found := _UNKNOWN.search(inner):
+        name = next(filter(None, found.groups()))
+        allowed = ", ".join(_options(classes[-1])) if classes and prefix else "the options that --help lists"
+        return UserError(prefix + name.lstrip("-"), Given("an option that does not exist"), allowed)
+    if found := _NO_CLASS.search(inner):
+        given = next(filter(None, found.groups()))
+        return UserError(f"{path}.class_path" if path else "class_path", given, _classes(inner))
+    if found := _FILE.search(inner):
+        return UserError(path or "config", _relative(found[1]), "an existing file")
+    if found := _YAML.search(inner):
+        place = re.search(r"line (\d+)", found[1])
+        allowed = "valid YAML" + (f": it breaks in line {place[1]}" if place else "")
+        return UserError(path or "config", Given("a file that cannot be read"), allowed)
+    union, value = _SUBTYPES.search(inner), _UNION_VALUE.search(inner)
+    if union and value:
+        return UserError(path, value[1], _type_names(union[1]))
+    if found := _TYPE.search(inner):
+        return UserError(path, found[2], _type_names(found[1]))
+    summary = " ".join(inner.split())
+    argument = path or "arguments"
+    if found := re.match(r"argument (\S+): (.+)", summary):
+        argument, summary = found[1], found[2]
+    return UserError(argument, Given("what it cannot use"), summary[:_LONGEST])
+
+
+def _options(class_path: str) -> list[str]:
+    """Constructor arguments of a class, those it hands on to its bases included."""
+    options: dict[str, None] = {}
+    for one in inspect.getmro(_import(class_path)):
+        if "__init__" not in vars(one) or not one.__module__.startswith(__package__ or ""):
+            continue
+        parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
+        options |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return list(options) or ["the class's constructor arguments"]
+
+
+def _classes(report: str) -> str:
+    """What could have been named instead: this package's subclasses of the first class the report mentions."""
+    for base_path in re.findall(r"<class '(lightning_ssiuu\.[\w.]+)'>", report):
+        base = _import(base_path)
+        names = sorted(one.__name__ for one in _subclasses(base) if one.__module__.startswith(f"{__package__}."))
+        if names := [name for name in names if not name.startswith("_")]:
+            return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}"
+    return "the import path of a class that exists, e.g. torch.optim.AdamW"
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for one in base.__subclasses__():
+        if not inspect.isabstract(one):
+            yield one
+        yield from _subclasses(one)
+
+
+def _import(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _relative(path: str) -> str:
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+
+
+def _type_names(text: str) -> str:
+    """Types as jsonargparse prints them, in words."""
+    names = re.findall(r"<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\]", text)
+    spelled = [_TYPE_NAMES.get(name, name.rpartition(".")[2]) if name else values for name, values in names]
+    return ", ".join(spelled) or text
+
+
+@contextmanager
+def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iterator[None]:
+    """Inside, a Trainer that cannot be made as asked (a device that is not there) is the user's mistake.
+
+    Args:
+        given: The Trainer's options as the user set them.
+        prefix: Put before the option's name.
+
+    Raises:
+        UserError: Naming the option, with what Lightning says of it.
+
+    Example:
+        >>> with trainer_mistakes({"devices": 0}):
+        ...     raise ValueError("`devices` selected with `CPUAccelerator` should be an int > 0.")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: trainer.devices: got 0, allowed: what this machine has (`devices` selected with \
+`CPUAccelerator` should be an int > 0.)
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        named = re.search(r"\b(accelerator|devices|precision|strategy|num_nodes|max_\w+|limit_\w+)\b", text)
+        option = "devices" if text.startswith("You requested gpu") else named[1] if named else None
+        if option not in given:
+            raise
+        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({text[:_LONGEST]})") from error
