@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules.examples import Given
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import check_space, refuse_existing, written_atomically
+from lightning_ssiuu.files import check_space, nothing_left, refuse_existing, written_atomically
 from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
@@ -24,20 +26,28 @@ RESULTS = ("metrics.json", "config.yaml", "spurious_neurons.csv", "plots")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved ``config.yaml`` to the run directory once training starts, so not for a refused run."""
+    """Writes the resolved ``config.yaml`` to the run directory after the first batch, so not for a refused run."""
+
+    text: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: the data and the threshold have not been checked."""
 
-    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Write, and let the report hash what was written."""
-        text = self.parser.dump(self.config, skip_none=False)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the report hash what will be written."""
+        self.text = self.parser.dump(self.config, skip_none=False)
         for callback in trainer.callbacks:
             if isinstance(callback, RunReport):
-                callback.config_text = text
-        if trainer.is_global_zero:
+                callback.config_text = self.text
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write once: every check of the model and the data has been passed."""
+        if self.text is not None and trainer.is_global_zero:
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(self.text, encoding="utf-8")
+        self.text = None
 
 
 class UnlearningCLI(LightningCLI):
@@ -79,15 +89,35 @@ class UnlearningCLI(LightningCLI):
             refuse_existing("trainer.default_root_dir", self.trainer.default_root_dir, names, config.overwrite)
         # How much the model takes is asked again when it is known; a directory that cannot be written is told now.
         check_space("trainer.default_root_dir", self.trainer.default_root_dir, 1 << 20)
+        for name, least in (("max_epochs", self.trainer.max_epochs), ("max_steps", self.trainer.max_steps)):
+            if least == 0:
+                raise UserError(f"trainer.{name}", 0, "a number ≥ 1, or -1 for no limit")
+        try:
+            self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:  # what torch's optimisers raise for a rate below 0 and the like
+            raise UserError("model.optimizer", Given("what it refuses"), " ".join(str(error).split())) from error
         self._before_any()
 
     def before_validate(self) -> None:
         """Check what does not need the weights."""
         self._before_any()
 
-    def before_test(self) -> None:
-        """Check what does not need the weights."""
-        self._before_any()
+    before_test = before_validate
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a refused run leaves no trace."""
+        with nothing_left(self.trainer.default_root_dir):
+            self.trainer.fit(**kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Score; a refused run leaves no trace."""
+        with nothing_left(self.trainer.default_root_dir):
+            self.trainer.validate(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Score; a refused run leaves no trace."""
+        with nothing_left(self.trainer.default_root_dir):
+            self.trainer.test(**kwargs)
 
     def _before_any(self) -> None:
         checkpoint = resolve_checkpoint(self.model.checkpoint)
@@ -98,6 +128,7 @@ class UnlearningCLI(LightningCLI):
             if self.datamodule.max_length is not None:
                 raise UserError("data.max_length", self.datamodule.max_length, f"at most {limit}, the model's context")
             encoder.max_length = limit
+        self.datamodule.setup()
 
 
 def run(args: list[str]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,7 +25,7 @@ from lightning_ssiuu.functional.metrics import (
     multiple_choice_accuracy,
 )
 from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.progress import progress
 
 Part = Mapping[str, Tensor]
@@ -239,13 +241,8 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
         >>> layer.training
         True
     """
-    training = model.training
-    model.eval()
-    try:
-        with isolate_rng():
-            yield
-    finally:
-        model.train(training)
+    with evaluation_mode(model), isolate_rng():
+        yield
 
 
 def mismatched_level(
@@ -274,11 +271,21 @@ def mismatched_level(
     parts = [part for batch in loader for part in batch.values()]
     if score == "rouge_l":
         answers = [text for part in parts for text in Evaluated(model, tokenizer, part).references]
-        return mismatched_rouge_l(answers, seed)
+        return mismatched_rouge_l(_over_ranks(answers), seed)
     if score not in ("probability", "first_token", "all_tokens"):
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
+
+
+def _over_ranks(texts: list[str]) -> list[str]:
+    # Each rank sees its share; a threshold of its own per rank would let one stop while the others wait for it.
+    if not (dist.is_available() and dist.is_initialized()):
+        return texts
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, texts)
+    # Rank r has examples r, r + world size, ...: dealt back in turn, they stand in the order of a single process.
+    return [text for row in zip_longest(*shares) for text in row if text is not None]
 
 
 def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[dict[str, Tensor]]:

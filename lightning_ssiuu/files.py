@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,35 @@ def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterab
     for name in names:
         if not overwrite and (Path(folder) / name).exists():
             raise UserError(argument, str(folder), f"a directory without {name}, or --overwrite")
+
+
+@contextmanager
+def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """When a :class:`UserError` ends the block, the empty directories it made in ``folder`` are removed again.
+
+    Loggers make their directories before the data and the model have been checked.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp()) / "run"
+        >>> try:
+        ...     with nothing_left(folder):
+        ...         (folder / "logs" / "version_0").mkdir(parents=True)
+        ...         raise UserError("threshold", 1, "more")
+        ... except UserError:
+        ...     print(folder.exists())
+        False
+    """
+    root = Path(folder).absolute()
+    missing = [root, *(parent for parent in root.parents if not parent.exists())] if not root.exists() else []
+    known = {path for path in root.rglob("*") if path.is_dir()} | {root}
+    try:
+        yield
+    except UserError:
+        made = [path for path in root.rglob("*") if path.is_dir() and path not in known]
+        for path in [*sorted(made, reverse=True), *missing]:
+            with suppress(OSError):  # not empty, or never made
+                path.rmdir()
+        raise
 
 
 def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> None:

@@ -94,7 +94,11 @@ def _translate(text: str) -> UserError:
         return UserError(path or "config", Given("a file that cannot be read"), allowed)
     union, value = _SUBTYPES.search(inner), _UNION_VALUE.search(inner)
     if union and value:
-        return UserError(path, value[1], _type_names(union[1]))
+        nested = re.fullmatch(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", value[1])
+        if nested is None:
+            return UserError(path, value[1], _type_names(union[1]))
+        allowed = _classes(inner) if nested[1].endswith("class_path") else _type_names(union[1])
+        return UserError(f"{path}.{nested[1]}", nested[2], allowed)
     if found := _TYPE.search(inner):
         return UserError(path, found[2], _type_names(found[1]))
     summary = " ".join(inner.split())

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,28 @@ def frozen_reference(model: nn.Module) -> nn.Module:
     for parameter in reference.parameters():
         parameter.grad = None
     return reference.requires_grad_(False).eval()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after it every submodule is in the mode it was in, also where modes were mixed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
+        >>> _ = model[1].eval()
+        >>> with evaluation_mode(model):
+        ...     model[0].training
+        False
+        >>> [layer.training for layer in model]
+        [True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class AnswerModel(nn.Module):

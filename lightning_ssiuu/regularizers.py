@@ -125,10 +125,10 @@ class AttributionRegularizer(Regularizer):
         logps = target_logps(answers, self.target)
         self._warn(logps.detach())
         for module in model.modules():
-            if hasattr(module, "reshard"):
+            if callable(reshard := getattr(module, "reshard", None)):
                 # FSDP2 leaves its root whole after a forward pass, under parameters that never see a reduced gradient;
                 # resharded, it shows those that do. The backward pass gathers it again.
-                module.reshard()
+                reshard()
         scale = max(self._scale, _reduced(logps.detach().max(), dist.ReduceOp.MAX if dist.is_available() else None))
         parameters = self._parameters(model)
         stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
@@ -164,7 +164,8 @@ class AttributionRegularizer(Regularizer):
         _sum_over_ranks(parameters, gradients)
         first = self._anchor is None
         top = max(scale, self._anchor_scale)
-        anchor = self._anchor if self._anchor is not None else [torch.empty(0)] * len(parameters)
+        # A resumed run's anchor comes from the file to the CPU, wherever the weights are.
+        anchor = [a.to(g.device) for a, g in zip(self._anchor or gradients, gradients, strict=True)]
         now, negative, square = math.exp(scale - top), 0, 0.0
         then = 0.0 if first else math.exp(self._anchor_scale - top)
         kept: list[Tensor] = []
@@ -182,14 +183,14 @@ class AttributionRegularizer(Regularizer):
             kept += attribution
         if first or self.anchor == "previous":
             self._anchor, self._anchor_scale = kept, scale
-        sharded = any(hasattr(p, "to_local") for p in parameters)
-        total = _over_shards(sum(g.numel() for g in gradients), sharded)
-        figures = {"negative_share": 100 * _over_shards(negative, sharded) / max(total, 1)}
+        shards = next((g.device for g, p in zip(gradients, parameters, strict=True) if hasattr(p, "to_local")), None)
+        total = _over_shards(sum(g.numel() for g in gradients), shards)
+        figures = {"negative_share": 100 * _over_shards(negative, shards) / max(total, 1)}
         figures["max_log_probability"] = scale
         if first:
             return figures
-        objective = math.sqrt(_over_shards(_square(model.parameters()), sharded))
-        raw = math.sqrt(_over_shards(square, sharded))
+        objective = math.sqrt(_over_shards(_square(model.parameters()), shards))
+        raw = math.sqrt(_over_shards(square, shards))
         if self.weight_mode == "absolute":
             coefficient = math.exp(math.log(2 * self.weight) + scale + top)
         else:
@@ -269,9 +270,11 @@ def _reduced(value: Tensor, operation: Any) -> float:
     return value.item()
 
 
-def _over_shards(value: float, sharded: bool) -> float:
-    # Shards hold parts of a count or a squared norm; replicas hold all of it each.
-    return _reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM) if sharded else value
+def _over_shards(value: float, shards: torch.device | None) -> float:
+    # Shards hold parts of a count or a squared norm; replicas hold all of it each. NCCL needs the sum on the device.
+    if shards is None:
+        return value
+    return _reduced(torch.tensor(value, dtype=torch.float64, device=shards), dist.ReduceOp.SUM)
 
 
 def _square(parameters: Iterator[nn.Parameter]) -> float:

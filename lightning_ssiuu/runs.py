@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
 from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.models import load_tokenizer, resolve_checkpoint
 
 
 def run_of(model: str) -> Path | None:
@@ -34,6 +36,49 @@ def output_directory(model: str, output: str | None) -> Path:
     if (run := run_of(model)) is None:
         raise UserError("output", None, "a directory: the model is not part of a run that results could be put beside")
     return run
+
+
+def resolve_models(models: Mapping[str, str]) -> list[str]:
+    """Resolve checkpoints before any of them is loaded.
+
+    Args:
+        models: Checkpoint by the name of the argument it was given for.
+
+    Raises:
+        UserError: Naming the argument whose checkpoint is missing.
+
+    Example:
+        >>> resolve_models({"oracle": "/no/such/model"})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: oracle: got '/no/such/model', allowed: ...
+    """
+    sources = []
+    for argument, checkpoint in models.items():
+        try:
+            sources.append(resolve_checkpoint(checkpoint))
+        except UserError as error:
+            raise UserError(argument, error.value, error.allowed) from error
+    return sources
+
+
+def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> None:
+    """Check that models split text as the data module does: they are compared token by token.
+
+    Args:
+        models: Checkpoint by the name of the argument it was given for.
+        data: The data module they are judged by.
+
+    Raises:
+        UserError: Naming the argument whose model has another vocabulary.
+
+    Example:
+        >>> check_tokenizers({"model": "tiny"}, Facts())
+    """
+    vocabulary = data.tokenizer.get_vocab()
+    for argument, checkpoint in models.items():
+        if load_tokenizer(checkpoint).get_vocab() != vocabulary:
+            raise UserError(argument, checkpoint, "a model with the same tokenizer as the others")
 
 
 def run_score(model: str, default: str = "probability") -> str:

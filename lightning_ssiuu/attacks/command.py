@@ -11,16 +11,24 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, curve_dicts, relearn, table
+from lightning_ssiuu.attacks.relearning import (
+    RecoveryCurve,
+    Snapshot,
+    check_attack,
+    curve_dicts,
+    make_trainer,
+    relearn,
+    table,
+)
 from lightning_ssiuu.callbacks.save_pretrained import save_pretrained
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.evaluation import check_score
 from lightning_ssiuu.files import check_space, refuse_existing, write_json
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 from lightning_ssiuu.provenance import provenance
-from lightning_ssiuu.runs import output_directory, run_data, run_score
+from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.screen import hide_short_bars
 
 
 def attack(
@@ -74,12 +82,17 @@ def attack(
     for name, values in (("p", p if kind == "harmful" else (1,)), ("learning_rates", learning_rates), ("seeds", seeds)):
         if not values:
             raise UserError(name, list(values), "at least one value")
+    models = {"model": model} | ({"oracle": oracle} if oracle else {})
+    sources = resolve_models(models)
+    hide_short_bars(*sources)
     score = score or run_score(model)
-    check_score(score, "score")
+    check_attack(score, learning_rates, epochs)
+    device = make_trainer(accelerator, epochs, []).strategy.root_device
     folder = output_directory(model, output)
-    refuse_existing("output", folder, ["attack.json"], overwrite)
+    refuse_existing("output", folder, ["attack.json", *([f"attacked_{kind}"] if save_attacked else [])], overwrite)
     check_space("output", folder, 1 << 20)
     data = run_data(model, data)
+    check_tokenizers(models, data)
     fractions: list[float] = list(p) if kind == "harmful" else [0.5]
 
     def cell(fraction: float, seed: int) -> RelearnDataModule:
@@ -90,7 +103,7 @@ def attack(
             _ = cell(fraction, seed).splits  # every selection is checked before a model is loaded
     curves: list[RecoveryCurve] = []
     highest = -1.0
-    models = {"unlearned": model} | ({"oracle": oracle} if oracle else {})
+    models = {"unlearned" if name == "model" else name: checkpoint for name, checkpoint in models.items()}
     total = len(models) * len(fractions) * len(seeds) * len(learning_rates)
     with tqdm(total=total, desc=f"{kind} attack", unit="run") as bar:
         for name, checkpoint in models.items():
@@ -118,7 +131,7 @@ def attack(
             "score": score,
             "attacks": rows,
             "curves": curve_dicts(curves),
-            "provenance": provenance(time.monotonic() - start, accelerator, config, data.content_sha256()),
+            "provenance": provenance(time.monotonic() - start, device, config, data.content_sha256()),
         },
     )
     print_attacks(rows, score)

@@ -7,6 +7,7 @@ on examples the attack did not train on; mean over seeds.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lightning_ssiuu.evaluation import check_score, evaluate
 from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
+from lightning_ssiuu.screen import quiet
 
 
 @dataclass
@@ -113,20 +115,33 @@ def relearn(
         >>> len(curve.forget_scores), curve.n_attack, curve.n_scored
         (2, 4, 32)
     """
-    check_score(score, "score")
-    if not learning_rate > 0:
-        raise UserError("learning_rates", learning_rate, "numbers > 0")
-    if epochs < 1:
-        raise UserError("epochs", epochs, "a number ≥ 1")
+    check_attack(score, [learning_rate], epochs)
     splits = data.splits
     p = data.p if data.kind == "harmful" else None
     curve = RecoveryCurve(name, data.kind, p, learning_rate, data.seed, len(splits.retain), len(splits.forget))
     module = FineTuning(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0))
-    module.adopt(model, tokenizer)
+    module.adopt(model.train(), tokenizer)
     with _quiet_lightning():
         L.seed_everything(data.seed, verbose=False)
         make_trainer(accelerator, epochs, [Recorder(score, curve)]).fit(module, datamodule=data)
     return curve
+
+
+def check_attack(score: str, learning_rates: Sequence[float], epochs: int) -> None:
+    """Raise :class:`UserError` unless the options of an attack are within their ranges.
+
+    Example:
+        >>> check_attack("probability", [0.0], 1)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: learning_rates: got 0.0, allowed: finite numbers > 0
+    """
+    check_score(score, "score")
+    for learning_rate in learning_rates:
+        if not 0 < learning_rate < math.inf:
+            raise UserError("learning_rates", learning_rate, "finite numbers > 0")
+    if epochs < 1:
+        raise UserError("epochs", epochs, "a number ≥ 1")
 
 
 def make_trainer(accelerator: str, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
@@ -265,8 +280,9 @@ def _quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            with quiet():
+                yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

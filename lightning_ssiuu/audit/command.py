@@ -22,9 +22,9 @@ from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score
 from lightning_ssiuu.files import check_space, refuse_existing, write_csv, write_json
 from lightning_ssiuu.functional.attribution import TARGETS, Target
-from lightning_ssiuu.models import resolve_checkpoint
 from lightning_ssiuu.provenance import provenance
-from lightning_ssiuu.runs import output_directory, run_data
+from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data
+from lightning_ssiuu.screen import hide_short_bars
 
 
 def audit(
@@ -75,15 +75,16 @@ def audit(
         check_score(name)
     given = {"original": original, "unlearned": unlearned, "oracle": oracle, "after_attack": after_attack}
     checkpoints = {name: checkpoint for name, checkpoint in given.items() if checkpoint is not None}
-    for checkpoint in checkpoints.values():
-        resolve_checkpoint(checkpoint)
+    hide_short_bars(*resolve_models(checkpoints))
+    where = _device(device)
     folder = output_directory(unlearned, output)
     refuse_existing("output", folder, ["audit.json"], overwrite)
     check_space("output", folder, 1 << 22)
     data = run_data(unlearned, data)
     data.setup("validate")
+    check_tokenizers(checkpoints, data)
     examined = {
-        name: examine(checkpoint, data, probe_examples, target, scores, _device(device))
+        name: examine(checkpoint, data, probe_examples, target, scores, where)
         for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model")
     }
     diagnoses = {

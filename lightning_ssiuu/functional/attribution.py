@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.sites import NeuronSite
 
 Target = Literal["sequence", "length_normalised", "log_probability"]
@@ -164,14 +164,10 @@ def neuron_attribution(
     """
     result = NeuronAttribution.empty(sites)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for part in parts:
             tensors = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
             _attribute_batch(model, tensors, sites, target, result)
-    finally:
-        model.train(training)
     return result
 
 
@@ -200,7 +196,8 @@ def _attribute_batch(
 
     def reduce_tokens(site: NeuronSite, activation: Tensor, gradient: Tensor) -> None:
         # Runs inside the backward pass, so that an activation's gradient lives no longer than its own step.
-        product = site.select(activation.detach()).float() * site.select(gradient).float()
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        product = site.select(activation.detach()).to(wide) * site.select(gradient).to(wide)
         hidden = outside.unsqueeze(-1)
         maxima[site.key] = product.masked_fill(hidden, -torch.inf).amax(1)
         minima[site.key] = product.masked_fill(hidden, torch.inf).amin(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ class UnlearningModule(L.LightningModule):
             :mod:`lightning_ssiuu.evaluation`); None takes every score the data allows without generating text.
 
     Raises:
-        UserError: If a weight is negative.
+        UserError: If a weight is negative or not finite.
 
     Example:
         >>> from lightning_ssiuu.functional.losses import answer_nll
@@ -101,8 +102,8 @@ class UnlearningModule(L.LightningModule):
     ) -> None:
         super().__init__()
         for name, value in (("forget_weight", forget_weight), ("retain_weight", retain_weight)):
-            if not value >= 0:
-                raise UserError(name, value, "a number ≥ 0")
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(name, value, "a finite number ≥ 0")
         self.checkpoint = checkpoint
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.forget_weight, self.retain_weight = forget_weight, retain_weight

@@ -1,0 +1,130 @@
+"""``attack``: what it writes, that it repeats itself, and that an attack leaves the model as it found it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli_tools import RECIPES, command, default_run, files, leaks, read_json
+
+from lightning_ssiuu import Facts, RelearnDataModule
+from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, relearn, summarise, table
+from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+
+SMALL = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[1e-4, 1e-3]", "--p", "[0.3]")
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attack")
+    model = default_run()[0] / "model"
+    recipe = RECIPES / "attack" / "harmful.yaml"
+    result = command(
+        "attack", "--config", recipe, "--model", model, "--oracle", "tiny", "--output", folder, *SMALL, "--save_attacked"
+    )
+    assert result.status == 0, result.err
+    assert "gap" in result.out
+    (folder / "shown.txt").write_text(result.out + result.err, encoding="utf-8")
+    return folder
+
+
+def test_writes_every_curve(attacked: Path) -> None:
+    content = read_json(attacked / "attack.json")
+    assert set(content) == {"score", "attacks", "curves", "provenance"}
+    assert content["score"] == "all_tokens"  # the one the run was stopped by
+    assert len(content["curves"]) == 2 * 2 * 2  # models × seeds × learning rates
+    for curve in content["curves"]:
+        assert len(curve["forget_scores"]) == 2  # before, and after one epoch
+        assert (curve["n_attack"], curve["n_scored"]) == (11, 25)
+        assert curve["kind"] == "harmful"
+        assert curve["p"] == 0.3
+    assert content["provenance"]["device"] == "cpu"
+
+
+def test_summary_is_the_mean_over_seeds_of_the_highest(attacked: Path) -> None:
+    content = read_json(attacked / "attack.json")
+    (row,) = content["attacks"]
+    for name in ("unlearned", "oracle"):
+        highest = [
+            max(max(c["forget_scores"]) for c in content["curves"] if c["model"] == name and c["seed"] == seed)
+            for seed in (0, 1)
+        ]
+        assert row[name]["forget_score"]["per_seed"] == highest
+        assert row[name]["forget_score"]["mean"] == pytest.approx(sum(highest) / 2)
+    assert row["gap"]["mean"] == pytest.approx(row["unlearned"]["forget_score"]["mean"] - 100, abs=20)
+    assert row["oracle"]["before"]["mean"] == 100.0  # "tiny" stands in, and it knows everything
+
+
+def test_saves_the_attacked_model(attacked: Path) -> None:
+    assert files(attacked) >= {"attacked_harmful/model.safetensors", "attacked_harmful/tokenizer.json"}
+    saved, original = load_model(str(attacked / "attacked_harmful")), load_model(str(default_run()[0] / "model"))
+    assert not all(torch.equal(a, b) for a, b in zip(saved.parameters(), original.parameters(), strict=True))
+
+
+def test_no_forget_text_is_written_or_shown(attacked: Path) -> None:
+    assert leaks(attacked) == []
+
+
+def test_results_are_not_overwritten_unasked(attacked: Path) -> None:
+    before = (attacked / "attack.json").read_bytes()
+    result = command("attack", "--model", "tiny", "--output", attacked, *SMALL)
+    assert result.status == 2
+    assert result.err.startswith("lightning-ssiuu: error: output: got")
+    assert (attacked / "attack.json").read_bytes() == before
+
+
+def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
+    recipe = RECIPES / "attack" / "benign.yaml"
+    few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[1e-4]", "--benign_size", "8")
+    result = command("attack", "--config", recipe, "--model", "tiny", "--output", tmp_path, *few, "--score", "first_token")
+    assert result.status == 0, result.err
+    content = read_json(tmp_path / "attack.json")
+    assert content["score"] == "first_token"
+    assert content["curves"][0]["p"] is None
+    assert (content["curves"][0]["n_attack"], content["curves"][0]["n_scored"]) == (8, 36)
+    assert "gap" not in content["attacks"][0]
+
+
+def test_default_output_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_ssiuu.runs import output_directory, run_score
+
+    folder = default_run()[0]
+    assert output_directory(str(folder / "model"), None) == folder.absolute()
+    assert run_score(str(folder / "model")) == "all_tokens"
+    monkeypatch.chdir(folder)
+    assert output_directory("model", None) == folder.absolute()
+
+
+def test_an_attack_depends_on_its_seed_only_and_the_weights_come_back() -> None:
+    model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
+    snapshot = Snapshot(model)
+
+    def curve(seed: int) -> list[float]:
+        data = RelearnDataModule(Facts(), kind="harmful", p=0.3, seed=seed)
+        scores = relearn(model, tokenizer, data, 1e-3, 1).forget_scores
+        snapshot.restore()
+        return scores
+
+    first = curve(0)
+    assert curve(1) != first
+    assert curve(0) == first
+    fresh = load_model("tiny")
+    assert all(torch.equal(a, b) for a, b in zip(model.hf.parameters(), fresh.parameters(), strict=True))
+
+
+def test_edge_of_the_grid_is_told() -> None:
+    def curves(*highest: tuple[float, list[float]]) -> list[RecoveryCurve]:
+        return [RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, scores) for rate, scores in highest]
+
+    assert not summarise(curves((1e-4, [0, 1, 0]), (1e-3, [0, 9, 1])))["inside_grid"]  # the largest rate
+    assert not summarise(curves((1e-4, [0, 1, 9]), (1e-3, [0, 2, 1])))["inside_grid"]  # the last epoch
+    assert summarise(curves((1e-4, [0, 9, 1]), (1e-3, [0, 2, 1])))["inside_grid"]
+
+
+def test_rows_keep_kinds_and_fractions_apart() -> None:
+    curves = [RecoveryCurve("unlearned", "harmful", p, 1e-4, 0, 4, 36, [0.0, 100 * p]) for p in (0.1, 0.3)]
+    curves.append(RecoveryCurve("unlearned", "benign", None, 1e-4, 0, 8, 40, [0.0, 5.0]))
+    rows = table(curves)
+    assert [(row["kind"], row["p"]) for row in rows] == [("harmful", 0.1), ("harmful", 0.3), ("benign", None)]
+    assert [row["unlearned"]["forget_score"]["mean"] for row in rows] == pytest.approx([10.0, 30.0, 5.0])
