@@ -20,7 +20,6 @@ from lightning_ssiuu.models import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.screen import hide_short_bars, quiet
 
-
 #: What ``fit`` writes beside the model; any of them in the way is a run that must not be overwritten unasked.
 RESULTS = ("metrics.json", "config.yaml", "spurious_neurons.csv", "plots")
 
@@ -36,7 +35,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the report hash what will be written."""
         self.text = self.parser.dump(self.config, skip_none=False)
-        for callback in trainer.callbacks:
+        for callback in getattr(trainer, "callbacks", ()):
             if isinstance(callback, RunReport):
                 callback.config_text = self.text
 
@@ -74,6 +73,8 @@ class UnlearningCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what the dispatcher handed over; ``sys.argv`` holds the same, which Lightning would warn about."""
+        if not isinstance(args, list):
+            raise TypeError(f"args: got {type(args).__name__}, expected a list of command-line arguments")
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

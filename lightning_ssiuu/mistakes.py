@@ -19,7 +19,7 @@ _SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
 _NO_CLASS = re.compile(
     r"Expected a dot import path string: (?P<name>\S+)"
     r"|Import path (?P<path>\S+) does not correspond to a subclass"
-    r"|(?:[Nn]o module named|has no attribute) '[^']*'.*?(?:class_path=)'(?P<called>[^']+)'"
+    r"|(?:[Nn]o module named|has no attribute) '[^']*'.*?Got value: (?:Namespace\(class_path=)?'?(?P<called>[^'\s,)]+)"
 )
 _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is required")
 _UNKNOWN = re.compile(
@@ -41,14 +41,14 @@ _LONGEST = 300
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """The user's mistake behind an exception, or None when it is something else.
+    r"""The user's mistake behind an exception, or None when it is something else.
 
     Args:
         error: What parsing a configuration, or making the objects it describes, raised.
 
     Example:
         >>> from argparse import ArgumentError
-        >>> print(user_error(ArgumentError(None, 'Parser key "seed":\\n  Expected a <class \\'int\\'>. Got value: x')))
+        >>> print(user_error(ArgumentError(None, "Parser key \"seed\":\n  Expected a <class 'int'>. Got value: x")))
         seed: got 'x', allowed: a whole number
         >>> user_error(RuntimeError("a defect")) is None
         True
@@ -114,7 +114,7 @@ def _options(class_path: str) -> list[str]:
     for one in inspect.getmro(_import(class_path)):
         if "__init__" not in vars(one) or not one.__module__.startswith(__package__ or ""):
             continue
-        parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(one)["__init__"]).parameters.values())[1:]
         options |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return list(options) or ["the class's constructor arguments"]
 
@@ -129,7 +129,7 @@ def _classes(report: str) -> str:
     return "the import path of a class that exists, e.g. torch.optim.AdamW"
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
     for one in base.__subclasses__():
         if not inspect.isabstract(one):
             yield one
@@ -168,8 +168,8 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         ...     raise ValueError("`devices` selected with `CPUAccelerator` should be an int > 0.")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: trainer.devices: got 0, allowed: what this machine has (`devices` selected with \
-`CPUAccelerator` should be an int > 0.)
+        lightning_ssiuu.errors.UserError: trainer.devices: got 0, allowed: what this machine has (`devices` selected \
+with `CPUAccelerator` should be an int > 0.)
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -180,7 +180,7 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split())
         named = re.search(r"\b(accelerator|devices|precision|strategy|num_nodes|max_\w+|limit_\w+)\b", text)
-        option = "devices" if text.startswith("You requested gpu") else named[1] if named else None
+        option = "devices" if text.startswith("You requested gpu") else str(named[1]) if named else ""
         if option not in given:
             raise
         raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({text[:_LONGEST]})") from error

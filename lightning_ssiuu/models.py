@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,7 +89,7 @@ def load_model(
         The model in evaluation mode (``from_pretrained``'s default).
 
     Raises:
-        UserError: If there is no such model, or its weights are not safetensors.
+        UserError: If there is no such model, or its weights are not safetensors, broken or incomplete.
 
     Example:
         >>> model = load_model("tiny")
@@ -97,9 +99,13 @@ def load_model(
     source = resolve_checkpoint(checkpoint)
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype} | kwargs
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
+        raise UserError("checkpoint", os.fspath(checkpoint), allowed)
     model.config.use_cache = False
     return model
 
@@ -245,7 +251,7 @@ def _converted_gguf(path: Path) -> Path:
         folder, file_name = str(path.parent), path.name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32, **config)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, LookupError, struct.error) as error:
         allowed = f"a GGUF file transformers can read; needs the extra [gguf] ({_first_line(error)})"
         raise UserError("checkpoint", str(path), allowed) from error
     # What was loaded are plain float weights; the note on how they came about would make the saved copy unloadable.
@@ -271,11 +277,18 @@ def _converted_gguf(path: Path) -> Path:
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
     """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say.
 
+    Raises:
+        UserError: If there is no such checkpoint, or its configuration cannot be read.
+
     Example:
         >>> context_length("tiny")
         128
     """
-    config = AutoConfig.from_pretrained(resolve_checkpoint(checkpoint), trust_remote_code=False)
+    source = resolve_checkpoint(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
     return getattr(config, "max_position_embeddings", None)
 
 

@@ -164,7 +164,7 @@ def _fused_columns(kind: str, width: int, order: str, n_heads: int) -> Tensor:
     return columns.view(n_heads, 3, -1)[:, which].reshape(-1)
 
 
-_SELECTOR = re.compile(r"(?:layer(?P<layer>\d+))?(?:\.)?(?P<kind>[a-z_]+)?")
+_SELECTOR = re.compile(r"(?:layer(?P<layer>\d+)(?:$|\.(?=.)))?(?P<kind>[a-z_]+)?")
 
 
 def select_sites(sites: Sequence[NeuronSite], selectors: Sequence[str], argument: str = "modules") -> list[NeuronSite]:

@@ -1,4 +1,4 @@
-"""Run commands in this process and keep what they print; one default run serves every test that needs a finished run."""
+"""Run commands in this process and keep what they print; one default run serves every test that needs one."""
 
 from __future__ import annotations
 

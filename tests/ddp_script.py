@@ -26,6 +26,8 @@ from lightning_ssiuu.evaluation import mismatched_level
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 
+SCRIPT = __file__
+
 
 class TinySSIUU(SSIUU):
     """SSIUU on a random float64 model over bytes, sharded where asked."""
@@ -58,9 +60,7 @@ def train(strategy: Any, ranks: int, settings: dict[str, Any]) -> dict[str, Any]
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     )
     if strategy == "fsdp":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend="gloo"
-        )
+        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend="gloo")
     attribution = NeuronAttributionCallback(4, every_n_steps=1, write=False)
     stopping = ForgetThresholdStopping("probability", "mismatched")
     trainer = bare_trainer(

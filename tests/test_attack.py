@@ -21,7 +21,17 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = default_run()[0] / "model"
     recipe = RECIPES / "attack" / "harmful.yaml"
     result = command(
-        "attack", "--config", recipe, "--model", model, "--oracle", "tiny", "--output", folder, *SMALL, "--save_attacked"
+        "attack",
+        "--config",
+        recipe,
+        "--model",
+        model,
+        "--oracle",
+        "tiny",
+        "--output",
+        folder,
+        *SMALL,
+        "--save_attacked",
     )
     assert result.status == 0, result.err
     assert "gap" in result.out
@@ -77,7 +87,9 @@ def test_results_are_not_overwritten_unasked(attacked: Path) -> None:
 def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
     recipe = RECIPES / "attack" / "benign.yaml"
     few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[1e-4]", "--benign_size", "8")
-    result = command("attack", "--config", recipe, "--model", "tiny", "--output", tmp_path, *few, "--score", "first_token")
+    result = command(
+        "attack", "--config", recipe, "--model", "tiny", "--output", tmp_path, *few, "--score", "first_token"
+    )
     assert result.status == 0, result.err
     content = read_json(tmp_path / "attack.json")
     assert content["score"] == "first_token"

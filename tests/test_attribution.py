@@ -128,7 +128,9 @@ def test_a_batch_with_padding_equals_its_examples_alone(name: str) -> None:
     model = answer_model(name)
     sites = neuron_sites(model.hf)
     both = part([(3, 5), (2, 1)], 1)
-    alone = [{k: v[row : row + 1, :length] for k, v in both.items() if k != "example_id"} for row, length in ((0, 8), (1, 3))]
+    alone = [
+        {k: v[row : row + 1, :length] for k, v in both.items() if k != "example_id"} for row, length in ((0, 8), (1, 3))
+    ]
     a, b = neuron_attribution(model, [both], sites), neuron_attribution(model, alone, sites)
     # the attention of some architectures computes its softmax in float32
     for left, right in ((a.maximum, b.maximum), (a.positive, b.positive), (a.minimum, b.minimum)):

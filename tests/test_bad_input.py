@@ -34,7 +34,11 @@ def refused(result: Result, argument: str, *said: str) -> None:
 
 
 FIT_OPTIONS: dict[str, tuple[list[str], str, list[str]]] = {
-    "unknown objective": (["--model.class_path", "NOPE"], "model.class_path", ["'NOPE'", "GradientDifference", "SSIUU"]),
+    "unknown objective": (
+        ["--model.class_path", "NOPE"],
+        "model.class_path",
+        ["'NOPE'", "GradientDifference", "SSIUU"],
+    ),
     "not an objective": (["--model.class_path", "torch.nn.Linear"], "model.class_path", ["GradientAscent"]),
     "unknown data": (["--data.class_path", "no.Such"], "data.class_path", ["'no.Such'", "TOFU", "CustomData"]),
     "unknown regulariser": (
@@ -108,7 +112,11 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 YAML: dict[str, tuple[str, str, list[str]]] = {
     "unknown key": ("nope: 1", "nope", []),
     "unknown section key": ("trainer: {nope: 1}", "trainer.nope", []),
-    "unknown constructor key": ("model: {init_args: {nope: 1}}", "model.init_args.nope", ["retain_weight", "checkpoint"]),
+    "unknown constructor key": (
+        "model: {init_args: {nope: 1}}",
+        "model.init_args.nope",
+        ["retain_weight", "checkpoint"],
+    ),
     "another command's file": ("kind: harmful", "kind", []),
     "not YAML": ("model: [", "config", ["valid YAML"]),
     "objective inside": (
@@ -302,15 +310,11 @@ def test_models_of_different_tokenizers(tmp_path: Path) -> None:
 
 
 def test_a_users_error_is_found_behind_others() -> None:
-    try:
-        try:
-            raise UserError("p", 2, "less")
-        except UserError as error:
-            raise ValueError("Does not validate against any of the Union subtypes") from error
-    except ValueError as error:
-        assert str(user_error(error)) == "p: got 2, allowed: less"
+    behind = ValueError("Does not validate against any of the Union subtypes")
+    behind.__cause__ = UserError("p", 2, "less")
+    assert str(user_error(behind)) == "p: got 2, allowed: less"
 
 
 def test_other_errors_of_a_trainer_pass_through() -> None:
-    with pytest.raises(ValueError, match="^a defect$"), trainer_mistakes({"devices": 1}):
+    with pytest.raises(ValueError, match="a defect"), trainer_mistakes({"devices": 1}):
         raise ValueError("a defect")

@@ -105,7 +105,9 @@ def test_equal_distributions_are_flagged_at_the_rate_alpha(alpha: float) -> None
 
 
 def test_nothing_moved_nothing_flagged() -> None:
-    assert spurious_neurons(drawn(torch.zeros(4).double(), [UP, DOWN]), drawn(torch.zeros(4).double(), [UP, DOWN])) == []
+    assert (
+        spurious_neurons(drawn(torch.zeros(4).double(), [UP, DOWN]), drawn(torch.zeros(4).double(), [UP, DOWN])) == []
+    )
     same = drawn(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), [UP, DOWN])
     assert spurious_neurons(same, same, 1e-3) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from data_toys import byte_tokenizer
 from model_toys import ARCHITECTURES, answer_model, equal, part, random_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_ssiuu.assets import asset_path
@@ -49,7 +51,8 @@ def one_line(caught: Any, argument: str = "checkpoint") -> None:
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, context_length])
 @pytest.mark.parametrize(
-    "name", ["", " ", "/no/such/model", "./no", "~/no/such", "runs/no/model", "no/such.gguf", "no-such-model", "a/b", "tiny/"]
+    "name",
+    ["", " ", "/no/such/model", "./no", "~/no/such", "runs/no/model", "no/such.gguf", "no-such-model", "a/b", "tiny/"],
 )
 def test_missing(name: str, load: Any) -> None:
     with pytest.raises(UserError) as caught:
@@ -112,6 +115,16 @@ def test_truncated_weights(tmp_path: Path, keep: int) -> None:
     one_line(caught)
 
 
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 are missing, first model\.layers\.1\.mlp\.up_proj") as caught:
+        load_model(folder)
+    one_line(caught)
+
+
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     ran = tmp_path / "ran"
@@ -146,7 +159,13 @@ def test_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert resolve_checkpoint("package:some_package/model") == str(package / "model")
     assert load_model("package:some_package/model").config.model_type == "llama"
     assert "some_package" not in sys.modules
-    for name in ("package:", "package:some_package", "package:some_package/no", "package:no_such_package/m", "package:a.b/c"):
+    for name in (
+        "package:",
+        "package:some_package",
+        "package:some_package/no",
+        "package:no_such_package/m",
+        "package:a.b/c",
+    ):
         with pytest.raises(UserError) as caught:
             resolve_checkpoint(name)
         one_line(caught)
@@ -192,9 +211,11 @@ def test_the_reference_shares_nothing() -> None:
 def test_modes_come_back_module_by_module_also_after_an_exception() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     model[1].eval()
-    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
-        assert not any(module.training for module in model.modules())
+    inside = []
+    with contextlib.suppress(ZeroDivisionError), evaluation_mode(model):
+        inside = [module.training for module in model.modules()]
         raise ZeroDivisionError
+    assert inside == [False] * 4
     assert [module.training for module in model.modules()] == [True, True, False, False]
 
 
@@ -253,7 +274,19 @@ def test_select(selectors: list[str], expected: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "selector",
-    ["", "layer", "layer2", "layer-1", "mlp", "MLP_UP", "layer0.mlp", "layer2.mlp_up", "0.mlp_up", "layer0.mlp_up.x", ".*"],
+    [
+        "",
+        "layer",
+        "layer2",
+        "layer-1",
+        "mlp",
+        "MLP_UP",
+        "layer0.mlp",
+        "layer2.mlp_up",
+        "0.mlp_up",
+        "layer0.mlp_up.x",
+        ".*",
+    ],
 )
 def test_selectors_that_select_nothing(selector: str) -> None:
     with pytest.raises(UserError) as caught:

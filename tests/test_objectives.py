@@ -40,7 +40,9 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01)
 
 
-def fitted(module: UnlearningModule, batches: list[Any], model: AnswerModel | None = None, **kwargs: Any) -> AnswerModel:
+def fitted(
+    module: UnlearningModule, batches: list[Any], model: AnswerModel | None = None, **kwargs: Any
+) -> AnswerModel:
     model = model or answer_model()
     module.adopt(model.train(), None)  # type: ignore[arg-type]
     bare_trainer(len(batches), **kwargs).fit(module, loader(batches))

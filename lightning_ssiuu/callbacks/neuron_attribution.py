@@ -90,7 +90,7 @@ class NeuronAttributionCallback(L.Callback):
         self._probes: dict[str, list[Mapping[str, Any]]] = {}
         self._before: dict[str, NeuronAttribution] = {}
         self._sites: list[NeuronSite] = []
-        self._measured_step = -1
+        self._measured_step = 0  # nothing has moved before the first step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fix the probes and attribute the original model."""
@@ -122,7 +122,8 @@ class NeuronAttributionCallback(L.Callback):
         if not self._before:
             return
         model = _answer_model(pl_module)
-        self._measure(trainer, model)
+        if self.variation is None or self._measured_step != trainer.global_step:
+            self._measure(trainer, model)
         retain = influence_variation(self._before["retain"], self._attribute(model, "retain"))
         if self.variation is None:
             return

@@ -1,0 +1,112 @@
+"""Every recipe in the tree is run, composed with what it needs; a kind of recipe that nobody here knows fails."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_tools import RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+
+KINDS = ("objective", "model", "data", "attack")
+
+
+def recipes(kind: str) -> list[Path]:
+    folder = RECIPES / kind if kind else RECIPES
+    return sorted(folder.glob("*.yaml"))
+
+
+def named(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("recipe", recipes(kind), ids=lambda path: path.stem)
+
+
+def finished(folder: Path) -> None:
+    assert read_json(folder / "metrics.json")["steps"] == 2
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_every_recipe_is_of_a_known_kind() -> None:
+    known = {path for kind in ("", *KINDS) for path in recipes(kind)}
+    assert set(RECIPES.rglob("*.yaml")) | set(RECIPES.rglob("*.yml")) == known
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_begins_by_saying_what_it_is(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert isinstance(yaml.safe_load(text), dict)
+
+
+@named("")
+def test_whole_recipes(recipe: Path, tmp_path: Path) -> None:
+    result = fit(tmp_path / "run", *SHORT, recipe=recipe)
+    assert result.status == 0, result.err
+    finished(tmp_path / "run")
+    assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
+
+
+@named("objective")
+def test_objectives(recipe: Path, tmp_path: Path) -> None:
+    result = fit(tmp_path / "run", *SHORT, recipe=recipe)
+    assert result.status == 0, result.err
+    finished(tmp_path / "run")
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert content["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
+    assert read_json(tmp_path / "run" / "metrics.json")["objective"] == content["model"]["class_path"]
+
+
+def test_every_objective_has_a_recipe() -> None:
+    from lightning_ssiuu.objectives import objectives
+
+    given = {yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"] for path in recipes("objective")}
+    assert given == set(objectives())
+
+
+@named("model")
+def test_models(recipe: Path, tmp_path: Path) -> None:
+    checkpoint = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["checkpoint"]
+    base = RECIPES / "objective" / "gradient_difference.yaml"
+    if checkpoint != "tiny":
+        # A pretrained model takes minutes here: that the recipe composes is checked, up to loading the weights.
+        package = checkpoint.removeprefix("package:").partition("/")[0]
+        if not checkpoint.startswith("package:") or importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {checkpoint}")
+        from lightning_ssiuu.models import _inside_package
+
+        assert _inside_package(checkpoint).is_file()
+        printed = command("fit", "--config", base, "--config", recipe, "--print_config")
+        assert printed.status == 0, printed.err
+        assert yaml.safe_load(printed.out)["model"]["init_args"]["checkpoint"] == checkpoint
+        return
+    result = fit(tmp_path / "run", "--config", recipe, *SHORT, recipe=base)
+    assert result.status == 0, result.err
+    finished(tmp_path / "run")
+
+
+@named("data")
+def test_data(recipe: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]
+    options: list[str | Path] = []
+    if content["class_path"] == "TOFU":  # from the hub otherwise
+        arguments = content["init_args"]
+        write_rows(tmp_path / "tofu" / f"{arguments['forget']}.jsonl", question_rows(0, 8))
+        kept = arguments["retain_size"] + arguments["test_size"]
+        write_rows(tmp_path / "tofu" / f"{arguments['retain']}.jsonl", question_rows(8, kept))
+        options = ["--data.init_args.path", tmp_path / "tofu"]
+    elif content["class_path"] != "Facts":
+        pytest.fail(f"{content['class_path']}: say here where its data come from")
+    base = RECIPES / "objective" / "gradient_difference.yaml"
+    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, recipe=base)
+    assert result.status == 0, result.err
+    finished(tmp_path / "run")
+
+
+@named("attack")
+def test_attacks(recipe: Path, tmp_path: Path) -> None:
+    few = ("--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]")
+    result = command("attack", "--config", recipe, "--model", "tiny", "--output", tmp_path / "run", *few)
+    assert result.status == 0, result.err
+    rows = read_json(tmp_path / "run" / "attack.json")["attacks"]
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert [row["kind"] for row in rows] == [content["kind"]] * len(content.get("p", [None]))
