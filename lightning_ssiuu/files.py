@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -41,17 +42,27 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    r"""Write a mapping as indented JSON with a final newline; NaN and infinity are refused, they are not JSON.
+    r"""Write a mapping as indented JSON with a final newline.
+
+    NaN and infinity are not JSON; they become null, so that a run that diverged still leaves its report.
 
     Example:
         >>> target = Path(tempfile.mkdtemp()) / "a.json"
-        >>> write_json(target, {"n": 1})
-        >>> target.read_text()
-        '{\n  "n": 1\n}\n'
+        >>> write_json(target, {"n": 1, "diverged": [float("nan")]})
+        >>> json.loads(target.read_text())
+        {'n': 1, 'diverged': [None]}
     """
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with written_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: str | os.PathLike[str], header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -19,7 +19,11 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 DEFAULT = RECIPES / "ssiuu.yaml"
 #: What makes a ``fit`` on the embedded model last a second or two.
-FAST = ("--model.init_args.scores", "[first_token]", "--attribution.probe_examples", "8")
+FAST = (
+    *("--model.init_args.scores", "[first_token]"),
+    *("--attribution.probe_examples", "8"),
+    *("--data.init_args.eval_batch_size", "64"),
+)
 SHORT = (*FAST, "--trainer.max_steps", "2", "--stopping.threshold", "null", "--attribution.every_n_steps", "null")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -166,3 +167,8 @@ def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Norm of the difference relative to the norm of ``right``."""
     a, b = (torch.cat([x.double().flatten() for x in side]) for side in (left, right))
     return ((a - b).norm() / b.norm().clamp(min=1e-300)).item()
+
+
+def norm(values: Any) -> float:
+    """Euclidean norm over several tensors."""
+    return math.sqrt(sum(float(v.double().square().sum()) for v in values))

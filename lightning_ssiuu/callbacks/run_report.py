@@ -25,7 +25,8 @@ class RunReport(L.Callback):
 
     ``forget_score``, ``retain_score`` and ``test_score`` hold the stopping criterion's score (or the first one measured
     where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score
-    of arXiv 2509.22263: on people neither unlearned nor held on to. No data-set text is written.
+    of arXiv 2509.22263: on people neither unlearned nor held on to. No data-set text is written. Give it after
+    :class:`NeuronAttributionCallback` in ``callbacks``: it reports what that one has measured.
 
     Args:
         print_table: Whether to print it.

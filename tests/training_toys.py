@@ -1,0 +1,42 @@
+"""Small training runs for the tests of the callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from model_toys import bare_trainer
+
+from lightning_ssiuu.datamodules import Facts
+from lightning_ssiuu.datamodules.examples import Splits
+from lightning_ssiuu.objectives.ssiuu import SSIUU
+from lightning_ssiuu.regularizers import AttributionRegularizer
+
+
+class FewFacts(Facts):
+    """The first facts of every set, to be quick."""
+
+    def __init__(self, n: int = 8, **kwargs: Any) -> None:
+        super().__init__(**{"batch_size": 4, "eval_batch_size": 8} | kwargs)
+        self.n = n
+
+    def load_splits(self) -> Splits:
+        whole = super().load_splits()
+        return Splits(whole.forget[: self.n], whole.retain[: 2 * self.n], whole.test[: self.n], whole.benign[: self.n])
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def ssiuu(**kwargs: Any) -> SSIUU:
+    regularizer = AttributionRegularizer(0.2, "relative", target="length_normalised")
+    return SSIUU(optimizer=adam, regularizer=regularizer, **kwargs)
+
+
+def fit(module: Any, callbacks: list[Any], folder: Path, steps: int = 4, data: Any = None, **kwargs: Any) -> L.Trainer:
+    trainer = bare_trainer(steps, callbacks=callbacks, default_root_dir=folder, check_val_every_n_epoch=10**6, **kwargs)
+    trainer.fit(module, data or FewFacts())
+    return trainer
