@@ -127,7 +127,10 @@ def test_an_attack_depends_on_its_seed_only_and_the_weights_come_back() -> None:
 
 def test_edge_of_the_grid_is_told() -> None:
     def curves(*highest: tuple[float, list[float]]) -> list[RecoveryCurve]:
-        return [RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, scores) for rate, scores in highest]
+        return [
+            RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, [0, 1, 2][: len(scores)], scores)
+            for rate, scores in highest
+        ]
 
     assert not summarise(curves((1e-4, [0, 1, 0]), (1e-3, [0, 9, 1])))["inside_grid"]  # the largest rate
     assert not summarise(curves((1e-4, [0, 1, 9]), (1e-3, [0, 2, 1])))["inside_grid"]  # the last epoch
@@ -135,8 +138,8 @@ def test_edge_of_the_grid_is_told() -> None:
 
 
 def test_rows_keep_kinds_and_fractions_apart() -> None:
-    curves = [RecoveryCurve("unlearned", "harmful", p, 1e-4, 0, 4, 36, [0.0, 100 * p]) for p in (0.1, 0.3)]
-    curves.append(RecoveryCurve("unlearned", "benign", None, 1e-4, 0, 8, 40, [0.0, 5.0]))
+    curves = [RecoveryCurve("unlearned", "harmful", p, 1e-4, 0, 4, 36, [0, 1], [0.0, 100 * p]) for p in (0.1, 0.3)]
+    curves.append(RecoveryCurve("unlearned", "benign", None, 1e-4, 0, 8, 40, [0, 1], [0.0, 5.0]))
     rows = table(curves)
     assert [(row["kind"], row["p"]) for row in rows] == [("harmful", 0.1), ("harmful", 0.3), ("benign", None)]
     assert [row["unlearned"]["forget_score"]["mean"] for row in rows] == pytest.approx([10.0, 30.0, 5.0])

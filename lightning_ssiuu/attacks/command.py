@@ -40,6 +40,7 @@ def attack(
     learning_rates: Sequence[float] = (1e-5, 5e-6, 1e-6),
     seeds: Sequence[int] = (0, 1, 2),
     epochs: int = 10,
+    every_n_epochs: int = 1,
     batch_size: int = 8,
     score: str | None = None,
     benign_path: str | None = None,
@@ -61,7 +62,9 @@ def attack(
         learning_rates: AdamW's; the default is the paper's harmful grid for 3B models. Small models need larger ones:
             widen until ``inside_grid`` is true.
         seeds: Of the selection and the order.
-        epochs: Passes over the attack set; scored after each.
+        epochs: Passes over the attack set.
+        every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
+            attack itself.
         batch_size: Attack sequences per step.
         score: The forget score; by default the one the run was stopped by, else probability.
         benign_path: Instruction data (file or hub id) for benign attacks; by default the data module's own.
@@ -86,7 +89,7 @@ def attack(
     sources = resolve_models(models)
     hide_short_bars(*sources)
     score = score or run_score(model)
-    check_attack(score, learning_rates, epochs)
+    check_attack(score, learning_rates, epochs, every_n_epochs)
     device = make_trainer(accelerator, epochs, []).strategy.root_device
     folder = output_directory(model, output)
     refuse_existing("output", folder, ["attack.json", *([f"attacked_{kind}"] if save_attacked else [])], overwrite)
@@ -114,7 +117,15 @@ def attack(
                     for learning_rate in learning_rates:
                         relearn_data = cell(fraction, seed)
                         curve = relearn(
-                            loaded, tokenizer, relearn_data, learning_rate, epochs, score, name, accelerator
+                            loaded,
+                            tokenizer,
+                            relearn_data,
+                            learning_rate,
+                            epochs,
+                            score,
+                            name,
+                            accelerator,
+                            every_n_epochs,
                         )
                         curves.append(curve)
                         if save_attacked and name == "unlearned" and max(curve.forget_scores) > highest:
@@ -124,7 +135,9 @@ def attack(
                         snapshot.restore()
                         bar.update()
     rows = table(curves)
-    config = json.dumps([kind, list(fractions), list(learning_rates), list(seeds), epochs, batch_size, score])
+    config = json.dumps(
+        [kind, list(fractions), list(learning_rates), list(seeds), epochs, every_n_epochs, batch_size, score]
+    )
     write_json(
         folder / "attack.json",
         {

@@ -40,7 +40,8 @@ class RecoveryCurve:
         seed: Of the selection and the order.
         n_attack: Examples trained on.
         n_scored: Examples scored.
-        forget_scores: Percent; entry e is the score after e epochs.
+        epochs: When the model was scored: 0 is before the attack.
+        forget_scores: Percent, one for each of ``epochs``.
     """
 
     model: str
@@ -50,31 +51,36 @@ class RecoveryCurve:
     seed: int
     n_attack: int
     n_scored: int
+    epochs: list[int] = field(default_factory=list)
     forget_scores: list[float] = field(default_factory=list)
 
 
 class Recorder(L.Callback):
-    """Scores the attacked model before the first step and after every epoch.
+    """Scores the attacked model before the first step, after every so many epochs and after the last.
 
     Args:
         score: A score's name.
         curve: Receives the scores.
+        every_n_epochs: Epochs from one score to the next.
     """
 
-    def __init__(self, score: str, curve: RecoveryCurve) -> None:
-        self.score, self.curve = score, curve
+    def __init__(self, score: str, curve: RecoveryCurve, every_n_epochs: int = 1) -> None:
+        self.score, self.curve, self.every_n_epochs = score, curve, every_n_epochs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the model as it was handed over."""
-        self._record(trainer, pl_module)
+        self._record(trainer, pl_module, 0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the model after an epoch."""
-        self._record(trainer, pl_module)
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
+            self._record(trainer, pl_module, epoch)
 
-    def _record(self, trainer: Any, pl_module: Any) -> None:
+    def _record(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         loaders = trainer.datamodule.val_dataloader()
         scores = evaluate(pl_module.model, pl_module.tokenizer, loaders, [self.score])
+        self.curve.epochs.append(epoch)
         self.curve.forget_scores.append(scores["forget"][self.score])
 
 
@@ -87,6 +93,7 @@ def relearn(
     score: str = "probability",
     name: str = "unlearned",
     accelerator: str = "auto",
+    every_n_epochs: int = 1,
 ) -> RecoveryCurve:
     """Attack a model in memory once; its weights are the attacked ones afterwards.
 
@@ -99,9 +106,10 @@ def relearn(
         score: A score's name.
         name: Written into the curve.
         accelerator: Lightning's.
+        every_n_epochs: Epochs from one score to the next; scoring can cost more than the attack.
 
     Returns:
-        The recovery curve, ``epochs + 1`` values in percent.
+        The recovery curve.
 
     Raises:
         UserError: If an argument is outside its range.
@@ -115,7 +123,7 @@ def relearn(
         >>> len(curve.forget_scores), curve.n_attack, curve.n_scored
         (2, 4, 32)
     """
-    check_attack(score, [learning_rate], epochs)
+    check_attack(score, [learning_rate], epochs, every_n_epochs)
     splits = data.splits
     p = data.p if data.kind == "harmful" else None
     curve = RecoveryCurve(name, data.kind, p, learning_rate, data.seed, len(splits.retain), len(splits.forget))
@@ -123,11 +131,11 @@ def relearn(
     module.adopt(model.train(), tokenizer)
     with _quiet_lightning():
         L.seed_everything(data.seed, verbose=False)
-        make_trainer(accelerator, epochs, [Recorder(score, curve)]).fit(module, datamodule=data)
+        make_trainer(accelerator, epochs, [Recorder(score, curve, every_n_epochs)]).fit(module, datamodule=data)
     return curve
 
 
-def check_attack(score: str, learning_rates: Sequence[float], epochs: int) -> None:
+def check_attack(score: str, learning_rates: Sequence[float], epochs: int, every_n_epochs: int = 1) -> None:
     """Raise :class:`UserError` unless the options of an attack are within their ranges.
 
     Example:
@@ -140,8 +148,9 @@ def check_attack(score: str, learning_rates: Sequence[float], epochs: int) -> No
     for learning_rate in learning_rates:
         if not 0 < learning_rate < math.inf:
             raise UserError("learning_rates", learning_rate, "finite numbers > 0")
-    if epochs < 1:
-        raise UserError("epochs", epochs, "a number ≥ 1")
+    for name, value in (("epochs", epochs), ("every_n_epochs", every_n_epochs)):
+        if value < 1:
+            raise UserError(name, value, "a number ≥ 1")
 
 
 def make_trainer(accelerator: str, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
@@ -208,7 +217,7 @@ def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
         upper end of what was tried, in which case a stronger attack may find more.
 
     Example:
-        >>> curves = [RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, scores)
+        >>> curves = [RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, [0, 1, 2], scores)
         ...           for rate, scores in ((1e-5, [5.0, 6.0, 6.0]), (1e-4, [5.0, 20.0, 18.0]), (1e-3, [5.0, 9.0, 2.0]))]
         >>> summary = summarise(curves)
         >>> summary["forget_score"]["mean"], summary["best"], summary["inside_grid"]
@@ -218,8 +227,8 @@ def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     highest = [max(max(c.forget_scores) for c in curves if c.seed == seed) for seed in seeds]
     before = [next(c.forget_scores[0] for c in curves if c.seed == seed) for seed in seeds]
     best = max(curves, key=lambda curve: max(curve.forget_scores))
-    epoch = max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)
-    inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < len(best.forget_scores) - 1
+    epoch = best.epochs[max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)]
+    inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < best.epochs[-1]
     return {
         "before": spread(before),
         "forget_score": spread(highest),
@@ -246,7 +255,7 @@ def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
     """One row per attack: the unlearned model's summary, the oracle's, and the gap seed by seed.
 
     Example:
-        >>> curves = [RecoveryCurve(model, "harmful", 0.1, 1e-4, 0, 4, 36, [5.0, top])
+        >>> curves = [RecoveryCurve(model, "harmful", 0.1, 1e-4, 0, 4, 36, [0, 1], [5.0, top])
         ...           for model, top in (("unlearned", 30.0), ("oracle", 12.0))]
         >>> table(curves)[0]["gap"]["mean"]
         18.0
