@@ -139,7 +139,7 @@ def run(args: list[str]) -> None:
         args: ``["fit", "--config", ...]``.
     """
     objectives()  # imports every file, so that class_path may be a bare class name
-    # A recipe's hub look-ups fail at once instead of after retries where there is no hub.
+    # Tokenising is done once, before any worker process exists; the library would warn about forking all the same.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     defaults: dict[str, Any] = {
         "use_distributed_sampler": False,

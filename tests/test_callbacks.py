@@ -13,9 +13,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from model_toys import bare_trainer, equal, random_model, weights
+from model_toys import bare_trainer, equal, weights
 from torch import Tensor
-from training_toys import FewFacts, adam, fit, ssiuu
+from training_toys import FewFacts, adam, fit, gpt2_with_dropout, ssiuu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
@@ -66,12 +66,7 @@ def test_more_probes_than_examples(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def with_dropout(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint whose training draws random numbers in every step."""
-    folder = tmp_path_factory.mktemp("dropout")
-    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-    random_model("gpt2", torch.float32, vocab_size=1024, **dropout).save_pretrained(folder)
-    load_tokenizer("tiny").save_pretrained(folder)
-    return str(folder)
+    return gpt2_with_dropout(tmp_path_factory.mktemp("dropout"))
 
 
 def trajectory(checkpoint: str, callbacks: list[Any], folder: Path, seed: int = 0, data_seed: int = 0) -> list[Tensor]:

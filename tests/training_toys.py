@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from model_toys import bare_trainer
+from model_toys import bare_trainer, random_model
 
 from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.datamodules.examples import Splits
+from lightning_ssiuu.models import load_tokenizer
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 
@@ -40,3 +41,11 @@ def fit(module: Any, callbacks: list[Any], folder: Path, steps: int = 4, data: A
     trainer = bare_trainer(steps, callbacks=callbacks, default_root_dir=folder, check_val_every_n_epoch=10**6, **kwargs)
     trainer.fit(module, data or FewFacts())
     return trainer
+
+
+def gpt2_with_dropout(folder: Path) -> str:
+    """A checkpoint whose training draws random numbers in every step."""
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    random_model("gpt2", torch.float32, vocab_size=1024, **dropout).save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)

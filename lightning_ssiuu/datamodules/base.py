@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
 from lightning_ssiuu.datamodules.examples import Given, QAExample, Splits
-from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler
+from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
 from lightning_ssiuu.errors import UserError
 
 __all__ = ["QAExample", "Splits", "UnlearningDataModule"]
@@ -167,7 +167,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         parts, batch_sizes = self._train_parts()
         sizes = {part: len(examples) for part, examples in parts.items()}
         sampler = PairSampler(sizes, batch_sizes, self.seed, rank, world_size, self.fill_batches)
-        return self._loader(EncodedDataset(parts), sampler)
+        return self._loader(EncodedDataset(parts), sampler, ResumableLoader)
 
     @property
     def eval_splits(self) -> list[str]:
@@ -240,8 +240,10 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 given = Given(f"{batch_size}, which leaves a last batch of {n_examples % batch_size}")
                 raise UserError(name, given, f"one whose last batch divides among {world_size} ranks")
 
-    def _loader(self, dataset: EncodedDataset, sampler: Sampler[list[Key]]) -> DataLoader:
-        return DataLoader(
+    def _loader(
+        self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader] = DataLoader
+    ) -> DataLoader:
+        return kind(
             dataset,
             batch_sampler=sampler,
             collate_fn=Collator(self.encoder.pad_token_id),

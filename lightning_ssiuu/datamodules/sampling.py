@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_ssiuu.datamodules.encoding import Key
 
@@ -129,6 +130,43 @@ class PairSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         return (self._shard(self.epoch, number) for number in range(self.start, len(self)))
+
+
+class ResumableLoader(DataLoader):
+    """A training loader that an interrupted run takes up at the very batch it had come to.
+
+    Lightning saves and restores the state of loaders that have one. Position means batches handed out, not batches that
+    worker processes have prepared ahead.
+
+    Example:
+        >>> sampler = PairSampler({"retain": 6}, {"retain": 2}, seed=0)
+        >>> loader = ResumableLoader([*range(6)], batch_sampler=sampler, collate_fn=lambda keys: keys)
+        >>> loader.state_dict()
+        {'epoch': 0, 'position': 0}
+    """
+
+    batch_sampler: PairSampler
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._position = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._position = self.batch_sampler.start
+        for batch in super().__iter__():
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches handed out in it."""
+        return {"epoch": self.batch_sampler.epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Begin the next iteration where a run was interrupted."""
+        epoch, position = state["epoch"], state["position"]
+        if position >= len(self.batch_sampler):
+            epoch, position = epoch + 1, 0
+        self.batch_sampler.epoch, self.batch_sampler.start = epoch, position
 
 
 class EvalSampler(Sampler[list[Key]]):

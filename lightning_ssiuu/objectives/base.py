@@ -111,6 +111,7 @@ class UnlearningModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.scores = scores
         self._step_memory = StepMemory()
+        self._random_states: dict[str, Any] | None = None
 
     # ---- what a subclass writes -------------------------------------------------------------------------------
 
@@ -153,6 +154,13 @@ class UnlearningModule(L.LightningModule):
         self.model, self.tokenizer = model, tokenizer
         if self.gradient_checkpointing:
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def on_train_start(self) -> None:
+        """Put the random states of a resumed run back, after everything that draws while a run is set up."""
+        if self._random_states is not None:
+            torch.set_rng_state(self._random_states["cpu"])
+            torch.cuda.set_rng_state_all(self._random_states["cuda"])
+            self._random_states = None
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         """The weighted loss; a part that is absent from the batch, or has weight 0, costs nothing."""
@@ -199,12 +207,15 @@ class UnlearningModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the regulariser's anchor beside the weights."""
+        """Keep the regulariser's anchor and the random states beside the weights."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint["random_states"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
         if self.regularizer is not None:
             checkpoint["regularizer"] = self.regularizer.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the regulariser's anchor up again."""
+        """Take the regulariser's anchor up again, and remember the random states for the first step."""
+        self._random_states = checkpoint.get("random_states")
         if self.regularizer is not None and "regularizer" in checkpoint:
             self.regularizer.load_state_dict(checkpoint["regularizer"])
 
