@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,11 @@ def test_rows_keep_kinds_and_fractions_apart() -> None:
     rows = table(curves)
     assert [(row["kind"], row["p"]) for row in rows] == [("harmful", 0.1), ("harmful", 0.3), ("benign", None)]
     assert [row["unlearned"]["forget_score"]["mean"] for row in rows] == pytest.approx([10.0, 30.0, 5.0])
+
+
+def test_a_sweep_keeps_no_optimiser_alive() -> None:
+    model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
+    gc.collect()
+    before = sum(issubclass(type(thing), torch.optim.Optimizer) for thing in gc.get_objects())
+    relearn(model, tokenizer, RelearnDataModule(Facts(), kind="harmful", p=0.1), 1e-4, 1)
+    assert sum(issubclass(type(thing), torch.optim.Optimizer) for thing in gc.get_objects()) == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -272,3 +274,24 @@ def test_nothing_seen() -> None:
     empty = NeuronAttribution.empty([NeuronSite("mlp_up", 0, "up", 3)])
     assert empty.mean_maximum.tolist() == [0, 0, 0]
     assert empty.over_ranks() is empty
+
+
+def test_activations_are_freed_without_the_garbage_collector() -> None:
+    model, one = answer_model(), part([(3, 2), (4, 3)])
+    sites, alive = neuron_sites(model.hf), []
+    handles = [
+        model.hf.get_submodule(site.module_name).register_forward_hook(
+            lambda _module, _args, output: alive.append(weakref.ref(output))
+        )
+        for site in sites
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        neuron_attribution(model, [one], sites)
+        assert len(alive) == len(sites)
+        assert [ref() for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
+        for handle in handles:
+            handle.remove()

@@ -6,6 +6,7 @@ on examples the attack did not train on; mean over seeds.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import warnings
@@ -132,6 +133,10 @@ def relearn(
     with _quiet_lightning():
         L.seed_everything(data.seed, verbose=False)
         make_trainer(accelerator, epochs, [Recorder(score, curve, every_n_epochs)]).fit(module, datamodule=data)
+    # Trainer, module and optimiser refer to each other; without this a sweep holds several runs' optimiser states.
+    data.trainer = None  # type: ignore[assignment]
+    del module
+    gc.collect()
     return curve
 
 

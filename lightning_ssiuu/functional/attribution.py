@@ -237,9 +237,12 @@ def _captured(
 
     def watch(module_sites: list[NeuronSite]) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+            # Detached: a hook that held its own tensor would keep it, and the graph behind it, alive for ever.
+            activation = output.detach()
+
             def on_gradient(gradient: Tensor) -> None:
                 for site in module_sites:
-                    reduce_tokens(site, output, gradient)
+                    reduce_tokens(site, activation, gradient)
 
             output.register_hook(on_gradient)
 
