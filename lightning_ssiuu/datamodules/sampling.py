@@ -151,7 +151,7 @@ class ResumableLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self._position = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         self._position = self.batch_sampler.start
         for batch in super().__iter__():
             self._position += 1
