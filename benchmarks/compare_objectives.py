@@ -1,5 +1,8 @@
 """Unlearn with several recipes and seeds, attack each result beside the oracle, print one row per recipe.
 
+Every run stops at the same forgetting, a forget probability of at most 10 %: methods are comparable at equal forgetting and
+equal retention only.
+
     python -m lightning_ssiuu.assets.build --without-forget --output runs/oracle
     python benchmarks/compare_objectives.py --oracle runs/oracle/tiny [--seeds 0 1 2] [--output runs/comparison]
 
@@ -41,7 +44,8 @@ def one(recipe: str, options: list[str], seed: int, oracle: str, folder: Path) -
     if not (folder / "attack.json").is_file():
         where = ["--trainer.default_root_dir", str(folder), "--overwrite"]
         seeds = ["--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
-        run(["fit", "--config", str(RECIPES / "objective" / f"{recipe}.yaml"), *options, *where, *seeds])
+        stop = ["--stopping.score", "probability", "--stopping.threshold", "10"]
+        run(["fit", "--config", str(RECIPES / "objective" / f"{recipe}.yaml"), *options, *stop, *where, *seeds])
         attack = ["attack", "--config", str(RECIPES / "attack" / "harmful.yaml"), "--score", "probability"]
         run([*attack, "--model", str(folder / "model"), "--oracle", oracle])
     metrics = json.loads((folder / "metrics.json").read_text())
