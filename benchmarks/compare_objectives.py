@@ -1,7 +1,7 @@
 """Unlearn with several recipes and seeds, attack each result beside the oracle, print one row per recipe.
 
-Every run stops at the same forgetting, a forget probability of at most 10 %: methods are comparable at equal forgetting and
-equal retention only.
+Every run stops at the same forgetting, a forget probability of at most 10 %: methods are comparable at equal forgetting
+and equal retention only.
 
     python -m lightning_ssiuu.assets.build --without-forget --output runs/oracle
     python benchmarks/compare_objectives.py --oracle runs/oracle/tiny [--seeds 0 1 2] [--output runs/comparison]
