@@ -10,7 +10,6 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
@@ -27,6 +26,7 @@ from lightning_ssiuu.functional.metrics import (
 from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.progress import progress
+from lightning_ssiuu.ranks import gathered
 
 Part = Mapping[str, Tensor]
 Split = Literal["forget", "retain", "test"]
@@ -280,12 +280,8 @@ def mismatched_level(
 
 def _over_ranks(texts: list[str]) -> list[str]:
     # Each rank sees its share; a threshold of its own per rank would let one stop while the others wait for it.
-    if not (dist.is_available() and dist.is_initialized()):
-        return texts
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, texts)
     # Rank r has examples r, r + world size, ...: dealt back in turn, they stand in the order of a single process.
-    return [text for row in zip_longest(*shares) for text in row if text is not None]
+    return [text for row in zip_longest(*gathered(texts)) for text in row if text is not None]
 
 
 def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[dict[str, Tensor]]:

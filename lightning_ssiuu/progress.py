@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from lightning_ssiuu.ranks import world_size
+
 T = TypeVar("T")
 
 
@@ -18,5 +20,5 @@ def progress(items: Iterable[T], description: str) -> Iterator[T]:
         >>> list(progress([1, 2], "counting"))
         [1, 2]
     """
-    hidden = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    hidden = world_size() > 1 and dist.get_rank() > 0
     return iter(tqdm(items, desc=description, delay=3, leave=False, disable=hidden))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import target_logps
 from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.ranks import world_size
 from lightning_ssiuu.sites import neuron_sites, select_sites
 
 # Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
@@ -259,12 +260,8 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _reduced(value: Tensor, operation: Any) -> float:
-    if _world_size() > 1:
+    if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value, op=operation)
     return value.item()
@@ -283,10 +280,10 @@ def _square(parameters: Iterator[nn.Parameter]) -> float:
 
 
 def _sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    if (world_size := _world_size()) == 1:
+    if (ranks := world_size()) == 1:
         return
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if hasattr(parameter, "to_local"):
-            gradient.mul_(world_size)  # FSDP2 has already averaged it
+            gradient.mul_(ranks)  # FSDP2 has already averaged it
         else:
             dist.all_reduce(gradient)  # DDP never saw it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Literal
 
 from rich.console import Console
@@ -98,42 +99,33 @@ def attack(
     check_tokenizers(models, data)
     fractions: list[float] = list(p) if kind == "harmful" else [0.5]
 
-    def cell(fraction: float, seed: int) -> RelearnDataModule:
-        return RelearnDataModule(data, kind, fraction, benign_path, benign_size, batch_size=batch_size, seed=seed)
-
-    for fraction in fractions:
-        for seed in seeds:
-            _ = cell(fraction, seed).splits  # every selection is checked before a model is loaded
+    # Selected and tokenised once for all learning rates and models.
+    cells = [
+        RelearnDataModule(data, kind, fraction, benign_path, benign_size, batch_size=batch_size, seed=seed)
+        for fraction in fractions
+        for seed in seeds
+    ]
+    for cell in cells:
+        _ = cell.splits  # every selection is checked before a model is loaded
     curves: list[RecoveryCurve] = []
     highest = -1.0
     models = {"unlearned" if name == "model" else name: checkpoint for name, checkpoint in models.items()}
-    total = len(models) * len(fractions) * len(seeds) * len(learning_rates)
+    total = len(models) * len(cells) * len(learning_rates)
     with tqdm(total=total, desc=f"{kind} attack", unit="run") as bar:
         for name, checkpoint in models.items():
             loaded, tokenizer = AnswerModel(load_model(checkpoint)), load_tokenizer(checkpoint)
             snapshot = Snapshot(loaded)
-            for fraction in fractions:
-                for seed in seeds:
-                    for learning_rate in learning_rates:
-                        relearn_data = cell(fraction, seed)
-                        curve = relearn(
-                            loaded,
-                            tokenizer,
-                            relearn_data,
-                            learning_rate,
-                            epochs,
-                            score,
-                            name,
-                            accelerator,
-                            every_n_epochs,
-                        )
-                        curves.append(curve)
-                        if save_attacked and name == "unlearned" and max(curve.forget_scores) > highest:
-                            highest = max(curve.forget_scores)
-                            save_pretrained(loaded.hf, tokenizer, folder / f"attacked_{kind}")
-                        loaded.cpu()
-                        snapshot.restore()
-                        bar.update()
+            for cell, learning_rate in product(cells, learning_rates):
+                curve = relearn(
+                    loaded, tokenizer, cell, learning_rate, epochs, score, name, accelerator, every_n_epochs
+                )
+                curves.append(curve)
+                if save_attacked and name == "unlearned" and max(curve.forget_scores) > highest:
+                    highest = max(curve.forget_scores)
+                    save_pretrained(loaded.hf, tokenizer, folder / f"attacked_{kind}")
+                loaded.cpu()
+                snapshot.restore()
+                bar.update()
     rows = table(curves)
     config = json.dumps(
         [kind, list(fractions), list(learning_rates), list(seeds), epochs, every_n_epochs, batch_size, score]

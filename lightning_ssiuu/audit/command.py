@@ -52,7 +52,7 @@ def audit(
         data: The data module to judge by; by default the unlearned model's run's, else the embedded facts.
         probe_examples: Examples per set on which attributions are taken.
         alpha: False-positive rate of the spurious-neuron flags, in (0, 1).
-        target: ``sequence`` (the paper's P) or ``length_normalised`` (P^{1/T}).
+        target: ``sequence`` (the paper's P), ``length_normalised`` (P^{1/T}) or ``log_probability``.
         scores: Scores to compare; by default all that need no generated text.
         output: Directory for the results; by default the unlearned model's run.
         device: Torch device.

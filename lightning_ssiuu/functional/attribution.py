@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
+from lightning_ssiuu.ranks import gathered, world_size
 from lightning_ssiuu.sites import NeuronSite
 
 Target = Literal["sequence", "length_normalised", "log_probability"]
@@ -111,14 +111,11 @@ class NeuronAttribution:
 
     def over_ranks(self) -> NeuronAttribution:
         """The same with the examples of all ranks, when there are several (each rank must call it)."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if world_size() == 1:
             return self
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self.maximum, self.positive, self.minimum, self.n_examples))
-        total = NeuronAttribution(self.sites, *(sum(values) for values in zip(*gathered, strict=True)))
-        logps: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(logps, self.log_probabilities)
-        total.log_probabilities = [value for part in logps for value in part]
+        shares = gathered((self.maximum, self.positive, self.minimum, self.n_examples))
+        total = NeuronAttribution(self.sites, *(sum(values) for values in zip(*shares, strict=True)))
+        total.log_probabilities = [value for share in gathered(self.log_probabilities) for value in share]
         return total
 
     def by_site(self, values: Tensor) -> dict[tuple[int, str], Tensor]:
