@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -76,7 +76,11 @@ directory with safetensors weights, a .gguf file, or a hub id
 
 
 def load_model(
-    checkpoint: str | os.PathLike[str], dtype: torch.dtype = torch.float32, **kwargs: Any
+    checkpoint: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    quantization: Literal["8bit", "4bit"] | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model: safetensors only, no remote code, cache off, every parameter trainable.
 

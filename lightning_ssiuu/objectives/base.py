@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,10 +12,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, answer_nll
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 from lightning_ssiuu.regularizers import Regularizer
+from lightning_ssiuu.sharding import shard
 
 Part = Mapping[str, Tensor]
 
@@ -66,12 +68,15 @@ class UnlearningModule(L.LightningModule):
         forget_weight: Weight of the forget loss, ≥ 0.
         retain_weight: Weight of the retain loss, ≥ 0.
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
+        lora: Train low-rank adapters (:class:`~lightning_ssiuu.adapters.LoRA`) and freeze the weights; None trains the
+            weights.
+        quantization: ``"8bit"`` or ``"4bit"`` loads frozen weights in that width (bitsandbytes); needs ``lora``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
             :mod:`lightning_ssiuu.evaluation`); None takes every score the data allows without generating text.
 
     Raises:
-        UserError: If a weight is negative or not finite.
+        UserError: If a weight is negative or not finite, or weights are quantised with no adapters to train.
 
     Example:
         >>> from lightning_ssiuu.functional.losses import answer_nll
@@ -97,6 +102,8 @@ class UnlearningModule(L.LightningModule):
         forget_weight: float = 1.0,
         retain_weight: float = 1.0,
         regularizer: Regularizer | None = None,
+        lora: LoRA | None = None,
+        quantization: Literal["8bit", "4bit"] | None = None,
         gradient_checkpointing: bool = False,
         scores: list[str] | None = None,
     ) -> None:
@@ -104,7 +111,12 @@ class UnlearningModule(L.LightningModule):
         for name, value in (("forget_weight", forget_weight), ("retain_weight", retain_weight)):
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(name, value, "a finite number ≥ 0")
+        if quantization not in (None, "8bit", "4bit"):
+            raise UserError("quantization", quantization, 'null, "8bit" or "4bit"')
+        if quantization is not None and lora is None:
+            raise UserError("quantization", quantization, "null without lora: quantised weights cannot be trained")
         self.checkpoint = checkpoint
+        self.lora, self.quantization = lora, quantization
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.regularizer = regularizer
@@ -143,10 +155,17 @@ class UnlearningModule(L.LightningModule):
     # ---- Lightning --------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the checkpoint once (Lightning calls this again for every stage)."""
+        """Load the checkpoint once (Lightning calls this again for every stage), in the Trainer's weight type."""
         if self.is_loaded:
             return
-        self.adopt(AnswerModel(load_model(self.checkpoint)), load_tokenizer(self.checkpoint))
+        # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
+        device = self.device if self._trainer is None else self._trainer.strategy.root_device
+        model = AnswerModel(load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device))
+        if self.lora is not None:
+            self.lora.attach(model.hf)
+        self.adopt(model, load_tokenizer(self.checkpoint))
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh["data_parallel"])
         self.model.train()
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
