@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public name -> where it lives. Names are imported on first use: the command line must answer before torch is loaded.
 _EXPORTS = {
+    "AtomicCheckpointIO": "checkpoint_io",
     "AttributionRegularizer": "regularizers",
     "CustomData": "datamodules",
     "Facts": "datamodules",
@@ -16,6 +17,7 @@ _EXPORTS = {
     "ForgetThresholdStopping": "callbacks",
     "GradientAscent": "objectives.gradient_ascent",
     "GradientDifference": "objectives.gradient_difference",
+    "KeepCheckpoints": "callbacks",
     "NeuronAttributionCallback": "callbacks",
     "Regularizer": "regularizers",
     "RelearnDataModule": "datamodules",

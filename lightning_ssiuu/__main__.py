@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -15,6 +17,7 @@ _COMMANDS = {
 }
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_PATIENCE = 5.0  # seconds in which the first process of a run ends the others, if it has found the same mistake
 
 _USAGE = """usage: lightning-ssiuu COMMAND [options]
 
@@ -61,7 +64,7 @@ def _run(command: Callable[[], None]) -> int:
         if isinstance(error.__context__, KeyboardInterrupt):
             return _INTERRUPTED
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except Exception as error:
+    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
         from lightning_ssiuu.mistakes import user_error
 
         if (mistake := user_error(error)) is None:
@@ -71,8 +74,16 @@ def _run(command: Callable[[], None]) -> int:
 
 
 def _refuse(text: str) -> int:
-    print(f"lightning-ssiuu: error: {text}", file=sys.stderr)
+    if rank := _rank():
+        time.sleep(_PATIENCE)
+        text = f"rank {rank}: {text}"
+    print(f"lightning-ssiuu: error: {text}", file=sys.stderr, flush=True)
     return 2
+
+
+def _rank() -> int:
+    """Number of this process in its run, as far as launchers tell before there is a process group."""
+    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
 
 
 if __name__ == "__main__":

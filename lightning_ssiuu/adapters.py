@@ -2,20 +2,260 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.quantization import was_conv1d
+from lightning_ssiuu.sites import SITE_TABLES, neuron_sites
+
+#: The name peft gives the only adapter there is.
+ADAPTER = "default"
 
 
 @dataclass
 class LoRA:
-    """Options of the adapters an objective trains instead of the weights (through peft)."""
+    """Options of the adapters an objective trains instead of the weights (through peft).
+
+    A projection with weight W computes ``(W + alpha / r · B A) x``; W is frozen, ``A [r, in]`` starts random and
+    ``B [out, r]`` at zero, so that training starts at the original model exactly. Neuron attributions see the sum,
+    as neurons are a projection's outputs. :class:`~lightning_ssiuu.regularizers.AttributionRegularizer` acts on
+    the parameters that train, which are A and B.
+
+    In a recipe: ``lora: {r: 16, alpha: 32.0, dropout: 0.0, target_modules: null}``.
+
+    Args:
+        r: Rank, ≥ 1.
+        alpha: Scale of the adapters, > 0, divided by the rank.
+        dropout: Probability with which an adapter's input is dropped while training, in [0, 1).
+        target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]``; None takes
+            all that hold neurons (:mod:`lightning_ssiuu.sites`), for unknown architectures every linear layer but
+            the head. Experts of a mixture that are kept as one tensor are no linear layers and stay out.
+
+    Raises:
+        UserError: If an option is outside its range.
+
+    Example:
+        >>> LoRA(r=0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: lora.r: got 0, allowed: a whole number ≥ 1
+    """
 
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (isinstance(self.r, int) and self.r >= 1):
+            raise UserError("lora.r", self.r, "a whole number ≥ 1")
+        if not 0 < self.alpha < math.inf:
+            raise UserError("lora.alpha", self.alpha, "a finite number > 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError("lora.dropout", self.dropout, "a probability in [0, 1)")
+        if self.target_modules is not None and not self.target_modules:
+            raise UserError("lora.target_modules", self.target_modules, "null, or at least one projection")
+
     def attach(self, model: PreTrainedModel) -> None:
-        """Put adapters into ``model`` in place: module names stay, only the adapters train."""
-        raise NotImplementedError
+        """Put adapters into ``model`` in place: its class and module names stay, only the adapters train.
+
+        They are drawn on the CPU from torch's global generator, so a seed gives the same ones on any device, and kept
+        in float32, or in the model's type where that is wider. On a model without storage (device ``meta``) they have
+        none either, and nothing is drawn.
+
+        Args:
+            model: A transformers model, quantised or not.
+
+        Raises:
+            UserError: If peft is missing, a target names no projection, or the model has adapters already.
+
+        Example:
+            >>> from lightning_ssiuu.models import load_model
+            >>> model = load_model("tiny")
+            >>> LoRA(r=2, target_modules=["mlp.up_proj"]).attach(model)
+            >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]  # doctest: +NORMALIZE_WHITESPACE
+            ['model.layers.0.mlp.up_proj.lora_A.default.weight', 'model.layers.0.mlp.up_proj.lora_B.default.weight']
+        """
+        peft = _peft()
+        if any(True for _ in adapted_layers(model)):
+            raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
+        targets = self._targets(model)
+        config = peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            task_type="CAUSAL_LM",
+        )
+        peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+        width = torch.promote_types(_embedding(model).dtype, torch.float32)
+        for _, layer in adapted_layers(model):
+            _initialise(layer, width)
+
+    def _targets(self, model: PreTrainedModel) -> list[str]:
+        projections = _projections(model)
+        if self.target_modules is None:
+            known = getattr(model.config, "model_type", None) in SITE_TABLES
+            chosen = {site.module_name for site in neuron_sites(model)} if known else set(projections)
+        else:
+            chosen = set()
+            for target in self.target_modules:
+                found = {name for name in projections if f".{name}".endswith(f".{target}")} if target else set()
+                if not found:
+                    there = sorted({name.rpartition(".")[2] for name in projections})
+                    raise UserError("lora.target_modules", target, f"projections of this model: {there}")
+                chosen |= found
+        # Ends of names where they say the same: what is saved beside the adapters should be readable.
+        ends = sorted({name.rpartition(".")[2] for name in chosen})
+        same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends} == chosen
+        return ends if same else sorted(chosen)
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
+    return peft
+
+
+def _projections(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    named = model.named_modules()
+    return [name for name, module in named if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+
+
+def _embedding(model: PreTrainedModel) -> torch.Tensor:
+    # Of all weights the one that is never quantised and never adapted.
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight
+
+
+def _initialise(layer: Any, dtype: torch.dtype) -> None:
+    place = layer.base_layer.weight.device
+    matrices = {"lora_A": (layer.r[ADAPTER], layer.in_features), "lora_B": (layer.out_features, layer.r[ADAPTER])}
+    for name, shape in matrices.items():
+        matrix = torch.zeros(shape, dtype=torch.float32, device="meta" if place.type == "meta" else "cpu")
+        if name == "lora_A":
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as nn.Linear's weight, and peft's A
+        getattr(layer, name)[ADAPTER].weight = nn.Parameter(matrix.to(place, dtype))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules of the projections that have an adapter.
+
+    Example:
+        >>> list(adapted_layers(nn.Linear(2, 2)))
+        []
+    """
+    for name, module in model.named_modules():
+        if is_adapted(module):
+            yield name, module
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module is a projection with an adapter around it."""
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' matrices under peft's own names (``<projection>.lora_A.weight``), in the model's order."""
+    found = {}
+    for name, layer in adapted_layers(model):
+        for matrix in ("lora_A", "lora_B"):
+            found[f"{name}.{matrix}.weight"] = getattr(layer, matrix)[ADAPTER].weight
+    return found
+
+
+def layer_delta(layer: Any, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> torch.Tensor:
+    """``alpha / r · B A``, what an adapter adds to its projection's weight, in the shape that is stored.
+
+    Args:
+        layer: From :func:`adapted_layers`.
+        matrix_a: Its A, ``[r, in]``, whole.
+        matrix_b: Its B, ``[out, r]``, whole.
+    """
+    delta = layer.scaling[ADAPTER] * (matrix_b @ matrix_a)
+    return delta.T if was_conv1d(layer.base_layer) else delta
+
+
+@contextmanager
+def adapters_kept_wide(model: nn.Module) -> Iterator[None]:
+    """Inside, casting the model to a narrower type leaves the adapters in theirs.
+
+    Lightning's ``bf16-true`` casts a whole module. What an optimiser adds to an adapter in a step is mostly too small
+    for bfloat16's eight bits, and adapters are too few for their width to matter.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> model = load_model("tiny")
+        >>> LoRA(r=1).attach(model)
+        >>> with adapters_kept_wide(model):
+        ...     _ = model.to(torch.bfloat16)
+        >>> model.dtype, next(iter(adapter_parameters(model).values())).dtype
+        (torch.bfloat16, torch.float32)
+    """
+    before = [(parameter, parameter.data) for parameter in adapter_parameters(model).values()]
+    yield
+    for parameter, data in before:
+        if parameter.dtype.itemsize < data.dtype.itemsize:
+            parameter.data = data.to(parameter.device)
+
+
+def without_frozen(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a state dict that trains: a run with adapters finds the rest in the checkpoint it began with.
+
+    For quantised weights it is also the only part that can be put back: bitsandbytes writes constants beside 4-bit
+    weights that it does not read again.
+
+    Args:
+        module: What the state is of.
+        state: Its ``state_dict``.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> _ = layers[0].requires_grad_(False)
+        >>> sorted(without_frozen(layers, layers.state_dict()))
+        ['1.bias', '1.weight']
+    """
+    return {name: state[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_adapter_state(module: nn.Module, state: Mapping[str, Any] | None) -> None:
+    """Raise unless a checkpoint's state holds every adapter, as loading it leaves out what it does not hold.
+
+    Args:
+        module: What the state is to be loaded into.
+        state: The state; None where a strategy keeps it elsewhere.
+
+    Raises:
+        UserError: If adapters are missing.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> model = load_model("tiny")
+        >>> LoRA(r=1, target_modules=["k_proj"]).attach(model)
+        >>> check_adapter_state(model, {})
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: ckpt_path: got 'a checkpoint without 8 of 8 adapter matrices', allowed: one \
+of a run with the same lora options
+    """
+    if state is None:
+        return
+    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if missing := names - state.keys():
+        given = f"a checkpoint without {len(missing)} of {len(names)} adapter matrices"
+        raise UserError("ckpt_path", given, "one of a run with the same lora options")

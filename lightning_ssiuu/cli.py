@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
+from lightning_ssiuu.callbacks import (
+    ForgetThresholdStopping,
+    KeepCheckpoints,
+    NeuronAttributionCallback,
+    RunReport,
+    SavePretrained,
+)
+from lightning_ssiuu.checkpoint_io import write_whole_checkpoints
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.examples import Given
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import check_space, nothing_left, refuse_existing, written_atomically
+from lightning_ssiuu.files import check_space, nothing_left, written_atomically
+from lightning_ssiuu.interrupted import checkpoint_mistakes, checkpoint_to_go_on_from, refuse_to_lose
 from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.screen import hide_short_bars, quiet
-
-#: What ``fit`` writes beside the model; any of them in the way is a run that must not be overwritten unasked.
-RESULTS = ("metrics.json", "config.yaml", "spurious_neurons.csv", "plots")
+from lightning_ssiuu.sharding import use_all_devices
+from lightning_ssiuu.together import EndTogether, end_with_parent
 
 
 class SaveConfig(SaveConfigCallback):
@@ -34,7 +43,7 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the report hash what will be written."""
-        self.text = self.parser.dump(self.config, skip_none=False)
+        self.text = config_text(self.parser, self.config)
         for callback in getattr(trainer, "callbacks", ()):
             if isinstance(callback, RunReport):
                 callback.config_text = self.text
@@ -49,12 +58,22 @@ class SaveConfig(SaveConfigCallback):
         self.text = None
 
 
+def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The resolved configuration of a run, the same however often it was interrupted or begun anew."""
+    config = config.clone()
+    config["ckpt_path"], config["overwrite"] = None, False
+    return parser.dump(config, skip_none=False)
+
+
 class UnlearningCLI(LightningCLI):
     """LightningCLI with this package's callbacks as sections of their own, so that recipes can set them one by one.
 
     A YAML list is replaced as a whole when recipes are composed; sections are merged key by key. Hence
-    ``attribution:``, ``stopping:``, ``saving:`` and ``report:`` instead of entries under ``trainer.callbacks``.
+    ``attribution:``, ``stopping:``, ``saving:``, ``checkpoints:`` and ``report:`` instead of entries under
+    ``trainer.callbacks``.
     """
+
+    ckpt_path: Any = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -68,6 +87,7 @@ class UnlearningCLI(LightningCLI):
         parser.add_lightning_class_args(ForgetThresholdStopping, "stopping")
         parser.add_lightning_class_args(SavePretrained, "saving")
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_class_arguments(KeepCheckpoints, "checkpoints")
         parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
         parser.link_arguments("model.init_args.checkpoint", "data.init_args.tokenizer")
 
@@ -79,15 +99,26 @@ class UnlearningCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; a device that is not there is the user's mistake."""
+        checkpoints = self._get(self.config_init, "checkpoints")
+        if checkpoints.every_n_steps is not None:
+            # Not one of the callback sections: a Trainer that keeps no checkpoints refuses a callback that could.
+            given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+            callbacks = given if isinstance(given, list) else [given]
+            kwargs |= {"callbacks": [*callbacks, checkpoints], "enable_checkpointing": True}
         with trainer_mistakes(self._get(self.config, "trainer", default={})):
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        use_all_devices(trainer.strategy)
+        write_whole_checkpoints(trainer)
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the whole checkpoint here, to let its hyperparameters win over the configuration."""
 
     def before_fit(self) -> None:
-        """Refuse to run into existing results before anything is loaded."""
-        config = self.config.fit
-        if config.get("ckpt_path") is None:
-            names = [config.saving.folder or "model", *RESULTS]
-            refuse_existing("trainer.default_root_dir", self.trainer.default_root_dir, names, config.overwrite)
+        """Refuse to run into existing results, or from a checkpoint that is none, before anything is loaded."""
+        config, root = self.config.fit, self.trainer.default_root_dir
+        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, is_fit=True)
+        refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))
         # How much the model takes is asked again when it is known; a directory that cannot be written is told now.
         check_space("trainer.default_root_dir", self.trainer.default_root_dir, 1 << 20)
         for name, least in (("max_epochs", self.trainer.max_epochs), ("max_steps", self.trainer.max_steps)):
@@ -101,24 +132,30 @@ class UnlearningCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Check what does not need the weights."""
+        self.ckpt_path = checkpoint_to_go_on_from(self.config[self.subcommand], self.trainer, is_fit=False)
         self._before_any()
 
     before_test = before_validate
 
     def fit(self, **kwargs: Any) -> None:
         """Train; a refused run leaves no trace."""
-        with nothing_left(self.trainer.default_root_dir):
-            self.trainer.fit(**kwargs)
+        self._run(self.trainer.fit, kwargs)
 
     def validate(self, **kwargs: Any) -> None:
         """Score; a refused run leaves no trace."""
-        with nothing_left(self.trainer.default_root_dir):
-            self.trainer.validate(**kwargs)
+        self._run(self.trainer.validate, kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Score; a refused run leaves no trace."""
-        with nothing_left(self.trainer.default_root_dir):
-            self.trainer.test(**kwargs)
+        self._run(self.trainer.test, kwargs)
+
+    def _run(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        with (
+            nothing_left(self.trainer.default_root_dir),
+            EndTogether.around(self.trainer),
+            checkpoint_mistakes(self.ckpt_path),
+        ):
+            function(**kwargs | {"ckpt_path": self.ckpt_path})
 
     def _before_any(self) -> None:
         checkpoint = resolve_checkpoint(self.model.checkpoint)
@@ -138,6 +175,7 @@ def run(args: list[str]) -> None:
     Args:
         args: ``["fit", "--config", ...]``.
     """
+    end_with_parent()
     objectives()  # imports every file, so that class_path may be a bare class name
     # Tokenising is done once, before any worker process exists; the library would warn about forking all the same.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -23,6 +23,9 @@ def run_function(function: Callable[..., object], name: str, args: list[str]) ->
     """
     from jsonargparse import ArgumentParser
 
+    from lightning_ssiuu.together import end_with_parent
+
+    end_with_parent()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")

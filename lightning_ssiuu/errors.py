@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """A mistake only the user can mend; its text is one line, safe to print, without data-set text.
@@ -28,3 +30,22 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         # ValueError would be rebuilt from the one-line text alone, and a spawned rank must be able to send it.
         return type(self), (self.argument, self.value, self.allowed)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those behind it, as a traceback would show them; those of other ranks where it carries them.
+
+    Example:
+        >>> try:
+        ...     raise RuntimeError("writing failed") from OSError("no room")
+        ... except RuntimeError as error:
+        ...     print([str(one) for one in causes(error)])
+        ['writing failed', 'no room']
+    """
+    while error is not None:
+        yield error
+        # torch.distributed.checkpoint hands every rank the failures of all: {rank: (exception, where)}.
+        failures = getattr(error, "failures", None)
+        for failure in failures.values() if isinstance(failures, dict) else ():
+            yield from causes(failure[0])
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

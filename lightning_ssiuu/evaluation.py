@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.metrics import (
@@ -26,9 +27,11 @@ from lightning_ssiuu.functional.metrics import (
 from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.progress import progress
-from lightning_ssiuu.ranks import gathered
+from lightning_ssiuu.ranks import gathered, rank, world_size
+from lightning_ssiuu.sharding import is_sharded
 
 Part = Mapping[str, Tensor]
+T = TypeVar("T")
 Split = Literal["forget", "retain", "test"]
 
 
@@ -68,7 +71,10 @@ class Evaluated:
 
     @cached_property
     def generations(self) -> list[str]:
-        """Greedy continuations of the prompts: up to twice the batch's longest answer, at most 200 tokens."""
+        """Greedy continuations of the prompts: each up to twice its own answer's length, at most 200 tokens.
+
+        So an example's text does not depend on which others share its batch, or how many ranks share the set.
+        """
         labels, ids = self.part["labels"], self.part["input_ids"]
         answered = labels != -100
         starts = answered.int().argmax(1).tolist()
@@ -78,17 +84,21 @@ class Evaluated:
         inputs = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in prompts])
         lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
         mask = (torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)).long()
-        longest = int(answered.sum(1).max())
-        out = self.model.hf.generate(
+        limits = (2 * answered.sum(1)).clamp(max=200).tolist()
+        # Every step gathers sharded weights: ranks have to go through equally many.
+        together = is_sharded(self.model)
+        out = self.model.generate(
             input_ids=inputs,
             attention_mask=mask,
-            max_new_tokens=min(2 * longest, 200),
+            max_new_tokens=max(gathered(max(limits)) if together else limits),
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,
             eos_token_id=end,
+            synced_gpus=together,
         )
-        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        new = [row[width : width + limit] for row, limit in zip(out, limits, strict=True)]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -278,27 +288,27 @@ def mismatched_level(
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
 
 
-def _over_ranks(texts: list[str]) -> list[str]:
+def _over_ranks(items: list[T]) -> list[T]:
     # Each rank sees its share; a threshold of its own per rank would let one stop while the others wait for it.
     # Rank r has examples r, r + world size, ...: dealt back in turn, they stand in the order of a single process.
-    return [text for row in zip_longest(*gathered(texts)) for text in row if text is not None]
+    return [item for row in zip_longest(*gathered(items)) for item in row if item is not None]
 
 
 def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    prompts, answers = [], []
+    pairs = []
     for part in parts:
-        for row, labels in zip(part["input_ids"], part["labels"], strict=True):
+        for row, labels in zip(part["input_ids"].cpu(), part["labels"].cpu(), strict=True):
             answered = labels != -100
-            prompts.append(row[: int(answered.int().argmax())])
-            answers.append(labels[answered])
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+            pairs.append((row[: int(answered.int().argmax())], labels[answered]))
+    pairs = _over_ranks(pairs)
+    size = max(gathered(max(len(part["input_ids"]) for part in parts)))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     # Each gets the answer of the next one in a random round: a derangement without retries.
     donor = dict(zip(order, order[1:] + order[:1], strict=True))
-    size = max(len(part["input_ids"]) for part in parts)
-    for start in range(0, len(prompts), size):
-        rows = range(start, min(start + size, len(prompts)))
-        ids = [torch.cat([prompts[i], answers[donor[i]]]) for i in rows]
-        labels = [torch.cat([torch.full_like(prompts[i], -100), answers[donor[i]]]) for i in rows]
+    for keys in EvalSampler("forget", len(pairs), size, rank(), world_size()):
+        chosen = [(pairs[i][0], pairs[donor[i]][1]) for _, i in keys]
+        ids = [torch.cat(pair) for pair in chosen]
+        labels = [torch.cat([torch.full_like(prompt, -100), answer]) for prompt, answer in chosen]
         mask = [torch.ones_like(row) for row in ids]
         padded = torch.nn.utils.rnn.pad_sequence
         yield {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,14 +15,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.errors import UserError, causes
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: leftovers of a killed process stay there
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX = ".lightning-ssiuu-partial-"
+_OLD = "old"
+# What a disk or its owner refuses and a user can mend; the first only happen to those who write. Anything else (a file
+# that is not there) may be a defect.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_REFUSALS = {*_NO_ROOM, errno.EACCES, errno.EPERM, errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 @contextmanager
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, what is there becomes ``path``.
 
-    Works for a file or a directory, which the block itself creates; on an exception nothing is left behind.
+    Works for a file or a directory, which the block itself creates; on an exception nothing is left behind. What is
+    renamed is on the disk already, not only in its cache, so ``path`` is whole even after a power cut. What a killed
+    process left in the same directory is removed; what another one is writing there is not.
+
+    Raises:
+        UserError: If the disk refuses: it is full, write-protected, ...; ``path`` is then what it was.
 
     Example:
         >>> folder = tempfile.mkdtemp()
@@ -30,15 +49,130 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['a.txt']
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
-        # The suffix stays: writers choose their format by it.
-        temporary = Path(scratch) / target.name
-        yield temporary
-        if target.is_dir() and not target.is_symlink():
-            # A directory cannot be replaced in one step; move the old one aside, so that a crash loses neither.
-            target.rename(Path(scratch) / "old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target.parent)
+        with _scratch(target.parent) as scratch:
+            # The suffix stays: writers choose their format by it.
+            temporary = scratch / target.name
+            yield temporary
+            _to_disk(temporary)
+            _put(temporary, target, scratch / _OLD)
+            _to_disk(target.parent, deep=False)
+    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
+        if (refusal := disk_refusal(error, target.parent)) is None:
+            raise
+        raise refusal from error
+
+
+def _put(temporary: Path, target: Path, aside: Path) -> None:
+    if not target.is_dir() or target.is_symlink():
         temporary.replace(target)
+        return
+    # A directory cannot be replaced in one step; with the old one aside a crash loses neither (clear_leftovers).
+    target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _to_disk(path: Path, deep: bool = True) -> None:
+    inside = [one for one in path.rglob("*") if not one.is_symlink()] if deep and path.is_dir() else []
+    for one in [*inside, path]:
+        if one.is_dir() and fcntl is None:
+            continue  # Windows opens no directories
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no fsync of directories
+                raise
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A new directory, locked as long as this process lives: the kernel lifts the lock of one that is killed."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+        with suppress(FileNotFoundError):
+            lock = _lock(scratch, wait=True)
+            if scratch.exists():
+                break
+            if lock is not None:
+                os.close(lock)
+        # another process took it for a leftover before it was locked
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """A descriptor that holds the lock on a directory; None if it is held elsewhere or there are no locks here."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def clear_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what a killed process left half written in ``folder``; finish what it was about to rename.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / ".lightning-ssiuu-partial-x").mkdir()
+        >>> clear_leftovers(folder)
+        >>> os.listdir(folder)
+        []
+    """
+    for leftover in Path(folder).glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # gone in the meantime, or not ours
+            if (lock := _lock(leftover, wait=False)) is None:
+                continue
+            try:
+                if (leftover / _OLD).exists():  # killed between two renames: what stands beside it is whole
+                    for whole in leftover.iterdir():
+                        if whole.name != _OLD and not (leftover.parent / whole.name).exists():
+                            whole.rename(leftover.parent / whole.name)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def disk_refusal(error: BaseException, folder: str | os.PathLike[str] | None = None) -> UserError | None:
+    """What to tell the user where an exception came of a disk that refuses to write; None where it did not.
+
+    Args:
+        error: Or any of its causes: libraries wrap what the system says, some of them in text only.
+        folder: Where it was to be written; without it only what can be said of no reading counts.
+
+    Example:
+        >>> print(disk_refusal(OSError(errno.ENOSPC, "No space left on device"), "runs/a"))
+        output directory: got 'runs/a', allowed: one that can be written (No space left on device)
+        >>> disk_refusal(FileNotFoundError(errno.ENOENT, "No such file")) is None
+        True
+    """
+    for one in causes(error):
+        if isinstance(one, UserError):
+            return None
+        number = one.errno if isinstance(one, OSError) else None
+        if found := re.search(r"\(os error (\d+)\)", str(one)):  # of safetensors
+            number = int(found[1])
+        if number in (_NO_ROOM if folder is None else _REFUSALS):
+            given = str(folder or getattr(one, "filename", None) or os.curdir)
+            return UserError("output directory", given, f"one that can be written ({os.strerror(number)})")
+    return None
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -86,7 +220,7 @@ def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterab
 
 @contextmanager
 def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """When a :class:`UserError` ends the block, the empty directories it made in ``folder`` are removed again.
+    """When a mistake or an exit ends the block, the empty directories it made in ``folder`` are removed again.
 
     Loggers make their directories before the data and the model have been checked.
 
@@ -105,7 +239,7 @@ def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
     known = {path for path in root.rglob("*") if path.is_dir()} | {root}
     try:
         yield
-    except UserError:
+    except (UserError, SystemExit):
         made = [path for path in root.rglob("*") if path.is_dir() and path not in known]
         for path in [*sorted(made, reverse=True), *missing]:
             with suppress(OSError):  # not empty, or never made

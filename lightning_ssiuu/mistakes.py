@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any
 
 from lightning_ssiuu.datamodules.examples import Given
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.errors import UserError, causes
+from lightning_ssiuu.files import disk_refusal
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -53,20 +54,16 @@ def user_error(error: BaseException) -> UserError | None:
         >>> user_error(RuntimeError("a defect")) is None
         True
     """
-    chain = list(_chain(error))
+    chain = list(causes(error))
     if (own := next((one for one in chain if isinstance(one, UserError)), None)) is not None:
         return own
+    if (refusal := disk_refusal(error)) is not None:  # of what others write: a logger, another rank
+        return refusal
     # By name, because jsonargparse's own class derives from argparse's in some versions and replaces it in others.
     parsed = next((one for one in chain if type(one).__name__ == "ArgumentError"), None)
     if parsed is None and str(error).startswith("Does not validate against any of the Union"):
         parsed = error
     return None if parsed is None else _translate(str(parsed).strip())
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _translate(text: str) -> UserError:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.quantization import loading_options, prepare_for_training
 from lightning_ssiuu.sites import SITE_TABLES
 
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
@@ -87,13 +88,17 @@ def load_model(
     Args:
         checkpoint: See :func:`resolve_checkpoint`.
         dtype: Type of the weights in memory; float32 is what training from 16-bit files wants by default.
+        quantization: Load the projections in this width, frozen (:mod:`lightning_ssiuu.quantization`); what is not
+            quantised is in ``dtype``.
+        device: Where quantised weights go (None: the CPU). Others are loaded to the CPU, for a Trainer to move.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
         The model in evaluation mode (``from_pretrained``'s default).
 
     Raises:
-        UserError: If there is no such model, or its weights are not safetensors, broken or incomplete.
+        UserError: If there is no such model, its weights are not safetensors, broken, incomplete or quantised already,
+            or bitsandbytes is missing.
 
     Example:
         >>> model = load_model("tiny")
@@ -102,6 +107,12 @@ def load_model(
     """
     source = resolve_checkpoint(checkpoint)
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype} | kwargs
+    if quantization is not None:
+        options |= loading_options(quantization, dtype, device)
+    if (packed := getattr(_configuration(checkpoint), "quantization_config", None)) is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
+        allowed = f"a checkpoint with plain weights (this one is quantised already: {method})"
+        raise UserError("checkpoint", os.fspath(checkpoint), allowed)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -111,6 +122,8 @@ def load_model(
         allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
         raise UserError("checkpoint", os.fspath(checkpoint), allowed)
     model.config.use_cache = False
+    if quantization is not None:
+        prepare_for_training(model)
     return model
 
 
@@ -226,6 +239,21 @@ class AnswerModel(nn.Module):
             logits = self.hf(**inputs).logits[sequence_index, position]
         return Answers(logits, targets, sequence_index, labels.shape[0])
 
+    def generate(self, **kwargs: Any) -> Tensor:
+        """What ``transformers``' ``generate`` gives; sharded weights are gathered for this module's methods alone.
+
+        Args:
+            **kwargs: Of ``transformers``' ``generate``.
+
+        Returns:
+            ``[B, L]`` token ids, prompt and continuation.
+
+        Example:
+            >>> AnswerModel(load_model("tiny")).generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2).shape
+            torch.Size([1, 4])
+        """
+        return self.hf.generate(**kwargs)
+
 
 def _inside_package(text: str) -> Path:
     name, _, inner = text.removeprefix(_PACKAGE).partition("/")
@@ -288,12 +316,15 @@ def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
         >>> context_length("tiny")
         128
     """
+    return getattr(_configuration(checkpoint), "max_position_embeddings", None)
+
+
+def _configuration(checkpoint: str | os.PathLike[str]) -> Any:
     source = resolve_checkpoint(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -17,6 +20,30 @@ def world_size() -> int:
         1
     """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0.
+
+    Example:
+        >>> rank()
+        0
+    """
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars on one device, averaged over the ranks in one go; each rank must call it.
+
+    Example:
+        >>> mean_over_ranks({"loss": torch.tensor(2.0)})
+        {'loss': tensor(2.)}
+    """
+    if world_size() == 1 or not values:
+        return {name: value.detach() for name, value in values.items()}
+    stacked = torch.stack([value.detach() for value in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, stacked / world_size(), strict=True))
 
 
 def gathered(value: T) -> list[T]:

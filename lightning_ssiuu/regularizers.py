@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lightning_ssiuu import zero
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import target_logps
 from lightning_ssiuu.functional.losses import Answers
@@ -50,7 +52,11 @@ class Regularizer(ABC):
         """Change the parameters' ``.grad`` before clipping and the optimiser step; returns figures to log."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values and tensors."""
+        """What a resumed run needs, as plain values and tensors.
+
+        Under FSDP2 this runs on every rank; tensors that are shards (``DTensor``) have to stand in a dictionary under
+        the name of the parameter they are cut like, as ``model.named_parameters()`` has it.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional, like state_dict
@@ -110,7 +116,7 @@ class AttributionRegularizer(Regularizer):
         self.modules = modules
         self._gradients: list[Tensor] | None = None  # g / e^scale, summed over the micro-batches of this step
         self._scale = -math.inf
-        self._anchor: list[Tensor] | None = None  # A / e^anchor_scale
+        self._anchor: dict[str, Tensor] | None = None  # A / e^anchor_scale by parameter, a shard where that is one
         self._anchor_scale = -math.inf
         self._warned: set[str] = set()
 
@@ -131,17 +137,13 @@ class AttributionRegularizer(Regularizer):
                 # resharded, it shows those that do. The backward pass gathers it again.
                 reshard()
         scale = max(self._scale, _reduced(logps.detach().max(), dist.ReduceOp.MAX if dist.is_available() else None))
-        parameters = self._parameters(model)
-        stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-        for parameter, _ in stash:
-            parameter.grad = None
-        try:
-            # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
-            ((logps.detach() - scale).exp() * logps).sum().backward(retain_graph=True)
-            fresh = [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in parameters]
-        finally:
-            for parameter, gradient in stash:
-                parameter.grad = gradient
+        parameters = list(self._parameters(model).values())
+        # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
+        total = ((logps.detach() - scale).exp() * logps).sum()
+        if zero.is_zero(model):
+            fresh = zero.own_gradients(total, parameters)
+        else:
+            fresh = _extra_backward(total, parameters, model)
         wide = [_wide(gradient) for gradient in fresh]
         if self._gradients is None:
             self._gradients = wide
@@ -160,13 +162,13 @@ class AttributionRegularizer(Regularizer):
         """
         if self._gradients is None:
             return {}
-        parameters = self._parameters(model)
+        named = self._parameters(model)
+        parameters = list(named.values())
         gradients, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
         _sum_over_ranks(parameters, gradients)
         first = self._anchor is None
         top = max(scale, self._anchor_scale)
-        # A resumed run's anchor comes from the file to the CPU, wherever the weights are.
-        anchor = [a.to(g.device) for a, g in zip(self._anchor or gradients, gradients, strict=True)]
+        anchor = gradients if self._anchor is None else self._local_anchor(named)
         now, negative, square = math.exp(scale - top), 0, 0.0
         then = 0.0 if first else math.exp(self._anchor_scale - top)
         kept: list[Tensor] = []
@@ -181,9 +183,14 @@ class AttributionRegularizer(Regularizer):
                 torch._foreach_mul_(g, growth)
                 torch._foreach_mul_(g, [mask.to(x.dtype) for mask, x in zip(inside, g, strict=True)])
                 square += sum(float(n) ** 2 for n in torch._foreach_norm(g))
-            kept += attribution
+                if self.anchor == "previous":
+                    torch._foreach_copy_(anchor[part], attribution)  # in place: no third copy as large as the weights
+            else:
+                kept += attribution
+        if first:
+            self._anchor = {name: _like(a, p) for (name, p), a in zip(named.items(), kept, strict=True)}
         if first or self.anchor == "previous":
-            self._anchor, self._anchor_scale = kept, scale
+            self._anchor_scale = scale
         shards = next((g.device for g, p in zip(gradients, parameters, strict=True) if hasattr(p, "to_local")), None)
         total = _over_shards(sum(g.numel() for g in gradients), shards)
         figures = {"negative_share": 100 * _over_shards(negative, shards) / max(total, 1)}
@@ -204,27 +211,38 @@ class AttributionRegularizer(Regularizer):
         return figures | {"objective_gradient_norm": objective, "penalty_gradient_norm": coefficient * raw}
 
     def state_dict(self) -> dict[str, Any]:
-        """The anchor and its scale; between optimiser steps there is nothing else."""
+        """The anchor by parameter name and its scale; between optimiser steps there is nothing else."""
         return {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the anchor of an interrupted run."""
         self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
 
-    def _parameters(self, model: nn.Module) -> list[nn.Parameter]:
+    def _local_anchor(self, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        if self._anchor is None or self._anchor.keys() != parameters.keys():
+            allowed = "those of the run that is resumed: its anchor belongs to other parameters"
+            raise UserError("regularizer.modules", self.modules, allowed)
+        # A resumed run's anchor comes from the file to the CPU, wherever the weights are.
+        self._anchor = {name: self._anchor[name].to(p.device) for name, p in parameters.items()}
+        return [_local(a) for a in self._anchor.values()]
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self.modules is None:
-            return [p for p in model.parameters() if p.requires_grad]
+            return trained
         hf = getattr(model, "hf", model)
         sites = neuron_sites(hf)
         chosen = {site.key for site in select_sites(sites, self.modules, "regularizer.modules")}
-        found: dict[nn.Parameter, None] = {}
+        found: set[nn.Parameter] = set()
         for name in dict.fromkeys(site.module_name for site in sites if site.key in chosen):
             sharing = {site.key for site in sites if site.module_name == name}
             if not sharing <= chosen:
                 allowed = f"all kinds of the fused projection together: {sorted(kind for _, kind in sharing)}"
                 raise UserError("regularizer.modules", self.modules, allowed)
-            found |= dict.fromkeys(p for p in hf.get_submodule(name).parameters() if p.requires_grad)
-        return list(found)
+            found |= set(hf.get_submodule(name).parameters())
+        if not (restricted := {name: p for name, p in trained.items() if p in found}):
+            raise UserError("regularizer.modules", self.modules, "sites whose weights train (see lora.target_modules)")
+        return restricted
 
     def _warn(self, logps: Tensor) -> None:
         highest = logps.max().exp().item()
@@ -240,8 +258,29 @@ class AttributionRegularizer(Regularizer):
             warnings.warn(f"AttributionRegularizer: {text}", stacklevel=3)
 
 
+def _extra_backward(total: Tensor, parameters: Sequence[nn.Parameter], model: nn.Module) -> list[Tensor]:
+    """``∂total/∂φ`` (of this rank; under FSDP2 its shard of the ranks' mean), leaving ``.grad`` and the graph alone."""
+    stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, _ in stash:
+        parameter.grad = None
+    try:
+        total.backward(retain_graph=True)
+        return [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in parameters]
+    finally:
+        for parameter, gradient in stash:
+            parameter.grad = gradient
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _like(local: Tensor, parameter: Tensor) -> Tensor:
+    """The shard that ``local`` is where ``parameter`` is one."""
+    if not isinstance(parameter, DTensor):
+        return local
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -275,8 +314,10 @@ def _over_shards(value: float, shards: torch.device | None) -> float:
 
 
 def _square(parameters: Iterator[nn.Parameter]) -> float:
-    gradients = [_wide(_local(p.grad)) for p in parameters if p.grad is not None]
-    return math.fsum(float(n) ** 2 for n in torch._foreach_norm(gradients))
+    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    # Chunk by chunk: widened copies of all bfloat16 gradients at once would be the step's memory peak.
+    norms = (n for part in _chunks(gradients) for n in torch._foreach_norm([_wide(g) for g in gradients[part]]))
+    return math.fsum(float(n) ** 2 for n in norms)
 
 
 def _sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:

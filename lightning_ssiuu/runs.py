@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,28 @@ def resolve_models(models: Mapping[str, str]) -> list[str]:
     """
     sources = []
     for argument, checkpoint in models.items():
-        try:
+        with naming(argument):
             sources.append(resolve_checkpoint(checkpoint))
-        except UserError as error:
-            raise UserError(argument, error.value, error.allowed) from error
     return sources
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Inside, what is wrong with a checkpoint is told under the name of the argument it was given for.
+
+    Example:
+        >>> with naming("oracle"):
+        ...     raise UserError("checkpoint", "a", "a model")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: oracle: got 'a', allowed: a model
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.argument != "checkpoint":
+            raise
+        raise UserError(argument, error.value, error.allowed) from error
 
 
 def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> None:

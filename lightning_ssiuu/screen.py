@@ -13,6 +13,7 @@ _CHATTER = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*tensorboardX. has been removed as a dependency.*",
     r".*does not have many workers which may be a bottleneck.*",
+    r"Paged optimizers are not supported on CPU.*",
 )
 _TIP = "Tip: For seamless cloud"
 _SHORT = 64 << 20  # bytes of weights that load in about a second

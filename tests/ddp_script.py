@@ -1,95 +1,209 @@
-"""Trains a tiny model on any number of gloo processes and saves its weights: run by test_distributed.py, not a test.
+"""Trains tiny models on any number of gloo processes and saves what came out: run by the tests, not a test.
 
-Arguments: ranks, folder to write to, JSON list of jobs [name, strategy (auto, ddp, fsdp), settings]. All in one
-process group: starting Python anew for each costs more than the training.
+Arguments: ranks, folder to write to, JSON list of jobs. All in one process group: starting Python anew for each costs
+more than the training.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import lightning as L
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from data_toys import Toy
-from lightning.pytorch.strategies import ModelParallelStrategy
-from model_toys import answer_model, bare_trainer
+from data_toys import Toy, byte_tokenizer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from model_toys import bare_trainer, random_model, widened
 
-from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback
+from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
 from lightning_ssiuu.callbacks.loaders import evaluation_loaders
+from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import mismatched_level
-from lightning_ssiuu.objectives.ssiuu import SSIUU
+from lightning_ssiuu.models import load_model, load_tokenizer
+from lightning_ssiuu.objectives import base, objectives
 from lightning_ssiuu.regularizers import AttributionRegularizer
 
-SCRIPT = __file__
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+}
+SCORES = ["probability", "all_tokens", "first_token", "multiple_choice", "rouge_l"]
 
 
-class TinySSIUU(SSIUU):
-    """SSIUU on a random float64 model over bytes, sharded where asked."""
+@dataclass(frozen=True)
+class Job:
+    """One training run.
 
-    def __init__(self, sharded: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.sharded = sharded
+    Args:
+        name: What it is about.
+        strategy: ``"auto"``, ``"ddp"``, ``"ddp_views"`` (gradients are views of what is communicated), ``"fsdp"``
+            (checkpoints are folders), ``"fsdp_file"`` (they are files).
+        objective: Class name.
+        regularizer: Arguments of ``AttributionRegularizer``; None for none.
+        module: More arguments of the objective.
+        trainer: More arguments of the Trainer.
+        data: Arguments of the data module.
+        dropout: Train a float32 model with dropout instead of a float64 one without.
+        rank: Of LoRA's adapters; None for none.
+        optimizer: Key of ``OPTIMIZERS``.
+        steps: Where training ends.
+        looking: Whether attribution, stopping and report are at work.
+        save: Save a checkpoint every second step under this name, with ``{step}`` in it.
+        resume: Go on from step 2 of what was saved under this name.
+        broken: The checkpoint cannot be read, which only the process that reads it can notice.
+    """
 
-    def configure_model(self) -> None:
-        """Build the model; shard it where there is a mesh."""
-        if not self.is_loaded:
-            model = answer_model(vocab_size=260, max_position_embeddings=64)
-            if self.sharded:
-                from torch.distributed.fsdp import fully_shard
+    name: str
+    strategy: str = "auto"
+    objective: str = "SSIUU"
+    regularizer: dict[str, Any] | None = None
+    module: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    dropout: bool = False
+    rank: int | None = None
+    optimizer: str = "sgd"
+    steps: int = 2
+    looking: bool = False
+    save: str | None = None
+    resume: str | None = None
+    broken: bool = False
 
-                for block in model.hf.model.layers:
-                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
-                fully_shard(model, mesh=self.device_mesh["data_parallel"])
-            self.adopt(model.train(), Toy().tokenizer)
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells jobs apart."""
+        return self.name, self.strategy
 
 
-def train(strategy: Any, ranks: int, settings: dict[str, Any]) -> dict[str, Any]:
+def save_models(folder: Path) -> None:
+    """The checkpoints that the jobs start from."""
+    for name, kind, options in (
+        ("plain", "llama", {"dtype": torch.float64, "tie_word_embeddings": True, "max_position_embeddings": 64}),
+        ("dropout", "gpt2", {"dtype": torch.float32, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+    ):
+        random_model(kind, **{"vocab_size": 260, **options}).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+
+
+def _load_model(checkpoint: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """In the type that was saved: ModelParallelStrategy knows no precision 64-true."""
+    return widened(load_model(checkpoint, "auto", *args, **kwargs))
+
+
+def _unreadable(*args: Any, **kwargs: Any) -> Any:
+    if "device_map" not in kwargs:
+        raise UserError("checkpoint", "broken", "a whole one")
+    return load_model(*args, **kwargs)
+
+
+class StepAtStart(L.Callback):
+    """The step a run begins at."""
+
+    step = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.step = trainer.global_step
+
+
+def train(job: Job, ranks: int, folder: Path) -> dict[str, Any]:
     """Train; weights, figures and what the callbacks measured."""
-    options = dict(settings)
-    accumulate, steps = options.pop("accumulate", 1), options.pop("steps", 3)
-    looking, clip = options.pop("looking", False), options.pop("clip", None)
-    module = TinySSIUU(
-        strategy == "fsdp",
-        regularizer=AttributionRegularizer(**options),
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    checkpoint = str(folder / ("dropout" if job.dropout else "plain"))
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
+    module = objectives()[job.objective](
+        checkpoint=checkpoint,
+        regularizer=None if job.regularizer is None else AttributionRegularizer(**job.regularizer),
+        optimizer=OPTIMIZERS[job.optimizer],
+        lora=None if job.rank is None else LoRA(job.rank),
+        scores=SCORES,
+        **job.module,
     )
-    if strategy == "fsdp":
-        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend="gloo")
-    attribution = NeuronAttributionCallback(4, every_n_steps=1, write=False)
+    strategy: Any = job.strategy
+    if strategy == "ddp_views":
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
+    elif strategy.startswith("fsdp"):
+        strategy = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=strategy == "fsdp")
+    attribution = NeuronAttributionCallback(3, every_n_steps=1, alpha=0.2, target="length_normalised", write=False)
     stopping = ForgetThresholdStopping("probability", "mismatched")
+    report = RunReport(print_table=False)
+    keep: list[Any] = []
+    if job.save is not None:
+        name = job.save.replace("{strategy}", job.strategy)
+        keep = [ModelCheckpoint(folder, name, every_n_train_steps=2, save_top_k=-1)]
+    restored = StepAtStart()
     trainer = bare_trainer(
-        steps,
+        job.steps,
         strategy=strategy,
         devices=ranks,
-        accumulate_grad_batches=accumulate,
-        callbacks=[attribution, stopping] if looking else [],
-        gradient_clip_val=clip,
+        callbacks=[restored, *keep, *([attribution, stopping, report] if job.looking else [])],
+        enable_checkpointing=bool(keep),
+        limit_val_batches=1.0 if job.looking else 0,
         log_every_n_steps=1,
-        limit_val_batches=1.0 if looking else 0,
+        default_root_dir=folder / "run",
+        **job.trainer,
     )
-    trainer.fit(module, Toy(batch_size=4))
+    with patch.object(base, "load_model", _unreadable if job.broken else _load_model):
+        data = Toy(tokenizer=load_tokenizer(checkpoint), **{"batch_size": 4, "eval_batch_size": 1, **job.data})
+        resume = None if job.resume is None else str(folder / f"{job.resume}-step=2.ckpt")
+        try:
+            trainer.fit(module, data, ckpt_path=resume)
+        except UserError as error:
+            return {"mistake": str(error)}
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in module.model.parameters()]
-    result: dict[str, Any] = {"weights": whole, "steps": trainer.global_step}
+    result: dict[str, Any] = {"weights": whole, "steps": trainer.global_step, "restored": restored.step}
+    result["n_optimised"] = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
     result["figures"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
-    if looking and attribution.variation is not None:
+    if job.looking and attribution.variation is not None:
         forget = next(one for one in evaluation_loaders(trainer) if "forget" in next(iter(one)))
-        rouge_level = mismatched_level("rouge_l", module.model, module.tokenizer, forget)
-        result |= {"d_minus": attribution.variation.d_minus, "value": stopping.value, "rouge_level": rouge_level}
+        result |= {
+            "d_plus": attribution.variation.d_plus,
+            "d_minus": attribution.variation.d_minus,
+            "flagged": [(one.module, one.layer, one.index) for one in attribution.flagged],
+            "scores": {f"{s}/{k}": v for s, values in report.after.items() for k, v in values.items()},
+            "value": stopping.value,
+            "level": stopping.level,
+            "rouge_level": mismatched_level("rouge_l", module.model, module.tokenizer, forget),
+        }
     return result
+
+
+def run(ranks: int, jobs: list[Job], folder: Path, timeout: int = 300) -> dict[tuple[str, str], Any]:
+    """Do jobs on several processes; by job, every rank's results."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # nothing of a launcher that may have started this test itself
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    described = json.dumps([asdict(job) for job in jobs])
+    command = [sys.executable, __file__, str(ranks), str(folder), described]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return {
+        job.key: [torch.load(folder / f"{number}.{rank}", weights_only=True) for rank in range(ranks)]
+        for number, job in enumerate(jobs)
+    }
 
 
 def main(ranks: str, folder: str, jobs: str) -> None:
     """Do the jobs; every rank writes a file per job."""
     torch.set_num_threads(1)
-    for name, strategy, settings in json.loads(jobs):
-        result = train(strategy, int(ranks), settings)
-        torch.save(result, f"{folder}/{name}.{strategy}.{os.environ.get('LOCAL_RANK', 0)}")
+    for number, described in enumerate(json.loads(jobs)):
+        result = train(Job(**described), int(ranks), Path(folder))
+        torch.save(result, f"{folder}/{number}.{os.environ.get('LOCAL_RANK', 0)}")
 
 
 if __name__ == "__main__":

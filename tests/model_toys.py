@@ -76,13 +76,17 @@ def random_model(
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     model.config.use_cache = False
-    if dtype == torch.float64 and name != "gemma2":
-        # The architectures' own norms compute in float32 whatever the weights' type.
-        for module in list(model.modules()):
-            for child_name, child in list(module.named_children()):
-                if type(child).__name__.endswith("RMSNorm"):
-                    wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=dtype)
-                    setattr(module, child_name, wide)
+    return widened(model) if dtype == torch.float64 and name != "gemma2" else model
+
+
+def widened(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with norms that compute in the weights' type; the architectures' own do so in float32 whatever it is."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, device="meta")
+                wide.weight = child.weight
+                setattr(module, name, wide)
     return model
 
 

@@ -105,7 +105,8 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     attack = command("attack", "--model", "tiny", "--output", tmp_path / "run", "--accelerator", "cuda")
     refused(attack, "accelerator", "'cuda'", "['cpu']")
     same = ("--original", "tiny", "--unlearned", "tiny")
-    refused(command("audit", *same, "--output", tmp_path / "run", "--device", "cuda"), "device", "'cuda'")
+    audit = command("audit", *same, "--output", tmp_path / "run", "--accelerator", "gpu")
+    refused(audit, "accelerator", "'gpu'", "No supported gpu")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,6 +252,10 @@ ATTACK: dict[str, tuple[list[str], str, list[str]]] = {
     "unknown score": (["--score", "nope"], "score", ["'nope'", "probability"]),
     "missing oracle": (["--oracle", "/no/such/model"], "oracle", ["'/no/such/model'"]),
     "missing instruction data": (["--kind", "benign", "--benign_path", "/no/such.json"], "benign_path", ["such.json"]),
+    "no devices": (["--accelerator", "cpu", "--devices", "0"], "devices", ["0"]),
+    "more devices than examples": (["--accelerator", "cpu", "--devices", "33"], "devices", ["33", "at most 32"]),
+    "unknown strategy": (["--strategy", "nope"], "strategy", ["'nope'", "fsdp2"]),
+    "unknown precision": (["--precision", "16"], "precision", ["bf16-mixed"]),
     "unknown data": (["--data", "Nope"], "data.class_path", ["Facts"]),
     "unknown option": (["--nope", "1"], "nope", []),
 }
@@ -287,7 +292,13 @@ def test_what_is_missing(arguments: list[str], argument: str) -> None:
         (["--scores", "[nope]"], "scores"),
         (["--target", "nope"], "target"),
         (["--after_attack", "/no/such/model"], "after_attack"),
-        (["--device", "abacus"], "device"),
+        (["--accelerator", "abacus"], "accelerator"),
+        (["--devices", "0"], "devices"),
+        (["--devices", "nine"], "devices"),
+        (["--devices", "99"], "devices"),  # more than examples to score
+        (["--accelerator", "cpu", "--devices", "4", "--probe_examples", "3"], "probe_examples"),
+        (["--strategy", "nope"], "strategy"),
+        (["--precision", "bf16-mixed"], "precision"),  # nothing is trained
     ],
 )
 def test_audit_options(options: list[str], argument: str, tmp_path: Path) -> None:

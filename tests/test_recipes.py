@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_tools import RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+from cli_tools import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+from forked_ranks import ranks
 
-KINDS = ("objective", "model", "data", "attack")
+from lightning_ssiuu.__main__ import main
+
+KINDS = ("objective", "model", "data", "scale", "attack")
 
 
 def recipes(kind: str) -> list[Path]:
@@ -100,6 +103,33 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
+
+
+@named("scale")
+def test_scale(recipe: Path, tmp_path: Path) -> None:
+    """Each composes with the whole default recipe, which is otherwise what it was."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    small = ("--attribution.probe_examples", "0", "--data.batch_size", "2", "--data.retain_batch_size", "2")
+    options = ["--config", recipe, *SHORT, *small]
+    if "strategy" not in content.get("trainer", {}):
+        result = fit(tmp_path / "run", *options)
+        assert result.status == 0, result.err
+    else:
+        strategy = content["trainer"]["strategy"]
+        name = strategy if isinstance(strategy, str) else strategy["class_path"]
+        if "deepspeed" in name.lower() and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs deepspeed")
+        # In a process of its own, as it makes a process group; one device is enough to see that it composes.
+        one = ("--trainer.accelerator", "cpu", "--trainer.devices", "1")
+        args = ["fit", "--config", DEFAULT, "--trainer.default_root_dir", tmp_path / "run", *options, *one]
+        end = ranks(lambda: main([str(arg) for arg in args]), tmp_path / "ranks", timeout=120)
+        assert end.status == 0, end.err
+    finished(tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "model" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in saved
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert resolved["model"]["class_path"].endswith("SSIUU")
+    assert resolved["model"]["init_args"]["retain_weight"] == 5.0
 
 
 @named("attack")

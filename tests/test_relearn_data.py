@@ -172,13 +172,20 @@ def test_benign_mistakes_that_lie_in_the_data(tmp_path: Path) -> None:
         attack([], benign_path=str(path))
 
 
-def test_short_last_batches_must_divide_among_the_ranks() -> None:
+def test_ranks_share_a_short_last_batch() -> None:
     from types import SimpleNamespace
 
-    data = RelearnDataModule(toy(), p=0.25, batch_size=2)  # 3 examples: a last batch of 1
-    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
-    with pytest.raises(UserError, match="batch_size: got 2, which leaves a last batch of 1"):
-        data.setup("fit")
+    def taught(rank: int, world_size: int) -> list[list[int]]:
+        data = RelearnDataModule(toy(), p=0.4, batch_size=4)  # 5 examples: a last batch of 1
+        data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+        parts = [batch["retain"] for batch in data.train_dataloader()]
+        return [part["example_id"][(part["labels"] != -100).any(1)].tolist() for part in parts]
+
+    whole, shares = taught(0, 1), [taught(rank, 3) for rank in range(3)]
+    assert [len(batch) for batch in whole] == [4, 1]
+    assert [[len(batch) for batch in share] for share in shares] == [[2, 1], [1, 0], [1, 0]]
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert sorted(chain(*parts)) == sorted(batch)
 
 
 def test_another_attack() -> None:

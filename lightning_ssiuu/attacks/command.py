@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from lightning_ssiuu.attacks.relearning import (
-    RecoveryCurve,
-    Snapshot,
-    check_attack,
-    curve_dicts,
-    make_trainer,
-    relearn,
-    table,
-)
-from lightning_ssiuu.callbacks.save_pretrained import save_pretrained
+from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, check_attack, curve_dicts, relearn, table
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.devices import Devices, Precision, Strategy
 from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.export import save_pretrained
 from lightning_ssiuu.files import check_space, refuse_existing, write_json
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models import load_tokenizer
 from lightning_ssiuu.provenance import provenance
-from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.runs import check_tokenizers, naming, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.screen import hide_short_bars
 
 
@@ -49,6 +43,9 @@ def attack(
     output: str | None = None,
     save_attacked: bool = False,
     accelerator: str = "auto",
+    devices: int | Literal["auto"] = 1,
+    strategy: Strategy = "auto",
+    precision: Precision = "32-true",
     overwrite: bool = False,
 ) -> list[RecoveryCurve]:
     """Attack a saved model by relearning and write ``attack.json``.
@@ -66,7 +63,7 @@ def attack(
         epochs: Passes over the attack set.
         every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
             attack itself.
-        batch_size: Attack sequences per step.
+        batch_size: Attack sequences per step, over all devices.
         score: The forget score; by default the one the run was stopped by, else probability.
         benign_path: Instruction data (file or hub id) for benign attacks; by default the data module's own.
         benign_size: Number of benign items at most.
@@ -74,10 +71,15 @@ def attack(
         save_attacked: Also save the attacked model with the highest score, at the end of its attack, as
             ``attacked_<kind>/``, for ``audit --after_attack``.
         accelerator: Lightning's.
+        devices: How many, one process each; ``auto``: all GPUs, or one process on the CPU. The curves do not depend
+            on it, but for rounding.
+        strategy: ``ddp``: the whole model on every device; ``fsdp2``: its weights cut over them.
+        precision: Of the attack's steps and, but for ``bf16-mixed``, of the weights. In ``bf16-true`` small learning
+            rates round away.
         overwrite: Replace an earlier ``attack.json``.
 
     Returns:
-        Every recovery curve.
+        Every recovery curve, on every process.
 
     Raises:
         UserError: If an argument is outside its range, before a model is loaded.
@@ -91,7 +93,7 @@ def attack(
     hide_short_bars(*sources)
     score = score or run_score(model)
     check_attack(score, learning_rates, epochs, every_n_epochs)
-    device = make_trainer(accelerator, epochs, []).strategy.root_device
+    where = Devices(accelerator, devices, strategy, precision)
     folder = output_directory(model, output)
     refuse_existing("output", folder, ["attack.json", *([f"attacked_{kind}"] if save_attacked else [])], overwrite)
     check_space("output", folder, 1 << 20)
@@ -106,40 +108,50 @@ def attack(
         for seed in seeds
     ]
     for cell in cells:
-        _ = cell.splits  # every selection is checked before a model is loaded
+        where.check_share(cell)  # every selection is made and checked before a model is loaded
+    config = json.dumps(
+        [kind, fractions, list(learning_rates), list(seeds), epochs, every_n_epochs, batch_size, score, precision]
+    )
+    with where.launched():
+        saved = folder / f"attacked_{kind}" if save_attacked else None
+        curves = _sweep(models, list(product(cells, learning_rates)), where, saved, epochs, score, every_n_epochs)
+        if where.is_first:
+            rows = table(curves)
+            origin = provenance(time.monotonic() - start, where.device, config, data.content_sha256())
+            content = {"score": score, "attacks": rows, "curves": curve_dicts(curves), "provenance": origin}
+            write_json(folder / "attack.json", content)
+            print_attacks(rows, score)
+    return curves
+
+
+def _sweep(
+    models: Mapping[str, str],
+    attacks: Sequence[tuple[RelearnDataModule, float]],
+    where: Devices,
+    saved: Path | None,
+    epochs: int,
+    score: str,
+    every_n_epochs: int,
+) -> list[RecoveryCurve]:
+    """Put every model under every attack, one after another; each model is loaded once and alone."""
     curves: list[RecoveryCurve] = []
     highest = -1.0
-    models = {"unlearned" if name == "model" else name: checkpoint for name, checkpoint in models.items()}
-    total = len(models) * len(cells) * len(learning_rates)
-    with tqdm(total=total, desc=f"{kind} attack", unit="run") as bar:
-        for name, checkpoint in models.items():
-            loaded, tokenizer = AnswerModel(load_model(checkpoint)), load_tokenizer(checkpoint)
+    total, description = len(models) * len(attacks), f"{attacks[0][0].kind} attack"
+    with tqdm(total=total, desc=description, unit="run", disable=not where.is_first) as bar:
+        for argument, checkpoint in models.items():
+            name = "unlearned" if argument == "model" else argument
+            with naming(argument):
+                loaded, tokenizer = where.load(checkpoint), load_tokenizer(checkpoint)
             snapshot = Snapshot(loaded)
-            for cell, learning_rate in product(cells, learning_rates):
-                curve = relearn(
-                    loaded, tokenizer, cell, learning_rate, epochs, score, name, accelerator, every_n_epochs
-                )
+            for cell, learning_rate in attacks:
+                curve = relearn(loaded, tokenizer, cell, learning_rate, epochs, score, name, where, every_n_epochs)
                 curves.append(curve)
-                if save_attacked and name == "unlearned" and max(curve.forget_scores) > highest:
+                if saved is not None and name == "unlearned" and max(curve.forget_scores) > highest:
                     highest = max(curve.forget_scores)
-                    save_pretrained(loaded.hf, tokenizer, folder / f"attacked_{kind}")
-                loaded.cpu()
+                    save_pretrained(loaded.hf, tokenizer, saved)
                 snapshot.restore()
                 bar.update()
-    rows = table(curves)
-    config = json.dumps(
-        [kind, list(fractions), list(learning_rates), list(seeds), epochs, every_n_epochs, batch_size, score]
-    )
-    write_json(
-        folder / "attack.json",
-        {
-            "score": score,
-            "attacks": rows,
-            "curves": curve_dicts(curves),
-            "provenance": provenance(time.monotonic() - start, device, config, data.content_sha256()),
-        },
-    )
-    print_attacks(rows, score)
+            del loaded, snapshot  # before the next one is loaded
     return curves
 
 

@@ -7,26 +7,24 @@ on examples the attack did not train on; mean over seeds.
 from __future__ import annotations
 
 import gc
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules import RelearnDataModule
+from lightning_ssiuu.devices import Devices, quiet_lightning
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score, evaluate
-from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
-from lightning_ssiuu.screen import quiet
 
 
 @dataclass
@@ -93,10 +91,12 @@ def relearn(
     epochs: int,
     score: str = "probability",
     name: str = "unlearned",
-    accelerator: str = "auto",
+    devices: Devices | None = None,
     every_n_epochs: int = 1,
 ) -> RecoveryCurve:
     """Attack a model in memory once; its weights are the attacked ones afterwards.
+
+    The curve is the same on any number of ranks, but for rounding.
 
     Args:
         model: The model to attack.
@@ -106,7 +106,7 @@ def relearn(
         epochs: Passes over the attack set, ≥ 1.
         score: A score's name.
         name: Written into the curve.
-        accelerator: Lightning's.
+        devices: Launched; None: one device.
         every_n_epochs: Epochs from one score to the next; scoring can cost more than the attack.
 
     Returns:
@@ -130,9 +130,10 @@ def relearn(
     curve = RecoveryCurve(name, data.kind, p, learning_rate, data.seed, len(splits.retain), len(splits.forget))
     module = FineTuning(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0))
     module.adopt(model.train(), tokenizer)
-    with _quiet_lightning():
+    devices = devices if devices is not None else Devices()
+    with quiet_lightning():
         L.seed_everything(data.seed, verbose=False)
-        make_trainer(accelerator, epochs, [Recorder(score, curve, every_n_epochs)]).fit(module, datamodule=data)
+        devices.trainer(epochs, [Recorder(score, curve, every_n_epochs)]).fit(module, datamodule=data)
     # Trainer, module and optimiser refer to each other; without this a sweep holds several runs' optimiser states.
     data.trainer = None  # type: ignore[assignment]
     del module
@@ -158,35 +159,10 @@ def check_attack(score: str, learning_rates: Sequence[float], epochs: int, every
             raise UserError(name, value, "a number ≥ 1")
 
 
-def make_trainer(accelerator: str, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """The bare Trainer of an attack.
-
-    Raises:
-        UserError: If the accelerator is not there.
-
-    Example:
-        >>> make_trainer("abacus", 1, [])  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.errors.UserError: accelerator: got 'abacus', allowed: what this machine has (...)
-    """
-    with trainer_mistakes({"accelerator": accelerator}, prefix=""):
-        return L.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            max_epochs=epochs,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-        )
-
-
 class Snapshot:
-    """A model's weights, to be put back in place after each attack: one load serves a whole sweep.
+    """A model's weights in main memory, to be put back after each attack: one load serves a whole sweep.
+
+    Of weights that are cut over the ranks, each rank keeps its shard.
 
     Example:
         >>> layer = torch.nn.Linear(1, 1)
@@ -199,15 +175,19 @@ class Snapshot:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.tensors = {name: _local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back and drop the gradients."""
         for name, tensor in self.model.state_dict().items():
-            tensor.copy_(self.tensors[name])
+            _local(tensor).copy_(self.tensors[name])
         for parameter in self.model.parameters():
             parameter.grad = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
@@ -283,20 +263,3 @@ def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
 def curve_dicts(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
     """The curves as plain dictionaries for ``attack.json``."""
     return [asdict(curve) for curve in curves]
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """A sweep makes a Trainer per attack; their banners and tips would drown the progress bar."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            with quiet():
-                yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.functional.attribution import NeuronAttribution, Target, neuron_attribution
@@ -20,7 +21,7 @@ from lightning_ssiuu.functional.influence import (
     influence_variation,
     spurious_neurons,
 )
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models import load_tokenizer
 from lightning_ssiuu.progress import progress
 from lightning_ssiuu.sites import neuron_sites
 
@@ -44,9 +45,11 @@ def examine(
     probe_examples: int = 64,
     target: Target = "sequence",
     scores: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
+    devices: Devices | None = None,
 ) -> Examined:
     """Load a model, score it and attribute its answers; only one model is in memory at a time.
+
+    On several ranks each takes its share of the examples; every rank gets the figures of all.
 
     Args:
         checkpoint: Any checkpoint.
@@ -54,7 +57,7 @@ def examine(
         probe_examples: Examples per set for the attribution.
         target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
         scores: Names, None for all that need no generated text.
-        device: Where to run.
+        devices: Launched; None: the CPU.
 
     Raises:
         UserError: If the checkpoint's tokenizer splits text differently from the data module's: the models could
@@ -69,7 +72,8 @@ def examine(
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError("model", checkpoint, "models that share one tokenizer")
-    model = AnswerModel(load_model(checkpoint)).to(device)
+    devices = devices if devices is not None else Devices("cpu")
+    model = devices.load(checkpoint)
     measured = evaluate(model, tokenizer, data.val_dataloader(), scores)
     sites = neuron_sites(model.hf)
     attribution = {
@@ -78,7 +82,7 @@ def examine(
             progress(first_parts(data.eval_dataloader(split), split, probe_examples), f"attribution, {split}"),
             sites,
             target,
-        )
+        ).over_ranks()
         for split in ("forget", "retain")
     }
     return Examined(measured, attribution)

@@ -75,6 +75,8 @@ class ForgetThresholdStopping(L.Callback):
         if trainer.global_step == 0 and self._look(pl_module) <= self.level:
             allowed = f"below the forget set's {self.score}, which is {self.value:.4g} % before the first step"
             raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
+        if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
+            self.stopped = trainer.should_stop = self.value is not None and self.value <= self.level
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

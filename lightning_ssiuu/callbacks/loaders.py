@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.ranks import gathered, rank, world_size
 
 Loader = Iterable[Mapping[str, Any]]
 
@@ -42,16 +46,49 @@ def split_loader(trainer: L.Trainer, split: str) -> Loader | None:
 
 
 def first_parts(loader: Loader, split: str, n_examples: int) -> list[Mapping[str, Any]]:
-    """The parts of a loader's first ``n_examples`` examples, the last one cut to fit."""
+    """This rank's share of the first ``n_examples`` examples of a set, in equally many parts on every rank.
+
+    Rank ``r`` of ``n`` is served examples ``r, r + n, …`` (:class:`~lightning_ssiuu.datamodules.sampling.EvalSampler`),
+    so the examples of all ranks together are the same on any number of ranks. Each rank must call it.
+
+    Args:
+        loader: Evaluation loader of the set.
+        split: The set's name.
+        n_examples: Over all ranks.
+
+    Raises:
+        UserError: If a rank would have no example.
+
+    Example:
+        >>> part = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([[-100, 6], [-100, 8]])}
+        >>> [part["labels"].tolist() for part in first_parts([{"forget": part}] * 2, "forget", 3)]
+        [[[-100, 6], [-100, 8]], [[-100, 6]]]
+    """
     parts: list[Mapping[str, Any]] = []
-    missing = n_examples
-    for batch in islice(loader, n_examples):
+    mine = missing = len(range(rank(), n_examples, world_size()))
+    for batch in islice(loader, mine):
         part = {name: value[:missing] for name, value in batch[split].items() if not isinstance(value, Mapping)}
         parts.append(part)
         missing -= len(part["input_ids"])
         if missing <= 0:
             break
-    return parts
+    fewest = min(gathered(len(parts)))
+    if fewest == 0:
+        raise UserError("attribution.probe_examples", n_examples, f"0, or at least {world_size()}, one for each rank")
+    # Shares differ by one example, so one rank may have come to a batch that another has no part in; sharded weights
+    # are gathered batch by batch, by all ranks at once.
+    return [*parts[: fewest - 1], _joined(parts[fewest - 1 :])]
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    width = max(part["input_ids"].shape[1] for part in parts)
+
+    def rows(name: str, part: Mapping[str, Any]) -> Tensor:
+        value = part[name]
+        outside = -100 if name == "labels" else 0  # whatever the padding token is: it is masked
+        return value if value.dim() == 1 else pad(value, (0, width - value.shape[1]), value=outside)
+
+    return {name: torch.cat([rows(name, part) for part in parts]) for name in parts[0]}
 
 
 def run_directory(trainer: L.Trainer) -> str:

@@ -98,13 +98,12 @@ class NeuronAttributionCallback(L.Callback):
             return
         model = _answer_model(pl_module)
         self._sites = neuron_sites(model.hf)
-        mine = -(-self.probe_examples // trainer.world_size)
         with untouched(model):
             for split in ("forget", "retain"):
                 loader = split_loader(trainer, split)
                 if loader is None:
                     raise UserError("data", split, "evaluation loaders for the forget and the retain set")
-                self._probes[split] = first_parts(loader, split, mine)
+                self._probes[split] = first_parts(loader, split, self.probe_examples)
         if not self._before:  # a resumed run brings its own
             self._before = {split: self._attribute(model, split) for split in self._probes}
         self._warn_about_probability(self._before["forget"])
@@ -168,6 +167,8 @@ class NeuronAttributionCallback(L.Callback):
             for (layer, kind), value in module_layer_means(before.by_site(getattr(self.variation, name))).items():
                 figures[f"attribution/layer{layer}.{kind}/{name}"] = value
         self._measured_step = trainer.global_step
+        if self.history and self.history[-1]["step"] == self._measured_step:
+            self.history.pop()  # a run resumed at its last step measures that step again
         self.history.append({"step": self._measured_step} | self.variation.summary())
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=self._measured_step)

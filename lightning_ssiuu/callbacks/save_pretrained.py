@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.callbacks.loaders import run_directory
-from lightning_ssiuu.files import check_space, written_atomically
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.export import plain_bytes, save_adapter, save_pretrained
+from lightning_ssiuu.files import check_space
 
 
 class SavePretrained(L.Callback):
     """Writes ``<trainer.default_root_dir>/<folder>``: safetensors weights, configuration and tokenizer.
 
-    The directory is either complete or absent. Room on the disk is checked before training starts.
+    The directory is either complete or absent, and plain whatever the run was: shards are gathered, adapters merged,
+    quantised weights unpacked (:func:`lightning_ssiuu.export.save_pretrained`). Room on the disk for that is checked
+    before training starts.
 
     Args:
         folder: Name below ``trainer.default_root_dir``; None saves nothing.
+        adapter: With ``lora``, also write the adapters alone as ``<folder>_adapter``, in peft's format.
 
     Raises:
-        UserError: If the disk has too little room or cannot be written.
+        UserError: If the disk has too little room or cannot be written, or there are no adapters to write.
 
     Example:
         >>> SavePretrained().folder
         'model'
     """
 
-    def __init__(self, folder: str | None = "model") -> None:
-        self.folder = folder
+    def __init__(self, folder: str | None = "model", adapter: bool = False) -> None:
+        self.folder, self.adapter = folder, adapter
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse to look for adapters where there will be none."""
+        if self.adapter and getattr(pl_module, "lora", None) is None:
+            raise UserError("saving.adapter", True, "false without lora: there are no adapters")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse to train what could not be saved."""
         if self.folder is not None:
-            needed = sum(p.numel() * p.element_size() for p in pl_module.model.parameters())
+            needed = plain_bytes(pl_module.model.hf, self.adapter)
             check_space("trainer.default_root_dir", run_directory(trainer), needed)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save, on the first rank."""
-        if self.folder is not None and trainer.is_global_zero:
-            save_pretrained(pl_module.model.hf, pl_module.tokenizer, Path(run_directory(trainer)) / self.folder)
-
-
-def save_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str]
-) -> None:
-    """Save model and tokenizer as one transformers directory, whole or not at all."""
-    with written_atomically(directory) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        """Save; all ranks gather the weights, the first one writes."""
+        if self.folder is None:
+            return
+        root, hf = Path(run_directory(trainer)), pl_module.model.hf
+        save_pretrained(hf, pl_module.tokenizer, root / self.folder)
+        if self.adapter:
+            save_adapter(hf, root / f"{self.folder}_adapter", pl_module.checkpoint)

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu import ranks
 from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
 from lightning_ssiuu.datamodules.examples import Given, QAExample, Splits
 from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
@@ -69,7 +70,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
         ['forget', 'retain', 'test']
     """
 
-    #: Whether a short last batch of an epoch is filled up (pairs need equally large batches, an attack does not).
+    #: Whether a short last batch of an epoch is filled up (pairs need equally large batches, an attack does not). Ranks
+    #: may else have shares of different sizes, which the objective has to weigh as FineTuning does.
     fill_batches = True
 
     def __init__(
@@ -158,7 +160,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 for name, examples in splits.items()
                 if name in _EVAL_SPLITS
             }
-        self._check_batches()
+        if stage not in ("validate", "test"):
+            self._check_batches()
 
     def train_dataloader(self) -> DataLoader:
         """One loader over forget–retain pairs, or over what ``train_on`` says; see :class:`~.sampling.PairSampler`."""
@@ -207,7 +210,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks that share a batch, and this one's; tensor-parallel ranks see the same data."""
         if self.trainer is None:
-            return 1, 0
+            return ranks.world_size(), ranks.rank()
         shard = getattr(self.trainer, "distributed_sampler_kwargs", None)
         if shard is None:
             return self.trainer.world_size, self.trainer.global_rank
@@ -232,13 +235,10 @@ class UnlearningDataModule(LightningDataModule, ABC):
         for part, batch_size in batch_sizes.items():
             name = "retain_batch_size" if self.train_on == "pairs" and part == "retain" else "batch_size"
             n_examples = len(parts[part])
-            if batch_size % world_size:
+            if self.fill_batches and batch_size % world_size:
                 raise UserError(name, batch_size, f"a multiple of {world_size}, the number of ranks")
             if self.fill_batches and batch_size > n_examples:
                 raise UserError(name, batch_size, f"1 to {n_examples}, the number of examples")
-            if not self.fill_batches and n_examples % batch_size % world_size:
-                given = Given(f"{batch_size}, which leaves a last batch of {n_examples % batch_size}")
-                raise UserError(name, given, f"one whose last batch divides among {world_size} ranks")
 
     def _loader(
         self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader] = DataLoader

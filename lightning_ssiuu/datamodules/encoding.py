@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class Encoded:
     example_id: int
     sequence: TokenSequence
     options: tuple[TokenSequence, ...] = ()
+
+    def unanswered(self) -> Encoded:
+        """The same with the answer as prompt, so that no token has a label."""
+        return replace(self, sequence=replace(self.sequence, n_prompt=len(self.sequence)))
 
 
 class Encoder:
@@ -175,6 +179,8 @@ class Encoder:
 class EncodedDataset(Dataset[tuple[str, Encoded]]):
     """Tokenised examples under the keys ``(part, index)`` that the samplers of this package yield.
 
+    ``~index`` instead of ``index`` yields the example with its answer for prompt, so that no token has a label.
+
     Args:
         parts: Examples of each part, e.g. ``{"forget": [...], "retain": [...]}``.
 
@@ -189,7 +195,7 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
 
     def __getitem__(self, key: Key) -> tuple[str, Encoded]:
         part, index = key
-        return part, self.parts[part][index]
+        return part, self.parts[part][index] if index >= 0 else self.parts[part][~index].unanswered()
 
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))

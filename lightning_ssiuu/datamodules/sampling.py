@@ -65,11 +65,12 @@ class PairSampler(Sampler[list[Key]]):
 
     Args:
         sizes: Number of examples per part.
-        batch_sizes: Examples per part and global batch; multiples of ``world_size``.
+        batch_sizes: Examples per part and global batch; multiples of ``world_size`` if batches are filled.
         seed: Seeds the order.
         rank: This process.
         world_size: Number of processes that share a batch.
-        fill: False: every epoch is one permutation and its last batch may be short.
+        fill: False: every epoch is one permutation and its last batch may be short. Ranks may then have shares of
+            different sizes; one without any gets the key ``~index``, an example that has no answer to learn.
 
     Attributes:
         epoch: The epoch the next iteration yields; Lightning sets it through :meth:`set_epoch`.
@@ -126,7 +127,9 @@ class PairSampler(Sampler[list[Key]]):
 
     def _shard(self, epoch: int, number: int) -> list[Key]:
         batch = self.global_batch(epoch, number)
-        return [(part, index) for part, indices in batch.items() for index in indices[self.rank :: self.world_size]]
+        # A rank left without an example takes the first one's question along: all ranks have to do every step.
+        shares = {part: indices[self.rank :: self.world_size] or [~indices[0]] for part, indices in batch.items()}
+        return [(part, index) for part, share in shares.items() for index in share]
 
     def __iter__(self) -> Iterator[list[Key]]:
         return (self._shard(self.epoch, number) for number in range(self.start, len(self)))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu import zero
+from lightning_ssiuu.adapters import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, answer_nll
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.ranks import gathered, mean_over_ranks, rank, world_size
 from lightning_ssiuu.regularizers import Regularizer
-from lightning_ssiuu.sharding import shard
+from lightning_ssiuu.sharded_state import put_state, take_state
+from lightning_ssiuu.sharding import is_sharded, load_sharded
 
 Part = Mapping[str, Tensor]
 
@@ -117,6 +122,7 @@ class UnlearningModule(L.LightningModule):
             raise UserError("quantization", quantization, "null without lora: quantised weights cannot be trained")
         self.checkpoint = checkpoint
         self.lora, self.quantization = lora, quantization
+        self.strict_loading = lora is None  # a checkpoint then holds the adapters alone
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.regularizer = regularizer
@@ -154,18 +160,21 @@ class UnlearningModule(L.LightningModule):
 
     # ---- Lightning --------------------------------------------------------------------------------------------
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's, but a narrower type is not for adapters: Lightning's bf16-true casts the whole module."""
+        with adapters_kept_wide(self):
+            return super().to(*args, **kwargs)
+
     def configure_model(self) -> None:
         """Load the checkpoint once (Lightning calls this again for every stage), in the Trainer's weight type."""
         if self.is_loaded:
             return
-        # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
-        device = self.device if self._trainer is None else self._trainer.strategy.root_device
-        model = AnswerModel(load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device))
-        if self.lora is not None:
-            self.lora.attach(model.hf)
+        if self.device_mesh is None:
+            model = self._build(self.device if self._trainer is None else self._trainer.strategy.root_device)
+        else:
+            build = partial(self._build, torch.device("cpu"))
+            model = load_sharded(build, self.device_mesh, self.trainer.strategy.root_device, self.quantization)
         self.adopt(model, load_tokenizer(self.checkpoint))
-        if self.device_mesh is not None:
-            shard(model, self.device_mesh["data_parallel"])
         self.model.train()
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -178,7 +187,8 @@ class UnlearningModule(L.LightningModule):
         """Put the random states of a resumed run back, after everything that draws while a run is set up."""
         if self._random_states is not None:
             torch.set_rng_state(self._random_states["cpu"])
-            torch.cuda.set_rng_state_all(self._random_states["cuda"])
+            if self._random_states["cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_states["cuda"], self.device)
             self._random_states = None
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
@@ -194,13 +204,14 @@ class UnlearningModule(L.LightningModule):
             loss = sum(getattr(self, name.replace("loss", "weight")) * value for name, value in losses.items())
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]))
-        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=1)
+        self.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the regulariser act: gradients are complete here and not yet clipped."""
         if self.regularizer is not None:
-            figures = self.regularizer.apply(self.model)
+            with zero.whole_gradients(self.model):
+                figures = self.regularizer.apply(self.model)
             self.log_dict({f"train/{k}": v for k, v in figures.items()}, batch_size=1)
 
     def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -226,17 +237,36 @@ class UnlearningModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the regulariser's anchor and the random states beside the weights."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["random_states"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        """Keep the regulariser's anchor and every rank's random states beside the weights."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint["random_states"] = gathered({"cpu": torch.get_rng_state(), "cuda": cuda})
+        if self.lora is not None and not is_sharded(self):
+            checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         if self.regularizer is not None:
-            checkpoint["regularizer"] = self.regularizer.state_dict()
+            put_state(checkpoint, "regularizer", self.regularizer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the regulariser's anchor up again, and remember the random states for the first step."""
-        self._random_states = checkpoint.get("random_states")
+        if self.lora is not None:
+            check_adapter_state(self, checkpoint.get("state_dict"))
+        if states := checkpoint.get("random_states"):
+            if len(states) != world_size():
+                given = f"the checkpoint is of {len(states)} ranks, this run has {world_size()}"
+                rank_zero_warn(f"{given}: what is drawn at random (dropout) will not be what it would have been")
+            self._random_states = states[rank() if rank() < len(states) else 0]
         if self.regularizer is not None and "regularizer" in checkpoint:
-            self.regularizer.load_state_dict(checkpoint["regularizer"])
+            folder = self._trainer.ckpt_path if self._trainer is not None else None
+            self.regularizer.load_state_dict(take_state(checkpoint, "regularizer", self.model, folder))
+
+    def _build(self, device: torch.device, **options: Any) -> AnswerModel:
+        # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
+        strategy = None if self._trainer is None else self._trainer.strategy
+        with zero.loading(strategy):
+            model = load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device, **options)
+        if self.lora is not None:
+            with zero.small_layers(strategy):
+                self.lora.attach(model)
+        return AnswerModel(model)
 
     def _scorer(self) -> Any:
         from lightning_ssiuu.evaluation import Scorer

@@ -1,0 +1,78 @@
+"""Keep the run's newest checkpoint, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_ssiuu.callbacks.loaders import run_directory
+from lightning_ssiuu.errors import UserError
+
+
+class KeepCheckpoints(Checkpoint):
+    """Writes ``<trainer.default_root_dir>/<folder>/step=<n>.ckpt`` every so many steps and keeps the newest.
+
+    The one before is removed when the new one is whole. No checkpoint is written at the step a run ends with: what is
+    left to do then, writing the results, needs the training to end again. A run that begins anew removes the
+    checkpoints of the one before it.
+
+    Args:
+        every_n_steps: Optimiser steps between two checkpoints; None keeps none.
+        folder: Name below ``trainer.default_root_dir``.
+
+    Raises:
+        UserError: If ``every_n_steps`` is below 1.
+
+    Example:
+        >>> KeepCheckpoints(every_n_steps=0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: checkpoints.every_n_steps: got 0, allowed: a number ≥ 1, or null
+    """
+
+    # Lightning puts a Checkpoint behind all other callbacks: what they do after a step is in that step's checkpoint.
+
+    def __init__(self, every_n_steps: int | None = None, folder: str = "checkpoints") -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError("checkpoints.every_n_steps", every_n_steps, "a number ≥ 1, or null")
+        self.every_n_steps, self.folder = every_n_steps, folder
+        self._saved_step = 0
+        self._begins = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether the run begins anew, and at which step."""
+        self._saved_step = trainer.global_step
+        self._begins = trainer.ckpt_path is None and self.every_n_steps is not None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, and remove the checkpoint before; after the first batch every check has been passed."""
+        if self._begins:
+            self._begins = False
+            self._remove(trainer, but=None)
+        step = trainer.global_step
+        if self.every_n_steps is None or step == self._saved_step or step % self.every_n_steps or _ends(trainer):
+            return
+        self._saved_step = step
+        path = self._directory(trainer) / f"step={step}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        self._remove(trainer, but=path)
+
+    def _directory(self, trainer: L.Trainer) -> Path:
+        return Path(run_directory(trainer)) / self.folder
+
+    def _remove(self, trainer: L.Trainer, but: Path | None) -> None:
+        if trainer.is_global_zero:
+            for path in self._directory(trainer).glob("step=*.ckpt"):
+                if path != but:
+                    trainer.strategy.remove_checkpoint(path)
+
+
+def _ends(trainer: L.Trainer) -> bool:
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    last_epoch = epochs not in (None, -1) and trainer.current_epoch + 1 >= (epochs or 0)
+    return trainer.should_stop or 0 < steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)

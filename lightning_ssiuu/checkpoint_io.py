@@ -1,0 +1,209 @@
+"""Checkpoints of a training run that are whole or absent, and a clear word where one is neither."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import clear_leftovers, written_atomically
+
+# The two files that end a distributed checkpoint: torch writes the index when all shards are there, Lightning the rest.
+_INDEX, _REST = ".metadata", "meta.pt"
+_UNREADABLE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError)
+_STEP = re.compile(r"step=(\d+)\.ckpt$")
+_DAMAGED = "a complete checkpoint of fit: this one is damaged, was cut off, or is none"
+_NOT_PLAIN = "a checkpoint of plain values and tensors, or --weights_only false for one you trust: it can run any code"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, through to the disk, and then renames it.
+
+    Lightning's own way builds the whole file in memory first and then moves it from the system's temporary directory;
+    on another disk that is a copy, and a process killed within it leaves half a file under the checkpoint's name. Here
+    nothing is held twice, and a process killed at any moment leaves the last checkpoint as it was.
+
+    Reads plain values and tensors only (``weights_only``) unless told otherwise. Paths with a protocol (``s3://``) are
+    left to Lightning.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.ckpt"
+        >>> AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
+        >>> AtomicCheckpointIO().load_checkpoint(path)
+        {'step': 3}
+        >>> [file.name for file in path.parent.iterdir()]
+        ['a.ckpt']
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Args:
+            checkpoint: Plain values and tensors.
+            path: Where to.
+            storage_options: Not for local files.
+
+        Raises:
+            UserError: If the disk refuses; an earlier file at ``path`` is then still there.
+        """
+        if storage_options is not None or not _is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[arg-type]
+            return
+        # Through a file of ours, not by name: only so does the reason come back with the error.
+        with written_atomically(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: Where from.
+            map_location: As for ``torch.load``.
+            weights_only: False also reads pickled objects, which can run any code; None is True.
+
+        Raises:
+            UserError: If there is no checkpoint or it cannot be read.
+        """
+        weights_only = True if weights_only is None else weights_only
+        if not _is_local(path):
+            return super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]
+        try:
+            return torch.load(path, map_location=map_location, weights_only=weights_only)
+        except FileNotFoundError as error:
+            raise UserError("ckpt_path", str(path), "an existing checkpoint") from error
+        except _UNREADABLE as error:
+            raise _unreadable("ckpt_path", path, error) from error
+
+
+def write_whole_checkpoints(trainer: L.Trainer) -> None:
+    """Have a Trainer write checkpoints whole or not at all, whatever its strategy.
+
+    Strategies that use a ``CheckpointIO`` get :class:`AtomicCheckpointIO` where the user chose none. Those that write
+    by themselves (FSDP2's folders of shards) do so beside the checkpoint's place, and the first rank renames when
+    all have written.
+
+    Args:
+        trainer: A Trainer that has not started yet.
+
+    Example:
+        >>> trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, barebones=True)
+        >>> write_whole_checkpoints(trainer)
+        >>> type(trainer.strategy.checkpoint_io).__name__
+        'AtomicCheckpointIO'
+    """
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+    if type(strategy).save_checkpoint is Strategy.save_checkpoint:
+        return
+    write = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if not _is_local(filepath):
+            write(checkpoint, filepath, storage_options)
+            return
+        with ExitStack() as stack:
+            first = stack.enter_context(written_atomically(filepath)) if strategy.is_global_zero else None
+            write(checkpoint, strategy.broadcast(str(first)), storage_options)
+            strategy.barrier()
+
+    strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the latest step (``step=<n>.ckpt``) in a directory, or None.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("step=9.ckpt", "step=10.ckpt", "other.ckpt"):
+        ...     (folder / name).touch()
+        >>> newest_checkpoint(folder).name
+        'step=10.ckpt'
+    """
+    clear_leftovers(folder)
+    steps = {int(found[1]): path for path in Path(folder).glob("*.ckpt") if (found := _STEP.search(path.name))}
+    return steps[max(steps)] if steps else None
+
+
+def check_checkpoint(argument: str, path: str | os.PathLike[str], weights_only: bool = True) -> dict[str, Any]:
+    """Make sure that a checkpoint is there and whole before anything is loaded.
+
+    Args:
+        argument: Its name for the user.
+        path: A file, or a folder of shards.
+        weights_only: False: it may hold pickled objects, which only the Trainer is to read.
+
+    Returns:
+        What it holds besides the weights; tensors are mapped from the file, not read. Empty for what only Lightning or
+        an engine can read (a path with a protocol, DeepSpeed's folders).
+
+    Raises:
+        UserError: If it is missing, cut off, damaged or no checkpoint.
+
+    Example:
+        >>> check_checkpoint("ckpt_path", "no/such.ckpt")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: ckpt_path: got 'no/such.ckpt', allowed: an existing checkpoint
+    """
+    place = Path(path)
+    if not _is_local(path) or (place / "checkpoint").is_dir():
+        return {}
+    clear_leftovers(place.parent)
+    if not place.exists():
+        newest = newest_checkpoint(place.parent)
+        hint = f"; the newest there is {newest}" if newest else ""
+        raise UserError(argument, str(path), f"an existing checkpoint{hint}")
+    try:
+        if place.is_dir():
+            _check_shards(place)
+        elif (broken := zipfile.ZipFile(place).testzip()) is not None:
+            raise ValueError(broken)
+        if not weights_only:
+            return {}
+        rest = place / _REST if place.is_dir() else place
+        content = torch.load(rest, map_location="cpu", mmap=True, weights_only=True)
+        missing = {"loops", "global_step"} - set(content)
+        if missing:
+            raise KeyError(missing)
+    except _UNREADABLE as error:
+        raise _unreadable(argument, path, error) from error
+    return content
+
+
+def _unreadable(argument: str, path: str | os.PathLike[str], error: Exception) -> UserError:
+    is_plain = not isinstance(error, pickle.UnpicklingError) or "Weights only load failed" not in str(error)
+    return UserError(argument, str(path), _DAMAGED if is_plain else _NOT_PLAIN)
+
+
+def _check_shards(folder: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    # A folder that lacks the index was killed before all shards were written; one that has it may have lost some since.
+    for stored in FileSystemReader(folder).read_metadata().storage_data.values():
+        size = (folder / stored.relative_path).stat().st_size
+        if size < stored.offset + stored.length:
+            raise ValueError(f"{stored.relative_path} has {size} bytes")
+
+
+def _is_local(path: str | os.PathLike[str]) -> bool:
+    return not re.search(r"://|::", os.fspath(path))

@@ -1,0 +1,172 @@
+"""Where ``attack`` and ``audit`` run: which devices, how many processes, in what precision."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.mistakes import trainer_mistakes
+from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.screen import quiet
+from lightning_ssiuu.sharding import load_sharded
+from lightning_ssiuu.together import EndTogether
+
+Strategy = Literal["auto", "ddp", "fsdp2"]
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+
+
+class Devices:
+    """The devices a command was given. Nothing is started before :meth:`launched`.
+
+    Args:
+        accelerator: Lightning's.
+        devices: How many, one process each; ``"auto"``: all GPUs, or one process on the CPU.
+        strategy: ``"ddp"``: the whole model on every device; ``"fsdp2"``: its weights cut over them; ``"auto"``:
+            ``"ddp"`` where there are several devices.
+        precision: ``"32-true"``; ``"bf16-mixed"``: weights in float32, training steps in bfloat16; ``"bf16-true"``:
+            weights in bfloat16 too.
+
+    Raises:
+        UserError: If an accelerator or a device is not there.
+
+    Example:
+        >>> here = Devices("cpu", 1, precision="bf16-true")
+        >>> here.n_ranks, here.dtype
+        (1, torch.bfloat16)
+        >>> Devices("cpu", 0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: devices: got 0, allowed: what this machine has (...)
+    """
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        devices: int | Literal["auto"] = 1,
+        strategy: Strategy = "auto",
+        precision: Precision = "32-true",
+    ) -> None:
+        self.accelerator, self.devices, self.precision = accelerator, devices, precision
+        self.sharded = strategy == "fsdp2"
+        # Sharding needs no more of the launcher than processes that know each other.
+        launching = "ddp" if self.sharded else strategy
+        given = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
+        with quiet_lightning(), trainer_mistakes(given, prefix=""):
+            try:
+                self._fabric = Fabric(accelerator=accelerator, devices=devices, strategy=launching, precision=precision)
+            except (RuntimeError, ModuleNotFoundError) as error:  # some of them do not say what they are about
+                text = " ".join(str(error).split())
+                raise UserError("accelerator", accelerator, f"what this machine has ({text})") from error
+        self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+    @property
+    def n_ranks(self) -> int:
+        """Number of processes."""
+        return self._fabric.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self._fabric.is_global_zero
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self._fabric.device
+
+    def check_share(self, data: UnlearningDataModule) -> None:
+        """Check that every process gets something to score of every set.
+
+        Raises:
+            UserError: If there are more processes than examples.
+        """
+        sets = dict(data.splits.items())
+        for split in data.eval_splits:
+            if len(sets[split]) < self.n_ranks:
+                allowed = f"at most {len(sets[split])}, the number of examples to score in the {split} set"
+                raise UserError("devices", self.n_ranks, allowed)
+
+    @contextmanager
+    def launched(self) -> Iterator[None]:
+        """Start the other processes, which run the same command again from its beginning, and meet them here.
+
+        Whatever the user may have got wrong is to be checked before, so that it is told once; whatever is written,
+        inside, by the first process. Trainers made inside find the processes and start none. What ends one process
+        ends all.
+        """
+        watch = EndTogether()
+        with watch.ending():
+            with quiet_lightning():
+                self._fabric.launch()
+            watch.take_over(self._fabric.strategy.launcher)
+            if not self.is_first:
+                from transformers.utils import logging as transformers_logging
+
+                # All processes do the same; the first one's bars and warnings are enough.
+                transformers_logging.disable_progress_bar()
+                warnings.simplefilter("ignore")
+            yield
+
+    def trainer(self, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+        """The bare Trainer of an attack."""
+        strategy: Any = "auto"
+        if self.sharded:
+            strategy = ModelParallelStrategy(data_parallel_size=self.n_ranks, tensor_parallel_size=1)
+        elif self.n_ranks > 1:
+            strategy = DDPStrategy(gradient_as_bucket_view=True)  # else every gradient is held twice
+        return L.Trainer(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            strategy=strategy,
+            precision=self.precision,
+            max_epochs=epochs,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+
+    def load(self, checkpoint: str) -> AnswerModel:
+        """Load a model to this process's device; under ``"fsdp2"`` no process ever holds all of it but the first."""
+        build = partial(_answer_model, checkpoint, self.dtype)
+        if not self.sharded:
+            return build().to(self.device)
+        names = ("data_parallel", "tensor_parallel")
+        mesh = init_device_mesh(self.device.type, (self.n_ranks, 1), mesh_dim_names=names)
+        return load_sharded(build, mesh, self.device)
+
+
+def _answer_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> AnswerModel:
+    return AnswerModel(load_model(checkpoint, dtype, **options))
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """A sweep makes a Trainer per attack; their banners and tips would drown the progress bar."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            with quiet():
+                yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

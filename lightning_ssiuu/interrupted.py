@@ -1,0 +1,121 @@
+"""Runs that were interrupted: what to go on from, and what a new run would lose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+
+from lightning_ssiuu.checkpoint_io import check_checkpoint, newest_checkpoint
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import refuse_existing
+
+_FINISHED = "metrics.json"  # what a run writes last
+#: What ``fit`` writes beside the model; any of them in the way is a run that must not be overwritten unasked.
+RESULTS = (_FINISHED, "config.yaml", "spurious_neurons.csv", "plots")
+# Names that Lightning resolves by itself, from callbacks and schedulers of its own.
+_LIGHTNINGS = ("best", "last", "hpc")
+_MISFIT = re.compile(
+    r"loading state_dict|loaded state dict|contains only the model|restored a checkpoint with"
+    r"|Missing key in checkpoint|Size mismatch between saved"
+)
+
+
+def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, is_fit: bool) -> Any:
+    """The checkpoint that ``--ckpt_path`` means, checked; None to begin anew.
+
+    ``last`` is the newest that :class:`~lightning_ssiuu.callbacks.KeepCheckpoints` left in the run's directory. Where
+    there is none the run begins, so that one command can be given again and again until it has finished.
+
+    Args:
+        config: The subcommand's configuration.
+        trainer: Its Trainer.
+        is_fit: Whether training goes on; else only the weights are wanted.
+
+    Raises:
+        UserError: If the checkpoint is missing, damaged, none at all, of another strategy, or of the end of the run.
+    """
+    path = config.get("ckpt_path")
+    if path == "last":
+        newest = newest_checkpoint(Path(trainer.default_root_dir) / config.checkpoints.folder)
+        has_own = any(isinstance(one, ModelCheckpoint) for one in trainer.checkpoint_callbacks)
+        path = str(newest) if newest else "last" if has_own else None
+    if path is None or path in _LIGHTNINGS:
+        return path
+    content = check_checkpoint("ckpt_path", path, config.get("weights_only") is not False)
+    if Path(path).is_dir() and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
+        raise UserError("ckpt_path", path, "a file: only strategies that shard the weights read folders of shards")
+    if is_fit and content:
+        # Lightning would do nothing at all, not even write results, and end as if all were well.
+        epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        for name, reached in (("max_steps", content["global_step"]), ("max_epochs", epochs)):
+            if 0 < (getattr(trainer, name) or 0) <= reached:
+                allowed = f"one from before the end of the run: it has {reached} of trainer.{name} behind it"
+                raise UserError("ckpt_path", path, allowed)
+    return path
+
+
+@contextmanager
+def checkpoint_mistakes(path: Any) -> Iterator[None]:
+    """Inside, a checkpoint that does not fit the model or the optimiser is the user's mistake.
+
+    Args:
+        path: The checkpoint; None for none.
+
+    Raises:
+        UserError: Naming ``ckpt_path``.
+
+    Example:
+        >>> with checkpoint_mistakes("a.ckpt"):
+        ...     raise RuntimeError("Error(s) in loading state_dict for SSIUU: Missing key(s) ...")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: ckpt_path: got 'a.ckpt', allowed: a checkpoint of this model, optimiser and \
+run: Error(s) in loading state_dict for SSIUU: Missing key(s) ...
+    """
+    try:
+        yield
+    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
+        text = " ".join(str(error).split())
+        if path is None or isinstance(error, UserError) or not _MISFIT.search(text):
+            raise
+        raise UserError("ckpt_path", path, f"a checkpoint of this model, optimiser and run: {text[:200]}") from error
+
+
+def refuse_to_lose(config: Any, root: str | Path, ckpt_path: Any, text: Callable[[], str]) -> None:
+    """Refuse to begin a run where that would replace another one's results, or progress that could be taken up.
+
+    What an interrupted run left may be replaced by the same run: by one with the same configuration, word for word,
+    where there is no checkpoint to go on from.
+
+    Args:
+        config: The configuration of ``fit``.
+        root: The run's directory.
+        ckpt_path: What the run goes on from; None for nothing.
+        text: Gives what it would write to ``config.yaml``.
+
+    Raises:
+        UserError: If there is something to lose and no ``--overwrite``.
+    """
+    argument, folder = "trainer.default_root_dir", Path(root)
+    saved = config.saving.folder or "model"
+    names = [saved, *([f"{saved}_adapter"] if config.saving.get("adapter") else []), *RESULTS]
+    if config.overwrite or (ckpt_path is not None and not (folder / _FINISHED).exists()):
+        return
+    if not (folder / _FINISHED).exists():
+        if newest := newest_checkpoint(folder / config.checkpoints.folder):
+            allowed = f"a directory without {newest.relative_to(folder)}, --ckpt_path last to go on, or --overwrite"
+            raise UserError(argument, str(root), allowed)
+        written = folder / "config.yaml"
+        if written.is_file() and written.read_text(encoding="utf-8") == text():
+            return
+        if lost := next((name for name in names if (folder / name).exists()), None):
+            allowed = f"a directory without {lost}, --ckpt_path to go on with the run interrupted there, or --overwrite"
+            raise UserError(argument, str(root), allowed)
+    refuse_existing(argument, root, names, overwrite=False)

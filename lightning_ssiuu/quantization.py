@@ -1,0 +1,120 @@
+"""Frozen weights in 8 or 4 bits through bitsandbytes: how they are asked for, and how they are read back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_ssiuu.errors import UserError
+
+#: Parameter classes of bitsandbytes, known by name so that asking does not import it (seconds).
+_PACKED = ("Int8Params", "Params4bit")
+
+
+def loading_options(
+    quantization: Literal["8bit", "4bit"], dtype: torch.dtype, device: torch.device | None
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told in order to quantise every projection while loading.
+
+    8-bit is LLM.int8() (arXiv 2208.07339). 4-bit is NF4 with doubly quantised constants (QLoRA, arXiv 2305.14314)
+    whose products are computed in ``dtype``. The output head, embeddings and norms stay in ``dtype``.
+
+    Args:
+        quantization: Width.
+        dtype: Type of everything that is not quantised, and of the activations.
+        device: Where the weights go; None is the CPU. They cannot be moved between kinds of device afterwards.
+
+    Raises:
+        UserError: If bitsandbytes is missing or cannot do it in ``dtype``.
+
+    Example:
+        >>> options = loading_options("4bit", torch.float32, None)
+        >>> options["device_map"], options["quantization_config"].bnb_4bit_quant_type
+        ({'': device(type='cpu')}, 'nf4')
+    """
+    if quantization == "4bit" and dtype == torch.float64:
+        raise UserError("quantization", quantization, "null or 8bit with 64-bit floats: 4-bit knows at most 32")
+    try:
+        import bitsandbytes  # noqa: F401 - only when asked for: importing it takes seconds
+    except (ImportError, OSError) as error:
+        raise UserError("quantization", quantization, f"null without a working bitsandbytes ({error})") from error
+    from transformers import BitsAndBytesConfig
+
+    # It says once per layer and pass that activations become float16 on their way to int8: that is what int8 is.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device or torch.device("cpu")}}
+
+
+def prepare_for_training(model: nn.Module) -> None:
+    """Make a model quantised by bitsandbytes fit to be scored and trained in turns.
+
+    Two things of bitsandbytes' are undone. On a CPU with AVX512-BF16 the first scoring would repack the 4-bit weights
+    into a form that has no backward pass, and adapters below would silently stop learning. And an 8-bit layer's
+    backward pass keeps the layer's input, which only a gradient of the weight would need: activation checkpointing
+    would free nothing.
+    """
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if type(getattr(module, "weight", None)).__name__ == "Int8Params":
+            module.register_forward_hook(_forget_input)
+
+
+def _forget_input(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    # What bitsandbytes keeps for the gradient of a weight: ``tensors`` on a GPU, ``A`` on a CPU.
+    for name, empty in (("tensors", (None, None, None)), ("A", None)):
+        if hasattr(output.grad_fn, name):
+            setattr(output.grad_fn, name, empty)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is in 8 or 4 bits.
+
+    Example:
+        >>> is_quantized(nn.Linear(2, 2))
+        False
+    """
+    return type(getattr(module, "weight", None)).__name__ in _PACKED
+
+
+def dequantized(module: Any) -> Tensor:
+    """The weight a quantised layer computes with, in float32 and in the shape its original layer stored it in.
+
+    8-bit: up to the rounding of activations to int8, which happens on GPUs and, on a CPU, outside training mode.
+
+    Args:
+        module: A layer for which :func:`is_quantized`.
+
+    Returns:
+        ``[out, in]``, or ``[in, out]`` where the original layer was GPT-2's ``Conv1D``.
+    """
+    weight = module.weight
+    if type(weight).__name__ == "Int8Params":
+        # The scales move from the weight to the layer's state in the first forward pass.
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB
+        plain = weight.data.float() * (scales.to(weight.device).float().unsqueeze(1) / 127)
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        plain = dequantize_4bit(weight.data, weight.quant_state).float()
+    return plain.T if was_conv1d(module) else plain
+
+
+def was_conv1d(module: Any) -> bool:
+    """Whether a layer stores, or before it was quantised stored, its weight as ``[in, out]``, like GPT-2's."""
+    return issubclass(getattr(module, "source_cls", type(module)), Conv1D)

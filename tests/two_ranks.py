@@ -1,0 +1,87 @@
+"""Training runs on one process and on two, done once for all tests that compare them."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ddp_script import Job, run, save_models, train
+
+from lightning_ssiuu.objectives import objectives
+
+PENALTY = {"weight": 1e4, "target": "length_normalised"}
+#: The same global batches on any number of processes.
+JOBS = [
+    *(
+        Job(f"{objective} {'regularised' if regularizer else 'alone'}", objective=objective, regularizer=regularizer)
+        for objective in objectives()
+        for regularizer in (None, PENALTY)
+    ),
+    # three micro-batches per step, both sharing the sum over micro-batches and over ranks
+    Job("accumulated", regularizer=PENALTY, trainer={"accumulate_grad_batches": 3}),
+    # what is evaluated on the way must agree too: thresholds that differ between ranks would hang the run
+    Job(
+        "looked at",
+        regularizer={"weight": 1.0, "weight_mode": "relative", "anchor": "original"},
+        trainer={"gradient_clip_val": 0.5},
+        data={"eval_batch_size": 2},
+        looking=True,
+    ),
+    Job(
+        "recomputed",
+        regularizer=PENALTY,
+        module={"gradient_checkpointing": True},
+        trainer={"accumulate_grad_batches": 2},
+    ),
+    Job("adapters", regularizer=PENALTY, rank=2, steps=3),
+]
+#: Views of the communicated buffers as gradients: what stashes and restores gradients must not lose them.
+ON_TWO = [replace(job, strategy=s) for job in JOBS for s in ("ddp_views" if job.trainer else "ddp", "fsdp")]
+
+# Three batches an epoch: step 2 is in the middle of the first, step 5 in the second.
+_INTERRUPTED: dict[str, Any] = {"steps": 5, "data": {"batch_size": 2}}
+#: Every step draws random numbers, other ones on every rank.
+DRAWING = Job(
+    "drawing",
+    regularizer={"weight": 0.2, "weight_mode": "relative", "target": "length_normalised"},
+    optimizer="adamw",
+    dropout=True,
+    save="drawing-{strategy}-{step}",
+    **_INTERRUPTED,
+)
+#: Nothing is drawn; the anchor is the first step's, so a resumed run needs the checkpoint's.
+MOVED = Job(
+    "moved",
+    regularizer=PENALTY | {"anchor": "original"},
+    optimizer="momentum",
+    save="moved-{strategy}-{step}",
+    **_INTERRUPTED,
+)
+#: Most weights are frozen.
+ADAPTED = replace(DRAWING, name="adapted", rank=2, save="adapted-{strategy}-{step}")
+_STRATEGIES = ("ddp", "fsdp", "fsdp_file")
+CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, ADAPTED, MOVED) for s in _STRATEGIES]
+RESUMED = [
+    *(
+        replace(job, name=f"{job.name} again", strategy=s, save=None, resume=f"{job.name}-{s}")
+        for job in (DRAWING, ADAPTED)
+        for s in _STRATEGIES
+    ),
+    *(replace(MOVED, name="moved from one", strategy=s, save=None, resume="moved-auto") for s in _STRATEGIES),
+]
+BROKEN = Job("broken", strategy="fsdp", broken=True)
+
+
+@cache
+def results() -> tuple[Path, dict[tuple[str, str], Any]]:
+    """The folder with the checkpoints, and by job one process's results or a list of two processes'."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_models(folder)
+    alone = {job.key: train(job, 1, folder) for job in (*JOBS, MOVED)}
+    return folder, alone | run(2, [*ON_TWO, *CHECKPOINTED, *RESUMED, BROKEN], folder)
