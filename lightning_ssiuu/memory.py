@@ -1,0 +1,372 @@
+"""What a run of ``fit`` will need per device, found out before anything is loaded.
+
+The run's own code is taken through two steps on tensors without memory (:mod:`lightning_ssiuu.simulation`): its model,
+objective, regulariser, optimiser, strategy and callbacks, with the largest batch of its own data.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_leaves
+
+from lightning_ssiuu.blueprint import blueprint, give_memory, is_packed
+from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, SavePretrained
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.evaluation import SCORES, Evaluated, untouched
+from lightning_ssiuu.export import plain_state_dict
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.sharding import shard
+from lightning_ssiuu.simulation import Simulation
+from lightning_ssiuu.sites import neuron_sites
+
+#: What memory is used for, in the order in which it is shown, and how that is called.
+USES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimiser states",
+    "attribution": "attribution (g, A)",
+    "buckets": "buckets of gradients",
+    "activations": "activations and temporaries",
+}
+# bitsandbytes keeps smaller states where the weights are, of a paged optimiser too.
+_PAGED_FROM = 100_000
+_BATCHES = 2000  # looked through for the largest
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one device needs, in bytes, at the worst moment of a run.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        n_ranks: Number of processes, each with a device of its own (on CPUs: with its own share of the memory).
+        phase: When the worst moment is.
+        uses: Bytes in use at that moment, by the keys of :data:`USES`.
+        by_phase: Bytes at the worst moment of each phase.
+        paged: Bytes of optimiser states that bitsandbytes pages out to the host's memory; not part of the total.
+        capacity: Bytes the device has (CUDA) or has available now (CPU); None if that is not known.
+
+    Example:
+        >>> estimate = MemoryEstimate("cpu", 1, "training", {"weights": 4, "activations": 2}, {"training": 6})
+        >>> estimate.total
+        6
+    """
+
+    device: str
+    n_ranks: int
+    phase: str
+    uses: Mapping[str, int]
+    by_phase: Mapping[str, int]
+    paged: int = 0
+    capacity: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes needed at the worst moment."""
+        return sum(self.uses.values())
+
+
+def estimate_memory(
+    module: UnlearningModule, data: UnlearningDataModule, trainer: L.Trainer | None = None
+) -> MemoryEstimate:
+    """Say what ``trainer.fit(module, data)`` will need per device. Nothing is loaded, trained or written.
+
+    Args:
+        module: An objective whose model is not loaded yet; not changed.
+        data: Its data; is set up (read and tokenised).
+        trainer: Says device, ranks, strategy, precision, gradient accumulation and callbacks; not started. None takes
+            a Trainer with its defaults.
+
+    Raises:
+        UserError: If the strategy or the objective cannot be simulated, and what loading would raise of the
+            configuration.
+        ValueError: If the module has its model already.
+
+    Example:
+        >>> from lightning_ssiuu import Facts, GradientDifference
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
+        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), Facts(batch_size=2), trainer)
+        >>> estimate.uses["weights"] // 10**5, estimate.phase
+        (36, 'training step')
+    """
+    if module.is_loaded:
+        raise ValueError("module: its model is loaded already; estimate before configure_model()")
+    trainer = trainer or L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    run = _Run(copy.deepcopy(module), data, trainer)
+    try:
+        with isolate_rng(), warnings.catch_warnings(), _pretended_ranks(run.n_ranks):
+            warnings.simplefilter("ignore")  # on what numbers that are all 1 look like
+            return run.estimate()
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        allowed = f"one whose tensors' shapes follow from its batches' ({type(error).__name__}: {error})"
+        raise UserError("estimate_memory", type(module).__name__, " ".join(allowed.split())) from error
+
+
+class _Run:
+    """A run as it would be, on tensors without memory."""
+
+    def __init__(self, module: UnlearningModule, data: UnlearningDataModule, trainer: L.Trainer) -> None:
+        self.module, self.data, self.trainer = module, data, trainer
+        self.strategy, self.n_ranks = trainer.strategy, trainer.world_size
+        self.sharded = isinstance(self.strategy, ModelParallelStrategy)
+        if not (self.sharded or isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy))):
+            allowed = "a single device, DDPStrategy or ModelParallelStrategy with --estimate-memory"
+            raise UserError("trainer.strategy", type(self.strategy).__name__, allowed)
+        self.device = self.strategy.root_device
+        self.simulation = Simulation(self.device, granularity=512 if self.device.type == "cuda" else 1)
+        module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
+
+    def estimate(self) -> MemoryEstimate:
+        """Go through all phases."""
+        model = self._blueprint()
+        self.config = model.hf.config
+        limit = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        n_batches = min(limit, _BATCHES) if limit > 0 else _BATCHES
+        n_epochs = self.trainer.max_epochs if (self.trainer.max_epochs or -1) > 0 else None
+        batch = training_batch(self.data, self._cost, self.n_ranks, n_batches, n_epochs)
+        with self.simulation:
+            self._load(model)
+            self._train(batch)
+            self._attribute()
+            self._score()
+            self._save()
+        peaks = {name: self.simulation.peak(name) for name in self.simulation.phases}
+        by_phase = {name: peak.total - peak.by_tag.get("paged", 0) + _workspace(self.device) for name, peak in peaks.items()}
+        phase = max(by_phase, key=by_phase.__getitem__)
+        uses = {use: peaks[phase].by_tag.get(use, 0) for use in USES}
+        uses["activations"] = 0
+        uses["activations"] = by_phase[phase] - sum(uses.values())
+        paged = peaks[phase].by_tag.get("paged", 0)
+        return MemoryEstimate(self.device.type, self.n_ranks, phase, uses, by_phase, paged, _capacity(self.device))
+
+    def _blueprint(self) -> AnswerModel:
+        with self.trainer.precision_plugin.module_init_context():
+            hf = blueprint(self.module.checkpoint, torch.get_default_dtype(), self.module.quantization)
+        if self.module.lora is not None:
+            self.module.lora.attach(hf)
+        return AnswerModel(hf)
+
+    def _cost(self, size: Size) -> float:
+        """About how many numbers a forward pass keeps, to tell batches apart."""
+        width, inner = self.config.hidden_size, getattr(self.config, "intermediate_size", 4 * self.config.hidden_size)
+        per_token = self.config.num_hidden_layers * (12 * width + 4 * inner)
+        return per_token * size.tokens + 3 * self.config.vocab_size * size.labels
+
+    # ---- the phases -------------------------------------------------------------------------------------------
+
+    def _load(self, model: AnswerModel) -> None:
+        with self.simulation.phase("loading"):
+            give_memory(model, self.device)
+        if self.sharded:
+            shard(model, dist.device_mesh.init_device_mesh(self.device.type, (self.n_ranks,)))
+        self.module.adopt(model, self.data.tokenizer)
+        self.module.train()
+        self.simulation.tag_rest("weights")
+
+    def _train(self, batch: Mapping[str, Any]) -> None:
+        module, precision = self.module, self.trainer.precision_plugin
+        step: Callable[..., Tensor] = module.training_step
+        if isinstance(self.strategy, DDPStrategy):
+            step = _distributed(module, self.strategy)
+        configured = module.configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        is_paged = getattr(optimizer, "is_paged", False) and self.device.type == "cuda"
+        optimizer.is_paged = False  # paged memory comes from CUDA itself and not through torch
+        with self.simulation.phase("training step"):
+            for _ in range(2):  # the second has what the first leaves: gradients, optimiser states, anchor
+                for number in range(min(self.trainer.accumulate_grad_batches, 2)):
+                    with precision.train_step_context():
+                        loss = step(_on(batch, self.device), number)
+                    if number == 0:
+                        optimizer.zero_grad()  # Lightning's order: the old gradients outlive the forward pass
+                    loss.backward()
+                    del loss
+                self.simulation.tag([p.grad for p in module.parameters()], "gradients")
+                self.simulation.tag(_state_of(module.regularizer), "attribution")
+                module.on_before_optimizer_step(optimizer)
+                optimizer.step()
+                self.simulation.tag(_state_of(module.regularizer), "attribution")
+                for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+                    large = isinstance(tensor, Tensor) and tensor.numel() >= _PAGED_FROM
+                    self.simulation.tag(tensor, "paged" if is_paged and large else "optimizer")
+        self.simulation.tag_rest("buckets" if isinstance(step, nn.Module) else "activations")
+        self.held = step, optimizer  # to the end of the run
+
+    def _attribute(self) -> None:
+        model = self.module.model
+        for callback in self._callbacks(NeuronAttributionCallback):
+            sites = neuron_sites(model.hf) if callback.probe_examples else []
+            for split in ("forget", "retain") if callback.probe_examples else ():
+                n_examples = -(-callback.probe_examples // self.n_ranks)
+                batch = evaluation_batch(self.data, split, self._cost, n_examples)
+                part = {name: batch[split][name] for name in ("input_ids", "attention_mask", "labels")}
+                with self.simulation.phase("attribution"), untouched(model):
+                    callback.method(model, [part], sites)
+
+    def _score(self) -> None:
+        model, names = self.module.model, self.module.scores
+        stopping = [callback.score for callback in self._callbacks(ForgetThresholdStopping) if callback.threshold]
+        for split in self.data.eval_splits:
+            part = _on(evaluation_batch(self.data, split, self._cost)[split], self.device)
+            every = [name for name, score in SCORES.items() if score.needs is None or score.needs in part]
+            with untouched(model), torch.no_grad():
+                evaluated = Evaluated(model, self.module.tokenizer, part)
+                for name in [*(every if names is None else names), *stopping]:
+                    if SCORES[name].needs == "generation":
+                        with self.simulation.phase("generation"):
+                            self._generate(part)
+                    else:
+                        with self.simulation.phase("scoring"):
+                            SCORES[name].measure(evaluated)
+
+    def _generate(self, part: Mapping[str, Tensor]) -> None:
+        # A loop that ends by what is generated cannot be gone through without values: one pass and a full cache.
+        rows, width = part["input_ids"].shape
+        longest = width + min(200, 2 * int((part["labels"] != -100).sum(1).max()))
+        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        n_tensors = 2 * self.config.num_hidden_layers + 1  # a layer's grown cache is made beside the old one
+        shape, dtype = (rows, heads, longest, size), self.module.model.hf.dtype
+        cache = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(n_tensors)]
+        self.module.model(part["input_ids"], part["attention_mask"], part["labels"])
+        del cache
+
+    def _save(self) -> None:
+        hf = self.module.model.hf
+        if not any(callback.folder for callback in self._callbacks(SavePretrained)):
+            return
+        with self.simulation.phase("saving"):
+            if not (packed := [module for module in hf.modules() if is_packed(module)]):
+                plain_state_dict(hf)
+                return
+            shapes = [(module.out_features, module.in_features) for module in packed]
+            plain = [torch.empty(shape, dtype=hf.dtype, device="cpu") for shape in shapes]
+            largest = max(shapes, key=lambda shape: shape[0] * shape[1])
+            working = [torch.empty(largest, device=self.device) for _ in range(3)]  # unpacked, adapter, their sum
+            del plain, working
+
+    def _callbacks(self, kind: type[Any]) -> list[Any]:
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+class _Step(nn.Module):
+    """What Lightning makes of a module for DistributedDataParallel: its training step as the forward pass."""
+
+    def __init__(self, module: UnlearningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.module.training_step(*args)
+
+
+def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> nn.Module:
+    def reduced(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations, which are strings here
+        future: Any = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped = nn.parallel.DistributedDataParallel(_Step(module), **{**strategy._ddp_kwargs, "init_sync": False})
+    wrapped.register_comm_hook(None, reduced)  # a pretended group's own reduction has no result
+    return wrapped
+
+
+@contextmanager
+def _pretended_ranks(n_ranks: int) -> Iterator[None]:
+    """Inside, this process is the first of so many, and what it sends to the others comes to nothing."""
+    if n_ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _state_of(regularizer: Any) -> list[Any]:
+    return [] if regularizer is None else list(vars(regularizer).values())
+
+
+def _on(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: _on(v, device) if isinstance(v, Mapping) else v.to(device) for k, v in values.items()}
+
+
+def _workspace(device: torch.device) -> int:
+    """What cuBLAS takes through torch's allocator: once for the forward and once for the backward thread."""
+    if device.type != "cuda":
+        return 0
+    return 2 * (32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8_519_680)
+
+
+def _capacity(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            known = dict(line.split(":") for line in file)
+        return int(known["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> None:
+    """Print an estimate as a table, in MB (10⁶ bytes).
+
+    Example:
+        >>> uses = {"weights": 4_000_000, "activations": 500_000}
+        >>> estimate = MemoryEstimate("cpu", 1, "scoring", uses, {"loading": 4_000_000, "scoring": 4_500_000})
+        >>> print_estimate(estimate, Console(width=90, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
+        Memory per process, 1 on cpu, at the worst moment (scoring)
+          weights                             4.0 MB
+          activations and temporaries         0.5 MB
+          total                               4.5 MB
+        Worst moment of each phase: loading 4.0 MB, scoring 4.5 MB
+        The process itself takes about 700 MB more (libraries).
+    """
+    console = console or Console()
+    what = "process" if estimate.device == "cpu" else "device"
+    console.print(f"Memory per {what}, {estimate.n_ranks} on {estimate.device}, at the worst moment ({estimate.phase})")
+    table = Table(box=None, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for use, text in USES.items():
+        if size := estimate.uses.get(use):
+            table.add_row(text, _megabytes(size))
+    table.add_row("total", _megabytes(estimate.total))
+    console.print(table)
+    phases = ", ".join(f"{name} {_megabytes(size)}" for name, size in estimate.by_phase.items())
+    console.print(f"Worst moment of each phase: {phases}", soft_wrap=True)
+    if estimate.paged:
+        console.print(f"Paged optimiser states, in the host's memory: {_megabytes(estimate.paged)}")
+    if estimate.device == "cpu":
+        console.print("The process itself takes about 700 MB more (libraries).")
+    ...
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

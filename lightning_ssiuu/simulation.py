@@ -1,0 +1,240 @@
+"""Run torch code without memory for its floating-point tensors, and log how much memory it would have needed when."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_aten = torch.ops.aten
+# Masks, indices and labels: small, and their values decide how large other tensors become.
+_REAL = (torch.bool, torch.int32, torch.int64)
+_INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a phase at which most memory was in use.
+
+    Args:
+        total: Bytes in use.
+        by_tag: The same by what they were used for (:meth:`Simulation.tag`); the untagged ones under ``""``.
+    """
+
+    total: int
+    by_tag: Mapping[str, int]
+
+
+class Simulation(TorchDispatchMode):
+    """Inside this context floating-point tensors have shapes and no memory; integers and booleans are real.
+
+    A training step then takes the way it takes in earnest (which attention kernel is chosen, how many labels there are)
+    and costs neither memory nor arithmetic. A number read from a tensor without values (``.item()``) is 1, a mask
+    without values selects everything. Every storage that comes or goes is logged, temporaries included; only what a
+    kernel allocates for itself cannot be seen.
+
+    Args:
+        device: Where memory is counted; what lies elsewhere is not.
+        granularity: Sizes are rounded up to multiples of it, in bytes: 512 in CUDA's allocator.
+
+    Example:
+        >>> with Simulation(torch.device("cpu")) as simulation:
+        ...     weight = torch.empty(1000, 1000)
+        ...     simulation.tag(weight, "weights")
+        ...     with simulation.phase("product"):
+        ...         product = (weight @ weight + 1).sum()
+        >>> simulation.peak("product")
+        Peak(total=12000000, by_tag={'weights': 4000000, '': 8000000})
+    """
+
+    def __init__(self, device: torch.device, granularity: int = 1) -> None:
+        super().__init__()
+        self.device, self.granularity = device, granularity
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._sizes: list[int] = []  # bytes of every storage there ever was
+        self._events: list[int] = []  # the number of a storage that came, or ~number of one that went
+        self._living: dict[int, tuple[int, Any]] = {}  # by address: number, and what tells of the end
+        self._tags: dict[int, str] = {}
+        self._phases: dict[str, list[range]] = {}
+
+    def __enter__(self) -> Simulation:
+        self._fake.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._fake.__exit__(*error)
+
+    # ---- what it is told and asked ----------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Give what happens inside a name, which may be used again."""
+        start = len(self._events)
+        yield
+        self._phases.setdefault(name, []).append(range(start, len(self._events) + 1))
+
+    def tag(self, values: Any, name: str) -> None:
+        """Say what the storages of the tensors in ``values`` are used for, from their beginning on."""
+        for tensor in tree_leaves(values):
+            for storage in _storages(tensor):
+                if storage._cdata in self._living:
+                    self._tags[self._living[storage._cdata][0]] = name
+
+    def tag_rest(self, name: str) -> None:
+        """Say what all other storages that are alive now are used for."""
+        for number, _ in self._living.values():
+            self._tags.setdefault(number, name)
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of the phases, in the order in which they were first seen."""
+        return list(self._phases)
+
+    def peak(self, phase: str) -> Peak:
+        """The peak over all that was done under a name."""
+        steps = [self._sizes[event] if event >= 0 else -self._sizes[~event] for event in self._events]
+        totals = [0, *accumulate(steps)]
+        moment = max((index for span in self._phases[phase] for index in span), key=totals.__getitem__)
+        alive: dict[int, None] = {}
+        for event in self._events[:moment]:
+            if event >= 0:
+                alive[event] = None
+            else:
+                del alive[~event]
+        by_tag: Counter[str] = Counter()
+        for number in alive:
+            by_tag[self._tags.get(number, "")] += self._sizes[number]
+        return Peak(totals[moment], dict(by_tag))
+
+    # ---- at work ----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation, on shapes or for real, and log the storages that are new."""
+        kwargs = kwargs or {}
+        tensors = _tensors((args, kwargs))
+        if any(is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, FakeTensor) for tensor in tensors):
+            return NotImplemented  # shards: what is done with their insides comes by here again
+        if _accumulates(func, tensors):
+            result = _aten.add_.Tensor(*args)
+        else:
+            result = self._run(func, args, kwargs, tensors)
+        for tensor in _tensors(result):
+            self._log(tensor)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        if not tensors:  # makes something new
+            result = func(*args, **kwargs)
+            return self._really(func, args, kwargs) if all(map(_may_be_real, _tensors(result))) else result
+        if not any(isinstance(tensor, FakeTensor) or not _may_be_real(tensor) for tensor in tensors):
+            result = self._really(func, args, kwargs)
+            return tree_map_only(Tensor, lambda tensor: tensor if _may_be_real(tensor) else _shape(tensor), result)
+        if func is _aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        if func is _aten.nonzero.default:
+            return self._really(func, (_everything(args[0]),), {})
+        if func in _INDEXING:
+            indices = [part for index in args[1] for part in self._positions(index)]
+            args = (args[0], indices, *args[2:])
+        if func.namespace == "bitsandbytes":
+            return self._packed(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _packed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Operations of bitsandbytes, of which some cannot do without values and some hide large temporaries."""
+        name = func._schema.name.removeprefix("bitsandbytes::")
+        if name == "int8_vectorwise_quant":
+            return func(*args[:1])  # no threshold: how many columns lie above it only values tell, and they are few
+        if name == "int8_mixed_scaled_mm":
+            values, packed, weight = args[:3]
+            shape = (*packed.shape[:-1], weight.shape[0])
+            self._come_and_go(2 * 4 * math.prod(shape))  # the product in 32-bit integers, and in floats
+            return values.new_empty(shape), values.new_empty(0)
+        if name == "gemm_4bit":
+            self._come_and_go(math.prod(args[2]) * args[0].element_size())  # the weight, unpacked
+        return func(*args, **kwargs)
+
+    def _positions(self, index: Tensor | None) -> Sequence[Tensor | None]:
+        # How many a mask selects is not known from its shape.
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        with unset_fake_temporarily():
+            mask = _everything(index) if isinstance(index, FakeTensor) else index
+            return mask.nonzero(as_tuple=True)
+
+    def _really(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+    def _come_and_go(self, size: int) -> None:
+        number = len(self._sizes)
+        self._sizes.append(size)
+        self._events += [number, ~number]
+
+    def _log(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._living or tensor.device.type != self.device.type:
+            return
+        number = len(self._sizes)
+        self._sizes.append(-(-storage.nbytes() // self.granularity) * self.granularity)
+        self._events.append(number)
+
+        def gone(_: Any) -> None:
+            del self._living[address]
+            self._events.append(~number)
+
+        self._living[address] = number, weakref.ref(storage, gone)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _may_be_real(tensor: Tensor) -> bool:
+    return tensor.dtype in _REAL
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _everything(mask: Tensor) -> Tensor:
+    with unset_fake_temporarily():
+        return torch.ones(mask.shape, dtype=torch.bool, device=mask.device)
+
+
+def _accumulates(func: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd adds up two gradients of one tensor, which it does in place unless a mode like this one is on."""
+    if func is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    if len(tensors) != 2 or tensors[0].shape != tensors[1].shape or tensors[0].dtype != tensors[1].dtype:
+        return False
+    # Held by its tensor and by the object asked here, and by nothing else.
+    return torch._C._storage_Use_Count(tensors[0].untyped_storage()._cdata) <= 2
+
+
+def _storages(tensor: Any) -> Iterator[Any]:
+    if not isinstance(tensor, Tensor):
+        return
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, FakeTensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
