@@ -1,0 +1,111 @@
+"""What the benchmarks share: random batches, an optimiser step without a Trainer, alternating timings, table rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.objectives import UnlearningModule
+
+Batch = dict[str, dict[str, Tensor]]
+
+
+def random_batch(vocabulary: int, batch: int, length: int, device: torch.device | str = "cpu") -> Batch:
+    """Forget and retain part of random tokens; the last half of every sequence is the answer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part() -> dict[str, Tensor]:
+        ids = torch.randint(vocabulary, (batch, length), generator=generator)
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    return {"forget": part(), "retain": part()}
+
+
+def adopted(module: UnlearningModule, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The objective on a model in memory; what it logs without a Trainer is in its dictionary ``logged``."""
+    module.adopt(model, tokenizer)
+    logged: dict[str, Any] = {}
+    module.logged = logged  # type: ignore[assignment]
+    module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
+    return module
+
+
+def step(
+    module: UnlearningModule,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    forward: Callable[[], AbstractContextManager] = nullcontext,
+) -> float:
+    """One optimiser step as the Trainer does it, without its logging; returns seconds.
+
+    Args:
+        module: The objective.
+        optimizer: Over its model's parameters.
+        batch: Of both parts, on the model's device.
+        forward: Makes the context of the forward pass, autocast for instance.
+    """
+    device = batch["forget"]["input_ids"].device
+    wait(device)
+    start = time.perf_counter()
+    with forward():
+        loss = module.training_step(batch, 0)
+    optimizer.zero_grad()  # the Trainer's order: the last gradients outlive the forward pass
+    loss.backward()
+    module.on_before_optimizer_step(optimizer)
+    optimizer.step()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(device: torch.device, reset: bool = False) -> int | None:
+    """Most memory allocated on the device since the last reset; None on a CPU, which does not count."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def alternating(steps: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of every variant, in turn, so that what else the machine does meets all of them alike."""
+    for _ in range(warm_up):
+        for run in steps.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, run in steps.items():
+            times[name].append(run())
+    return times
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float | list[float]]:
+    """Median and range of the pairwise ratios."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
