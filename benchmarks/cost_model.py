@@ -104,31 +104,38 @@ class Part:
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def forward_flops(model: Model, part: Part, head: bool = True) -> float:
+def forward_flops(model: Model, part: Part) -> float:
     """``2 N_b τ + 4 L q T τ + 2 V d n``: projections, attention (not halved for causality), logits at labels only."""
     attention = 4 * model.num_hidden_layers * model.queries * part.length * part.tokens
-    logits = 2 * model.vocab_size * model.hidden_size * part.n_labels if head else 0
+    logits = 2 * model.vocab_size * model.hidden_size * part.n_labels
     return 2 * model.blocks * part.tokens + attention + logits
 
 
-def backward_flops(model: Model, part: Part, checkpointing: bool = False, trained: bool = True) -> float:
-    """Twice the forward pass, attention 2.5 times (its scores are computed again), with checkpointing the blocks once more.
+def backward_flops(model: Model, part: Part, checkpointing: bool = False, attention_factor: float = 2.5) -> float:
+    """Twice the forward pass; attention 2.5 times, as fused kernels compute its scores again.
 
     Args:
         model: The model.
         part: Of the batch.
-        checkpointing: Whether activations are recomputed.
-        trained: Whether weights are; with adapters the projections cost as much as forward, the adapters nothing.
+        checkpointing: Whether activations are recomputed: another forward pass of the blocks.
+        attention_factor: 2 for kernels that keep the scores.
     """
     attention = 4 * model.num_hidden_layers * model.queries * part.length * part.tokens
     linear = 2 * model.blocks * part.tokens
     logits = 2 * model.vocab_size * model.hidden_size * part.n_labels
-    flops = (linear + logits) * (2 if trained else 1) + 2.5 * attention
-    return flops + (linear + attention if checkpointing else 0)
+    return 2 * (linear + logits) + attention_factor * attention + (linear + attention if checkpointing else 0)
 
 
 def step_flops(model: Model, forget: Part, retain: Part, ssiuu: bool, **kwargs: Any) -> float:
-    """Forward and backward over both parts; SSIUU's two-pass route adds a backward pass over the forget part."""
+    """Forward and backward over both parts; SSIUU's two-pass route adds a backward pass over the forget part.
+
+    Args:
+        model: The model.
+        forget: Part of the batch.
+        retain: Part of the batch.
+        ssiuu: Whether the step is regularised.
+        **kwargs: As of :func:`backward_flops`.
+    """
     flops = sum(forward_flops(model, part) + backward_flops(model, part, **kwargs) for part in (forget, retain))
     return flops + (backward_flops(model, forget, **kwargs) if ssiuu else 0)
 

@@ -124,7 +124,7 @@ def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], base
         base: Name of the checkpoint they were trained on, for the record.
     """
     matrices = adapter_parameters(model)
-    state = {f"base_model.model.{name}": _whole(matrix).cpu().contiguous() for name, matrix in matrices.items()}
+    state = {f"base_model.model.{name}": _whole(matrix).cpu() for name, matrix in matrices.items()}
     if rank() > 0:
         return
     adapted: Any = model

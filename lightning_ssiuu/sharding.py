@@ -172,7 +172,6 @@ def load_sharded(
     model = build(device_map="meta")
     shard(model, ranks)
     model.to_empty(device=device)
-    model.hf.tie_weights()  # memory was given to either end of a tie
     whole, mistake = None, None
     if dist.get_rank() == 0:
         try:

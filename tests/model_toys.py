@@ -80,7 +80,7 @@ def random_model(
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with norms that compute in the weights' type; the architectures' own do so in float32 whatever it is."""
+    """The model with norms that compute in the weights' type; the architectures' own do so in float32 always."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from data_toys import byte_tokenizer
-from ddp_script import Job, save_models, train
 from model_toys import answer_model, equal
+from rank_jobs import Job, save_models, train
 from two_ranks import BROKEN, JOBS, ON_TWO, results
 
 from lightning_ssiuu.evaluation import Evaluated

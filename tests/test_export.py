@@ -111,6 +111,10 @@ def test_plain_models_are_written_as_they_are(tmp_path: Path, monkeypatch: pytes
     state = plain_state_dict(model)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
     assert list(state) == list(model.state_dict())
+    # A weight kept in a wider type than the others stays in it.
+    model.bfloat16().model.norm.float()
+    kinds = {name: tensor.dtype for name, tensor in plain_state_dict(model).items()}
+    assert {name for name, kind in kinds.items() if kind != torch.bfloat16} == {"model.norm.weight"}
 
 
 def test_adapters_alone_go_back_on_their_base(tmp_path: Path) -> None:

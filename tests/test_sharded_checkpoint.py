@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_script import train
 from model_toys import equal
+from rank_jobs import train
 from two_ranks import MOVED, results
 
 

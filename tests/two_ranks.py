@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ddp_script import Job, run, save_models, train
+from rank_jobs import Job, run, save_models, train
 
 from lightning_ssiuu.objectives import objectives
 
@@ -77,11 +77,25 @@ RESUMED = [
 BROKEN = Job("broken", strategy="fsdp", broken=True)
 
 
-@cache
-def results() -> tuple[Path, dict[tuple[str, str], Any]]:
+Results = tuple[Path, dict[tuple[str, str], Any]]
+
+
+def results() -> Results:
     """The folder with the checkpoints, and by job one process's results or a list of two processes'."""
+    outcome = _outcome()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+@cache
+def _outcome() -> Results | Exception:
+    # A failure is kept as well: every test that asks would run, or hang, for itself.
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    save_models(folder)
-    alone = {job.key: train(job, 1, folder) for job in (*JOBS, MOVED)}
-    return folder, alone | run(2, [*ON_TWO, *CHECKPOINTED, *RESUMED, BROKEN], folder)
+    try:
+        save_models(folder)
+        alone = {job.key: train(job, 1, folder) for job in (*JOBS, MOVED)}
+        return folder, alone | run(2, [*ON_TWO, *CHECKPOINTED, *RESUMED, BROKEN], folder)
+    except Exception as error:
+        return error

@@ -1,27 +1,17 @@
-"""Trains tiny models on any number of gloo processes and saves what came out: run by the tests, not a test.
-
-Arguments: ranks, folder to write to, JSON list of jobs. All in one process group: starting Python anew for each costs
-more than the training.
-"""
+"""Training runs of tiny models, described, and done on any number of gloo processes."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import lightning as L
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from data_toys import Toy, byte_tokenizer
+from forked_ranks import ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from model_toys import bare_trainer, random_model, widened
@@ -40,7 +30,8 @@ OPTIMIZERS: dict[str, Any] = {
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
 }
-SCORES = ["probability", "all_tokens", "first_token", "multiple_choice", "rouge_l"]
+# Text first: nothing else has gathered the shards before.
+SCORES = ["rouge_l", "probability", "all_tokens", "first_token", "multiple_choice"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ class StepAtStart(L.Callback):
         self.step = trainer.global_step
 
 
-def train(job: Job, ranks: int, folder: Path) -> dict[str, Any]:
+def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     """Train; weights, figures and what the callbacks measured."""
     checkpoint = str(folder / ("dropout" if job.dropout else "plain"))
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
@@ -134,7 +125,7 @@ def train(job: Job, ranks: int, folder: Path) -> dict[str, Any]:
     if strategy == "ddp_views":
         strategy = DDPStrategy(gradient_as_bucket_view=True)
     elif strategy.startswith("fsdp"):
-        strategy = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=strategy == "fsdp")
+        strategy = ModelParallelStrategy(n_ranks, 1, save_distributed_checkpoint=strategy == "fsdp")
     attribution = NeuronAttributionCallback(3, every_n_steps=1, alpha=0.2, target="length_normalised", write=False)
     stopping = ForgetThresholdStopping("probability", "mismatched")
     report = RunReport(print_table=False)
@@ -146,7 +137,7 @@ def train(job: Job, ranks: int, folder: Path) -> dict[str, Any]:
     trainer = bare_trainer(
         job.steps,
         strategy=strategy,
-        devices=ranks,
+        devices=n_ranks,
         callbacks=[restored, *keep, *([attribution, stopping, report] if job.looking else [])],
         enable_checkpointing=bool(keep),
         limit_val_batches=1.0 if job.looking else 0,
@@ -179,32 +170,19 @@ def train(job: Job, ranks: int, folder: Path) -> dict[str, Any]:
     return result
 
 
-def run(ranks: int, jobs: list[Job], folder: Path, timeout: int = 300) -> dict[tuple[str, str], Any]:
-    """Do jobs on several processes; by job, every rank's results."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # nothing of a launcher that may have started this test itself
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK")}
-    environment |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    described = json.dumps([asdict(job) for job in jobs])
-    command = [sys.executable, __file__, str(ranks), str(folder), described]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+def run(n_ranks: int, jobs: list[Job], folder: Path, timeout: float = 300) -> dict[tuple[str, str], Any]:
+    """Do jobs on several processes, all in one process group; by job, every rank's results."""
+
+    def do() -> int:
+        rank = os.environ.get("LOCAL_RANK", 0)  # none for the first until its launcher has started the others
+        for number, job in enumerate(jobs):
+            torch.save(train(job, n_ranks, folder), folder / f"{number}.{rank}")
+        return 0
+
+    end = ranks(do, folder / "ranks", timeout)
+    if end.status != 0:
+        raise RuntimeError(end.err[-3000:])
     return {
-        job.key: [torch.load(folder / f"{number}.{rank}", weights_only=True) for rank in range(ranks)]
+        job.key: [torch.load(folder / f"{number}.{rank}", weights_only=True) for rank in range(n_ranks)]
         for number, job in enumerate(jobs)
     }
-
-
-def main(ranks: str, folder: str, jobs: str) -> None:
-    """Do the jobs; every rank writes a file per job."""
-    torch.set_num_threads(1)
-    for number, described in enumerate(json.loads(jobs)):
-        result = train(Job(**described), int(ranks), Path(folder))
-        torch.save(result, f"{folder}/{number}.{os.environ.get('LOCAL_RANK', 0)}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
