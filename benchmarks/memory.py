@@ -1,11 +1,16 @@
 """What ``--estimate-memory`` says beside what a run then takes: every configuration in processes of its own.
 
-    python benchmarks/memory.py [--only NAME ...] [--accelerator cpu|cuda] [--list]
+    python benchmarks/memory.py [--only NAME ...] [--accelerator cpu|cuda] [--default_malloc] [--list]
 
-Prints one JSON line per configuration and a Markdown table. On a CPU the measured figures are the growth of the resident
-set from just before the model is loaded to its peak (the libraries come on top), once with malloc told to give memory
-back at once and once as it is; on CUDA it is ``torch.cuda.max_memory_allocated``. Runs of three steps, with everything
-``fit`` does around them. Linux only.
+Prints one JSON line per configuration and a Markdown table. Runs of three steps, with everything ``fit`` does around
+them. On CUDA ``torch.cuda.max_memory_allocated`` is measured; on a CPU two things are, in runs of their own:
+
+- allocated: the weights' storages once the model is loaded, and from there on the peak of what torch's profiler sees
+  allocated and freed. This is what the estimate is of.
+- resident: growth of the resident set from just before the model is loaded to its peak, with malloc told to give memory
+  back at once. Libraries' buffers come on top of tensors here. ``--default_malloc`` adds the same without being told.
+
+Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +54,10 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _ALIKE = {"shape": "20m", "batch": 8, "words": 12, "ssiuu": True, "optimizer": "AdamW"}
 #: Name: what differs from ``_ALIKE``.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "tiny": {"shape": "tiny", "words": 6},
+    "tiny, gradient difference": {"shape": "tiny", "words": 6, "ssiuu": False},
+    "tiny, checkpointing": {"shape": "tiny", "words": 6, "checkpointing": True},
+    "tiny, LoRA": {"shape": "tiny", "words": 6, "lora": True},
     "20m": {},
     "20m, gradient difference": {"ssiuu": False},
     "20m, SGD": {"optimizer": "SGD"},
@@ -63,6 +74,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "50m, 4bit LoRA": {"shape": "50m", "lora": True, "quantization": "4bit", "optimizer": "PagedAdamW8bit"},
     "SmolLM2-135M": {"shape": SMOLLM2, "batch": 4, "words": 8},
     "SmolLM2-135M, gradient difference": {"shape": SMOLLM2, "batch": 4, "words": 8, "ssiuu": False},
+    "SmolLM2-135M, checkpointing": {"shape": SMOLLM2, "batch": 4, "words": 8, "checkpointing": True},
+    "SmolLM2-135M, LoRA": {"shape": SMOLLM2, "batch": 4, "words": 8, "lora": True},
+    "SmolLM2-135M, LoRA, checkpointing": {
+        **{"shape": SMOLLM2, "batch": 4, "words": 8, "lora": True, "checkpointing": True}
+    },
+    "SmolLM2-135M, gradient difference, LoRA": {
+        **{"shape": SMOLLM2, "batch": 4, "words": 8, "lora": True, "ssiuu": False}
+    },
 }
 
 
@@ -124,7 +143,8 @@ def make(name: str, checkpoint: str, folder: str, accelerator: str) -> tuple[Unl
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    options = {"tokenizer": checkpoint, "batch_size": given["batch"], "eval_batch_size": 8, "max_length": 512}
+    longest = 128 if checkpoint == "tiny" else 512
+    options = {"tokenizer": checkpoint, "batch_size": given["batch"], "eval_batch_size": 8, "max_length": longest}
     return module, Numbers(given["words"], **options), trainer
 
 
@@ -142,12 +162,51 @@ def estimate(name: str, checkpoint: str, folder: str, accelerator: str) -> dict[
     return {"estimate": found.total, "phase": found.phase, "uses": dict(found.uses), "by_phase": dict(found.by_phase)}
 
 
-def measure(name: str, checkpoint: str, folder: str, accelerator: str) -> dict[str, Any]:
+class _Allocated(L.Callback):
+    """Has torch's profiler note what is allocated, from the loaded model on."""
+
+    def __init__(self) -> None:
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.weights = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The weights are there and nothing else; where from (a file mapped, other threads) the profiler cannot see."""
+        found: dict[int, int] = {}
+        for module in pl_module.modules():
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False), *_packing(module)]
+            for tensor in tensors:
+                storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+                found[storage._cdata] = storage.nbytes()
+        self.weights = sum(found.values())
+        self.profiler.start()
+
+    def peak(self) -> int:
+        """Bytes, the weights among them."""
+        self.profiler.stop()
+        events = self.profiler.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events) if e.name() == "[memory]")
+        return self.weights + max(accumulate((size for *_, size in changes), initial=0))
+
+
+def _packing(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors of bitsandbytes beside a packed weight."""
+    state, quantised = getattr(module, "state", None), getattr(getattr(module, "weight", None), "quant_state", None)
+    inner = getattr(quantised, "state2", None)
+    held = [vars(one).values() for one in (state, quantised, inner) if one is not None and hasattr(one, "__dict__")]
+    return [value for values in held for value in values if isinstance(value, torch.Tensor)]
+
+
+def measure(name: str, checkpoint: str, folder: str, accelerator: str, allocated: bool = False) -> dict[str, Any]:
     """In a process of its own (for two ranks: two): what it then takes."""
     module, data, trainer = make(name, checkpoint, folder, accelerator)
     data.setup()
     if "8bit" in (_ALIKE | CONFIGURATIONS[name])["optimizer"]:
         import bitsandbytes  # noqa: F401 - a library, not part of the run's memory
+    if allocated:
+        watch = _Allocated()
+        trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
+        trainer.fit(module, data)
+        return {"measured": watch.peak()}
     if accelerator != "cpu":
         torch.cuda.reset_peak_memory_stats()
         trainer.fit(module, data)
@@ -156,6 +215,10 @@ def measure(name: str, checkpoint: str, folder: str, accelerator: str) -> dict[s
     before = _resident("VmRSS")
     trainer.fit(module, data)
     return {"measured": _resident("VmHWM") - before, "libraries": before}
+
+
+#: What a process of its own may be for.
+PARTS: dict[str, Any] = {"estimate": estimate, "allocated": partial(measure, allocated=True), "resident": measure}
 
 
 def _resident(field: str) -> int:
@@ -167,7 +230,7 @@ def _resident(field: str) -> int:
 
 def prepared(shape: str, folder: Path) -> str:
     """A checkpoint with random weights in a directory, or the real model's name as it is."""
-    if shape.startswith("package:"):
+    if shape == "tiny" or shape.startswith("package:"):
         return shape
     target = folder / shape
     if not target.exists():
@@ -197,7 +260,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CONFIGURATIONS), help="names of configurations")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--part", choices=["estimate", "measure"], help=argparse.SUPPRESS)
+    parser.add_argument("--default_malloc", action="store_true", help="resident set with malloc as it is, too")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -207,29 +271,38 @@ def main() -> None:
         return
     if options.part:
         warnings.simplefilter("ignore")
-        part = estimate if options.part == "estimate" else measure
         with tempfile.TemporaryDirectory() as folder:
-            result = part(options.name, options.checkpoint, folder, options.accelerator)
+            result = PARTS[options.part](options.name, options.checkpoint, folder, options.accelerator)
         rank = os.environ.get("LOCAL_RANK", "0")
         Path(f"{options.output}.{rank}").write_text(json.dumps(result), encoding="utf-8")
         return
-    rows = []
+    rows: list[list[str]] = []
+    header = ["MB", "worst moment", "estimate"]
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or CONFIGURATIONS:
             checkpoint = prepared((_ALIKE | CONFIGURATIONS[name])["shape"], Path(folder))
             result = {"name": name, **in_process("estimate", name, checkpoint, options.accelerator)}
-            exact = EXACT if options.accelerator == "cpu" else {}
-            result |= in_process("measure", name, checkpoint, options.accelerator, **exact)
-            row = [name, result["phase"], *(f"{result[key] / 1e6:,.0f}" for key in ("estimate", "measured"))]
-            result["error_percent"] = round(100 * (result["estimate"] / result["measured"] - 1), 1)
-            row.append(f"{result['error_percent']:+.1f} %")
-            if options.accelerator == "cpu":
-                result["resident"] = in_process("measure", name, checkpoint, "cpu")["measured"]
-                row.append(f"{result['resident'] / 1e6:,.0f}")
+            if options.accelerator == "cuda":
+                result["allocated"] = in_process("resident", name, checkpoint, "cuda")["measured"]
+            else:
+                result["allocated"] = in_process("allocated", name, checkpoint, "cpu")["measured"]
+                resident = in_process("resident", name, checkpoint, "cpu", **EXACT)
+                result |= {"resident": resident["measured"], "libraries": resident["libraries"]}
+                if options.default_malloc:
+                    result["resident by default"] = in_process("resident", name, checkpoint, "cpu")["measured"]
+            row = [name, result["phase"], _megabytes(result["estimate"])]
+            for kind in ("allocated", "resident", "resident by default"):
+                if kind in result:
+                    error = 100 * (result["estimate"] / result[kind] - 1)
+                    row += [_megabytes(result[kind]), f"{error:+.1f} %"]
+                    header += [kind, "error"] if not rows else []
             print(json.dumps(result), flush=True)
             rows.append(row)
-    header = ["configuration", "worst moment", "estimate, MB", "measured, MB", "error", "resident by default, MB"]
-    print(markdown(header[: len(rows[0])], rows))
+    print(markdown(header, rows))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
 
 
 if __name__ == "__main__":

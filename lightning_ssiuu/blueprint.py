@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_ssiuu.models import _configuration
+from lightning_ssiuu.models import plain_configuration
 from lightning_ssiuu.quantization import loading_options, prepare_for_training
 
 _CODES_4BIT, _CODES_8BIT, _BLOCK, _OUTER_BLOCK = 16, 256, 64, 256  # of bitsandbytes' doubly quantised NF4
@@ -30,7 +30,7 @@ def blueprint(checkpoint: str, dtype: torch.dtype, quantization: Literal["8bit",
         >>> model.device, sum(p.numel() for p in model.parameters())
         (device(type='meta'), 918656)
     """
-    config = _configuration(checkpoint)
+    config = plain_configuration(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.config.use_cache = False

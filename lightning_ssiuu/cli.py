@@ -25,6 +25,7 @@ from lightning_ssiuu.datamodules.examples import Given
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.files import check_space, nothing_left, written_atomically
 from lightning_ssiuu.interrupted import checkpoint_mistakes, checkpoint_to_go_on_from, refuse_to_lose
+from lightning_ssiuu.memory import estimate_memory, print_estimate
 from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
@@ -62,6 +63,7 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     """The resolved configuration of a run, the same however often it was interrupted or begun anew."""
     config = config.clone()
     config["ckpt_path"], config["overwrite"] = None, False
+    config.pop("estimate_memory", None)
     return parser.dump(config, skip_none=False)
 
 
@@ -91,6 +93,13 @@ class UnlearningCLI(LightningCLI):
         parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
         parser.link_arguments("model.init_args.checkpoint", "data.init_args.tokenizer")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            text = "print what each device will need; load, train and write nothing"
+            parser.add_argument("--estimate-memory", "--estimate_memory", action="store_true", help=text)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what the dispatcher handed over; ``sys.argv`` holds the same, which Lightning would warn about."""
         if not isinstance(args, list):
@@ -118,9 +127,10 @@ class UnlearningCLI(LightningCLI):
         """Refuse to run into existing results, or from a checkpoint that is none, before anything is loaded."""
         config, root = self.config.fit, self.trainer.default_root_dir
         self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, is_fit=True)
-        refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))
+        if not config.estimate_memory:  # which may be asked beside the results of an earlier run
+            refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))
         # How much the model takes is asked again when it is known; a directory that cannot be written is told now.
-        check_space("trainer.default_root_dir", self.trainer.default_root_dir, 1 << 20)
+        check_space("trainer.default_root_dir", root, 1 << 20)
         for name, least in (("max_epochs", self.trainer.max_epochs), ("max_steps", self.trainer.max_steps)):
             if least == 0:
                 raise UserError(f"trainer.{name}", 0, "a number ≥ 1, or -1 for no limit")
@@ -138,7 +148,10 @@ class UnlearningCLI(LightningCLI):
     before_test = before_validate
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; a refused run leaves no trace."""
+        """Train, or say what that would need; a refused run leaves no trace."""
+        if self.config.fit.estimate_memory:
+            print_estimate(estimate_memory(self.model, self.datamodule, self.trainer))
+            return
         self._run(self.trainer.fit, kwargs)
 
     def validate(self, **kwargs: Any) -> None:

@@ -203,15 +203,21 @@ class Scorer:
         """Start again."""
         self._metrics.clear()
 
-    def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
+    def names(self, part: Part) -> list[str]:
+        """What is scored on a part: what was asked for, or all that it allows without generating text.
+
+        Raises:
+            UserError: If the part lacks what a score asks for.
+        """
         if self.scores is None:
-            names = [n for n, s in SCORES.items() if s.needs is None or s.needs in part]
-        else:
-            names = list(self.scores)
-            for name in names:
-                if (needs := SCORES[name].needs) not in (None, "generation") and needs not in part:
-                    raise UserError("scores", name, f"a score this data allows: every example needs {needs}")
-        return {name: SCORES[name].metric().to(device) for name in names}
+            return [n for n, s in SCORES.items() if s.needs is None or s.needs in part]
+        for name in self.scores:
+            if (needs := SCORES[name].needs) not in (None, "generation") and needs not in part:
+                raise UserError("scores", name, f"a score this data allows: every example needs {needs}")
+        return list(self.scores)
+
+    def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
+        return {name: SCORES[name].metric().to(device) for name in self.names(part)}
 
 
 def evaluate(

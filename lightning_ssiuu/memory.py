@@ -33,11 +33,11 @@ from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttribution
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.evaluation import SCORES, Evaluated, untouched
+from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, untouched
 from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
-from lightning_ssiuu.sharding import shard
+from lightning_ssiuu.sharding import FLOATS_ONLY, shard
 from lightning_ssiuu.simulation import Simulation
 from lightning_ssiuu.sites import neuron_sites
 
@@ -107,7 +107,8 @@ def estimate_memory(
     Example:
         >>> from lightning_ssiuu import Facts, GradientDifference
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
-        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), Facts(batch_size=2), trainer)
+        >>> data = Facts(batch_size=16, eval_batch_size=4)
+        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), data, trainer)
         >>> estimate.uses["weights"] // 10**5, estimate.phase
         (36, 'training step')
     """
@@ -116,7 +117,7 @@ def estimate_memory(
     trainer = trainer or L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     run = _Run(copy.deepcopy(module), data, trainer)
     try:
-        with isolate_rng(), warnings.catch_warnings(), _pretended_ranks(run.n_ranks):
+        with isolate_rng(), warnings.catch_warnings(), _pretended_ranks(run.n_ranks if run.distributed else 0):
             warnings.simplefilter("ignore")  # on what numbers that are all 1 look like
             return run.estimate()
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
@@ -131,7 +132,8 @@ class _Run:
         self.module, self.data, self.trainer = module, data, trainer
         self.strategy, self.n_ranks = trainer.strategy, trainer.world_size
         self.sharded = isinstance(self.strategy, ModelParallelStrategy)
-        if not (self.sharded or isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy))):
+        self.distributed = self.sharded or isinstance(self.strategy, DDPStrategy)  # also over a single device
+        if not (self.distributed or isinstance(self.strategy, SingleDeviceStrategy)):
             allowed = "a single device, DDPStrategy or ModelParallelStrategy with --estimate-memory"
             raise UserError("trainer.strategy", type(self.strategy).__name__, allowed)
         self.device = self.strategy.root_device
@@ -153,7 +155,9 @@ class _Run:
             self._score()
             self._save()
         peaks = {name: self.simulation.peak(name) for name in self.simulation.phases}
-        by_phase = {name: peak.total - peak.by_tag.get("paged", 0) + _workspace(self.device) for name, peak in peaks.items()}
+        by_phase = {
+            name: peak.total - peak.by_tag.get("paged", 0) + _workspace(self.device) for name, peak in peaks.items()
+        }
         phase = max(by_phase, key=by_phase.__getitem__)
         uses = {use: peaks[phase].by_tag.get(use, 0) for use in USES}
         uses["activations"] = 0
@@ -162,6 +166,8 @@ class _Run:
         return MemoryEstimate(self.device.type, self.n_ranks, phase, uses, by_phase, paged, _capacity(self.device))
 
     def _blueprint(self) -> AnswerModel:
+        if self.sharded and self.module.quantization is not None:
+            raise UserError("quantization", self.module.quantization, FLOATS_ONLY)
         with self.trainer.precision_plugin.module_init_context():
             hf = blueprint(self.module.checkpoint, torch.get_default_dtype(), self.module.quantization)
         if self.module.lora is not None:
@@ -226,14 +232,14 @@ class _Run:
                     callback.method(model, [part], sites)
 
     def _score(self) -> None:
-        model, names = self.module.model, self.module.scores
+        model = self.module.model
         stopping = [callback.score for callback in self._callbacks(ForgetThresholdStopping) if callback.threshold]
         for split in self.data.eval_splits:
             part = _on(evaluation_batch(self.data, split, self._cost)[split], self.device)
-            every = [name for name, score in SCORES.items() if score.needs is None or score.needs in part]
+            names = Scorer(model, self.module.tokenizer, self.module.scores).names(part)
             with untouched(model), torch.no_grad():
                 evaluated = Evaluated(model, self.module.tokenizer, part)
-                for name in [*(every if names is None else names), *stopping]:
+                for name in [*names, *stopping]:
                     if SCORES[name].needs == "generation":
                         with self.simulation.phase("generation"):
                             self._generate(part)
@@ -295,8 +301,8 @@ def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> nn.Module:
 
 @contextmanager
 def _pretended_ranks(n_ranks: int) -> Iterator[None]:
-    """Inside, this process is the first of so many, and what it sends to the others comes to nothing."""
-    if n_ranks == 1:
+    """Inside, this process is the first of so many (0: no group), and what it sends comes to nothing."""
+    if n_ranks == 0:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -355,7 +361,7 @@ def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> 
     table.add_column("")
     table.add_column("", justify="right")
     for use, text in USES.items():
-        if size := estimate.uses.get(use):
+        if 1000 * (size := estimate.uses.get(use, 0)) > estimate.total:
             table.add_row(text, _megabytes(size))
     table.add_row("total", _megabytes(estimate.total))
     console.print(table)
@@ -365,7 +371,6 @@ def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> 
         console.print(f"Paged optimiser states, in the host's memory: {_megabytes(estimate.paged)}")
     if estimate.device == "cpu":
         console.print("The process itself takes about 700 MB more (libraries).")
-    ...
 
 
 def _megabytes(size: int) -> str:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.quantization import loading_options, prepare_for_training
+from lightning_ssiuu.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.sites import SITE_TABLES
 
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
@@ -109,10 +109,7 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype} | kwargs
     if quantization is not None:
         options |= loading_options(quantization, dtype, device)
-    if (packed := getattr(_configuration(checkpoint), "quantization_config", None)) is not None:
-        method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
-        allowed = f"a checkpoint with plain weights (this one is quantised already: {method})"
-        raise UserError("checkpoint", os.fspath(checkpoint), allowed)
+    plain_configuration(checkpoint)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -124,6 +121,7 @@ def load_model(
     model.config.use_cache = False
     if quantization is not None:
         prepare_for_training(model)
+        check_reading(model)
     return model
 
 
@@ -317,6 +315,24 @@ def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
         128
     """
     return getattr(_configuration(checkpoint), "max_position_embeddings", None)
+
+
+def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
+    """The transformers configuration of a checkpoint whose weights are not quantised.
+
+    Raises:
+        UserError: If they are, or there is no such checkpoint, or its configuration cannot be read.
+
+    Example:
+        >>> plain_configuration("tiny").model_type
+        'llama'
+    """
+    config = _configuration(checkpoint)
+    if (packed := getattr(config, "quantization_config", None)) is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
+        allowed = f"a checkpoint with plain weights (this one is quantised already: {method})"
+        raise UserError("checkpoint", os.fspath(checkpoint), allowed)
+    return config
 
 
 def _configuration(checkpoint: str | os.PathLike[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,34 @@ def _forget_input(module: nn.Module, inputs: Any, output: Tensor) -> None:
     for name, empty in (("tensors", (None, None, None)), ("A", None)):
         if hasattr(output.grad_fn, name):
             setattr(output.grad_fn, name, empty)
+
+
+def check_reading(model: nn.Module) -> None:
+    """Make sure that this CPU reads 4-bit weights back as they were packed.
+
+    bitsandbytes packs a weight in blocks of the flattened matrix, and its kernel for CPUs with AVX-512 (seen in 0.50.2)
+    reads them as if every row began a block: where the row length is no multiple of the block, most scales are wrong.
+
+    Args:
+        model: Loaded with 4-bit weights, or not.
+
+    Raises:
+        UserError: If a layer is read wrongly.
+    """
+    from bitsandbytes import functional
+
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if type(weight).__name__ != "Params4bit" or weight.device.type != "cpu":
+            continue
+        state = weight.quant_state
+        if state.shape[-1] % state.blocksize == 0:
+            continue
+        flat = copy(state)
+        flat.shape = torch.Size((1, state.shape.numel()))
+        if not torch.equal(*(functional.dequantize_4bit(weight, one).flatten() for one in (state, flat))):
+            rows = f"bitsandbytes misreads {name}, whose rows of {state.shape[-1]} are no multiple of {state.blocksize}"
+            raise UserError("quantization", "4bit", f"8bit or null for this model on this CPU: {rows}")
 
 
 def is_quantized(module: nn.Module) -> bool:

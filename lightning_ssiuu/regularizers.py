@@ -141,7 +141,7 @@ class AttributionRegularizer(Regularizer):
         # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
         total = ((logps.detach() - scale).exp() * logps).sum()
         if zero.is_zero(model):
-            fresh = zero.own_gradients(total, parameters)
+            fresh = zero.own_gradients(total, parameters, model)
         else:
             fresh = _extra_backward(total, parameters, model)
         wide = [_wide(gradient) for gradient in fresh]

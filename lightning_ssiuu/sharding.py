@@ -17,7 +17,7 @@ from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sites import SITE_TABLES
 
-_FLOATS_ONLY = "null under FSDP2, which cannot cut quantised weights; strategy ddp holds them whole on every device"
+FLOATS_ONLY = "null under FSDP2, which cannot cut quantised weights; strategy ddp holds them whole on every device"
 
 
 def use_all_devices(strategy: Strategy) -> None:
@@ -92,7 +92,7 @@ def shard(model: AnswerModel, mesh: DeviceMesh) -> None:
 type for all trained weights, or strategy ddp: FSDP2 sums the gradients of a block together
     """
     if getattr(model.hf, "is_quantized", False):
-        raise UserError("quantization", str(model.hf.config.quantization_config.quant_method), _FLOATS_ONLY)
+        raise UserError("quantization", str(model.hf.config.quantization_config.quant_method), FLOATS_ONLY)
     types = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(types) > 1:
         allowed = "one type for all trained weights, or strategy ddp: FSDP2 sums the gradients of a block together"
@@ -168,7 +168,7 @@ def load_sharded(
     """
     ranks = data_parallel(mesh)
     if quantization is not None:
-        raise UserError("quantization", quantization, _FLOATS_ONLY)
+        raise UserError("quantization", quantization, FLOATS_ONLY)
     model = build(device_map="meta")
     shard(model, ranks)
     model.to_empty(device=device)

@@ -220,7 +220,7 @@ def _everything(mask: Tensor) -> Tensor:
 
 
 def _accumulates(func: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd adds up two gradients of one tensor, which it does in place unless a mode like this one is on."""
+    """Whether autograd adds up two gradients of one tensor: in place, unless a mode like this one is on."""
     if func is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
         return False
     if len(tensors) != 2 or tensors[0].shape != tensors[1].shape or tensors[0].dtype != tensors[1].dtype:

@@ -39,23 +39,27 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
-def own_gradients(total: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def own_gradients(total: Tensor, parameters: Sequence[nn.Parameter], model: nn.Module) -> list[Tensor]:
     """This rank's ``∂total/∂φ``, whole, past the engine's hooks; the graph can be differentiated again.
 
     Args:
         total: A scalar.
         parameters: With respect to what; zero where ``total`` does not depend on one.
+        model: The model they belong to.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
-        >>> own_gradients(layer(torch.ones(1, 2)).sum(), [layer.weight]), layer.weight.grad
+        >>> own_gradients(layer(torch.ones(1, 2)).sum(), [layer.weight], layer), layer.weight.grad
         ([tensor([[1., 1.]])], None)
     """
-    gradients = torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
+    # Of all, whoever asks: a backward pass that leaves layers out would leave them without their weights in the next.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+    by_parameter = dict(zip(trained, gradients, strict=True))
     return [
         # A partitioned parameter is empty outside its layer; ds_shape is what it is when whole.
         torch.zeros(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device=p.device) if g is None else g
-        for g, p in zip(gradients, parameters, strict=True)
+        for p, g in ((p, by_parameter[p]) for p in parameters)
     ]
 
 

@@ -8,6 +8,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under ``-n`` a file's tests stay together, for what they share; the runs on two processes are shared by two files."""
+    for item in items:
+        shared = item.path.name in ("test_distributed.py", "test_sharded_checkpoint.py")
+        item.add_marker(pytest.mark.xdist_group("two_ranks" if shared else str(item.path)))

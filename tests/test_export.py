@@ -96,7 +96,7 @@ def test_quantised_weights_are_unpacked(
 
 
 def test_a_quantised_gpt2_gets_its_shapes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    random_model("gpt2", torch.float32, tie_word_embeddings=True).save_pretrained(tmp_path / "gpt2")
+    random_model("gpt2", torch.float32, tie_word_embeddings=True, n_embd=64).save_pretrained(tmp_path / "gpt2")
     for quantization in ("8bit", "4bit"):
         model = adapted(load_model(tmp_path / "gpt2", quantization=quantization)).train()
         plain = saved(model, tmp_path / quantization, monkeypatch)

@@ -23,7 +23,7 @@ from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.models import AnswerModel, load_model
 from lightning_ssiuu.objectives.ssiuu import SSIUU
-from lightning_ssiuu.quantization import dequantized, is_quantized, was_conv1d
+from lightning_ssiuu.quantization import check_reading, dequantized, is_quantized, was_conv1d
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.sites import neuron_sites
 
@@ -35,7 +35,8 @@ Width = Literal["8bit", "4bit"]
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint whose projections are stored transposed and hold three kinds of neurons at once."""
     folder = tmp_path_factory.mktemp("gpt2")
-    random_model("gpt2", torch.float32, tie_word_embeddings=True).save_pretrained(folder)
+    # Rows of whole 4-bit blocks: see check_reading.
+    random_model("gpt2", torch.float32, tie_word_embeddings=True, n_embd=64).save_pretrained(folder)
     return str(folder)
 
 
@@ -94,6 +95,23 @@ def test_dequantised_weights_are_near_the_original_and_what_the_layer_computes_w
             for _ in range(2):
                 outputs = layer(torch.eye(rows.shape[1])) - bias
                 assert torch.allclose(outputs, dequantized(layer) if checkpoint == gpt2 else plain.T, atol=1e-6)
+
+
+def test_rows_that_this_cpu_would_misread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = bitsandbytes.functional.dequantize_4bit
+    layer = bitsandbytes.nn.Linear4bit(96, 4, bias=False, quant_type="nf4").to("cpu")  # packs
+    model = nn.ModuleDict({"up": layer})
+
+    def by_rows(weight: Any, state: Any) -> torch.Tensor:
+        plain = read(weight, state).clone()
+        return plain if len(plain) == 1 else plain.roll(1)
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", by_rows)
+    misread = "up, whose rows of 96 are no multiple of 64"
+    with pytest.raises(UserError, match=f"4bit.*8bit or null for this model on this CPU: .* misreads {misread}"):
+        check_reading(model)
+    even = bitsandbytes.nn.Linear4bit(128, 4, bias=False, quant_type="nf4").to("cpu")
+    check_reading(nn.ModuleDict({"up": even}))
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

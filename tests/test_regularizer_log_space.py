@@ -119,5 +119,5 @@ def test_micro_batches_of_different_scale_sum_up_in_any_order() -> None:
         for some in order:
             regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]))
         regularizer.apply(model)
-        results.append([a * math.exp(regularizer._anchor_scale) for a in regularizer._anchor or []])
+        results.append([a * math.exp(regularizer._anchor_scale) for a in (regularizer._anchor or {}).values()])
     assert distance(*results) < 1e-13

@@ -1,0 +1,295 @@
+"""What ``--estimate-memory`` says: its parts in closed form, the whole beside what torch then allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from cli_tools import DEFAULT, FAST, RECIPES, command, files
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from model_toys import bare_trainer, random_model
+from rich.console import Console
+from torch import nn
+from training_toys import FewFacts
+
+from lightning_ssiuu import AttributionRegularizer, GradientDifference, NeuronAttributionCallback
+from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.memory import MemoryEstimate, estimate_memory, print_estimate
+from lightning_ssiuu.models import load_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024, "tie_word_embeddings": True}
+    random_model("llama", torch.float32, **sizes).save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3)
+
+
+def objective(checkpoint: str, weight: float | None = None, **kwargs: Any) -> GradientDifference:
+    regularizer = None if weight is None else AttributionRegularizer(weight, "relative")
+    return GradientDifference(checkpoint, regularizer=regularizer, scores=["multiple_choice"], **kwargs)
+
+
+def many_to_score() -> FewFacts:
+    """Evaluation batches so large that scoring is the worst moment: only what outlives a step is beside it."""
+    return FewFacts(n=32, batch_size=1, eval_batch_size=64)
+
+
+def tensors(module: nn.Module) -> list[torch.Tensor]:
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def size(found: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in found)
+
+
+def loaded(module: GradientDifference) -> GradientDifference:
+    module.configure_model()
+    return module
+
+
+def at_scoring(module: GradientDifference, **kwargs: Any) -> MemoryEstimate:
+    estimate = estimate_memory(module, many_to_score(), bare_trainer(2, **kwargs))
+    assert estimate.phase == "scoring"
+    return estimate
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "copies", "weight", "anchors"), [(adamw, 2, 0.5, 1), (adamw, 2, 0.0, 0), (sgd, 0, None, 0)]
+)
+def test_parts_in_closed_form(
+    checkpoint: str, optimizer: Callable[..., Any], copies: int, weight: float | None, anchors: int
+) -> None:
+    uses = at_scoring(objective(checkpoint, weight, optimizer=optimizer)).uses
+    real = loaded(objective(checkpoint))
+    parameters = list(real.parameters())
+    counters = 4 * len(parameters) if copies else 0  # AdamW's step numbers
+    assert uses["weights"] == size(tensors(real))
+    assert uses["gradients"] == size(parameters)
+    assert uses["optimizer"] == copies * size(parameters) + counters
+    assert uses["attribution"] == anchors * size(parameters)
+    assert uses["activations"] > 0
+
+
+def test_adapters_alone_have_gradients_states_and_an_anchor(checkpoint: str) -> None:
+    make = {"lora": LoRA(r=4), "optimizer": adamw}
+    uses = at_scoring(objective(checkpoint, 0.5, **make)).uses
+    real = loaded(objective(checkpoint, **make))
+    trained = [p for p in real.parameters() if p.requires_grad]
+    assert uses["weights"] == size(tensors(real))
+    assert uses["gradients"] == uses["attribution"] == size(trained)
+    assert uses["optimizer"] == 2 * size(trained) + 4 * len(trained)
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("8bit", 8), ("4bit", 4)])
+def test_quantised_weights(checkpoint: str, quantization: Any, bits: int) -> None:
+    lora = LoRA(r=4)
+    narrow = at_scoring(objective(checkpoint, lora=lora, quantization=quantization)).uses["weights"]
+    wide = size(tensors(loaded(objective(checkpoint, lora=lora))))
+    hf = random_model("llama", torch.float32, hidden_size=64, intermediate_size=128, vocab_size=1024)
+    layers = [m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    numbers, rows = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
+    if bits == 8:
+        assert wide - narrow == 3 * numbers - 4 * rows  # one byte instead of four, a scale for each row
+    else:
+        # Half a byte; a scale of one byte for 64 numbers, one of four for 256 of those; two tables and an offset.
+        scales = sum(m.weight.numel() // 64 + 4 * -(-m.weight.numel() // 64 // 256) for m in layers)
+        tables = len(layers) * 4 * (16 + 256 + 1)
+        assert wide - narrow == pytest.approx(3.5 * numbers - scales - tables, abs=4 * len(layers))
+
+
+def test_narrow_weights(checkpoint: str) -> None:
+    narrow = at_scoring(objective(checkpoint), precision="bf16-true").uses
+    real = loaded(objective(checkpoint))
+    assert narrow["gradients"] == size(list(real.parameters())) // 2
+    assert narrow["weights"] == pytest.approx(size(tensors(real)) / 2, rel=1e-3)  # rotary frequencies stay wide
+
+
+def test_sharding_divides_and_replicas_do_not(checkpoint: str) -> None:
+    alone, replicas, shards = (
+        at_scoring(objective(checkpoint, 0.5, optimizer=adamw), **on).uses
+        for on in (
+            {},
+            {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")},
+            {"devices": 2, "strategy": ModelParallelStrategy(2, 1, process_group_backend="gloo")},
+        )
+    )
+    for use in ("weights", "gradients", "optimizer", "attribution"):
+        assert replicas[use] == alone[use]
+        assert shards[use] == pytest.approx(alone[use] / 2, rel=0.01)
+    assert replicas["buckets"] == pytest.approx(alone["gradients"], rel=0.01)  # no gradient_as_bucket_view here
+    assert alone["buckets"] == shards["buckets"] == 0
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy, ModelParallelStrategy])
+def test_strategies_on_a_single_device(checkpoint: str, strategy: Callable[..., Any]) -> None:
+    given = (1, 1) if strategy is ModelParallelStrategy else ()
+    uses = at_scoring(objective(checkpoint), strategy=strategy(*given, process_group_backend="gloo")).uses
+    assert uses["gradients"] == size(list(loaded(objective(checkpoint)).parameters()))
+
+
+def test_what_makes_a_step_smaller_or_larger(checkpoint: str) -> None:
+    def step(batch: int = 8, weight: float | None = 0.5, **kwargs: Any) -> int:
+        accumulated = kwargs.pop("accumulate", 1)
+        trainer = bare_trainer(2, accumulate_grad_batches=accumulated)
+        data = FewFacts(batch_size=batch)
+        return estimate_memory(objective(checkpoint, weight, **kwargs), data, trainer).by_phase["training step"]
+
+    plain = step()
+    assert step(gradient_checkpointing=True) < 0.8 * plain
+    assert step(batch=2) < 0.7 * plain
+    assert step(weight=None) < plain < step(accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kwargs"),
+    [(None, {}), (0.5, {}), (0.5, {"gradient_checkpointing": True}), (0.5, {"lora": LoRA(r=4)})],
+    ids=["gradient difference", "regularised", "checkpointing", "adapters"],
+)
+def test_within_15_percent_of_what_is_allocated(checkpoint: str, tmp_path: Path, weight: Any, kwargs: Any) -> None:
+    def make() -> tuple[Any, ...]:
+        attribution = NeuronAttributionCallback(probe_examples=4, write=False)
+        trainer = bare_trainer(2, callbacks=[attribution], default_root_dir=tmp_path)
+        return objective(checkpoint, weight, optimizer=adamw, **kwargs), FewFacts(batch_size=8), trainer
+
+    estimate = estimate_memory(*make())
+    module, data, trainer = make()
+    weights = size(tensors(loaded(module)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.fit(module, data)
+    events = enumerate(profiler.profiler.kineto_results.events())
+    changes = sorted((event.start_ns(), n, event.nbytes()) for n, event in events if event.name() == "[memory]")
+    measured = weights + max(accumulate((change for *_, change in changes), initial=0))
+    assert estimate.total == pytest.approx(measured, rel=0.15)
+
+
+def test_nothing_is_left_behind(checkpoint: str) -> None:
+    module, trainer = objective(checkpoint, 0.5), bare_trainer(2)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = estimate_memory(module, FewFacts(), trainer)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not module.is_loaded
+    assert trainer.global_step == 0
+    assert module.regularizer.state_dict()["anchor"] is None
+    assert dict(estimate_memory(module, FewFacts(), trainer).by_phase) == dict(first.by_phase)
+    trainer.fit(module, FewFacts())  # and the same objects can be used for the run
+    assert trainer.global_step == 2
+
+
+def test_the_table() -> None:
+    uses = {"weights": 4_000_000, "gradients": 3_000_000, "buckets": 100, "activations": 500_000}
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        estimate = MemoryEstimate("cuda", 8, "training step", uses, {"training step": 7_500_100}, paged=2_000_000)
+        print_estimate(estimate, console)
+    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
+    assert lines[0] == "Memory per device, 8 on cuda, at the worst moment (training step)"
+    assert lines[1:5] == [
+        "weights 4.0 MB",
+        "gradients 3.0 MB",
+        "activations and temporaries 0.5 MB",
+        "total 7.5 MB",
+    ]
+    assert "Paged optimiser states, in the host's memory: 2.0 MB" in lines
+    assert not any("libraries" in line for line in lines)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def forbid(*_: Any, **__: Any) -> None:
+    raise AssertionError("weights were loaded")
+
+
+@pytest.mark.parametrize("spelling", ["--estimate-memory", "--estimate_memory"])
+def test_command_prints_and_neither_loads_nor_writes(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", forbid)
+    result = command("fit", "--config", DEFAULT, spelling, *FAST, "--data.init_args.batch_size", "4")
+    assert result.status == 0, result.err
+    names = ["weights", "gradients", "optimiser states", "attribution (g, A)", "activations and temporaries", "total"]
+    rows = [line.strip() for line in result.out.splitlines()]
+    assert result.out.startswith("Memory per process, 1 on cpu, at the worst moment")
+    assert all(any(row.startswith(name) and row.endswith("MB") for row in rows) for name in names)
+    assert files(tmp_path) == set()
+
+
+def test_command_beside_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
+    on_two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.default_root_dir", tmp_path)
+    recipes = ("--config", DEFAULT, "--config", RECIPES / "scale/fsdp2.yaml")
+    result = command("fit", *recipes, *on_two, "--estimate-memory", *FAST)
+    assert result.status == 0, result.err
+    assert result.out.startswith("Memory per process, 2 on cpu")
+    assert files(tmp_path) == {"metrics.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        (("--model.init_args.scores", "[nope]"), "scores: got 'nope'"),
+        (("--model.init_args.checkpoint", "/no/such/model"), "checkpoint: got '/no/such/model'"),
+        (("--model.init_args.optimizer.init_args.lr", "-1"), "model.optimizer"),
+        (("--model.init_args.regularizer.init_args.modules", "[nope]"), "regularizer.modules: got 'nope'"),
+        (("--trainer.max_steps", "0"), "trainer.max_steps: got 0"),
+        (("--data.init_args.batch_size", "0"), "batch_size: got 0"),
+    ],
+)
+def test_the_same_refusals_as_the_run(options: tuple[str, ...], argument: str, tmp_path: Path) -> None:
+    given = ("fit", "--config", DEFAULT, "--trainer.default_root_dir", tmp_path / "run", *options)
+    estimated, refused = command(*given, "--estimate-memory"), command(*given)
+    assert estimated.status == refused.status == 2
+    assert argument in estimated.err
+    assert estimated.err.splitlines()[-1] == refused.err.splitlines()[-1]
+    assert files(tmp_path) == set()
+
+
+def test_only_fit_estimates() -> None:
+    result = command("validate", "--config", DEFAULT, "--estimate-memory")
+    assert result.status == 2
+    assert "an option that does not exist" in result.err
+
+
+# ---- what cannot be estimated -------------------------------------------------------------------------------------
+
+
+class Unpredictable(GradientDifference):
+    """Its tensors' shapes follow from values."""
+
+    def forget_loss(self, batch: Any) -> torch.Tensor:
+        return torch.unique(self.answers(batch).logits).sum()
+
+
+def test_refusals(checkpoint: str) -> None:
+    with pytest.raises(UserError, match="estimate_memory: got 'Unpredictable', allowed: one whose tensors' shapes"):
+        estimate_memory(Unpredictable(checkpoint), FewFacts(), bare_trainer(2))
+    sharded = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    quantised = objective(checkpoint, lora=LoRA(r=4), quantization="8bit")
+    with pytest.raises(UserError, match="quantization: got '8bit', allowed: null under FSDP2"):
+        estimate_memory(quantised, FewFacts(), bare_trainer(2, devices=2, strategy=sharded))
+    ready = loaded(objective(checkpoint))
+    with pytest.raises(ValueError, match="loaded already"):
+        estimate_memory(ready, FewFacts(), bare_trainer(2))
