@@ -212,12 +212,16 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
     # DDP's buckets: a second copy of the gradients. FSDP2: embeddings, head and two blocks whole, and their gradients.
     buckets = wide * trained if setup.ranks > 1 and not setup.sharded else 0
     whole = setup.weight * (2 * model.embeddings + 3 * model.block) if setup.sharded and setup.ranks > 1 else 0
+    # FSDP2 reduces a weight's gradient when both parts have given theirs: the first part's wait, whole.
+    waiting = wide * (trained - (model.embeddings if setup.rank is None else 0)) if whole else 0
+    second = activation_bytes(model, forget, setup.weight, setup.checkpointing, lora)
+    late = waiting + second if whole else 0
     states = (weights + setup.optimizer * trained) / shards + buckets
     gradients = wide * trained / shards
     if not ssiuu:
         return {
             "forward": states + gradients + whole + activations,
-            "backward": states + whole + max(activations + logits, gradients + block),
+            "backward": states + whole + max(activations + logits, gradients + block, late + block),
             "optimiser": states + gradients,
         }
     anchor, gradient = ANCHOR * trained / shards, GRADIENT * trained / shards
@@ -225,7 +229,7 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
     chunk = min(trained / shards, max(CHUNK, model.embeddings / shards if setup.rank is None else 0))
     return {
         "extra": states + anchor + gradients + whole + activations + max(logits, gradient + fresh + block),
-        "backward": states + anchor + gradient + whole + max(activations + logits, gradients + block),
+        "backward": states + anchor + gradient + whole + max(activations + logits, gradients + block, late + block),
         "regulariser": states + anchor + gradients + gradient + CHUNK_BYTES * chunk,
         "optimiser": states + anchor + gradients,
     }
@@ -238,7 +242,8 @@ def communicated(model: Model, ssiuu: bool, setup: Setup) -> dict[str, float]:
     """Bytes of the tensors that all ranks together gather or reduce in a step (whole tensors, counted once).
 
     DDP: gradients, and g in float32. FSDP2: every pass over a part gathers the blocks, forward and backward; the root
-    stays whole between the two parts. SSIUU adds a backward pass, after which the root is gathered again.
+    stays whole between the two parts. SSIUU adds a backward pass, after which the root is gathered again. Gradients
+    are reduced in float32 (:func:`lightning_ssiuu.sharding.shard`).
 
     Returns:
         ``all_reduce``, ``all_gather``, ``reduce_scatter``; over a ring a rank sends (R − 1)/R of them, of the first
@@ -254,4 +259,8 @@ def communicated(model: Model, ssiuu: bool, setup: Setup) -> dict[str, float]:
     blocks = setup.weight * (model.blocks + model.norms)
     root = whole - blocks
     gathered = 5 * blocks + 3 * root if ssiuu else 4 * blocks + root
-    return {"all_reduce": 0, "all_gather": gathered, "reduce_scatter": whole * (2 if ssiuu else 1)}
+    return {
+        "all_reduce": 0,
+        "all_gather": gathered,
+        "reduce_scatter": GRADIENT * model.parameters * (2 if ssiuu else 1),
+    }

@@ -246,7 +246,8 @@ def memory(r: Recorder) -> None:
             "SSIUU, LoRA": {"regularizer": regularized(), "lora": LoRA()},
             "SSIUU, LoRA, 8bit": {"regularizer": regularized(), "lora": LoRA(), "quantization": "8bit"},
         }
-        for name, options in variants.items():
+        for name in r.size(list(variants), ["SSIUU"]):
+            options = variants[name]
             module = GradientDifference(folder, adamw, **options)
             estimated = estimate_memory(module, data, trainer(r.device, 3)).by_phase["training step"]
             free()

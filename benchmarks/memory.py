@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--only NAME ...] [--accelerator cpu|cuda] [--default_malloc] [--list]
 
-Prints one JSON line per configuration and a Markdown table. Runs of three steps, with everything ``fit`` does around
+Prints one JSON line per configuration and a Markdown table. Runs of two steps, with everything ``fit`` does around
 them. On CUDA ``torch.cuda.max_memory_allocated`` is measured; on a CPU two things are, in runs of their own:
 
 - allocated: the weights' storages once the model is loaded, and from there on the peak of what torch's profiler sees
@@ -88,20 +88,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 class Numbers(UnlearningDataModule):
     """Questions and answers of so many made-up words each, half of them as long."""
 
-    def __init__(self, words: int, **kwargs: Any) -> None:
+    def __init__(self, words: int, n: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.words = words
+        self.words, self.n = words, n
 
     def load_splits(self) -> Splits:
-        """Sixty-four examples."""
+        """So many examples for each set."""
 
         def text(number: int, offset: int) -> str:
             return " ".join(
                 str((number * 7919 + offset + k * 104729) % 997) for k in range(self.words // (1 + number % 2))
             )
 
-        examples = [QAExample(n, f"{n}: {text(n, 1)}?", text(n, 2)) for n in range(64)]
-        return Splits(forget=examples[:24], retain=examples[24:56], test=examples[56:])
+        examples = [QAExample(n, f"{n}: {text(n, 1)}?", text(n, 2)) for n in range(3 * self.n)]
+        return Splits(forget=examples[: self.n], retain=examples[self.n : 2 * self.n], test=examples[2 * self.n :])
 
 
 def make(name: str, checkpoint: str, folder: str, accelerator: str) -> tuple[UnlearningModule, Numbers, L.Trainer]:
@@ -127,11 +127,11 @@ def make(name: str, checkpoint: str, folder: str, accelerator: str) -> tuple[Unl
         devices=2 if given.get("strategy") else 1,
         strategy=strategies[given.get("strategy")],
         precision=given.get("precision", "32-true"),
-        max_steps=3,
+        max_steps=2,
         accumulate_grad_batches=given.get("accumulate", 1),
         default_root_dir=folder,
         callbacks=[
-            NeuronAttributionCallback(probe_examples=16, every_n_steps=1),
+            NeuronAttributionCallback(probe_examples=8, every_n_steps=2),
             ForgetThresholdStopping(threshold=None),
             RunReport(print_table=False),
             SavePretrained(),
@@ -145,7 +145,7 @@ def make(name: str, checkpoint: str, folder: str, accelerator: str) -> tuple[Unl
     )
     longest = 128 if checkpoint == "tiny" else 512
     options = {"tokenizer": checkpoint, "batch_size": given["batch"], "eval_batch_size": 8, "max_length": longest}
-    return module, Numbers(given["words"], **options), trainer
+    return module, Numbers(given["words"], max(8, given["batch"]), **options), trainer
 
 
 def _optimizer(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The formulas of cost_model.py against measured points, and what they say of models nobody has at hand.
 
-    python benchmarks/scaling.py [--parts time memory ranks paper] [--quick]
+    python benchmarks/scaling.py [--parts time memory ranks simulated paper] [--quick]
 
 Prints one JSON line and Markdown tables. Times are CPU seconds of one thread, so that other processes of the machine
 count little. Memory is what torch's CPU allocator gave out (its profiler sees every block). Communication is counted
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from cost_model import Model, Part, Setup, activation_bytes, communicated, memor
 from scaling_ranks import counted_communication
 from scipy.optimize import nnls
 from shapes import random_llama
+from simulated import simulated_bytes
 from timing import adopted, markdown, random_batch, step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -131,14 +133,16 @@ def memory(quick: bool) -> list[dict[str, Any]]:
 
 def ranks(quick: bool) -> list[dict[str, Any]]:
     """What two processes send in a step, predicted and counted, and how long their step takes on one thread each."""
+    cases = [
+        (shape, sequences, strategy, ssiuu)
+        for shape, sequences in ((("toy", 4),) if quick else (("1m", 8), ("20m", 4)))
+        for strategy in ("ddp", "fsdp2")
+        for ssiuu in (False, True)
+    ]
     rows = []
-    for shape, sequences in (("1m", 4),) if quick else (("1m", 8), ("20m", 4)):
-        for strategy in ("ddp", "fsdp2"):
-            for ssiuu in (False, True):
-                predicted = communicated(Model(shape), ssiuu, Setup(weight=4, ranks=2, sharded=strategy == "fsdp2"))
-                counted = counted_communication(shape, sequences, strategy, ssiuu)
-                row = {"shape": shape, "strategy": strategy, "ssiuu": ssiuu, "predicted": predicted}
-                rows.append(row | counted)
+    for (shape, _, strategy, ssiuu), counted in zip(cases, counted_communication(cases), strict=True):
+        predicted = communicated(Model(shape), ssiuu, Setup(weight=4, ranks=2, sharded=strategy == "fsdp2"))
+        rows.append({"shape": shape, "strategy": strategy, "ssiuu": ssiuu, "predicted": predicted} | counted)
     return rows
 
 
@@ -153,6 +157,33 @@ SETUPS: list[tuple[str, dict[str, Any], bool]] = [
     ("LoRA on 8 bits", {"rank": 16, "optimizer": 8, "frozen": 1}, False),
     ("LoRA on 4 bits", {"rank": 16, "optimizer": 8, "frozen": 0.52}, False),
 ]
+
+
+def simulated(quick: bool) -> list[dict[str, Any]]:
+    """Peak memory of models that nobody has at hand, by formula and by the planner's simulation of the same step."""
+    sharded = Setup(weight=2, optimizer=2, ranks=8, sharded=True)
+    cases = [("1b", "all weights", sharded), ("8b", "all weights", sharded), ("70b", "all weights", sharded)]
+    cases += [(shape, "LoRA on 8 bits", Setup(rank=16, optimizer=8, frozen=1)) for shape in ("1b", "70b")]
+    if quick:
+        cases = [("toy", "all weights", sharded)]
+    rows, part = [], Part(4, 512)
+    for shape, name, setup in cases:
+        for ssiuu in (False, True):
+            moments = memory_bytes(Model(shape), part, part, ssiuu, setup)
+            row = {"shape": shape, "setup": name, "ssiuu": ssiuu, "predicted": max(moments.values())}
+            rows.append(row | {"simulated": simulated_bytes(shape, part, ssiuu, setup)})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def simulated_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One row per model and objective."""
+    lines = []
+    for r in rows:
+        cells = [r["shape"], r["setup"], NAMES[r["ssiuu"]], f"{r['predicted'] / GIGA:.3g}"]
+        off = 100 * (r["predicted"] / r["simulated"] - 1)
+        lines.append([*cells, f"{r['simulated'] / GIGA:.3g}", f"{off:+.0f} %"])
+    return markdown(["model", "setup", "objective", "GB by formula", "GB simulated", "error"], lines)
 
 
 def paper() -> dict[str, Any]:
@@ -211,15 +242,16 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ranks_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One row per run: MB predicted → counted of each collective, seconds of a step on two ranks and on one."""
+    """One row per run: MB predicted → counted of each collective, seconds of a step with the same batch per rank."""
     header = ["model", "strategy", "objective", "all-reduce MB", "all-gather MB", "reduce-scatter MB"]
-    header += ["s, 2 ranks", "s, 1 rank, same batch per rank"]
+    header += ["wall s, 2 ranks / 1 rank", "CPU s per rank, 2 ranks / 1 rank"]
     lines = []
     for r in rows:
         cells = [r["shape"], r["strategy"], NAMES[r["ssiuu"]]]
         for name, value in r["predicted"].items():
             cells.append(f"{value / 1e6:.4g} → {r['counted'][name] / 1e6:.4g}")
-        lines.append([*cells, f"{r['seconds']:.3g}", f"{r['seconds_alone']:.3g}"])
+        cells += [f"{r[key]:.3g} / {r[f'{key}_alone']:.3g}" for key in ("seconds", "cpu_seconds")]
+        lines.append(cells)
     return markdown(header, lines)
 
 
@@ -249,7 +281,7 @@ def paper_tables(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measure, fit, predict and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ("time", "memory", "ranks", "paper")
+    every = ("time", "memory", "ranks", "simulated", "paper")
     parser.add_argument("--parts", nargs="+", choices=every, default=list(every))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a few points, to see that it runs")
@@ -266,6 +298,9 @@ def main() -> None:
     if "ranks" in options.parts:
         result["ranks"] = ranks(options.quick)
         tables.append(ranks_table(result["ranks"]))
+    if "simulated" in options.parts:
+        result["simulated"] = simulated(options.quick)
+        tables.append(simulated_table(result["simulated"]))
     if "paper" in options.parts:
         result["paper"] = paper()
         tables += paper_tables(result["paper"])

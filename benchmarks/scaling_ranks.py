@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +62,41 @@ class TrainingStep(nn.Module):
         return self.module.training_step(batch, 0)
 
 
-def counted_communication(shape: str, sequences: int, strategy: str, ssiuu: bool) -> dict[str, Any]:
-    """Run it.
+Case = tuple[str, int, str, bool]
+
+
+def counted_communication(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Run every case on one process and on two; both numbers of processes are started once for all cases.
 
     Args:
-        shape: Of the random model.
-        sequences: Per part and rank, 64 tokens each.
-        strategy: ``"ddp"`` or ``"fsdp2"``.
-        ssiuu: Whether the step is regularised.
+        cases: Shape of the random model, sequences per part and rank (64 tokens each), ``"ddp"`` or ``"fsdp2"``,
+            whether the step is regularised.
 
     Returns:
-        ``counted``: bytes by collective; ``seconds``: median wall time of a step on rank 0; ``seconds_alone``: of a
-        single process with one rank's batch.
+        For each case ``counted``: bytes by collective; ``seconds``: median wall time of a step on rank 0 of two, and
+        ``seconds_alone`` of a single process with one rank's batch; ``cpu_seconds``, ``cpu_seconds_alone``: the same
+        in CPU time.
     """
     with tempfile.TemporaryDirectory() as folder:
         for world in (1, WORLD):
-            arguments = (world, shape, sequences, strategy, ssiuu, folder)
-            torch.multiprocessing.spawn(_rank, arguments, nprocs=world)
+            torch.multiprocessing.spawn(_rank, (world, cases, folder), nprocs=world)
         alone, together = (torch.load(Path(folder) / str(world)) for world in (1, WORLD))
-    return {"counted": together["bytes"], "seconds": together["seconds"], "seconds_alone": alone["seconds"]}
+    return [
+        two | {f"{key}_alone": one[key] for key in ("seconds", "cpu_seconds")}
+        for one, two in zip(alone, together, strict=True)
+    ]
 
 
-def _rank(rank: int, world: int, shape: str, sequences: int, strategy: str, ssiuu: bool, folder: str) -> None:
+def _rank(rank: int, world: int, cases: Sequence[Case], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    rows = [_case(world, *case) for case in cases]
+    if rank == 0:
+        torch.save(rows, Path(folder) / str(world))
+    dist.destroy_process_group()
+
+
+def _case(world: int, shape: str, sequences: int, strategy: str, ssiuu: bool) -> dict[str, Any]:
     model = random_llama(shape)
     if strategy == "fsdp2" and world > 1:
         shard(model, init_device_mesh("cpu", (world,)))
@@ -96,20 +108,18 @@ def _rank(rank: int, world: int, shape: str, sequences: int, strategy: str, ssiu
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     batch = random_batch(model.hf.config.vocab_size, sequences, 64)
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> tuple[float, float]:
+        start = time.perf_counter(), time.process_time()
         loss = run(batch)
         optimizer.zero_grad()
         loss.backward()
         module.on_before_optimizer_step(optimizer)
         optimizer.step()
-        return time.perf_counter() - start
+        return time.perf_counter() - start[0], time.process_time() - start[1]
 
     step()
-    seconds = statistics.median(step() for _ in range(3))
+    wall, cpu = (statistics.median(values) for values in zip(*(step() for _ in range(5)), strict=True))
     with Counting() as counting:
         step()
-    if rank == 0:
-        counted = {name: counting.bytes[name] for name in ("all_reduce", "all_gather", "reduce_scatter")}
-        torch.save({"bytes": counted, "seconds": seconds}, Path(folder) / str(world))
-    dist.destroy_process_group()
+    counted = {name: counting.bytes[name] for name in ("all_reduce", "all_gather", "reduce_scatter")}
+    return {"counted": counted, "seconds": wall, "cpu_seconds": cpu}

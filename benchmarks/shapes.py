@@ -25,7 +25,7 @@ def _shape(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, voca
 
 #: ``toy`` to ``100m`` for CPUs, then the published ones (meta-llama/Llama-3.2-1B, -3.2-3B, -3.1-8B, -3.1-70B).
 SHAPES: dict[str, dict[str, Any]] = {
-    "toy": _shape(32, 2, 4, 2, 64, 1024, True),
+    "toy": _shape(64, 2, 4, 2, 128, 1024, True),
     "1m": _shape(128, 4, 4, 2, 384, 1024, True),
     "5m": _shape(256, 6, 4, 2, 768, 2048, True),
     "20m": _shape(512, 6, 8, 4, 1536, 8192, True),

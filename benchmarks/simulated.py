@@ -6,13 +6,16 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from cost_model import Part, Setup
 from shapes import llama_config
 from timing import adopted, random_batch, step
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
@@ -38,8 +41,8 @@ class Adam(torch.optim.Optimizer):
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             if not self.state[parameter]:
-                size = round(self.state_bytes * local.numel())
-                self.state[parameter]["all"] = torch.empty(size, dtype=torch.float16, device=local.device)[: size // 2].clone()
+                half = round(self.state_bytes * local.numel()) // 2
+                self.state[parameter]["all"] = torch.empty(half, dtype=torch.float16, device=local.device)
             gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
             local.add_(gradient, alpha=0.0)
 
@@ -55,6 +58,28 @@ def pretended(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def resized(simulation: Simulation) -> Iterator[None]:
+    """Let the simulation see that FSDP2 frees a gathered weight by resizing its storage, which no operation shows."""
+
+    def free(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.size():
+            if (known := simulation._living.pop(storage._cdata, None)) is not None:
+                simulation._events.append(~known[0])
+            storage.resize_(0)
+
+    def alloc(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.size() != tensor.numel() * tensor.itemsize:
+            storage.resize_(tensor.numel() * tensor.itemsize)
+            simulation._living.pop(storage._cdata, None)
+            simulation._log(tensor)
+
+    with mock.patch.multiple(_fsdp_param, free_storage=free, alloc_storage=alloc):
+        yield
 
 
 def simulated_bytes(shape: str, part: Part, ssiuu: bool, setup: Setup) -> int:
@@ -77,7 +102,7 @@ def simulated_bytes(shape: str, part: Part, ssiuu: bool, setup: Setup) -> int:
         regularizer = AttributionRegularizer(0.1, "relative", target="length_normalised") if ssiuu else None
         module = GradientDifference(regularizer=regularizer, gradient_checkpointing=setup.checkpointing)
         batch = random_batch(hf.config.vocab_size, part.sequences, part.length)
-        with Simulation(cpu) as simulation:
+        with Simulation(cpu) as simulation, resized(simulation):
             give_memory(model, cpu)
             if setup.sharded:
                 shard(model, init_device_mesh("cpu", (setup.ranks,)))

@@ -31,6 +31,7 @@ from lightning_ssiuu.models import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.screen import hide_short_bars, quiet
 from lightning_ssiuu.sharding import use_all_devices
+from lightning_ssiuu.strategies import check_installed, check_strategy
 from lightning_ssiuu.together import EndTogether, end_with_parent
 
 
@@ -106,6 +107,10 @@ class UnlearningCLI(LightningCLI):
             raise TypeError(f"args: got {type(args).__name__}, expected a list of command-line arguments")
         self.config = parser.parse_args(args)
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse an engine that is not installed."""
+        check_installed(self._get(self.config, "trainer", default={}))
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; a device that is not there is the user's mistake."""
         checkpoints = self._get(self.config_init, "checkpoints")
@@ -126,6 +131,7 @@ class UnlearningCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse to run into existing results, or from a checkpoint that is none, before anything is loaded."""
         config, root = self.config.fit, self.trainer.default_root_dir
+        check_strategy(self.trainer, self.model)
         self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, is_fit=True)
         if not config.estimate_memory:  # which may be asked beside the results of an earlier run
             refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))

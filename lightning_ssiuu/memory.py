@@ -33,7 +33,7 @@ from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttribution
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, untouched
+from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, check_score, untouched
 from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
@@ -142,6 +142,8 @@ class _Run:
 
     def estimate(self) -> MemoryEstimate:
         """Go through all phases."""
+        for name in self.module.scores or ():
+            check_score(name)
         model = self._blueprint()
         self.config = model.hf.config
         limit = self.trainer.max_steps * self.trainer.accumulate_grad_batches
@@ -352,7 +354,7 @@ def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> 
           activations and temporaries         0.5 MB
           total                               4.5 MB
         Worst moment of each phase: loading 4.0 MB, scoring 4.5 MB
-        The process itself takes about 700 MB more (libraries).
+        The process itself takes about 550 MB more (libraries).
     """
     console = console or Console()
     what = "process" if estimate.device == "cpu" else "device"
@@ -370,7 +372,7 @@ def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> 
     if estimate.paged:
         console.print(f"Paged optimiser states, in the host's memory: {_megabytes(estimate.paged)}")
     if estimate.device == "cpu":
-        console.print("The process itself takes about 700 MB more (libraries).")
+        console.print("The process itself takes about 550 MB more (libraries).")
 
 
 def _megabytes(size: int) -> str:

@@ -51,6 +51,16 @@ class Regularizer(ABC):
     def apply(self, model: nn.Module) -> dict[str, float]:
         """Change the parameters' ``.grad`` before clipping and the optimiser step; returns figures to log."""
 
+    def prepare(self, module: Any) -> None:  # noqa: B027 - optional
+        """Look at the model before the first step of a new run (not of a resumed one).
+
+        Args:
+            module: The objective: ``module.model``, ``module.training_parts("retain")``.
+        """
+
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - optional
+        """See, or change, the weights right after an optimiser step."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values and tensors.
 

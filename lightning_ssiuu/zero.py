@@ -54,13 +54,29 @@ def own_gradients(total: Tensor, parameters: Sequence[nn.Parameter], model: nn.M
     """
     # Of all, whoever asks: a backward pass that leaves layers out would leave them without their weights in the next.
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+    with _passes_uncounted(model):
+        gradients = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
     by_parameter = dict(zip(trained, gradients, strict=True))
     return [
         # A partitioned parameter is empty outside its layer; ds_shape is what it is when whole.
         torch.zeros(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device=p.device) if g is None else g
         for p, g in ((p, by_parameter[p]) for p in parameters)
     ]
+
+
+@contextmanager
+def _passes_uncounted(model: nn.Module) -> Iterator[None]:
+    """Inside, a backward pass is none of those that stage 3 expects: one per forward pass through a layer.
+
+    It would not fetch a layer's weights for more, nor give them back.
+    """
+    names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    counts = [(vars(m), name, vars(m)[name]) for m in model.modules() for name in names if name in vars(m)]
+    try:
+        yield
+    finally:
+        for attributes, name, count in counts:
+            attributes[name] = count
 
 
 @contextmanager

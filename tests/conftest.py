@@ -14,9 +14,7 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under ``-n`` a file's tests stay together, for what they share; the runs on two processes are shared by two files."""
-    for item in items:
-        shared = item.path.name in ("test_distributed.py", "test_sharded_checkpoint.py")
-        item.add_marker(pytest.mark.xdist_group("two_ranks" if shared else str(item.path)))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Under ``-n`` a file keeps its tests together, for what they share; two files share the runs on two processes."""
+    shared = item.path.name in ("test_distributed.py", "test_sharded_checkpoint.py")
+    item.add_marker(pytest.mark.xdist_group("two_ranks" if shared else item.path.name))

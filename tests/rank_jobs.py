@@ -21,6 +21,7 @@ from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttribution
 from lightning_ssiuu.callbacks.loaders import evaluation_loaders
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import mismatched_level
+from lightning_ssiuu.export import _whole
 from lightning_ssiuu.models import load_model, load_tokenizer
 from lightning_ssiuu.objectives import base, objectives
 from lightning_ssiuu.regularizers import AttributionRegularizer
@@ -112,7 +113,7 @@ class StepAtStart(L.Callback):
 def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     """Train; weights, figures and what the callbacks measured."""
     checkpoint = str(folder / ("dropout" if job.dropout else "plain"))
-    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.manual_seed(0)  # on every rank, as the command does
     module = objectives()[job.objective](
         checkpoint=checkpoint,
         regularizer=None if job.regularizer is None else AttributionRegularizer(**job.regularizer),
@@ -152,7 +153,7 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
             trainer.fit(module, data, ckpt_path=resume)
         except UserError as error:
             return {"mistake": str(error)}
-    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in module.model.parameters()]
+    whole = [_whole(p) for p in module.model.parameters()]
     result: dict[str, Any] = {"weights": whole, "steps": trainer.global_step, "restored": restored.step}
     result["n_optimised"] = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
     result["figures"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}

@@ -122,3 +122,26 @@ def gradient_ascent(answers: Answers) -> Tensor:
         -1.3863
     """
     return -answer_nll(answers)
+
+
+def kl_divergence(answers: Answers, reference_logits: Tensor) -> Tensor:
+    """``KL(reference ‖ model)`` of the next-token distributions at the labelled positions, in nats.
+
+    Mean over sequences of the mean over answer tokens; zero where the model predicts as the reference does.
+
+    Args:
+        answers: The model's.
+        reference_logits: ``[N, V]`` at the same positions.
+
+    Source: the retain term of KL minimisation (Maini et al., TOFU, arXiv 2401.06121, Sec. 4).
+
+    Example:
+        >>> answers = Answers(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), torch.tensor([0]), 1)
+        >>> round(kl_divergence(answers, torch.tensor([[0.0, 100.0]])).item(), 4)  # log 2
+        0.6931
+    """
+    wide = answers.token_logps.dtype
+    target = reference_logits.to(wide).log_softmax(-1)
+    per_token = F.kl_div(answers.logits.to(wide).log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+    per_sequence = sequence_sums(per_token, answers.sequence_index, answers.n_sequences)
+    return (per_sequence / answers.lengths.clamp(min=1)).mean()

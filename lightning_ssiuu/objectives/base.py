@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -16,13 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu import zero
 from lightning_ssiuu.adapters import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
+from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.functional.losses import Answers, answer_nll
+from lightning_ssiuu.functional.losses import Answers, answer_nll, kl_divergence
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 from lightning_ssiuu.ranks import gathered, mean_over_ranks, rank, world_size
+from lightning_ssiuu.reference import LiveReference, Observation, StoredReference, find_reference, reference_logits
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.sharded_state import put_state, take_state
 from lightning_ssiuu.sharding import is_sharded, load_sharded
+from lightning_ssiuu.strategies import check_strategy
 
 Part = Mapping[str, Tensor]
 
@@ -77,6 +81,11 @@ class UnlearningModule(L.LightningModule):
             weights.
         quantization: ``"8bit"`` or ``"4bit"`` loads frozen weights in that width (bitsandbytes); needs ``lora``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        retain: The retain loss: ``"nll"``, the negative log-likelihood, or ``"kl"``, the divergence from the original
+            model's predictions on the retain answers (objectives with a retain loss of their own refuse the latter).
+        reference: Where an objective that compares with the original model has it from: ``"cached"``, computed before
+            the first step and kept on disk (with ``lora`` computed in every step by the same weights without the
+            adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.reference`.
         scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
             :mod:`lightning_ssiuu.evaluation`); None takes every score the data allows without generating text.
 
@@ -110,12 +119,20 @@ class UnlearningModule(L.LightningModule):
         lora: LoRA | None = None,
         quantization: Literal["8bit", "4bit"] | None = None,
         gradient_checkpointing: bool = False,
+        retain: Literal["nll", "kl"] = "nll",
+        reference: Literal["cached", "second_model"] = "cached",
         scores: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("forget_weight", forget_weight), ("retain_weight", retain_weight)):
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(name, value, "a finite number ≥ 0")
+        for option, chosen, allowed in (
+            ("retain", retain, ("nll", "kl")),
+            ("reference", reference, ("cached", "second_model")),
+        ):
+            if chosen not in allowed:
+                raise UserError(option, chosen, f"one of {list(allowed)}")
         if quantization not in (None, "8bit", "4bit"):
             raise UserError("quantization", quantization, 'null, "8bit" or "4bit"')
         if quantization is not None and lora is None:
@@ -127,25 +144,102 @@ class UnlearningModule(L.LightningModule):
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.regularizer = regularizer
         self.gradient_checkpointing = gradient_checkpointing
+        self.retain, self.reference = retain, reference
         self.scores = scores
+        self._reference: StoredReference | LiveReference | None = None
+        self.reference_key: str | None = None  # of the values on disk; a resumed run has its checkpoint's
+        self._backbone: tuple[UnlearningModule, ...] = ()
         self._step_memory = StepMemory()
         self._random_states: dict[str, Any] | None = None
 
     # ---- what a subclass writes -------------------------------------------------------------------------------
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Loss on the forget part of a batch (scalar, nats); descending it forgets."""
+        """Loss on the forget part of a batch (scalar, nats); descending it forgets. By default the backbone's."""
+        if self._backbone:
+            return self._backbone[0].forget_loss(batch)
         raise NotImplementedError(f"{type(self).__name__} has to define forget_loss(batch)")
 
     def retain_loss(self, batch: Part) -> Tensor:
-        """Loss on the retain part of a batch (scalar, nats); by default its negative log-likelihood."""
-        return answer_nll(self.answers(batch))
+        """Loss on the retain part of a batch (scalar, nats); by default what ``retain`` says, or the backbone's."""
+        if self._backbone:
+            return self._backbone[0].retain_loss(batch)
+        answers = self.answers(batch)
+        if self.retain == "kl":
+            return kl_divergence(answers, self.original("retain/logits", batch))
+        return answer_nll(answers)
+
+    def references(self) -> dict[str, Observation]:
+        """What the losses ask of the original model, by ``"<part>/<what>"``; see :mod:`lightning_ssiuu.reference`."""
+        if self._backbone:
+            return self._backbone[0].references()
+        return {"retain/logits": reference_logits} if self.retain == "kl" and self.retain_weight > 0 else {}
 
     # ---- what it may use --------------------------------------------------------------------------------------
 
     def answers(self, batch: Part) -> Answers:
         """Forward pass on a part; within a training step the same part is run once, however often it is asked for."""
         return self._step_memory.recall(batch, self)
+
+    def original(self, name: str, batch: Part) -> Tensor:
+        """What the original model says about a part, under a name of :meth:`references`; without gradients.
+
+        Args:
+            name: ``"<part>/<what>"``.
+            batch: The part.
+
+        Returns:
+            ``[N, ...]``, row by row as the observation gave it.
+        """
+        if self._reference is None:
+            raise RuntimeError("the original model is looked at when training starts; call this in a training step")
+        return self._reference(name, batch)
+
+    def training_parts(self, name: str, batch_size: int = 16) -> Iterator[Part]:
+        """All training examples of a part in their order, the same on every rank, on this module's device.
+
+        Args:
+            name: ``"forget"`` or ``"retain"``.
+            batch_size: Sequences per part.
+
+        Raises:
+            UserError: If the training loader is not one of :class:`~lightning_ssiuu.UnlearningDataModule`.
+        """
+        loader: Any = self.trainer.train_dataloader
+        dataset = getattr(loader, "dataset", None)
+        if not isinstance(dataset, EncodedDataset):
+            raise UserError("data", type(loader).__name__, f"an UnlearningDataModule, for {type(self).__name__}")
+        n_examples = len(dataset.parts.get(name, ()))
+        for start in range(0, n_examples, batch_size):
+            rows = [dataset[name, index] for index in range(start, min(start + batch_size, n_examples))]
+            part = loader.collate_fn(rows)[name]
+            yield {field: value.to(self.device) for field, value in part.items()}
+
+    @property
+    def backbone(self) -> UnlearningModule | None:
+        """The objective whose losses this one uses, if it has none of its own."""
+        return self._backbone[0] if self._backbone else None
+
+    def use_backbone(self, backbone: UnlearningModule) -> None:
+        """Take losses, weights and references from another objective, which never loads a model of its own.
+
+        Args:
+            backbone: Any objective without a regulariser.
+
+        Raises:
+            UserError: If it has one, or an option that is the backbone's was given to this objective instead.
+        """
+        if backbone.regularizer is not None:
+            given = type(backbone.regularizer).__name__
+            raise UserError("backbone.regularizer", given, f"none: give it to {type(self).__name__}")
+        defaults = inspect.signature(UnlearningModule.__init__).parameters
+        for name in ("forget_weight", "retain_weight", "retain", "reference"):
+            value, lent = getattr(self, name), getattr(backbone, name)
+            if value not in (lent, defaults[name].default):
+                raise UserError(name, value, "unset beside a backbone: give it to the backbone")
+            setattr(self, name, lent)
+        # In a tuple, so that torch does not register the backbone: it shares this module's parameters.
+        self._backbone = (backbone,)
 
     def forward(self, batch: Part) -> Answers:
         """Logits at the labelled positions of a part."""
@@ -165,14 +259,18 @@ class UnlearningModule(L.LightningModule):
         with adapters_kept_wide(self):
             return super().to(*args, **kwargs)
 
+    def setup(self, stage: str) -> None:
+        """Refuse what the Trainer's strategy or precision cannot do."""
+        check_strategy(self.trainer, self)
+
     def configure_model(self) -> None:
         """Load the checkpoint once (Lightning calls this again for every stage), in the Trainer's weight type."""
         if self.is_loaded:
             return
         if self.device_mesh is None:
-            model = self._build(self.device if self._trainer is None else self._trainer.strategy.root_device)
+            model = self.build(self.device if self._trainer is None else self._trainer.strategy.root_device)
         else:
-            build = partial(self._build, torch.device("cpu"))
+            build = partial(self.build, torch.device("cpu"))
             model = load_sharded(build, self.device_mesh, self.trainer.strategy.root_device, self.quantization)
         self.adopt(model, load_tokenizer(self.checkpoint))
         self.model.train()
@@ -180,12 +278,28 @@ class UnlearningModule(L.LightningModule):
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use a model that is already in memory, as the attacks do to load once and train many times."""
         self.model, self.tokenizer = model, tokenizer
+        if self._backbone:  # the same model, and the same memory of this step's forward passes
+            self._backbone[0].adopt(model, tokenizer)
+            self._backbone[0]._step_memory = self._step_memory
         if self.gradient_checkpointing:
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def on_train_start(self) -> None:
-        """Put the random states of a resumed run back, after everything that draws while a run is set up."""
-        if self._random_states is not None:
+        """Look at the original model, and put the random states of a resumed run back when nothing draws any more.
+
+        In a new run the ranks, seeded alike so that they set up alike, part here: each has dropout masks of its own.
+        """
+        resumed = self._random_states is not None
+        if observations := self.references():
+            self._reference = find_reference(self, observations, resumed)
+            for backbone in self._backbone:
+                backbone._reference = self._reference
+        if self.regularizer is not None and not resumed:
+            self.regularizer.prepare(self)
+        if self._random_states is None:
+            if rank() > 0:
+                torch.manual_seed(torch.initial_seed() + rank())
+        else:
             torch.set_rng_state(self._random_states["cpu"])
             if self._random_states["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._random_states["cuda"], self.device)
@@ -213,6 +327,12 @@ class UnlearningModule(L.LightningModule):
             with zero.whole_gradients(self.model):
                 figures = self.regularizer.apply(self.model)
             self.log_dict({f"train/{k}": v for k, v in figures.items()}, batch_size=1)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, and let the regulariser see what came of it."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.regularizer is not None:
+            self.regularizer.after_step(self.model)
 
     def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the scores of the one split in the batch."""
@@ -242,6 +362,7 @@ class UnlearningModule(L.LightningModule):
         checkpoint["random_states"] = gathered({"cpu": torch.get_rng_state(), "cuda": cuda})
         if self.lora is not None and not is_sharded(self):
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
+        checkpoint["reference"] = self.reference_key
         if self.regularizer is not None:
             put_state(checkpoint, "regularizer", self.regularizer.state_dict())
 
@@ -249,6 +370,7 @@ class UnlearningModule(L.LightningModule):
         """Take the regulariser's anchor up again, and remember the random states for the first step."""
         if self.lora is not None:
             check_adapter_state(self, checkpoint.get("state_dict"))
+        self.reference_key = checkpoint.get("reference")
         if states := checkpoint.get("random_states"):
             if len(states) != world_size():
                 given = f"the checkpoint is of {len(states)} ranks, this run has {world_size()}"
@@ -258,7 +380,8 @@ class UnlearningModule(L.LightningModule):
             folder = self._trainer.ckpt_path if self._trainer is not None else None
             self.regularizer.load_state_dict(take_state(checkpoint, "regularizer", self.model, folder))
 
-    def _build(self, device: torch.device, **options: Any) -> AnswerModel:
+    def build(self, device: torch.device, **options: Any) -> AnswerModel:
+        """Load the checkpoint again, as this module was configured, adapters included."""
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
         strategy = None if self._trainer is None else self._trainer.strategy
         with zero.loading(strategy):

@@ -20,3 +20,21 @@ class GradientDifference(UnlearningModule):
     def forget_loss(self, batch: Part) -> Tensor:
         """Minus the negative log-likelihood, in nats (unbounded below)."""
         return gradient_ascent(self.answers(batch))
+
+
+def gradient_difference_like(module: UnlearningModule) -> GradientDifference:
+    """Gradient difference with another objective's weights and options: the default backbone of those that need one.
+
+    Args:
+        module: The objective that is to use it.
+
+    Example:
+        >>> gradient_difference_like(GradientDifference(retain_weight=5.0)).retain_weight
+        5.0
+    """
+    return GradientDifference(
+        forget_weight=module.forget_weight,
+        retain_weight=module.retain_weight,
+        retain=module.retain,
+        reference=module.reference,
+    )

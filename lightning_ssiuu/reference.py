@@ -1,0 +1,239 @@
+"""What the original model says about the training examples, without a second model in memory.
+
+An objective names what it compares with (``UnlearningModule.references``). Before the first step it is computed once by
+the model that is about to change, and kept on disk; with adapters it is computed in every step by the same weights with
+the adapters off; on request a frozen second model is kept.
+
+What is kept are numbers of the forget set's answers, from which a patient reader could tell much of their text: it
+stays in the user's own cache (``LIGHTNING_SSIUU_CACHE``, or ``~/.cache/lightning_ssiuu``), in a directory for that user
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_ssiuu.adapters import adapted_layers
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import check_space
+from lightning_ssiuu.models import AnswerModel, evaluation_mode, frozen_reference
+from lightning_ssiuu.ranks import gathered
+from lightning_ssiuu.sharding import is_sharded
+
+Part = Mapping[str, Tensor]
+#: ``(model, part) -> (values, counts)``: ``values [N, ...]`` row by row, ``counts [B]`` rows of each sequence, None for
+#: one row each.
+Observation = Callable[[AnswerModel, Part], tuple[Tensor, Tensor | None]]
+
+_INDEX = "index.json"
+
+
+def reference_logps(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
+    """Observes ``log P(y|x)`` of each answer, in nats: ``[B]``."""
+    return model(part["input_ids"], part["attention_mask"], part["labels"]).logps, None
+
+
+def reference_logits(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
+    """Observes the logits at the labelled positions: ``[N, V]``."""
+    answers = model(part["input_ids"], part["attention_mask"], part["labels"])
+    return answers.logits, answers.lengths
+
+
+class StoredReference:
+    """Values kept on disk, read batch by batch (memory-mapped).
+
+    Args:
+        folder: A finished directory, from :func:`store`.
+
+    Raises:
+        UserError: If it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            allowed = f"a run whose reference is still there ({folder} is not), or model.reference second_model"
+            raise UserError("ckpt_path", "a checkpoint of a run with a cached reference", allowed) from error
+
+    def __call__(self, name: str, part: Part) -> Tensor:
+        """The values of a part's examples, in their order: ``[N, ...]`` on the part's device.
+
+        Args:
+            name: As the objective calls it.
+            part: Its ``example_id`` tells the rows.
+
+        Raises:
+            UserError: If an example was not among those the reference was computed on.
+        """
+        found = []
+        for example in part["example_id"].tolist():
+            if (place := self._index[name].get(str(example))) is None:
+                raise UserError("data", f"example id {example}", "training examples known when training began")
+            file, start, stop = place
+            with safe_open(self.folder / file, framework="pt") as content:
+                found.append(content.get_slice("values")[start:stop])
+        return torch.cat(found).to(part["example_id"].device)
+
+
+class LiveReference:
+    """Values computed when asked for: by a frozen second model, or by the same one with its adapters off.
+
+    Args:
+        model: The second model, or the one with adapters.
+        observations: By name.
+    """
+
+    def __init__(self, model: AnswerModel, observations: Mapping[str, Observation]) -> None:
+        self.model, self.observations = model, observations
+
+    def __call__(self, name: str, part: Part) -> Tensor:
+        """The values of a part: ``[N, ...]``, without gradients."""
+        with torch.no_grad(), evaluation_mode(self.model), without_adapters(self.model):
+            return self.observations[name](self.model, part)[0]
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, a model with adapters is the one they were attached to.
+
+    Example:
+        >>> with without_adapters(nn.Linear(1, 1)):
+        ...     pass
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    before = [layer.disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def reference_key(model: nn.Module, observations: Iterable[str], examples: Mapping[str, Iterable[Part]]) -> str:
+    """A digest of weights, training examples and what is observed; every rank gets the same.
+
+    Args:
+        model: With the weights that are about to change.
+        observations: Their names.
+        examples: By part.
+    """
+    own = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        own.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
+        own.update(local.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if local.numel() else b"")
+    digest = hashlib.sha256("".join(gathered(own.hexdigest())).encode())
+    digest.update(json.dumps([torch.__version__, sorted(observations)]).encode())
+    for name, parts in examples.items():
+        digest.update(name.encode())
+        for part in parts:
+            for field in ("example_id", "input_ids", "labels"):
+                digest.update(str(part[field].tolist()).encode())
+    return digest.hexdigest()[:32]
+
+
+def reference_folder(key: str) -> Path:
+    """Where the values under a key are kept."""
+    root = Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()
+    return root / "references" / key
+
+
+def store(
+    folder: Path,
+    model: AnswerModel,
+    observations: Mapping[str, Observation],
+    examples: Mapping[str, Callable[[], Iterable[Part]]],
+    writes: bool = True,
+) -> None:
+    """Compute all values and keep them; each rank must call it and computes them all, one of a machine writes.
+
+    Args:
+        folder: Where to; appears when it is complete.
+        model: Gives the values; left as it was.
+        observations: By name, ``"<part>/<what>"``.
+        examples: By part, gives all of its examples in batches, the same ones on every rank.
+        writes: Whether this rank writes.
+
+    Raises:
+        UserError: If the disk refuses.
+    """
+    partial: Path | None = None
+    index: dict[str, dict[str, list[Any]]] = {name: {} for name in observations}
+    try:
+        if writes:
+            check_space("LIGHTNING_SSIUU_CACHE", str(folder.parent), 1 << 20)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))  # for this user alone
+        for name, observe in observations.items():
+            for number, part in enumerate(examples[name.partition("/")[0]]()):
+                with torch.no_grad(), evaluation_mode(model):
+                    values, counts = observe(model, part)
+                if partial is None:
+                    continue
+                file = f"{name.replace('/', '-')}-{number}.safetensors"
+                check_space("LIGHTNING_SSIUU_CACHE", str(folder.parent), values.numel() * values.element_size())
+                save_file({"values": values.cpu().contiguous()}, partial / file)
+                stops = (torch.ones(len(part["example_id"])) if counts is None else counts).cumsum(0).long().tolist()
+                for example, start, stop in zip(part["example_id"].tolist(), [0, *stops[:-1]], stops, strict=True):
+                    index[name][str(example)] = [file, start, stop]
+        if partial is not None:
+            (partial / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+            if not folder.exists():  # two runs at once: the first one's stays
+                partial.rename(folder)
+    except OSError as error:
+        raise UserError("LIGHTNING_SSIUU_CACHE", str(folder.parent), f"a directory to write to ({error})") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def find_reference(
+    module: Any, observations: Mapping[str, Observation], resumed: bool
+) -> StoredReference | LiveReference:
+    """The original model's voice for an objective; each rank must call it.
+
+    Args:
+        module: The objective, at the start of training; its ``reference`` says how, its ``reference_key`` is set.
+        observations: What it asks.
+        resumed: Whether its weights are an interrupted run's, no longer the original ones.
+
+    Raises:
+        UserError: If the disk refuses, or an interrupted run's values are gone.
+    """
+    if module.lora is not None:
+        return LiveReference(module.model, observations)
+    if module.reference == "second_model":
+        # What is resumed is not the original any more; what is sharded cannot be copied whole.
+        copied = not resumed and not is_sharded(module)
+        second: Any = frozen_reference(module.model if copied else module.build(module.device))
+        return LiveReference(second.to(module.device), observations)
+    parts = sorted({name.partition("/")[0] for name in observations})
+    examples = {part: partial(module.training_parts, part) for part in parts}
+    if module.reference_key is None:
+        module.reference_key = reference_key(
+            module.model, observations, {part: each() for part, each in examples.items()}
+        )
+    folder = reference_folder(module.reference_key)
+    if not resumed and not all(gathered(folder.is_dir())):
+        with module.trainer.precision_plugin.forward_context():
+            store(folder, module.model, observations, examples, writes=module.trainer.local_rank == 0)
+        module.trainer.strategy.barrier()
+    return StoredReference(folder)

@@ -1,0 +1,124 @@
+"""The benchmark scripts start, gpu_check.py works on toys, and the formulas of cost_model.py are those of real models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if "ArgumentParser(" in file.read_text(encoding="utf-8"))
+#: Calls every script as a program, all in one process: importing torch is what takes time.
+START_ALL = """
+import contextlib, io, json, runpy, sys
+found = {}
+for script in sys.argv[1:]:
+    for option in ("--help", "--no-such-option"):
+        sys.argv, text, status = [script, option], io.StringIO(), None
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+        found[f"{script} {option}"] = status, text.getvalue()
+print(json.dumps(found))
+"""
+
+
+def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+
+
+@pytest.fixture
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_every_script_has_help_and_refuses_unknown_options(tmp_path: Path) -> None:
+    assert len(SCRIPTS) >= 6
+    done = python("-c", START_ALL, *map(str, SCRIPTS), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for call, (status, text) in json.loads(done.stdout).items():
+        assert status == (0 if call.endswith("--help") else 2), (call, text)
+        assert "usage:" in text, call
+        if status:
+            assert "error: " in text, call
+    assert not any(tmp_path.iterdir())
+
+
+def test_gpu_check_runs_every_section_on_toys(tmp_path: Path) -> None:
+    done = python(str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--small", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["sections"]
+    assert {name: result["status"] for name, result in sections.items()} == dict.fromkeys(sections, "ok")
+    assert sections["tests"]["counts"]["tests"] >= 20
+    assert sections["large"]["SSIUU"]["penalty_gradient_norm"] > 0
+    assert sections["large"]["SSIUU"]["seconds_ratio"] > 0
+    from lightning_ssiuu.objectives import objectives
+
+    assert objectives().keys() <= sections["objectives"].keys()
+    assert {"LoRA, 8bit", "LoRA, 4bit", "full weights, PagedAdamW8bit"} <= sections["quantization"].keys()
+    assert sections["attribution"]["tokens_per_second"] > 0
+    assert {"gradient, bf16-mixed", "step, bf16-true"} <= sections["precision"].keys()
+    assert sections["memory"]["SSIUU"]["estimated_bytes"] > 0
+    assert sections["recipe"]["32-true"]["steps"] == 1
+
+
+def test_gpu_check_keeps_the_other_sections_of_one_that_fails(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--small", "--sections", "large", "environment", "--section_limit", "0.001")
+    done = python(str(BENCHMARKS / "gpu_check.py"), *options, folder=tmp_path)
+    assert done.returncode == 1
+    sections = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["sections"]
+    assert [result["status"] for result in sections.values()] == ["timeout", "timeout"]
+
+
+@pytest.mark.usefixtures("_importable")
+@pytest.mark.parametrize("shape", ["toy", "1m", "5m"])
+def test_formulas_count_the_weights_of_the_model(shape: str) -> None:
+    from cost_model import Model
+    from shapes import random_llama
+
+    from lightning_ssiuu.adapters import LoRA
+
+    model = random_llama(shape)
+    assert Model(shape).parameters == sum(p.numel() for p in model.parameters())
+    LoRA(r=4, target_modules=None).attach(model.hf)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert Model(shape).adapters(4) == adapters
+
+
+@pytest.mark.usefixtures("_importable")
+@pytest.mark.parametrize("ssiuu", [False, True])
+def test_formula_counts_the_arithmetic_of_a_step(ssiuu: bool) -> None:
+    from cost_model import Model, Part, step_flops
+    from scaling import Stepper
+
+    part = Part(3, 16)
+    run = Stepper("toy", part, ssiuu)
+    # The plain kernel is all matrix products, which are counted; the fused one is not.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    assert counter.get_total_flops() == step_flops(Model("toy"), part, part, ssiuu, attention_factor=2)
+
+
+@pytest.mark.usefixtures("_importable")
+@pytest.mark.parametrize("ssiuu", [False, True])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_formula_for_memory_is_near_the_simulation(ssiuu: bool, ranks: int) -> None:
+    from cost_model import Model, Part, Setup, memory_bytes
+    from simulated import simulated_bytes
+
+    # So many layers that the weights matter, so few tokens that nothing else does.
+    part, setup = Part(1, 32), Setup(weight=4, optimizer=8, ranks=ranks, sharded=ranks > 1)
+    moments = memory_bytes(Model("20m"), part, part, ssiuu, setup)
+    assert max(moments.values()) == pytest.approx(simulated_bytes("20m", part, ssiuu, setup), rel=0.2)
+    assert not torch.distributed.is_initialized()
