@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 
@@ -30,6 +31,27 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         # ValueError would be rebuilt from the one-line text alone, and a spawned rank must be able to send it.
         return type(self), (self.argument, self.value, self.allowed)
+
+
+def check_number(argument: str, value: float, positive: bool = False) -> None:
+    """Refuse what is not a finite number ≥ 0, or > 0 where it has to be positive.
+
+    Args:
+        argument: Its name as the user wrote it.
+        value: What was given.
+        positive: Whether 0 is refused too.
+
+    Raises:
+        UserError: If it is refused.
+
+    Example:
+        >>> check_number("beta", 0.0, positive=True)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: beta: got 0.0, allowed: a finite number > 0
+    """
+    if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+        raise UserError(argument, value, f"a finite number {'>' if positive else '≥'} 0")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

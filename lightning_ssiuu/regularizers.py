@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_ssiuu import zero
 from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.attribution import target_logps
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.ranks import world_size
@@ -141,25 +141,17 @@ class AttributionRegularizer(Regularizer):
             return
         logps = target_logps(answers, self.target)
         self._warn(logps.detach())
-        for module in model.modules():
-            if callable(reshard := getattr(module, "reshard", None)):
-                # FSDP2 leaves its root whole after a forward pass, under parameters that never see a reduced gradient;
-                # resharded, it shows those that do. The backward pass gathers it again.
-                reshard()
+        reshard(model)
         scale = max(self._scale, _reduced(logps.detach().max(), dist.ReduceOp.MAX if dist.is_available() else None))
         parameters = list(self._parameters(model).values())
         # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
         total = ((logps.detach() - scale).exp() * logps).sum()
-        if zero.is_zero(model):
-            fresh = zero.own_gradients(total, parameters, model)
-        else:
-            fresh = _extra_backward(total, parameters, model)
-        wide = [_wide(gradient) for gradient in fresh]
+        fresh = [wide(gradient) for gradient in extra_gradient(total, parameters, model)]
         if self._gradients is None:
-            self._gradients = wide
+            self._gradients = fresh
         else:
             torch._foreach_mul_(self._gradients, math.exp(self._scale - scale))
-            torch._foreach_add_(self._gradients, wide)
+            torch._foreach_add_(self._gradients, fresh)
         self._scale = scale
 
     @torch.no_grad()
@@ -175,7 +167,7 @@ class AttributionRegularizer(Regularizer):
         named = self._parameters(model)
         parameters = list(named.values())
         gradients, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
-        _sum_over_ranks(parameters, gradients)
+        sum_over_ranks(parameters, gradients)
         first = self._anchor is None
         top = max(scale, self._anchor_scale)
         anchor = gradients if self._anchor is None else self._local_anchor(named)
@@ -184,7 +176,7 @@ class AttributionRegularizer(Regularizer):
         kept: list[Tensor] = []
         for part in _chunks(gradients):
             g = gradients[part]
-            attribution = torch._foreach_mul(g, [_wide(_local(p)) for p in parameters[part]])
+            attribution = torch._foreach_mul(g, [wide(local(p)) for p in parameters[part]])
             inside = [a < 0 for a in attribution]
             negative += sum(int(mask.sum()) for mask in inside)
             if not first:
@@ -216,8 +208,8 @@ class AttributionRegularizer(Regularizer):
         for parameter, penalty in zip(parameters, gradients, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            local = _local(parameter.grad)
-            local.add_(penalty.to(local.dtype), alpha=coefficient)
+            own = local(parameter.grad)
+            own.add_(penalty.to(own.dtype), alpha=coefficient)
         return figures | {"objective_gradient_norm": objective, "penalty_gradient_norm": coefficient * raw}
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,7 +226,7 @@ class AttributionRegularizer(Regularizer):
             raise UserError("regularizer.modules", self.modules, allowed)
         # A resumed run's anchor comes from the file to the CPU, wherever the weights are.
         self._anchor = {name: self._anchor[name].to(p.device) for name, p in parameters.items()}
-        return [_local(a) for a in self._anchor.values()]
+        return [local(a) for a in self._anchor.values()]
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -268,34 +260,12 @@ class AttributionRegularizer(Regularizer):
             warnings.warn(f"AttributionRegularizer: {text}", stacklevel=3)
 
 
-def _extra_backward(total: Tensor, parameters: Sequence[nn.Parameter], model: nn.Module) -> list[Tensor]:
-    """``∂total/∂φ`` (of this rank; under FSDP2 its shard of the ranks' mean), leaving ``.grad`` and the graph alone."""
-    stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    for parameter, _ in stash:
-        parameter.grad = None
-    try:
-        total.backward(retain_graph=True)
-        return [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in parameters]
-    finally:
-        for parameter, gradient in stash:
-            parameter.grad = gradient
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _like(local: Tensor, parameter: Tensor) -> Tensor:
     """The shard that ``local`` is where ``parameter`` is one."""
     if not isinstance(parameter, DTensor):
         return local
     shape, stride = parameter.shape, parameter.stride()
     return DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: bfloat16 would flip the sign of one attribution in fifty."""
-    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
@@ -324,17 +294,7 @@ def _over_shards(value: float, shards: torch.device | None) -> float:
 
 
 def _square(parameters: Iterator[nn.Parameter]) -> float:
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     # Chunk by chunk: widened copies of all bfloat16 gradients at once would be the step's memory peak.
-    norms = (n for part in _chunks(gradients) for n in torch._foreach_norm([_wide(g) for g in gradients[part]]))
+    norms = (n for part in _chunks(gradients) for n in torch._foreach_norm([wide(g) for g in gradients[part]]))
     return math.fsum(float(n) ** 2 for n in norms)
-
-
-def _sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    if (ranks := world_size()) == 1:
-        return
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if hasattr(parameter, "to_local"):
-            gradient.mul_(ranks)  # FSDP2 has already averaged it
-        else:
-            dist.all_reduce(gradient)  # DDP never saw it

@@ -1,4 +1,4 @@
-"""The benchmark scripts start, gpu_check.py works on toys, and the formulas of cost_model.py are those of real models."""
+"""The benchmark scripts start, gpu_check.py works on toys, cost_model.py's formulas are those of real models."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def test_every_script_has_help_and_refuses_unknown_options(tmp_path: Path) -> No
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_gpu_check_runs_every_section_on_toys(tmp_path: Path) -> None:
     done = python(str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--small", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,14 +72,6 @@ def test_gpu_check_runs_every_section_on_toys(tmp_path: Path) -> None:
     assert {"gradient, bf16-mixed", "step, bf16-true"} <= sections["precision"].keys()
     assert sections["memory"]["SSIUU"]["estimated_bytes"] > 0
     assert sections["recipe"]["32-true"]["steps"] == 1
-
-
-def test_gpu_check_keeps_the_other_sections_of_one_that_fails(tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--small", "--sections", "large", "environment", "--section_limit", "0.001")
-    done = python(str(BENCHMARKS / "gpu_check.py"), *options, folder=tmp_path)
-    assert done.returncode == 1
-    sections = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["sections"]
-    assert [result["status"] for result in sections.values()] == ["timeout", "timeout"]
 
 
 @pytest.mark.usefixtures("_importable")
@@ -111,8 +104,7 @@ def test_formula_counts_the_arithmetic_of_a_step(ssiuu: bool) -> None:
 
 
 @pytest.mark.usefixtures("_importable")
-@pytest.mark.parametrize("ssiuu", [False, True])
-@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize(("ssiuu", "ranks"), [(False, 8), (True, 1)])
 def test_formula_for_memory_is_near_the_simulation(ssiuu: bool, ranks: int) -> None:
     from cost_model import Model, Part, Setup, memory_bytes
     from simulated import simulated_bytes
@@ -120,5 +112,5 @@ def test_formula_for_memory_is_near_the_simulation(ssiuu: bool, ranks: int) -> N
     # So many layers that the weights matter, so few tokens that nothing else does.
     part, setup = Part(1, 32), Setup(weight=4, optimizer=8, ranks=ranks, sharded=ranks > 1)
     moments = memory_bytes(Model("20m"), part, part, ssiuu, setup)
-    assert max(moments.values()) == pytest.approx(simulated_bytes("20m", part, ssiuu, setup), rel=0.2)
+    assert max(moments.values()) == pytest.approx(simulated_bytes("20m", part, ssiuu, setup), rel=0.1)
     assert not torch.distributed.is_initialized()

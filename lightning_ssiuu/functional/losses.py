@@ -98,6 +98,26 @@ class Answers:
         return self.logits.argmax(-1) == self.targets
 
 
+def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None = None) -> Tensor:
+    """Mean over sequences of the mean over each answer's tokens; a sequence with none of them adds 0 to the sum.
+
+    Args:
+        values: ``[N]`` one per labelled token.
+        answers: Whose tokens they are.
+        counted: ``[N]`` bool, the tokens that count; None for all.
+
+    Example:
+        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+        >>> mean_over_answers(torch.tensor([1.0, 2.0, 5.0]), answers)  # (1.5 + 5) / 2
+        tensor(3.2500)
+    """
+    lengths = answers.lengths
+    if counted is not None:
+        values = values.where(counted, 0.0)
+        lengths = sequence_sums(counted.to(lengths.dtype), answers.sequence_index, answers.n_sequences)
+    return (sequence_sums(values, answers.sequence_index, answers.n_sequences) / lengths.clamp(min=1)).mean()
+
+
 def answer_nll(answers: Answers) -> Tensor:
     """Negative log-likelihood: mean over sequences of the mean over answer tokens, in nats.
 
@@ -143,5 +163,4 @@ def kl_divergence(answers: Answers, reference_logits: Tensor) -> Tensor:
     wide = answers.token_logps.dtype
     target = reference_logits.to(wide).log_softmax(-1)
     per_token = F.kl_div(answers.logits.to(wide).log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-    per_sequence = sequence_sums(per_token, answers.sequence_index, answers.n_sequences)
-    return (per_sequence / answers.lengths.clamp(min=1)).mean()
+    return mean_over_answers(per_token, answers)

@@ -1,0 +1,91 @@
+"""A gradient beside the one Lightning takes: of another scalar, through the same forward pass, on any strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_ssiuu import zero
+from lightning_ssiuu.ranks import world_size
+
+
+def extra_gradient(
+    total: Tensor, parameters: Sequence[nn.Parameter], model: nn.Module, keep_graph: bool = True
+) -> list[Tensor]:
+    """``∂total/∂φ`` of this rank (under FSDP2: its shard of the ranks' mean), leaving every ``.grad`` as it was.
+
+    Args:
+        total: A scalar.
+        parameters: With respect to what; zero where ``total`` does not depend on one.
+        model: That they belong to, resharded (:func:`reshard`) before they were taken from it.
+        keep_graph: Whether the graph is needed again.
+
+    Returns:
+        A tensor, or shard, like each parameter; :func:`sum_over_ranks` makes them the sum over all ranks.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> extra_gradient(layer(torch.ones(1, 2)).sum(), [layer.weight], layer), layer.weight.grad
+        ([tensor([[1., 1.]])], None)
+    """
+    if zero.is_zero(model):
+        return zero.own_gradients(total, parameters, model)
+    stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, _ in stash:
+        parameter.grad = None
+    try:
+        total.backward(retain_graph=keep_graph)
+        return [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in parameters]
+    finally:
+        for parameter, gradient in stash:
+            parameter.grad = gradient
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 cut its weights again; nothing for other models.
+
+    It leaves its root whole after a forward pass, under parameters that never see a reduced gradient nor a change to
+    the shards; resharded, it shows those that do. A backward pass gathers it again.
+    """
+    for module in model.modules():
+        if callable(cut := getattr(module, "reshard", None)):
+            cut()
+
+
+def sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Turn what :func:`extra_gradient` gave on each rank into the sum over the ranks, in place.
+
+    Args:
+        parameters: As there.
+        gradients: As it gave them.
+    """
+    if (ranks := world_size()) == 1:
+        return
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if hasattr(parameter, "to_local"):
+            gradient.mul_(ranks)  # FSDP2 has already averaged it
+        else:
+            dist.all_reduce(gradient)  # DDP never saw it
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be cut over the ranks.
+
+    Example:
+        >>> local(torch.ones(1))
+        tensor([1.])
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32, without history: bfloat16 would flip the sign of one attribution in fifty.
+
+    Example:
+        >>> wide(torch.ones(1, dtype=torch.bfloat16))
+        tensor([1.])
+    """
+    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()

@@ -1,0 +1,60 @@
+"""Direct preference optimisation (DPO) with a rejection as the preferred answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ssiuu.errors import check_number
+from lightning_ssiuu.functional.preference import dpo
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.objectives.base import Part
+from lightning_ssiuu.reference import Observation, reference_logps
+from lightning_ssiuu.rejections import RejectingModule
+
+
+class DPO(RejectingModule):
+    """``−(2/β) mean log σ(β (r_rejection − r_answer))`` on forget, ``r = log(P/P_ref)``; NLL on retain.
+
+    Rafailov et al., arXiv 2305.18290, Eq. 7, as arXiv 2401.06121 uses it for unlearning, with the factor 2/β that
+    open-unlearning has to match NPO's scale.
+
+    Args:
+        beta: Inverse temperature β, > 0; compared in [0.1, 0.5] by the SSIUU paper.
+        rejections: Texts to prefer; None takes :data:`~lightning_ssiuu.rejections.REJECTIONS`.
+        **kwargs: As :class:`UnlearningModule`.
+
+    Raises:
+        UserError: If β is not a finite number > 0, or a rejection is empty or does not fit into the model's context.
+
+    Example:
+        >>> module = DPO(checkpoint="tiny")
+        >>> module.beta, len(module.rejections)
+        (0.1, 14)
+    """
+
+    def __init__(self, beta: float = 0.1, rejections: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(rejections=rejections, **kwargs)
+        check_number("beta", beta, positive=True)
+        self.beta = beta
+
+    def references(self) -> dict[str, Observation]:
+        """Also the original log-probabilities of the forget answers and of the rejections."""
+        return super().references() | {
+            "forget/logps": reference_logps,
+            f"forget/{self.rejections_name}": self._rejection_logps,
+        }
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """:func:`~lightning_ssiuu.functional.preference.dpo`; ``2 log(2)/β`` where the model is the original."""
+        return dpo(
+            self.answers(self.rejected(batch)),
+            self.answers(batch),
+            self.original(f"forget/{self.rejections_name}", batch),
+            self.original("forget/logps", batch),
+            self.beta,
+        )
+
+    def _rejection_logps(self, model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
+        return reference_logps(model, self.rejected(part))

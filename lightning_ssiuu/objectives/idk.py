@@ -1,0 +1,31 @@
+"""IDK fine-tuning: learn to decline the forget questions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_ssiuu.functional.losses import answer_nll
+from lightning_ssiuu.objectives.base import Part
+from lightning_ssiuu.rejections import RejectingModule
+
+
+class IDK(RejectingModule):
+    """NLL of a rejection to the forget questions plus NLL on retain ("I don't know"; Maini et al., arXiv 2401.06121).
+
+    The true answers are not looked at, so nothing but the rejection's rise makes them unlikely.
+
+    Args:
+        rejections: Texts to learn; None takes :data:`~lightning_ssiuu.rejections.REJECTIONS`.
+        **kwargs: As :class:`UnlearningModule`.
+
+    Raises:
+        UserError: If a rejection is empty or does not fit into the model's context.
+
+    Example:
+        >>> IDK(checkpoint="tiny", rejections=["Pass."]).rejections
+        ('Pass.',)
+    """
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """Negative log-likelihood of the rejections, in nats."""
+        return answer_nll(self.answers(self.rejected(batch)))

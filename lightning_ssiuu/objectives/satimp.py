@@ -1,0 +1,40 @@
+"""SatImp: gradient ascent that weighs tokens by saturation and importance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ssiuu.errors import check_number
+from lightning_ssiuu.functional.token_losses import satimp
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+
+
+class SatImp(UnlearningModule):
+    """``mean p^β₁ (1 − p)^β₂ log p`` on the forget answers' tokens, NLL on retain (Yang et al., arXiv 2505.11953).
+
+    Args:
+        beta1: Saturation β₁, ≥ 0.
+        beta2: Importance β₂, ≥ 0.
+        forget_weight: 0.1 as in open-unlearning's configuration.
+        **kwargs: As :class:`UnlearningModule`.
+
+    Raises:
+        UserError: If an exponent is not a finite number ≥ 0.
+
+    Example:
+        >>> module = SatImp(checkpoint="tiny")
+        >>> module.beta1, module.beta2, module.forget_weight
+        (5.0, 1.0, 0.1)
+    """
+
+    def __init__(self, beta1: float = 5.0, beta2: float = 1.0, forget_weight: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(forget_weight=forget_weight, **kwargs)
+        check_number("beta1", beta1)
+        check_number("beta2", beta2)
+        self.beta1, self.beta2 = beta1, beta2
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """:func:`~lightning_ssiuu.functional.token_losses.satimp`, in nats, ≤ 0."""
+        return satimp(self.answers(batch), self.beta1, self.beta2)

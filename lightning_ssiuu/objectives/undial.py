@@ -1,0 +1,46 @@
+"""UNDIAL: self-distillation from the original model's predictions with the answer's logit lowered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ssiuu.errors import check_number
+from lightning_ssiuu.functional.token_losses import undial
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.reference import Observation, reference_logits
+
+
+class UNDIAL(UnlearningModule):
+    """``CE(softmax(z_ref − β·1_answer), softmax(z))`` on the forget answers (Dong et al., arXiv 2402.10052).
+
+    Only answer tokens count; open-unlearning's version also distils prompt and padding, which leaves forgetting to a
+    small share of the loss.
+
+    Args:
+        beta: By how much the answer token's logit is lowered, ≥ 0.
+        retain_weight: 0 as published: nothing but the distillation holds the rest.
+        **kwargs: As :class:`UnlearningModule`.
+
+    Raises:
+        UserError: If β is not a finite number ≥ 0.
+
+    Example:
+        >>> module = UNDIAL(checkpoint="tiny")
+        >>> module.beta, module.retain_weight
+        (10.0, 0.0)
+    """
+
+    def __init__(self, beta: float = 10.0, retain_weight: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(retain_weight=retain_weight, **kwargs)
+        check_number("beta", beta)
+        self.beta = beta
+
+    def references(self) -> dict[str, Observation]:
+        """Also the original logits at the forget answers."""
+        return super().references() | {"forget/logits": reference_logits}
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """:func:`~lightning_ssiuu.functional.token_losses.undial`, in nats; at least the target's entropy."""
+        return undial(self.answers(batch), self.original("forget/logits", batch), self.beta)

@@ -1,0 +1,157 @@
+"""Answers that decline: what DPO prefers to the true answer, and what IDK fine-tuning teaches instead of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.datamodules.encoding import IGNORE
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.objectives.base import UnlearningModule
+
+Part = Mapping[str, Tensor]
+
+REJECTIONS: tuple[str, ...] = (
+    "I can't answer the question.",
+    "I don't know.",
+    "I'm not able to help with that one.",
+    "That is something I have no information about.",
+    "I'm afraid I can't say.",
+    "Sorry, this is beyond what I know.",
+    "I have no answer to give here.",
+    "Unfortunately, I know nothing about it.",
+    "This isn't a question I can answer.",
+    "I couldn't tell you.",
+    "My knowledge doesn't cover this.",
+    "I would only be guessing, so I'd rather not answer.",
+    "I have never learned anything about that.",
+    "There is nothing I can tell you about this.",
+)
+
+
+def rejected(
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    rejections: Sequence[str] = REJECTIONS,
+    context: int | None = None,
+) -> Part:
+    """The questions of a part with rejections for answers.
+
+    Which rejection an example gets depends on its id alone. It is joined to the prompt as the example's own answer
+    was, and ends with the end-of-sequence token. An example without an answer stays as it is and without one.
+
+    Args:
+        part: ``input_ids``, ``attention_mask``, ``labels`` ``[B, L]`` and ``example_id`` ``[B]``, padded right.
+        tokenizer: The model's.
+        rejections: To choose from.
+        context: The longest sequence the model takes, in tokens; None for any.
+
+    Returns:
+        A part of the same examples, ``[B, L']``.
+
+    Raises:
+        UserError: If a sequence would be longer than ``context``.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_tokenizer
+        >>> tokenizer = load_tokenizer("tiny")
+        >>> ids = torch.tensor([tokenizer("Question: Who?\\nAnswer: Me").input_ids])
+        >>> labels = ids.where(torch.arange(ids.shape[1]) >= ids.shape[1] - 1, -100)
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels, "example_id": torch.tensor([15])}
+        >>> tokenizer.decode(rejected(part, tokenizer)["input_ids"][0], skip_special_tokens=True)
+        "Question: Who?\\nAnswer: I don't know."
+    """
+    rows = []
+    for ids, mask, labels, example in zip(
+        part["input_ids"].tolist(),
+        part["attention_mask"].bool(),
+        part["labels"].tolist(),
+        part["example_id"].tolist(),
+        strict=True,
+    ):
+        answer = [token for token in labels if token != IGNORE]
+        n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), int(mask.sum()))
+        prompt, completion = ids[:n_prompt], []
+        if answer:
+            text = rejections[example % len(rejections)]
+            completion = [*_tokens(tokenizer, _glue(prompt, answer, tokenizer) + text), _eos(tokenizer)]
+        if context is not None and (length := len(prompt) + len(completion)) > context:
+            allowed = f"at most {context}, what the model takes: shorten the question or the rejections"
+            raise UserError("rejections", f"{length} tokens for example id {example}", allowed)
+        rows.append((prompt + completion, [IGNORE] * n_prompt + completion))
+    width = max(len(ids) for ids, _ in rows)
+    pad = _eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    columns = {
+        "input_ids": [ids + [pad] * (width - len(ids)) for ids, _ in rows],
+        "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows],
+        "labels": [labels + [IGNORE] * (width - len(labels)) for _, labels in rows],
+    }
+    device = part["input_ids"].device
+    padded = {name: torch.tensor(column, device=device) for name, column in columns.items()}
+    return padded | {"example_id": part["example_id"]}
+
+
+class RejectingModule(UnlearningModule):
+    """An objective that teaches the model to decline.
+
+    Args:
+        rejections: Texts to decline with; None takes :data:`REJECTIONS`.
+        **kwargs: As :class:`UnlearningModule`.
+
+    Raises:
+        UserError: If a text is empty, or there is none; when training starts, if one does not fit into the model's
+            context behind a question.
+
+    Example:
+        >>> RejectingModule(rejections=["Pass."]).rejections
+        ('Pass.',)
+    """
+
+    def __init__(self, rejections: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if rejections is not None and (not rejections or not all(text.strip() for text in rejections)):
+            raise UserError("rejections", rejections, "null, or texts that say something")
+        self.rejections = REJECTIONS if rejections is None else tuple(rejections)
+
+    def rejected(self, batch: Part) -> Part:
+        """The part with rejections for answers; see :func:`rejected`."""
+        context = getattr(self.model.hf.config, "max_position_embeddings", None)
+        return rejected(batch, self.tokenizer, self.rejections, context)
+
+    @property
+    def rejections_name(self) -> str:
+        """Of these rejections as a reference, so that values kept for other ones are not taken for theirs."""
+        return f"rejections-{hashlib.sha256(repr(self.rejections).encode()).hexdigest()[:12]}"
+
+    def on_train_start(self) -> None:
+        """Also see that all rejections fit behind their questions, before anything is trained."""
+        for part in self.training_parts("forget"):
+            self.rejected(part)
+        super().on_train_start()
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise UserError("tokenizer", type(tokenizer).__name__, "a tokenizer with an end-of-sequence token")
+    return end
+
+
+def _glue(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands between prompt and answer: a space, or nothing after white space or a chat template."""
+    own = answer[:-1] if answer[-1] == tokenizer.eos_token_id else answer
+    text = str(tokenizer.decode(own, clean_up_tokenization_spaces=False)).strip()
+    for glue in (" ", ""):
+        if _tokens(tokenizer, glue + text) == own:
+            return glue
+    # An answer that does not survive decoding says nothing.
+    return "" if str(tokenizer.decode(prompt))[-1:].isspace() else " "
