@@ -6,16 +6,13 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from cost_model import Part, Setup
 from shapes import llama_config
 from timing import adopted, random_batch, step
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
@@ -60,28 +57,6 @@ def pretended(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def resized(simulation: Simulation) -> Iterator[None]:
-    """Let the simulation see that FSDP2 frees a gathered weight by resizing its storage, which no operation shows."""
-
-    def free(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.size():
-            if (known := simulation._living.pop(storage._cdata, None)) is not None:
-                simulation._events.append(~known[0])
-            storage.resize_(0)
-
-    def alloc(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.size() != tensor.numel() * tensor.itemsize:
-            storage.resize_(tensor.numel() * tensor.itemsize)
-            simulation._living.pop(storage._cdata, None)
-            simulation._log(tensor)
-
-    with mock.patch.multiple(_fsdp_param, free_storage=free, alloc_storage=alloc):
-        yield
-
-
 def simulated_bytes(shape: str, part: Part, ssiuu: bool, setup: Setup) -> int:
     """The most that one device holds in the second step, bytes.
 
@@ -102,7 +77,7 @@ def simulated_bytes(shape: str, part: Part, ssiuu: bool, setup: Setup) -> int:
         regularizer = AttributionRegularizer(0.1, "relative", target="length_normalised") if ssiuu else None
         module = GradientDifference(regularizer=regularizer, gradient_checkpointing=setup.checkpointing)
         batch = random_batch(hf.config.vocab_size, part.sequences, part.length)
-        with Simulation(cpu) as simulation, resized(simulation):
+        with Simulation(cpu) as simulation:
             give_memory(model, cpu)
             if setup.sharded:
                 shard(model, init_device_mesh("cpu", (setup.ranks,)))

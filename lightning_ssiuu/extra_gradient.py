@@ -82,7 +82,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In at least float32, without history: bfloat16 would flip the sign of one attribution in fifty.
+    """In at least float32, without history: differences of attributions are lost in bfloat16 (docs/precision.md).
 
     Example:
         >>> wide(torch.ones(1, dtype=torch.bfloat16))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -71,11 +72,30 @@ class Simulation(TorchDispatchMode):
     def __enter__(self) -> Simulation:
         self._fake.__enter__()
         super().__enter__()
+        self._theirs = _fsdp_param.free_storage, _fsdp_param.alloc_storage
+        _fsdp_param.free_storage, _fsdp_param.alloc_storage = self._free, self._allocate
         return self
 
     def __exit__(self, *error: Any) -> None:
+        _fsdp_param.free_storage, _fsdp_param.alloc_storage = self._theirs
         super().__exit__(*error)
         self._fake.__exit__(*error)
+
+    # FSDP2 frees a gathered weight, and makes room for it again, by resizing its storage: no operation shows that.
+
+    def _free(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.size():
+            if (known := self._living.pop(storage._cdata, None)) is not None:
+                self._events.append(~known[0])
+            storage.resize_(0)
+
+    def _allocate(self, tensor: Tensor) -> None:
+        storage, size = tensor.untyped_storage(), tensor.numel() * tensor.itemsize
+        if storage.size() != size:
+            storage.resize_(size)
+            self._living.pop(storage._cdata, None)
+            self._log(tensor)
 
     # ---- what it is told and asked ----------------------------------------------------------------------------
 
