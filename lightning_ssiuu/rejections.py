@@ -40,7 +40,7 @@ def rejected(
     rejections: Sequence[str] = REJECTIONS,
     context: int | None = None,
 ) -> Part:
-    """The questions of a part with rejections for answers.
+    r"""The questions of a part with rejections for answers.
 
     Which rejection an example gets depends on its id alone. It is joined to the prompt as the example's own answer
     was, and ends with the end-of-sequence token. An example without an answer stays as it is and without one.
@@ -58,13 +58,13 @@ def rejected(
         UserError: If a sequence would be longer than ``context``.
 
     Example:
+        >>> from lightning_ssiuu.datamodules.encoding import Collator, Encoded, Encoder
         >>> from lightning_ssiuu.models import load_tokenizer
-        >>> tokenizer = load_tokenizer("tiny")
-        >>> ids = torch.tensor([tokenizer("Question: Who?\\nAnswer: Me").input_ids])
-        >>> labels = ids.where(torch.arange(ids.shape[1]) >= ids.shape[1] - 1, -100)
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels, "example_id": torch.tensor([15])}
-        >>> tokenizer.decode(rejected(part, tokenizer)["input_ids"][0], skip_special_tokens=True)
-        "Question: Who?\\nAnswer: I don't know."
+        >>> encoder = Encoder(load_tokenizer("tiny"))
+        >>> batch = Collator(0)([("forget", Encoded(15, encoder.sequence("Who?", "Me")))])
+        >>> part = rejected(batch["forget"], encoder.tokenizer)
+        >>> encoder.tokenizer.decode(part["input_ids"][0], skip_special_tokens=True)
+        "Question: Who?\nAnswer: I don't know."
     """
     rows = []
     for ids, mask, labels, example in zip(

@@ -86,6 +86,25 @@ whose second backward pass a static graph does not know: the ranks' weights woul
         _check_deepspeed(strategy, trainer, module)
 
 
+def refuse_deepspeed(trainer: L.Trainer, module: UnlearningModule) -> None:
+    """Raise under DeepSpeed, whose engine steps on a copy of the weights that nobody else can read or change.
+
+    Args:
+        trainer: The Trainer.
+        module: An objective that has to.
+
+    Raises:
+        UserError: If the strategy is DeepSpeed's.
+
+    Example:
+        >>> from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+        >>> refuse_deepspeed(L.Trainer(accelerator="cpu", devices=1, logger=False), GradientDifference())
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        allowed = f"ddp or FSDP2: {type(module).__name__} changes weights beside the optimiser"
+        raise UserError("trainer.strategy", "DeepSpeedStrategy", allowed)
+
+
 def _check_deepspeed(strategy: DeepSpeedStrategy, trainer: L.Trainer, module: UnlearningModule) -> None:
     # A subclass that sets its own devices up may know others than Lightning's.
     own = type(strategy).setup_environment is not DeepSpeedStrategy.setup_environment

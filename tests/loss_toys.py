@@ -34,14 +34,19 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.exp() / logits.exp().sum()
 
 
-def log_probability(tokens: Predictions) -> Tensor:
-    """Of a whole answer, in nats."""
-    return sum((probabilities(z)[y].log() for z, y in tokens), torch.zeros((), dtype=torch.float64))
+def total(values: Sequence[Tensor]) -> Tensor:
+    """Added up one after the other."""
+    return sum(values[1:], values[0])
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:
-    """Added up one after the other."""
-    return sum(values[1:], values[0]) / len(values)
+    """The total, shared out."""
+    return total(values) / len(values)
+
+
+def log_probability(tokens: Predictions) -> Tensor:
+    """Of a whole answer, in nats."""
+    return total([probabilities(z)[y].log() for z, y in tokens])
 
 
 def gradient(loss: Tensor, model: nn.Module) -> list[Tensor]:

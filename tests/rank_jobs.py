@@ -83,7 +83,7 @@ class Job:
 def save_models(folder: Path) -> None:
     """The checkpoints that the jobs start from."""
     for name, kind, options in (
-        ("plain", "llama", {"dtype": torch.float64, "tie_word_embeddings": True, "max_position_embeddings": 64}),
+        ("plain", "llama", {"dtype": torch.float64, "tie_word_embeddings": True}),
         ("dropout", "gpt2", {"dtype": torch.float32, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
     ):
         random_model(kind, **{"vocab_size": 260, **options}).save_pretrained(folder / name)

@@ -156,7 +156,7 @@ def test_a_user_s_regularizer() -> None:
     class Freeze(Regularizer):
         seen = 0
 
-        def collect(self, model: Any, answers: Any) -> None:
+        def collect(self, model: Any, answers: Any, part: Any) -> None:
             self.seen += answers.n_sequences
 
         def apply(self, model: Any) -> dict[str, float]:

@@ -171,7 +171,7 @@ def test_gradient_equals_the_formulas_in_other_settings(case: dict[str, Any]) ->
 
 
 def test_chunks_of_parameters_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ssiuu.regularizers._CHUNK", 100)
+    monkeypatch.setattr("lightning_ssiuu.regularizers.shards._CHUNK", 100)
     errors, _ = compared()
     assert max(errors) < 1e-10
 
@@ -240,7 +240,7 @@ def test_collect_leaves_gradients_and_graph_alone() -> None:
     for p, g in zip(model.parameters(), given, strict=True):
         p.grad = g
     answers = model(some["input_ids"], some["attention_mask"], some["labels"])
-    AttributionRegularizer(1.0).collect(model, answers)
+    AttributionRegularizer(1.0).collect(model, answers, some)
     assert all(p.grad is g for p, g in zip(model.parameters(), given, strict=True))
     answers.logps.sum().backward()
 
@@ -257,7 +257,7 @@ def test_collect_restores_gradients_after_an_exception() -> None:
 
     answers.logits.register_hook(broken)
     with pytest.raises(ZeroDivisionError):
-        AttributionRegularizer(1.0).collect(model, answers)
+        AttributionRegularizer(1.0).collect(model, answers, some)
     assert all(p.grad is g for p, g in zip(model.parameters(), given, strict=True))
 
 
@@ -298,7 +298,7 @@ def test_warnings_about_the_answers_probability(logp: float, mode: Any, word: st
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            regularizer.collect(model, constant_answers(logp, model))
+            regularizer.collect(model, constant_answers(logp, model), {})
     assert [word in str(w.message) for w in caught] == ([True] if word else [])
 
 

@@ -32,7 +32,7 @@ def penalties(
     """What is added to the gradient ``own`` at each step, weights held."""
     added = []
     for some in parts:
-        regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]))
+        regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]), some)
         for p, g in zip(model.parameters(), own, strict=True):
             p.grad = g.clone().to(p.dtype)
         figures = regularizer.apply(model)
@@ -117,7 +117,7 @@ def test_micro_batches_of_different_scale_sum_up_in_any_order() -> None:
     for order in ((one, two), (two, one)):
         regularizer = AttributionRegularizer(1.0)
         for some in order:
-            regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]))
+            regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]), some)
         regularizer.apply(model)
         results.append([a * math.exp(regularizer._anchor_scale) for a in (regularizer._anchor or {}).values()])
     assert distance(*results) < 1e-13

@@ -144,6 +144,26 @@ def gradient_ascent(answers: Answers) -> Tensor:
     return -answer_nll(answers)
 
 
+def unforgotten_ascent(answers: Answers, only_unforgotten: bool = True) -> Tensor:
+    """:func:`gradient_ascent` over the answers that greedy decoding still gives token by token; others count 0.
+
+    The mean is over all sequences, so that the fewer are left the smaller it is, and ranks with equal shares average
+    right.
+
+    Source: KLUE's choice of unforgotten samples (Yang et al., arXiv 2502.19207).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # the first answer is given, the second is not
+        >>> answers = Answers(logits, torch.tensor([0, 0]), torch.tensor([0, 1]), 2)
+        >>> round(unforgotten_ascent(answers).item(), 4)  # −log(1 + e^−2) / 2
+        -0.0635
+    """
+    if not only_unforgotten:
+        return gradient_ascent(answers)
+    wrong = sequence_sums((~answers.token_correct).float(), answers.sequence_index, answers.n_sequences)
+    return answers.mean_logps.where(wrong == 0, 0.0).mean()
+
+
 def kl_divergence(answers: Answers, reference_logits: Tensor) -> Tensor:
     """``KL(reference ‖ model)`` of the next-token distributions at the labelled positions, in nats.
 

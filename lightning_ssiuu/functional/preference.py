@@ -22,7 +22,7 @@ def npo(answers: Answers, reference_logps: Tensor, beta: float) -> Tensor:
         reference_logps: ``[B]`` the original model's log-probabilities of the same answers (nats).
         beta: Inverse temperature, > 0: the larger, the sooner an answer that became unlikely is left alone.
 
-    Source: Zhang et al., arXiv 2404.05868, Eq. 3.
+    Source: Zhang et al., arXiv 2404.05868.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ def dpo(
         reference_rejected_logps: ``[B]`` the original model's (nats).
         beta: Inverse temperature, > 0.
 
-    Source: Rafailov et al., arXiv 2305.18290, Eq. 7; for unlearning arXiv 2404.05868, Sec. 2.
+    Source: Rafailov et al., arXiv 2305.18290, Eq. 7; for unlearning arXiv 2401.06121.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ def simnpo(answers: Answers, beta: float, delta: float = 0.0) -> Tensor:
         beta: Inverse temperature, > 0.
         delta: Margin in nats per token; the paper's γ is β δ (this is how its public code has it).
 
-    Source: Fan et al., arXiv 2410.07163, Eq. 4.
+    Source: Fan et al., arXiv 2410.07163.
 
     Example:
         >>> import torch

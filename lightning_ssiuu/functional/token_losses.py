@@ -102,7 +102,8 @@ def logit_margin_flattening(answers: Answers) -> Tensor:
 
     In squared logits, not nats: 0 where all tokens are equally likely.
 
-    Source: Entesari et al., arXiv 2506.05314. At the positions that predict the answer; open-unlearning's are one later.
+    Source: Entesari et al., arXiv 2506.05314. Here at the positions that predict the answer; open-unlearning's are one
+    later.
 
     Example:
         >>> answers = Answers(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([1]), torch.tensor([0]), 1)

@@ -13,8 +13,8 @@ def objectives() -> dict[str, type[UnlearningModule]]:
     """Every objective of this package by class name.
 
     Example:
-        >>> sorted(objectives())[:3]
-        ['FineTuning', 'GradientAscent', 'GradientDifference']
+        >>> objectives()["GradientAscent"].__name__
+        'GradientAscent'
     """
     found: dict[str, type[UnlearningModule]] = {}
     for info in pkgutil.iter_modules(__path__):

@@ -107,6 +107,8 @@ class UnlearningModule(L.LightningModule):
 
     model: AnswerModel
     tokenizer: PreTrainedTokenizerBase
+    #: Whether it can be another objective's backbone; False where the steps taken change its losses.
+    lends_losses = True
 
     def __init__(
         self,
@@ -175,6 +177,9 @@ class UnlearningModule(L.LightningModule):
             return self._backbone[0].references()
         return {"retain/logits": reference_logits} if self.retain == "kl" and self.retain_weight > 0 else {}
 
+    def prepare(self) -> None:
+        """What comes before the first step of a new run, once the original model was looked at; nothing by default."""
+
     # ---- what it may use --------------------------------------------------------------------------------------
 
     def answers(self, batch: Part) -> Answers:
@@ -227,11 +232,13 @@ class UnlearningModule(L.LightningModule):
             backbone: Any objective without a regulariser.
 
         Raises:
-            UserError: If it has one, or an option that is the backbone's was given to this objective instead.
+            UserError: If it has one, lends no losses, or an option that is its was given to this objective instead.
         """
         if backbone.regularizer is not None:
             given = type(backbone.regularizer).__name__
             raise UserError("backbone.regularizer", given, f"none: give it to {type(self).__name__}")
+        if not backbone.lends_losses:
+            raise UserError("backbone", type(backbone).__name__, "an objective with constant losses")
         defaults = inspect.signature(UnlearningModule.__init__).parameters
         for name in ("forget_weight", "retain_weight", "retain", "reference"):
             value, lent = getattr(self, name), getattr(backbone, name)
@@ -294,8 +301,10 @@ class UnlearningModule(L.LightningModule):
             self._reference = find_reference(self, observations, resumed)
             for backbone in self._backbone:
                 backbone._reference = self._reference
-        if self.regularizer is not None and not resumed:
-            self.regularizer.prepare(self)
+        if not resumed:
+            self.prepare()
+            if self.regularizer is not None:
+                self.regularizer.prepare(self)
         if self._random_states is None:
             if rank() > 0:
                 torch.manual_seed(torch.initial_seed() + rank())
@@ -317,7 +326,7 @@ class UnlearningModule(L.LightningModule):
                 raise UserError("batch", sorted(batch), "a part with a weight above 0: forget or retain")
             loss = sum(getattr(self, name.replace("loss", "weight")) * value for name, value in losses.items())
             if self.regularizer is not None and "forget" in batch:
-                self.regularizer.collect(self.model, self.answers(batch["forget"]))
+                self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
         self.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
         return loss
 

@@ -13,7 +13,7 @@ from lightning_ssiuu.reference import Observation, reference_logps
 
 
 class NPO(UnlearningModule):
-    """``−(2/β) mean log σ(−β log(P/P_ref))`` on forget, NLL on retain (Zhang et al., arXiv 2404.05868, Eq. 3).
+    """``−(2/β) mean log σ(−β log(P/P_ref))`` on forget, NLL on retain (Zhang et al., arXiv 2404.05868).
 
     Args:
         beta: Inverse temperature β, > 0; compared in [0.1, 0.5] by the SSIUU paper.

@@ -12,7 +12,7 @@ from lightning_ssiuu.objectives.base import Part, UnlearningModule
 
 
 class SimNPO(UnlearningModule):
-    """``−(2/β) mean log σ(−β (log P / n + δ))`` on forget, NLL on retain (Fan et al., arXiv 2410.07163, Eq. 4).
+    """``−(2/β) mean log σ(−β (log P / n + δ))`` on forget, NLL on retain (Fan et al., arXiv 2410.07163).
 
     Args:
         beta: Inverse temperature β, > 0.

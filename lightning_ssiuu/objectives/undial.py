@@ -15,8 +15,7 @@ from lightning_ssiuu.reference import Observation, reference_logits
 class UNDIAL(UnlearningModule):
     """``CE(softmax(z_ref − β·1_answer), softmax(z))`` on the forget answers (Dong et al., arXiv 2402.10052).
 
-    Only answer tokens count; open-unlearning's version also distils prompt and padding, which leaves forgetting to a
-    small share of the loss.
+    Only answer tokens count; open-unlearning's version also counts prompt and padding.
 
     Args:
         beta: By how much the answer token's logit is lowered, ≥ 0.

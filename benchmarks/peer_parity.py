@@ -1,0 +1,240 @@
+"""Compare losses and gradients with open-unlearning's on the same batches and weights.
+
+    git clone https://github.com/locuslab/open-unlearning
+    python benchmarks/peer_parity.py --peer open-unlearning
+
+Random Llama models in float64, one of them the original; each method's whole loss (forget and retain, default weights)
+and its gradient by all weights. Batches: ``equal``, answers of one length behind prompts of several; ``unequal``,
+several of both; ``bare``, neither prompts nor padding. Where the two differ by design the note says why; a difference
+anywhere else ends the script with status 1. Nothing of the peer is imported but the files of its losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from shapes import random_llama
+from torch import Tensor
+
+from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.objectives import UnlearningModule, objectives
+from lightning_ssiuu.reference import LiveReference
+
+#: Of loss and gradient where none is expected; transformers computes some losses of a float64 model in float32.
+TOLERANCE = 1e-5
+#: Of the logits, so that an answer token has a probability of about a half.
+SCALE = 7.0
+LENGTHS = {
+    "equal": ([(9, 5), (4, 5), (6, 5)], [(3, 4), (8, 4)]),
+    "unequal": ([(9, 2), (4, 7), (6, 3)], [(3, 6), (8, 2)]),
+    "bare": ([(1, 5), (1, 5), (1, 5)], [(1, 4), (1, 4)]),
+}
+TOKENS = "a mean over all tokens of the batch there, over sequences here"
+PROMPT = "prompt and padding count there"
+EVERYWHERE = f"{PROMPT}, and the position after the answer"
+LATER = "one position later there"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and a batch.
+
+    Args:
+        name: Of the peer's class, and of ours unless ``ours`` is given.
+        batch: Key of ``LENGTHS``.
+        note: What differs by design; empty where nothing may.
+        ours: Our class.
+        options: Of our class.
+        peer: Attributes of the peer's object.
+        shifted: Whether the peer is given forget labels at the positions that predict them.
+    """
+
+    name: str
+    batch: str
+    note: str = ""
+    ours: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    peer: Mapping[str, Any] = field(default_factory=dict)
+    shifted: bool = False
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    bound = {"primal_dual": False, "can_update": False, "retain_loss_eps": 0.0, "log": lambda *_: None}
+    bound |= {"dual_update_upon": "step", "loss_names": ["forget_loss", "retain_loss"], "preferences": [1.0, 1.0]}
+    # name, ours, options, the peer's attributes, what differs on unequal lengths
+    methods: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
+        ("GradAscent", "GradientAscent", {}, {}, TOKENS),
+        ("GradDiff", "GradientDifference", {}, {}, TOKENS),
+        ("NPO", "NPO", {}, {"beta": 0.1}, ""),
+        ("NPO", "NPO", {"beta": 0.5}, {"beta": 0.5}, ""),
+        ("SimNPO", "SimNPO", {}, {"beta": 4.5, "delta": 0.0, "gamma": 0.125}, ""),
+        ("DPO", "DPO", {}, {"beta": 0.1}, ""),
+        ("CEU", "CEU", {}, {"ignore_first_n_answer_tokens": 1}, TOKENS),
+        ("WGA", "WGA", {}, {"beta": 1.0}, TOKENS),
+        ("SatImp", "SatImp", {}, {"beta1": 5.0, "beta2": 1.0, "gamma": 0.1}, TOKENS),
+    ]
+    rows = []
+    for name, ours, options, peer, note in methods:
+        alone = options | {"retain_weight": 0.0}, peer | {"alpha": 0.0}
+        rows += [Case(name, "equal", "", ours, options, peer), Case(name, "equal", "", ours, *alone)]
+        rows += [Case(name, "unequal", note, ours, *alone)]
+    undial = {"beta": 10.0, "alpha": 0.0}
+    kl: dict[str, Any] = {"forget_weight": 1.0, "retain": "kl"}
+    return [
+        *rows,
+        Case("UNDIAL", "bare", peer=undial),
+        Case("UNDIAL", "equal", PROMPT, peer=undial),
+        Case("UNDIAL", "unequal", PROMPT, peer=undial),
+        Case("PDU", "equal", peer=bound, shifted=True),
+        Case("PDU", "equal", LATER, peer=bound),
+        Case("PDU", "unequal", f"{LATER}; {TOKENS}", peer=bound),
+        Case("GradDiff", "bare", "retain KL: the position after the answer counts there", "GradientDifference", kl),
+        Case("GradDiff", "equal", f"retain KL: {EVERYWHERE}", "GradientDifference", kl),
+    ]
+
+
+@contextmanager
+def imported(peer: Path) -> Iterator[Callable[[str], Any]]:
+    """The peer's classes by name, from the files of its losses alone; what they import is stood in for."""
+    source = peer / "src" / "trainer"
+    before = dict(sys.modules)
+
+    def stand_in(name: str, **members: Any) -> None:
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(members)
+
+    def load(name: str, file: Path) -> None:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise SystemExit(f"error: --peer: got {str(peer)!r}, allowed: a checkout of open-unlearning (no {file})")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+    def class_named(name: str) -> Any:
+        file = {"GradAscent": "grad_ascent", "GradDiff": "grad_diff"}.get(name, name.lower())
+        module = f"trainer.unlearn.{file}"
+        if module not in sys.modules:
+            load(module, source / "unlearn" / f"{file}.py")
+        return getattr(sys.modules[module], name)
+
+    try:
+        stand_in("trainer", __path__=[])
+        stand_in("trainer.unlearn", __path__=[])
+        stand_in("trainer.unlearn.base", UnlearnTrainer=object)
+        load("trainer.utils", source / "utils.py")
+        class_named("GradDiff")
+        yield class_named
+    finally:
+        for name in [name for name in sys.modules if name not in before and name.split(".")[0] == "trainer"]:
+            del sys.modules[name]
+        sys.modules.update({name: module for name, module in before.items() if name.split(".")[0] == "trainer"})
+
+
+@torch.no_grad()
+def part(lengths: list[tuple[int, int]], seed: int, model: AnswerModel) -> dict[str, Tensor]:
+    """Random prompts and answers drawn from a model, of (prompt, answer) lengths, padded right."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(lengths), max(map(sum, lengths))
+    ids, mask, labels = torch.full(shape, 1), torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+    for row, (prompt, answer) in enumerate(lengths):
+        ids[row, :prompt] = torch.randint(5, model.hf.config.vocab_size, (prompt,), generator=generator)
+        for k in range(prompt, prompt + answer):
+            likely = model.hf(input_ids=ids[row : row + 1, :k]).logits[0, -1].softmax(-1)
+            ids[row, k] = torch.multinomial(likely, 1, generator=generator)
+        mask[row, : prompt + answer] = 1
+        labels[row, prompt : prompt + answer] = ids[row, prompt : prompt + answer]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "example_id": torch.arange(len(lengths))}
+
+
+def gradient(loss: Tensor, model: torch.nn.Module) -> Tensor:
+    """By all weights, flat."""
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+def ours(case: Case, model: AnswerModel, original: AnswerModel, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Our loss, and the objective."""
+    module: UnlearningModule = objectives()[case.ours or case.name](**case.options)
+    module.adopt(model, load_tokenizer("tiny"))
+    module._reference = LiveReference(original, module.references())
+    loss = module.forget_weight * module.forget_loss(batch["forget"])
+    if module.retain_weight > 0:
+        loss = loss + module.retain_weight * module.retain_loss(batch["retain"])
+    return loss, module
+
+
+def theirs(
+    case: Case, class_named: Any, model: AnswerModel, original: AnswerModel, batch: Mapping[str, Any], module: Any
+) -> Tensor:
+    """The peer's loss."""
+    peer_class = class_named(case.name)
+    peer = peer_class.__new__(peer_class)  # its Trainer is not needed
+    options = {"gamma": 1.0, "alpha": 1.0, "retain_loss_type": "KL" if case.options.get("retain") else "NLL"}
+    vars(peer).update(options | dict(case.peer) | {"model": model.hf, "ref_model": original.hf})
+    inputs = {name: {key: value for key, value in one.items() if key != "example_id"} for name, one in batch.items()}
+    if case.name == "DPO":
+        alternate = dict(module.rejected(batch["forget"]))
+        del alternate["example_id"]
+        inputs["forget"] = {"original": inputs["forget"], "alternate": alternate}
+    if case.shifted:
+        labels = inputs["forget"]["labels"]
+        inputs["forget"]["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    loss: Tensor = peer.compute_loss(model.hf, inputs)
+    return loss
+
+
+def compare(peer: Path) -> bool:
+    """Print the table; whether all that should agree does."""
+    model, original = (random_llama("toy", torch.float64, seed=seed).eval() for seed in (0, 1))
+    with torch.no_grad():  # random weights predict nothing, and weights like WGA's would all be near 0
+        for one in (model, original):
+            one.hf.get_output_embeddings().weight.mul_(SCALE)
+    with imported(peer) as class_named:
+        agree = True
+        print("| method | batch | ours | theirs | loss, rel. difference | gradient, rel. difference | note |")
+        print("|---|---|---|---|---|---|---|")
+        for case in cases():
+            forget, retain = LENGTHS[case.batch]
+            batch = {"forget": part(forget, 1, model), "retain": part(retain, 2, model)}
+            mine, module = ours(case, model, original, batch)
+            other = theirs(case, class_named, model, original, batch, module)
+            by_loss = ((mine - other).abs() / other.abs()).item()
+            g, h = gradient(mine, model), gradient(other, model)
+            by_gradient = ((g - h).norm() / h.norm()).item()
+            within = max(by_loss, by_gradient) < TOLERANCE
+            agree &= within or bool(case.note)
+            note = case.note or ("" if within else "NOT EXPECTED")
+            if case.shifted:
+                note = "labels shifted for it" + (f"; {note}" if note else "")
+            name = case.name + (f" {dict(case.options)}" if case.options else "")
+            print(
+                f"| {name} | {case.batch} | {mine.item():.6g} | {other.item():.6g} | {by_loss:.1e} | "
+                f"{by_gradient:.1e} | {note} |"
+            )
+    return agree
+
+
+def main() -> None:
+    """Parse the arguments and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="a checkout of open-unlearning; without one nothing is done")
+    options = parser.parse_args()
+    if options.peer is None:
+        print("skipped: no checkout of open-unlearning was given (--peer DIR)")
+        return
+    if not compare(options.peer):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

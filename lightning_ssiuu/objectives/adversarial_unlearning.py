@@ -1,0 +1,193 @@
+"""Adversarial (meta) unlearning: forget at the weights an adversary who relearns a part would have reached."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError, check_number
+from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.functional.losses import answer_nll
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.perturbation import (
+    DisplacedObjective,
+    answers_of,
+    cut_like,
+    displaced,
+    gradient_at,
+    move,
+    neuron_rows,
+    norm_over_shards,
+    rows_of,
+    share_of_mean,
+)
+from lightning_ssiuu.ranks import gathered
+from lightning_ssiuu.sites import neuron_sites
+
+
+class AdversarialUnlearning(DisplacedObjective):
+    """The backbone's forget gradient after ``steps`` relearning steps on other items, beside the retain gradient at θ.
+
+    In each global micro-batch an adversary gets ``adversary_share`` of the forget items and takes k steps
+    ``θ ← θ − ε sign(∇NLL)`` on them. There the backbone's forget loss is taken on the other items, as a mean over those
+    above the floor; its gradient is applied at θ. So what is forgotten stays forgotten when related items are relearned
+    (the setting of a harmful relearning attack). In the spirit of MUDMAN and of tamper-resistant training
+    (arXiv 2506.12484, 2408.00761), which keep one adversary over many steps; here each step starts a new one, and the
+    items it learns are never those whose forgetting is measured.
+
+    Which items are the adversary's depends on ``seed``, the optimiser step and the example ids of the global batch
+    alone. A batch with one distinct item has no adversary. With adapters, they alone are moved. Dropout is on in all
+    passes. A step costs k + 1 passes over parts of the forget items; memory, one more copy of the trained weights and
+    two gradients. In bf16-true, steps below the weights' resolution (2⁻⁸ of a weight) are lost.
+
+    Args:
+        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        steps: The adversary's steps k; 0 is the backbone (with a floor, if one is given).
+        step_size: Their size ε per weight, ≥ 0, or of the step's norm for ``"gradient"``; 0 is as ``steps`` 0.
+        floor: Items whose answer is less probable than this (percent, ``exp`` of the mean log-probability per token,
+            at the adversary's weights) are left out, so that none is pushed further than to there. ``"mismatched"``
+            takes the probability of other examples' answers, measured when training starts. None leaves out none.
+        adversary: ``"sign"`` moves every weight by ε, ``"gradient"`` all of them along ``∇/‖∇‖₂``.
+        adversary_share: Share of the forget items that are the adversary's, in (0, 1); at least one item.
+        adversary_neurons: Percent of the neurons, the most positively attributed over the forget set when training
+            starts, whose incoming weights (and bias) alone the adversary moves; None for all weights.
+        seed: Of the choice of items.
+        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
+
+    Raises:
+        UserError: If an option is out of its range, or neurons are to be chosen in a model with adapters.
+
+    Example:
+        >>> module = AdversarialUnlearning(checkpoint="tiny", steps=3, step_size=2e-4, floor=8.0, retain_weight=5.0)
+        >>> module.steps, type(module.backbone).__name__
+        (3, 'GradientDifference')
+    """
+
+    def __init__(
+        self,
+        backbone: UnlearningModule | None = None,
+        steps: int = 2,
+        step_size: float = 1e-4,
+        floor: float | Literal["mismatched"] | None = None,
+        adversary: Literal["sign", "gradient"] = "sign",
+        adversary_share: float = 1 / 3,
+        adversary_neurons: float | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, **kwargs)
+        if steps < 0:
+            raise UserError("steps", steps, "a number ≥ 0")
+        check_number("step_size", step_size)
+        if not (floor in (None, "mismatched") or (not isinstance(floor, str) and 0 <= floor < 100)):
+            raise UserError("floor", floor, 'a percentage in [0, 100), "mismatched" or null')
+        if adversary not in ("sign", "gradient"):
+            raise UserError("adversary", adversary, "one of ['sign', 'gradient']")
+        if not 0 < adversary_share < 1:
+            raise UserError("adversary_share", adversary_share, "a fraction in (0, 1)")
+        if adversary_neurons is not None and not 0 < adversary_neurons <= 100:
+            raise UserError("adversary_neurons", adversary_neurons, "a percentage in (0, 100] or null")
+        if adversary_neurons is not None and self.lora is not None:
+            raise UserError("adversary_neurons", adversary_neurons, "null with lora, which has no weights of a neuron")
+        self.steps, self.step_size, self.floor, self.adversary = steps, step_size, floor, adversary
+        self.adversary_share, self.adversary_neurons, self.seed = adversary_share, adversary_neurons, seed
+        self.floor_level = None if floor == "mismatched" else floor  # percent
+        self._neurons: Tensor | None = None  # [n_neurons] bool, in the order of the sites
+        self._masks: dict[nn.Parameter, Tensor] | None = None
+
+    def on_train_start(self) -> None:
+        """Also measure the mismatched level and choose the adversary's neurons, while the model is the original one."""
+        if self.floor == "mismatched" and self.floor_level is None:
+            self.floor_level = self._mismatched()
+        if self.adversary_neurons is not None:
+            sites = neuron_sites(self.model.hf)
+            if self._neurons is None:
+                with self.trainer.precision_plugin.forward_context():
+                    found = neuron_attribution(self.model, self.training_parts("forget"), sites, "length_normalised")
+                n_chosen = max(1, round(self.adversary_neurons / 100 * len(found.mean_positive)))
+                self._neurons = torch.zeros(len(found.mean_positive), dtype=torch.bool)
+                self._neurons[found.mean_positive.argsort(descending=True, stable=True)[:n_chosen]] = True
+            self._masks = {p: cut_like(rows, p) for p, rows in neuron_rows(self.model.hf, sites, self._neurons)}
+        super().on_train_start()
+
+    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
+        """As :class:`DisplacedObjective` wants it."""
+        learned, rest = self.divided(batch)
+        with displaced(self.model) as parameters:
+            if self.steps > 0 and self.step_size > 0 and any(gathered(len(learned))):
+                chosen, weight = share_of_mean(learned)
+                part = rows_of(batch, chosen)
+                for _ in range(self.steps):
+                    gradients = gradient_at(weight * answer_nll(self(part)), parameters, self.model)
+                    self._step(parameters, gradients)
+                    del gradients
+            with self._step_memory:
+                part, weight = self._above_floor(batch, rest)
+                loss = weight * self.forget_loss(part)
+                return gradient_at(loss, parameters, self.model), loss.detach()
+
+    def divided(self, batch: Part) -> tuple[Tensor, Tensor]:
+        """This rank's rows that are the adversary's, and those whose forgetting is taken at its weights."""
+        rows = (batch["labels"] != -100).any(1).nonzero().squeeze(1)
+        own = batch["example_id"][rows].tolist()
+        everyone = sorted({example for ids in gathered(own) for example in ids})
+        if self.steps == 0 or self.step_size == 0 or len(everyone) < 2:
+            return rows[:0], rows
+        step = self.trainer.global_step
+        everyone.sort(key=lambda example: hashlib.sha256(f"{self.seed} {step} {example}".encode()).digest())
+        n_learned = min(max(1, round(self.adversary_share * len(everyone))), len(everyone) - 1)
+        learned = set(everyone[:n_learned])
+        is_learned = torch.tensor([example in learned for example in own], dtype=torch.bool, device=rows.device)
+        return rows[is_learned], rows[~is_learned]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was measured on the original model."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["adversary"] = {"floor_level": self.floor_level, "neurons": self._neurons}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        super().on_load_checkpoint(checkpoint)
+        if state := checkpoint.get("adversary"):
+            self._neurons = state["neurons"]
+            if self.floor == "mismatched":
+                self.floor_level = state["floor_level"]
+
+    def _step(self, parameters: Sequence[nn.Parameter], gradients: list[Tensor]) -> None:
+        if self._masks is not None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                mask = self._masks.get(parameter)
+                gradient.zero_() if mask is None else gradient.mul_(mask)
+        if self.adversary == "sign":
+            for gradient in gradients:
+                gradient.sign_()
+            move(parameters, gradients, -self.step_size)
+        elif (norm := norm_over_shards(gradients, parameters)) > 0:
+            move(parameters, gradients, -self.step_size / norm)
+
+    def _above_floor(self, batch: Part, rows: Tensor) -> tuple[Part, float]:
+        chosen, weight = share_of_mean(rows)
+        part = rows_of(batch, chosen)
+        if not self.floor_level:
+            return part, weight
+        answers = self.answers(part)
+        above = answers.mean_logps.detach() >= math.log(self.floor_level / 100)
+        chosen, weight = share_of_mean(above[: len(rows)].nonzero().squeeze(1))
+        kept = rows_of(part, chosen)
+        # The loss finds the answers to this part among the step's, without a second forward pass.
+        self._step_memory.recall(kept, lambda _: answers_of(answers, chosen))
+        return kept, weight
+
+    def _mismatched(self) -> float:
+        from lightning_ssiuu.callbacks.loaders import split_loader
+        from lightning_ssiuu.evaluation import mismatched_level, untouched
+
+        with untouched(self.model):
+            if (loader := split_loader(self.trainer, "forget")) is None:
+                raise UserError("data", None, "an evaluation loader for the forget set, for floor mismatched")
+            return mismatched_level("probability", self.model, self.tokenizer, loader, self.seed)

@@ -1,0 +1,63 @@
+"""Sharpness-aware minimisation (SAM) of the forget loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ssiuu.errors import check_number
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.perturbation import (
+    DisplacedObjective,
+    displaced,
+    gradient_at,
+    move,
+    norm_over_shards,
+    rows_of,
+    share_of_mean,
+)
+
+
+class SAM(DisplacedObjective):
+    """The forget gradient at ``θ + ρ g/‖g‖₂``, ``g`` the forget gradient at θ, beside the retain gradient at θ.
+
+    Fan et al., arXiv 2502.05374: relearning is an adversary's small change of the weights, so the forget loss is
+    minimised at the worst point of a ball around them. ‖g‖₂ is over all trained weights together, and ρ is 0.01, as in
+    the authors' code. Each micro-batch has its own point; the global batch of all ranks has one. Deviation: the default
+    backbone is gradient difference (the paper's main one is NPO; give it as ``backbone``). With adapters, they alone
+    are moved. A step costs two forward and backward passes over the forget part; memory, one more copy of the trained
+    weights and two gradients.
+
+    Args:
+        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        rho: Radius ρ of the ball, ≥ 0; 0 is the backbone.
+        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
+
+    Raises:
+        UserError: If ρ is not a finite number ≥ 0.
+
+    Example:
+        >>> SAM(checkpoint="tiny", retain_weight=5.0).rho
+        0.01
+    """
+
+    def __init__(self, backbone: UnlearningModule | None = None, rho: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(backbone=backbone, **kwargs)
+        check_number("rho", rho)
+        self.rho = rho
+
+    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
+        """As :class:`DisplacedObjective` wants it."""
+        rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
+        part = rows_of(batch, rows)
+        with displaced(self.model) as parameters:
+            if self.rho > 0:
+                with self._step_memory:
+                    uphill = gradient_at(weight * self.forget_loss(part), parameters, self.model)
+                if (norm := norm_over_shards(uphill, parameters)) > 0:
+                    move(parameters, uphill, self.rho / norm)
+                del uphill
+            with self._step_memory:
+                loss = weight * self.forget_loss(part)
+                return gradient_at(loss, parameters, self.model), loss.detach()

@@ -1,0 +1,111 @@
+"""UNDO: noise an unlearned model's weights, then distil what it said before back into them on the retain set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_ssiuu.errors import UserError, check_number
+from lightning_ssiuu.extra_gradient import reshard
+from lightning_ssiuu.functional.losses import kl_divergence
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.reference import Observation, reference_logits
+from lightning_ssiuu.strategies import refuse_deepspeed
+
+
+class UNDO(UnlearningModule):
+    """Unlearn, noise, distil on outputs (Lee et al., arXiv 2506.06278); this is the second and the third part.
+
+    ``checkpoint`` is a model that was unlearned in a run before, by any objective. At the start its weights become
+    ``(1 − α) w + α β n``, n Xavier uniform noise (zero for vectors: norms and biases only shrink, as in the paper's
+    code). Training then descends ``KL(teacher ‖ student)`` on the retain answers, the teacher being the checkpoint as
+    it was. The forget set is not trained on, and a forget threshold would be met from the start: switch stopping off.
+
+    Deviation: the paper distils on all tokens of large corpora, here on the answer tokens of the retain set, so that
+    what is neither forgotten nor in that set is lost with the noise.
+
+    Args:
+        alpha: α in [0, 1], how much of the weights goes: robustness against cost of the repair.
+        beta: β ≥ 0, how much of the noise comes.
+        seed: Of the noise, drawn on the CPU weight by weight: the same on any number of ranks.
+        **kwargs: As :class:`UnlearningModule`, without ``forget_weight`` and ``lora``.
+
+    Raises:
+        UserError: If an option is outside its range, or weights are frozen (``lora``): there is nothing to noise.
+
+    Example:
+        >>> module = UNDO(checkpoint="tiny", alpha=0.3)
+        >>> module.alpha, module.beta, module.forget_weight
+        (0.3, 0.1, 0.0)
+    """
+
+    lends_losses = False
+
+    def __init__(self, alpha: float = 0.6, beta: float = 0.1, seed: int = 0, **kwargs: Any) -> None:
+        if "forget_weight" in kwargs:
+            raise UserError("forget_weight", kwargs["forget_weight"], "unset: UNDO does not train on the forget set")
+        super().__init__(forget_weight=0.0, **kwargs)
+        if not 0 <= alpha <= 1:
+            raise UserError("alpha", alpha, "a number in [0, 1]")
+        check_number("beta", beta)
+        if self.lora is not None:
+            raise UserError("lora", "adapters", "null: frozen weights would keep what the noise is to destroy")
+        if self.retain != "nll":
+            raise UserError("retain", self.retain, '"nll", the default: the divergence is UNDO\'s own')
+        if self.retain_weight == 0:
+            raise UserError("retain_weight", self.retain_weight, "a finite number > 0: there is no other loss")
+        self.alpha, self.beta, self.seed = alpha, beta, seed
+
+    def setup(self, stage: str) -> None:
+        """Refuse what keeps a second copy of the weights."""
+        super().setup(stage)
+        refuse_deepspeed(self.trainer, self)
+
+    def references(self) -> dict[str, Observation]:
+        """The teacher's logits at the retain answers."""
+        return {"retain/logits": reference_logits}
+
+    def prepare(self) -> None:
+        """Noise the weights, once per run: a resumed one finds them so."""
+        reshard(self.model)
+        shrink_and_perturb(self.model, self.alpha, self.beta, self.seed)
+
+    def retain_loss(self, batch: Part) -> Tensor:
+        """``KL(teacher ‖ student)``, in nats; 0 at the start for α = 0."""
+        return kl_divergence(self.answers(batch), self.original("retain/logits", batch))
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: torch.nn.Module, alpha: float, beta: float, seed: int) -> None:
+    """``w ← (1 − α) w + α β n`` in place, n ``U[−x, x)``, ``x = √(6 / (rows + columns))``, and 0 for vectors.
+
+    Args:
+        model: Whole or cut over the ranks (then each must call this); tied weights are changed once.
+        alpha: α.
+        beta: β.
+        seed: Of the noise.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 4)
+        >>> before = layer.bias.clone()
+        >>> shrink_and_perturb(layer, 0.5, 1.0, seed=0)
+        >>> torch.equal(layer.bias, before / 2), bool(layer.weight.abs().max() < 0.5 * (0.5**0.5 + 1))
+        (True, True)
+    """
+    if alpha == 0:
+        return  # not a bit, and not the sign of a zero
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.mul_(1 - alpha)
+        if parameter.ndim < 2:
+            continue
+        # In float32 whatever the weights are in, so that the draw does not depend on it.
+        noise = torch.rand(parameter.shape, dtype=torch.float32, generator=generator).mul_(2).sub_(1)
+        noise = noise.mul_(math.sqrt(6 / (parameter.shape[-2] + parameter.shape[-1]))).to(parameter.device)
+        if isinstance(parameter, DTensor):
+            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+        parameter.add_(noise.to(parameter.dtype), alpha=alpha * beta)

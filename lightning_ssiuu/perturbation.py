@@ -1,0 +1,324 @@
+"""What objectives share whose forget gradient is taken at other weights than those it is applied to.
+
+Inside a training step the trained weights are moved in place, the forget loss is differentiated there, and the weights
+are put back bit for bit; the retain loss and the regulariser only ever see the original weights. One copy of the
+trained weights is held meanwhile, and one gradient until the optimiser steps (under FSDP2 of this rank's shards).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.ranks import gathered, mean_over_ranks, world_size
+from lightning_ssiuu.sites import NeuronSite
+
+
+@contextmanager
+def displaced(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Inside, the trained weights (with adapters: the adapters) may be moved; after it they are what they were.
+
+    Bit for bit, also after an exception. No graph of a forward pass may be kept across its beginning or its end.
+
+    Args:
+        model: The model.
+
+    Yields:
+        The trained parameters, for :func:`gradient_at` and :func:`move`.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False).requires_grad_(True)
+        >>> before = layer.weight.item()
+        >>> with displaced(layer) as parameters:
+        ...     move(parameters, [torch.ones(1, 1)], 0.5)
+        ...     moved = layer.weight.item() != before
+        >>> moved, layer.weight.item() == before
+        (True, True)
+    """
+    reshard(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    stash = [local(p.detach()).clone() for p in parameters]
+    try:
+        yield parameters
+    finally:
+        reshard(model)
+        place(parameters, stash)
+
+
+@torch.no_grad()
+def place(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Give the parameters these values (tensors or shards), in place.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> place([layer.weight], [torch.ones(1, 1)])
+        >>> layer.weight.item()
+        1.0
+    """
+    torch._foreach_copy_([local(p) for p in parameters], [local(value) for value in values])
+    torch.clear_autocast_cache()  # mixed precision would go on with the old weights' narrow copies
+
+
+@torch.no_grad()
+def move(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], size: float) -> None:
+    """Add ``size · direction`` to every parameter (or this rank's shard of it), in place.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> place([layer.weight], [torch.ones(1, 1)])
+        >>> move([layer.weight], [torch.ones(1, 1)], -0.25)
+        >>> layer.weight.item()
+        0.75
+    """
+    weights = [local(p) for p in parameters]
+    torch._foreach_add_(weights, [d.to(w.dtype) for d, w in zip(directions, weights, strict=True)], alpha=size)
+    torch.clear_autocast_cache()
+
+
+def gradient_at(
+    total: Tensor, parameters: Sequence[nn.Parameter], model: nn.Module, keep_graph: bool = False
+) -> list[Tensor]:
+    """``∂/∂φ`` of the sum of all ranks' ``total``, at least float32, equal on all ranks; ``.grad`` stays as it was.
+
+    Args:
+        total: This rank's scalar; each rank must call it.
+        parameters: Of :func:`displaced`.
+        model: That they belong to.
+        keep_graph: Whether the graph is needed again.
+
+    Returns:
+        A tensor, or this rank's shard, like each parameter.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> gradient_at(layer(torch.ones(1, 2)).sum(), [layer.weight], layer), layer.weight.grad
+        ([tensor([[1., 1.]])], None)
+    """
+    reshard(model)
+    gradients = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph)]
+    reshard(model)
+    sum_over_ranks(parameters, gradients)
+    return gradients
+
+
+def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> float:
+    """Euclidean norm of tensors like these parameters, over all shards where they are cut; equal on all ranks.
+
+    Example:
+        >>> norm_over_shards([torch.tensor([3.0]), torch.tensor([4.0])], [nn.Parameter(torch.zeros(1))] * 2)
+        5.0
+    """
+    whole = cut = 0.0
+    for norm, parameter in zip(torch._foreach_norm(list(tensors)), parameters, strict=True):
+        if isinstance(parameter, DTensor):
+            cut += float(norm) ** 2
+        else:
+            whole += float(norm) ** 2
+    if world_size() > 1 and any(isinstance(p, DTensor) for p in parameters):
+        total = torch.tensor(cut, dtype=torch.float64, device=tensors[0].device)
+        dist.all_reduce(total)
+        cut = total.item()
+    return math.sqrt(whole + cut)
+
+
+def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor.
+
+    Example:
+        >>> cut_like(torch.ones(1), nn.Parameter(torch.zeros(1)))
+        tensor([1.])
+    """
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    expanded = whole.expand(parameter.shape).contiguous().to(parameter.device)
+    return local(distribute_tensor(expanded, parameter.device_mesh, parameter.placements))
+
+
+def rows_of(part: Part, rows: Tensor) -> Part:
+    """Some examples of a part, in the order of ``rows``.
+
+    Example:
+        >>> rows_of({"labels": torch.tensor([[1], [2], [3]])}, torch.tensor([0, 2]))
+        {'labels': tensor([[1],
+                [3]])}
+    """
+    return {name: value[rows] for name, value in part.items() if isinstance(value, Tensor)}
+
+
+def answers_of(answers: Answers, rows: Tensor) -> Answers:
+    """What a forward pass says about some of its examples, without another one; ``rows`` ascending.
+
+    Example:
+        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+        >>> answers_of(answers, torch.tensor([1])).targets
+        tensor([2])
+    """
+    number = torch.full((answers.n_sequences,), -1, device=rows.device)
+    number[rows] = torch.arange(len(rows), device=rows.device)
+    index = number[answers.sequence_index]
+    kept = index >= 0
+    return Answers(answers.logits[kept], answers.targets[kept], index[kept], len(rows))
+
+
+def share_of_mean(rows: Tensor) -> tuple[Tensor, float]:
+    """Rows of this rank to run, and the weight of their mean in the mean over all ranks' rows; each rank must call it.
+
+    A rank without any still takes part in the passes, as sharded weights want: with row 0, which counts nothing.
+
+    Args:
+        rows: ``[n]`` numbers of this rank's examples, may be empty.
+
+    Example:
+        >>> share_of_mean(torch.tensor([1, 3])), share_of_mean(torch.tensor([], dtype=torch.long))
+        ((tensor([1, 3]), 1.0), (tensor([0]), 0.0))
+    """
+    everywhere = sum(gathered(len(rows)))
+    return rows if len(rows) else rows.new_zeros(1), len(rows) / max(everywhere, 1)
+
+
+def neuron_rows(hf: Any, sites: Sequence[NeuronSite], chosen: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """The incoming weights and biases of some neurons.
+
+    Args:
+        hf: The transformers model.
+        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
+        chosen: ``[n_neurons]`` bool, in the order of the sites.
+
+    Returns:
+        Parameters of the sites' modules, each with a mask that broadcasts to it.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> model = load_model("tiny")
+        >>> sites = neuron_sites(model)
+        >>> chosen = torch.arange(sum(site.width for site in sites)) < 3
+        >>> parameter, mask = neuron_rows(model, sites, chosen)[0]
+        >>> parameter is model.model.layers[0].self_attn.q_proj.weight, mask.shape[1], int(mask.sum())
+        (True, 1, 3)
+    """
+    by_module: dict[str, Tensor] = {}
+    for site, part in zip(sites, chosen.split([site.width for site in sites]), strict=True):
+        module = hf.get_submodule(site.module_name)
+        n_outputs = module.nf if hasattr(module, "nf") else module.out_features
+        rows = by_module.setdefault(site.module_name, torch.zeros(n_outputs, dtype=torch.bool))
+        rows[slice(None) if site.columns is None else site.columns] = part
+    found = []
+    for name, rows in by_module.items():
+        module = hf.get_submodule(name)
+        # GPT-2's Conv1D has its outputs in columns.
+        found.append((module.weight, rows.unsqueeze(0 if hasattr(module, "nf") else 1)))
+        if getattr(module, "bias", None) is not None:
+            found.append((module.bias, rows))
+    return found
+
+
+class DisplacedObjective(UnlearningModule):
+    """An objective that takes a backbone's forget gradient at displaced weights and applies it at the original ones.
+
+    A subclass writes :meth:`displaced_gradient`. ``forget_loss`` stays the backbone's at the weights as they are. Over
+    the micro-batches of an optimiser step the forget gradients are averaged as the losses are. ZeRO is refused: its
+    engine neither shows the weights nor lets them be moved within a step.
+
+    Args:
+        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        **kwargs: As :class:`UnlearningModule`; ``forget_weight``, ``retain_weight``, ``retain`` and ``reference``
+            belong to the default backbone, with a backbone given set them there.
+
+    Raises:
+        UserError: If the backbone is regularised or of this kind, or what belongs to it is given beside it.
+    """
+
+    lends_losses = False
+
+    def __init__(self, backbone: UnlearningModule | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.use_backbone(backbone or gradient_difference_like(self))
+        self._forget_gradients: list[Tensor] | None = None
+
+    @abstractmethod
+    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
+        """The gradient of the forget loss of one micro-batch (of all ranks) at displaced weights.
+
+        Args:
+            batch: This rank's forget part.
+
+        Returns:
+            What :func:`gradient_at` gives for all trained parameters, and this rank's addend of the loss (scalar).
+        """
+
+    def setup(self, stage: str) -> None:
+        """Also refuse strategies and precisions that know of one backward pass only."""
+        super().setup(stage)
+        strategy, name = self.trainer.strategy, type(self).__name__
+        if isinstance(strategy, DeepSpeedStrategy):
+            allowed = f"ddp or FSDP2: {name} moves the weights within a step, of which ZeRO keeps copies"
+            raise UserError("trainer.strategy", type(strategy).__name__, allowed)
+        if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+            allowed = f"false with {name}, whose backward passes a static graph does not know"
+            raise UserError("trainer.strategy.static_graph", True, allowed)
+        if str(self.trainer.precision).startswith("16-"):
+            allowed = f"32-true, bf16-mixed or bf16-true: {name}'s gradient is taken without loss scaling"
+            raise UserError("trainer.precision", self.trainer.precision, allowed)
+
+    def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
+        """Keep the forget gradient for the optimiser step; give Lightning the retain loss to differentiate."""
+        if "forget" not in batch or self.forget_weight == 0:
+            return super().training_step(batch, batch_idx)
+        gradients, addend = self.displaced_gradient(batch["forget"])
+        factor = self.forget_weight / self.trainer.accumulate_grad_batches  # Lightning divides the other losses so
+        torch._foreach_mul_(gradients, factor)
+        if self._forget_gradients is None:
+            self._forget_gradients = gradients
+        else:
+            torch._foreach_add_(self._forget_gradients, gradients)
+        losses = {"forget_loss": addend.detach() * world_size()}  # a sum over ranks, where the other is a mean
+        with self._step_memory:
+            retained = "retain" in batch and self.retain_weight > 0
+            # Without a retain loss Lightning needs a loss of this graph all the same.
+            answers = self.answers(batch["forget"]) if self.regularizer is not None or not retained else None
+            if self.regularizer is not None and answers is not None:
+                self.regularizer.collect(self.model, answers, batch["forget"])
+            if retained:
+                losses["retain_loss"] = self.retain_loss(batch["retain"])
+                loss = self.retain_weight * losses["retain_loss"]
+            elif answers is not None:
+                loss = 0.0 * answers.logits.sum()
+        self.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
+        return loss + self.forget_weight * losses["forget_loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Complete the gradient, before the regulariser and clipping see it."""
+        gradients, self._forget_gradients = self._forget_gradients, None
+        if gradients is not None:
+            reshard(self.model)
+            self.combine([p for p in self.model.parameters() if p.requires_grad], gradients)
+        super().on_before_optimizer_step(optimizer)
+
+    @torch.no_grad()
+    def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Put the weighted forget gradient of this optimiser step into ``.grad``, by default added to what is there.
+
+        Args:
+            parameters: All trained ones, with the other losses' gradient.
+            gradients: Like them, or this rank's shards; times ``forget_weight``.
+        """
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            own = local(parameter.grad)
+            own.add_(gradient.to(own.dtype))

@@ -1,0 +1,239 @@
+"""SSIUU's regulariser: penalise what makes negative attribution grow, on top of any objective.
+
+Source: arXiv 2509.22263, Eqs. 12 to 14 and Algorithm 1, first order; here at parameter level.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
+from lightning_ssiuu.functional.attribution import target_logps
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule, check_choice
+from lightning_ssiuu.regularizers.shards import (
+    chunks,
+    local_state,
+    over_shards,
+    reduced,
+    shard_device,
+    shard_like,
+    trained_parameters,
+)
+from lightning_ssiuu.sites import neuron_sites, select_sites
+
+
+class AttributionPenalty(Penalty):
+    """What the penalty has in common at both levels: options, the probability's scale, warnings.
+
+    Args:
+        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
+        weight_mode: See :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
+        anchor: See :class:`AttributionRegularizer`, as what follows.
+        target: The probability that is attributed.
+        modules: Sites.
+        weight_schedule: See :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
+        schedule_steps: See there.
+
+    Raises:
+        UserError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1e-3,
+        weight_mode: WeightMode = "absolute",
+        anchor: Literal["previous", "original"] = "previous",
+        target: Literal["sequence", "length_normalised"] = "sequence",
+        modules: list[str] | None = None,
+        weight_schedule: WeightSchedule = "constant",
+        schedule_steps: int = 10,
+    ) -> None:
+        super().__init__(weight, weight_mode, weight_schedule, schedule_steps)
+        check_choice("anchor", anchor, ("previous", "original"))
+        check_choice("target", target, ("sequence", "length_normalised"))
+        if modules is not None and not modules:
+            raise UserError("regularizer.modules", modules, "null, or at least one module to restrict to")
+        self.anchor, self.target, self.modules = anchor, target, modules
+        self._scale = -math.inf  # logarithm of what this step's attributions are relative to
+        self._anchor_scale = -math.inf
+        self._warned: set[str] = set()
+
+    def _rescaled(self, logps: Tensor) -> float:
+        """The scale, the highest log-probability of this step so far on any rank, with these seen too."""
+        self._warn(logps)
+        return max(self._scale, reduced(logps.max(), dist.ReduceOp.MAX if dist.is_available() else None))
+
+    def _warn(self, logps: Tensor) -> None:
+        highest = logps.max().exp().item()
+        if logps.mean().exp() > 0.99:
+            self._warn_once("saturated", "answers are saturated (mean P > 0.99): ∂P and hence attributions are near 0")
+        elif highest < 1e-6 and self.weight_mode == "absolute":
+            advice = 'weight_mode "relative" or target "length_normalised" keeps the penalty alive'
+            self._warn_once("vanished", f"all answers have P < 1e-6: the absolute penalty has vanished; {advice}")
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"{type(self).__name__}: {text}", stacklevel=4)
+
+
+class AttributionRegularizer(AttributionPenalty):
+    """Adds ``2λ (A_t − A_anchor) g`` to the gradient of every parameter whose attribution ``A_t = φ g`` is negative.
+
+    ``g = Σ_b ∂P_b/∂φ`` over the forget sequences of an optimiser step, P_b the probability of answer b; both g and A
+    are held constant (first order). The first step has no anchor and hence no penalty. g is taken by a backward pass
+    of its own through the objective's forward pass, which is right under one process, DDP and FSDP2 alike; it is
+    summed over micro-batches and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
+
+    Args:
+        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
+        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to
+            ``weight`` times the norm of the objective's gradient: the literal λ depends on the model's size and on P
+            and can be negligible.
+        anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
+            the first step, where the weights are still the original model's. Either is a value on that step's batch.
+        target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
+            :func:`lightning_ssiuu.functional.attribution.target_logps`.
+        modules: Restrict to the weights of these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None means every
+            parameter, embeddings and norms included.
+        weight_schedule: ``"constant"``; ``"warmup"`` raises λ linearly over ``schedule_steps`` optimiser steps;
+            ``"adaptive"`` (with ``weight_mode: relative``) keeps the ratio of norms on average instead of in every
+            step. See :class:`lightning_ssiuu.regularizers.penalty.Penalty`.
+        schedule_steps: Length of the schedule in optimiser steps, ≥ 1.
+
+    Raises:
+        UserError: If an argument is outside its range; when training starts, if ``modules`` names nothing or nothing
+            that is trained.
+
+    Example:
+        >>> AttributionRegularizer(weight=-1.0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: regularizer.weight: got -1.0, allowed: a finite number ≥ 0
+    """
+
+    _gradients: list[Tensor] | None = None  # g / e^scale, summed over the micro-batches of this step
+    _anchor: dict[str, Tensor] | None = None  # A / e^anchor_scale by parameter, a shard where that is one
+
+    def prepare(self, module: Any) -> None:
+        """Refuse ``modules`` that name nothing, before anything is trained."""
+        self._parameters(module.model)
+
+    def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
+        """Add this micro-batch's ``Σ_b ∂P_b/∂φ``, leaving ``.grad`` and the graph as they were.
+
+        Args:
+            model: The model the answers came from (transformers model inside, or any module for ``modules=None``).
+            answers: Forward pass on the forget part.
+            part: Not looked at.
+        """
+        if self.weight == 0:
+            return
+        logps = target_logps(answers, self.target)
+        reshard(model)
+        scale = self._rescaled(logps.detach())
+        parameters = list(self._parameters(model).values())
+        # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
+        total = ((logps.detach() - scale).exp() * logps).sum()
+        fresh = [wide(gradient) for gradient in extra_gradient(total, parameters, model)]
+        if self._gradients is None:
+            self._gradients = fresh
+        else:
+            torch._foreach_mul_(self._gradients, math.exp(self._scale - scale))
+            torch._foreach_add_(self._gradients, fresh)
+        self._scale = scale
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> dict[str, float]:
+        """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget g.
+
+        Returns:
+            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over all
+            regularised parameters, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
+        """
+        if self._gradients is None:
+            return {}
+        named = self._parameters(model)
+        parameters = list(named.values())
+        gradients, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
+        sum_over_ranks(parameters, gradients)
+        first = self._anchor is None
+        top = max(scale, self._anchor_scale)
+        anchor = gradients if self._anchor is None else self._local_anchor(named)
+        now, negative, square = math.exp(scale - top), 0, 0.0
+        then = 0.0 if first else math.exp(self._anchor_scale - top)
+        kept: list[Tensor] = []
+        for part in chunks(gradients):
+            g = gradients[part]
+            attribution = torch._foreach_mul(g, [wide(local(p)) for p in parameters[part]])
+            inside = [a < 0 for a in attribution]
+            negative += sum(int(mask.sum()) for mask in inside)
+            if not first:
+                growth = torch._foreach_mul(attribution, now)
+                torch._foreach_add_(growth, anchor[part], alpha=-then)
+                torch._foreach_mul_(g, growth)
+                torch._foreach_mul_(g, [mask.to(x.dtype) for mask, x in zip(inside, g, strict=True)])
+                square += sum(float(n) ** 2 for n in torch._foreach_norm(g))
+                if self.anchor == "previous":
+                    torch._foreach_copy_(anchor[part], attribution)  # in place: no third copy as large as the weights
+            else:
+                kept += attribution
+        if first:
+            self._anchor = {name: shard_like(a, p) for (name, p), a in zip(named.items(), kept, strict=True)}
+        if first or self.anchor == "previous":
+            self._anchor_scale = scale
+        shards = shard_device(parameters)
+        total = over_shards(sum(g.numel() for g in gradients), shards)
+        figures = {"negative_share": 100 * over_shards(negative, shards) / max(total, 1)}
+        figures["max_log_probability"] = scale
+        if not first:
+            figures |= self.add(model, parameters, gradients, scale + top + math.log(2), square)
+        self._n_steps += 1
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchor by parameter name and its scale, and the schedule; between steps there is nothing else."""
+        return super().state_dict() | {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the anchor of an interrupted run."""
+        super().load_state_dict(state)
+        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
+
+    def _local_anchor(self, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        if self._anchor is None or self._anchor.keys() != parameters.keys():
+            allowed = "those of the run that is resumed: its anchor belongs to other parameters"
+            raise UserError("regularizer.modules", self.modules, allowed)
+        self._anchor, parts = local_state(self._anchor, parameters)
+        return parts
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        trained = trained_parameters(model)
+        if not trained:
+            allowed = "NeuronAttributionRegularizer: no weight is trained, and a frozen one has no attribution to keep"
+            raise UserError("regularizer", type(self).__name__, allowed)
+        if self.modules is None:
+            return trained
+        hf = getattr(model, "hf", model)
+        sites = neuron_sites(hf)
+        chosen = {site.key for site in select_sites(sites, self.modules, "regularizer.modules")}
+        found: set[nn.Parameter] = set()
+        for name in dict.fromkeys(site.module_name for site in sites if site.key in chosen):
+            sharing = {site.key for site in sites if site.module_name == name}
+            if not sharing <= chosen:
+                allowed = f"all kinds of the fused projection together: {sorted(kind for _, kind in sharing)}"
+                raise UserError("regularizer.modules", self.modules, allowed)
+            found |= set(hf.get_submodule(name).parameters())
+        if not (restricted := {name: p for name, p in trained.items() if p in found}):
+            allowed = "sites whose weights train (see lora.target_modules), or NeuronAttributionRegularizer"
+            raise UserError("regularizer.modules", self.modules, allowed)
+        return restricted

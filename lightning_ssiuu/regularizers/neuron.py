@@ -1,0 +1,234 @@
+"""SSIUU's regulariser at the level of neurons: through activations, whatever weights are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.extra_gradient import extra_gradient, reshard, sum_over_ranks, wide
+from lightning_ssiuu.functional.attribution import input_positions, target_logps
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models import evaluation_mode
+from lightning_ssiuu.quantization import is_quantized
+from lightning_ssiuu.ranks import world_size
+from lightning_ssiuu.regularizers.attribution import AttributionPenalty
+from lightning_ssiuu.regularizers.penalty import check_choice
+from lightning_ssiuu.regularizers.shards import trained_parameters
+from lightning_ssiuu.sites import NeuronSite, neuron_sites, select_sites
+
+
+@dataclass
+class _Pass:
+    """A forward pass on one micro-batch and what it was differentiated for."""
+
+    logps: Tensor  # [B] of the target, graph attached
+    outputs: dict[str, Tensor]  # h by module, graph attached
+    gradients: dict[str, Tensor]  # ∂log P/∂h
+    outside: Tensor  # [B, L, 1] tokens that do not count
+
+
+class NeuronAttributionRegularizer(AttributionPenalty):
+    """Adds ``Σ_i 2λ (A_{t,i} − A_anchor,i) ∂A_{t,i}/∂φ`` over the neurons i whose attribution A_t is negative.
+
+    A neuron's attribution is aggregated as in the diagnosis D⁻ (arXiv 2509.22263, Eqs. 1 to 5): per example the minimum
+    over its tokens of ``h ∂P/∂h``, so that what is penalised is what :class:`~lightning_ssiuu.NeuronAttributionCallback`
+    measures; over examples it is summed, micro-batches and ranks included, as λ is given for at parameter level. With
+    ``tokens: sum`` it is summed over tokens as well: that is the sum of ``φ ∂P/∂φ`` over the neuron's own weights and
+    bias, hence :class:`AttributionRegularizer`'s attribution, row by row. As there, ∂P/∂h and the choice of the token
+    are held constant (first order, Eqs. 13 and 14), so ``∂A/∂φ = Σ_b ∂P_b/∂h · ∂h/∂φ``, which reaches every trained
+    weight before the neuron, adapters on a frozen or quantised base included. The first step has no anchor and hence no
+    penalty.
+
+    Each optimiser step runs the model on its forget parts once more (with several micro-batches twice), without dropout,
+    with two backward passes and a copy of the sites' activations. DeepSpeed's ZeRO is refused.
+
+    Args:
+        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
+        tokens: ``"min"`` or ``"sum"``, see above.
+        **kwargs: ``weight_mode``, ``anchor``, ``target``, ``weight_schedule`` and ``schedule_steps`` as
+            :class:`AttributionRegularizer`; ``modules`` restricts the neurons that are held, not the weights that are
+            changed, None means all sites.
+
+    Raises:
+        UserError: If an argument is outside its range; when training starts, if the architecture has no known sites or
+            ``modules`` names none.
+
+    Example:
+        >>> NeuronAttributionRegularizer(0.1, tokens="max")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: regularizer.tokens: got 'max', allowed: one of ['min', 'sum']
+    """
+
+    under_zero = False
+
+    def __init__(self, weight: float = 1e-3, *, tokens: Literal["min", "sum"] = "min", **kwargs: Any) -> None:
+        super().__init__(weight, **kwargs)
+        check_choice("tokens", tokens, ("min", "sum"))
+        self.tokens = tokens
+        self._parts: list[Mapping[str, Tensor]] = []
+        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._anchor: Tensor | None = None  # A / e^anchor_scale of all neurons, in the order of the sites
+
+    def prepare(self, module: Any) -> None:
+        """Refuse ``modules`` that name nothing, before anything is trained."""
+        self._sites(module.model)
+
+    def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
+        """Keep the part for :meth:`apply`: how much a neuron is pushed depends on all micro-batches.
+
+        Args:
+            model: The model the answers came from.
+            answers: Forward pass on the forget part; tells how probable the answers are.
+            part: The forget part.
+        """
+        if self.weight == 0:
+            return
+        self._scale = self._rescaled(target_logps(answers, self.target).detach())
+        device = answers.logits.device.type  # apply runs outside the Trainer's autocast
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._parts.append(part)
+
+    def apply(self, model: nn.Module) -> dict[str, float]:
+        """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget the parts.
+
+        Returns:
+            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over the sites'
+            neurons, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
+        """
+        parts, scale = self._parts, self._scale
+        self._parts, self._scale = [], -math.inf
+        if not parts or self._autocast is None:
+            return {}
+        sites = self._sites(model)
+        device, dtype, enabled = self._autocast
+        with _without_dropout(model), torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            passes = [self._run(model, parts[0], sites)]
+            attribution = self._attribution(passes[0], sites, scale)
+            for part in parts[1:]:
+                passes.clear()  # one graph at a time
+                attribution += self._attribution(self._run(model, part, sites), sites, scale)
+            if world_size() > 1:
+                dist.all_reduce(attribution)
+            push, top = self._push(attribution, scale), max(scale, self._anchor_scale)
+            gradients: list[Tensor] = []
+            for part in () if push is None else parts:
+                total = self._total(passes.pop() if passes else self._run(model, part, sites), sites, push, scale)
+                reshard(model)
+                parameters = list(trained_parameters(model).values())
+                fresh = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph=False)]
+                reshard(model)
+                gradients = gradients or [torch.zeros_like(g) for g in fresh]
+                torch._foreach_add_(gradients, fresh)
+        figures = {"negative_share": 100 * (attribution < 0).float().mean().item(), "max_log_probability": scale}
+        if gradients:
+            sum_over_ranks(parameters, gradients)
+            figures |= self.add(model, parameters, gradients, scale + top + math.log(2))
+        if self._anchor is None or self.anchor == "previous":
+            self._anchor, self._anchor_scale = attribution, scale
+        self._n_steps += 1
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchor ``[n_neurons]`` and its scale, and the schedule."""
+        return super().state_dict() | {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the anchor of an interrupted run."""
+        super().load_state_dict(state)
+        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
+
+    def _sites(self, model: Any) -> list[NeuronSite]:
+        sites = neuron_sites(getattr(model, "hf", model))
+        return sites if self.modules is None else select_sites(sites, self.modules, "regularizer.modules")
+
+    def _run(self, model: Any, part: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> _Pass:
+        names = dict.fromkeys(site.module_name for site in sites)
+        with _outputs(model.hf, list(names)) as outputs:
+            answers = model(part["input_ids"], part["attention_mask"], part["labels"])
+        logps = target_logps(answers, self.target)
+        # Examples do not interact, so the gradient of the sum holds each example's own.
+        gradients = torch.autograd.grad(logps.sum(), list(outputs.values()), retain_graph=True)
+        outside = ~input_positions(part["attention_mask"], part["labels"]).unsqueeze(-1)
+        return _Pass(logps, outputs, dict(zip(outputs, gradients, strict=True)), outside)
+
+    def _selected(self, one: _Pass, site: NeuronSite) -> tuple[Tensor, Tensor]:
+        """What of ``h`` and ``∂log P/∂h`` makes the attribution: ``[B, 1 or L, width]``, at least float32."""
+        output = site.select(one.outputs[site.module_name])
+        output = output if output.dtype == torch.float64 else output.float()
+        gradient = wide(site.select(one.gradients[site.module_name]))
+        if self.tokens == "sum":
+            return output, gradient.masked_fill(one.outside, 0)
+        where = (output.detach() * gradient).masked_fill(one.outside, torch.inf).argmin(1, keepdim=True)
+        return output.gather(1, where), gradient.gather(1, where)
+
+    def _attribution(self, one: _Pass, sites: Sequence[NeuronSite], scale: float) -> Tensor:
+        """``Σ_b A_b / e^scale`` of this rank's examples, ``[n_neurons]``."""
+        factor = (wide(one.logps) - scale).exp()[:, None, None]
+        with torch.no_grad():
+            pairs = (self._selected(one, site) for site in sites)
+            return torch.cat([(output * gradient * factor).sum((0, 1)) for output, gradient in pairs])
+
+    def _push(self, attribution: Tensor, scale: float) -> Tensor | None:
+        """``(A_t − A_anchor) / e^top`` where A_t is negative; None in the first step."""
+        if self._anchor is None:
+            return None
+        if self._anchor.shape != attribution.shape:
+            allowed = "those of the run that is resumed: its anchor belongs to other neurons"
+            raise UserError("regularizer.modules", self.modules, allowed)
+        top = max(scale, self._anchor_scale)
+        anchor = self._anchor.to(attribution)
+        growth = math.exp(scale - top) * attribution - math.exp(self._anchor_scale - top) * anchor
+        return growth * (attribution < 0)
+
+    def _total(self, one: _Pass, sites: Sequence[NeuronSite], push: Tensor, scale: float) -> Tensor:
+        """``Σ_i push_i A_i / e^scale`` of this rank's examples, all but h constant: a scalar with the penalty's gradient."""
+        factor = (wide(one.logps) - scale).exp()[:, None, None]
+        # Zero times the answers: FSDP2 gathers a layer's weights when a gradient comes to the layer's output.
+        total = 0 * one.logps.sum()
+        for site, held in zip(sites, push.split([site.width for site in sites]), strict=True):
+            output, gradient = self._selected(one, site)
+            total = total + (output * (gradient * factor * held)).sum()
+        return total
+
+
+@contextmanager
+def _outputs(hf: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of modules in the forward pass inside, graph attached, also where nothing before them is trained."""
+    found: dict[str, Tensor] = {}
+
+    def begin(_module: nn.Module, _args: object, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    handles = [hf.get_input_embeddings().register_forward_hook(begin)]
+    handles += [hf.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for layers that recompute activations, or round less, in training alone."""
+    with evaluation_mode(model):
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) or is_quantized(module):
+                module.training = True
+        yield

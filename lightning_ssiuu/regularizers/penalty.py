@@ -1,0 +1,139 @@
+"""What penalties have in common: their weight, its schedule, and how their gradient joins the objective's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError, check_number
+from lightning_ssiuu.extra_gradient import local
+from lightning_ssiuu.regularizers.base import Regularizer
+from lightning_ssiuu.regularizers.shards import over_shards, shard_device, square
+
+WeightMode = Literal["absolute", "relative"]
+WeightSchedule = Literal["constant", "warmup", "adaptive"]
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse what is not one of the allowed words.
+
+    Raises:
+        UserError: Naming ``regularizer.<name>``.
+
+    Example:
+        >>> check_choice("anchor", "previous", ["previous", "original"])
+    """
+    if value not in allowed:
+        raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")
+
+
+class Penalty(Regularizer):
+    """A regulariser that adds a penalty's gradient to the objective's.
+
+    Args:
+        weight: λ ≥ 0; see the subclass.
+        weight_mode: ``"absolute"`` multiplies the penalty's gradient by λ. ``"relative"`` makes its norm ``weight``
+            times the norm of the objective's gradient.
+        weight_schedule: ``"constant"``; ``"warmup"`` multiplies ``weight`` by min(1, n / ``schedule_steps``) at the
+            n-th optimiser step (counted from 0); ``"adaptive"``, with ``weight_mode: relative`` alone, takes the λ that
+            makes the ratio ``weight`` hold between exponential moving averages of the two norms (decay
+            1 − 1/``schedule_steps``). Relative and constant hits the ratio in every step, and so gives a step in which
+            the penalty is large no more weight than one in which it is small; adaptive keeps that difference, and the
+            ratio on average.
+        schedule_steps: Optimiser steps, ≥ 1.
+
+    Raises:
+        UserError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        weight_mode: WeightMode = "absolute",
+        weight_schedule: WeightSchedule = "constant",
+        schedule_steps: int = 10,
+    ) -> None:
+        check_number("regularizer.weight", weight)
+        check_choice("weight_mode", weight_mode, ("absolute", "relative"))
+        check_choice("weight_schedule", weight_schedule, ("constant", "warmup", "adaptive"))
+        if weight_schedule == "adaptive" and weight_mode != "relative":
+            allowed = "relative with weight_schedule adaptive, where weight is a ratio of norms"
+            raise UserError("regularizer.weight_mode", weight_mode, allowed)
+        if schedule_steps < 1:
+            raise UserError("regularizer.schedule_steps", schedule_steps, "a whole number ≥ 1")
+        self.weight, self.weight_mode = weight, weight_mode
+        self.weight_schedule, self.schedule_steps = weight_schedule, schedule_steps
+        self._n_steps = 0
+        # Logarithms of the moving averages: an attribution penalty's gradient may be of size e^−400.
+        self._averages = {"objective": -math.inf, "penalty": -math.inf}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is."""
+        return {"schedule": {"n_steps": self._n_steps, **self._averages}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the schedule of an interrupted run."""
+        self._averages = dict(state["schedule"])
+        self._n_steps = self._averages.pop("n_steps")
+
+    @torch.no_grad()
+    def add(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        log_scale: float = 0.0,
+        squares: float | None = None,
+    ) -> dict[str, float]:
+        """Add ``λ e^log_scale · gradients`` to ``.grad``; once per optimiser step.
+
+        Args:
+            model: Whose ``.grad`` is the objective's gradient.
+            parameters: Those that ``gradients`` belong to.
+            gradients: Of the penalty without λ and scale; this rank's shards where parameters are shards.
+            log_scale: May be far outside what a float can hold the exponential of.
+            squares: :func:`~lightning_ssiuu.regularizers.shards.square` of the gradients where it is known.
+
+        Returns:
+            ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.
+        """
+        shards = shard_device(parameters)
+        present = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        objective = math.sqrt(over_shards(square(present), shards))
+        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shards))
+        coefficient = self._coefficient(objective, raw, log_scale)
+        for parameter, penalty in zip(parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            own = local(parameter.grad)
+            own.add_(penalty.to(own.dtype), alpha=coefficient)
+        return {"objective_gradient_norm": objective, "penalty_gradient_norm": coefficient * raw}
+
+    def _coefficient(self, objective: float, raw: float, log_scale: float) -> float:
+        weight = self.weight
+        if self.weight_schedule == "warmup":
+            weight *= min(1.0, self._n_steps / self.schedule_steps)
+        if self.weight_schedule == "adaptive" and raw > 0 and objective > 0:
+            for name, size in (("objective", math.log(objective)), ("penalty", math.log(raw) + log_scale)):
+                self._averages[name] = _moved(self._averages[name], size, self.schedule_steps)
+        if weight == 0 or raw == 0:
+            return 0.0
+        if self.weight_mode == "absolute":
+            return math.exp(math.log(weight) + log_scale)
+        if self.weight_schedule == "adaptive":
+            # Where the objective's gradient is zero, λ is what it was.
+            behind = self._averages["objective"] - self._averages["penalty"]
+            return weight * math.exp(behind + log_scale) if math.isfinite(behind) else 0.0
+        return weight * objective / raw
+
+
+def _moved(average: float, value: float, steps: int) -> float:
+    if average == -math.inf:
+        return value
+    top = max(average, value)
+    kept = 1 - 1 / steps
+    return top + math.log(kept * math.exp(average - top) + (1 - kept) * math.exp(value - top))

@@ -1,0 +1,133 @@
+"""Sums and copies over parameters that may be cut over the ranks (FSDP2), in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_ssiuu.extra_gradient import local, wide
+from lightning_ssiuu.ranks import world_size
+
+# Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
+_CHUNK = 1 << 24
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, each tied one once.
+
+    Example:
+        >>> list(trained_parameters(nn.Linear(1, 1)))
+        ['weight', 'bias']
+    """
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of a list, of about equally many elements.
+
+    Example:
+        >>> list(chunks([torch.zeros(1), torch.zeros(2)]))
+        [slice(0, 2, None)]
+    """
+    start = size = 0
+    for index, tensor in enumerate(tensors):
+        if size and size + tensor.numel() > _CHUNK:
+            yield slice(start, index)
+            start, size = index, 0
+        size += tensor.numel()
+    if start < len(tensors):
+        yield slice(start, len(tensors))
+
+
+def shard_device(parameters: Iterable[Tensor]) -> torch.device | None:
+    """Where the parameters are if any of them is a shard, else None.
+
+    Example:
+        >>> shard_device([torch.zeros(1)])
+    """
+    return next((p.device for p in parameters if isinstance(p, DTensor)), None)
+
+
+def reduced(value: Tensor, operation: Any) -> float:
+    """A scalar over all ranks; each must call it.
+
+    Example:
+        >>> reduced(torch.tensor(2.0), None)
+        2.0
+    """
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, op=operation)
+    return value.item()
+
+
+def over_shards(value: float, shards: torch.device | None) -> float:
+    """The sum of a count or a squared norm over the shards; replicas hold all of it each.
+
+    Args:
+        value: This rank's.
+        shards: Of :func:`shard_device`: NCCL needs the sum on the device.
+
+    Example:
+        >>> over_shards(2.0, None)
+        2.0
+    """
+    if shards is None:
+        return value
+    return reduced(torch.tensor(value, dtype=torch.float64, device=shards), dist.ReduceOp.SUM)
+
+
+def square(tensors: Sequence[Tensor]) -> float:
+    """Sum of squares of this rank's tensors, in at least float32.
+
+    Example:
+        >>> square([torch.tensor([3.0]), torch.tensor([4.0])])
+        25.0
+    """
+    # Chunk by chunk: widened copies of all bfloat16 gradients at once would be the step's memory peak.
+    norms = (n for part in chunks(tensors) for n in torch._foreach_norm([wide(t) for t in tensors[part]]))
+    return math.fsum(float(n) ** 2 for n in norms)
+
+
+def shard_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """The shard that ``part`` is where ``parameter`` is one; what checkpoints are written from.
+
+    Example:
+        >>> shard_like(torch.zeros(1), nn.Parameter(torch.zeros(1)))
+        tensor([0.])
+    """
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
+
+
+def local_state(
+    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A state by parameter name where its parameters are, and this rank's parts of it.
+
+    A resumed run's comes from the file to the CPU, wherever the weights are.
+
+    Example:
+        >>> local_state({"weight": torch.zeros(1)}, {"weight": nn.Parameter(torch.ones(1))})
+        ({'weight': tensor([0.])}, [tensor([0.])])
+    """
+    moved = {name: state[name].to(p.device) for name, p in parameters.items()}
+    return moved, [local(value) for value in moved.values()]
+
+
+def snapshot(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of this rank's parts of the weights.
+
+    Example:
+        >>> snapshot([nn.Parameter(torch.ones(1))])
+        [tensor([1.])]
+    """
+    return [local(p.detach()).clone() for p in parameters]

@@ -1,0 +1,540 @@
+"""Objectives whose forget gradient is taken at other weights: against copies of the weights and plain autograd."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_toys import Toy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from model_toys import (
+    Recorder,
+    answer_model,
+    bare_trainer,
+    distance,
+    equal,
+    example_log_probability,
+    loader,
+    part,
+    weights,
+)
+from torch import Tensor, nn
+
+from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearning
+from lightning_ssiuu.objectives.fine_tuning import FineTuning
+from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+from lightning_ssiuu.objectives.mudman import MUDMAN
+from lightning_ssiuu.objectives.npo import NPO
+from lightning_ssiuu.objectives.sam import SAM
+from lightning_ssiuu.objectives.ssiuu import SSIUU
+from lightning_ssiuu.perturbation import displaced, move, neuron_rows
+from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.sites import neuron_sites
+
+ALL = (AdversarialUnlearning, SAM, MUDMAN)
+LENGTHS = [(3, 1), (5, 2), (2, 3), (4, 4), (3, 2)]
+Loss = Callable[[nn.Module], Tensor]
+
+
+def a_batch(seed: int) -> dict[str, dict[str, Tensor]]:
+    return {"forget": part(LENGTHS, 2 * seed), "retain": part([(4, 2), (3, 4)], 2 * seed + 1)}
+
+
+def trained(
+    module: Any, batches: list[Any], model: AnswerModel | None = None, lr: float = 0.1, **kwargs: Any
+) -> tuple[AnswerModel, list[list[Tensor]]]:
+    """The model after training, and the gradients of each optimiser step."""
+    model, log = model or answer_model(tie_word_embeddings=False), []
+    module.optimizer = lambda parameters: Recorder(parameters, lr, log)
+    module.adopt(model.train(), None)
+    bare_trainer(**{"max_steps": len(batches), **kwargs}).fit(module, loader(batches))
+    return model, log
+
+
+# ---- the reference: copies of the weights, one example at a time ---------------------------------------------------
+
+
+def nll(some: dict[str, Tensor], rows: list[int]) -> Loss:
+    def loss(hf: nn.Module) -> Tensor:
+        values = [example_log_probability(hf, some, row) for row in rows]
+        return sum(-logp / n for logp, n in values) / len(rows)
+
+    return loss
+
+
+def gradient(model: AnswerModel, at: list[Tensor], loss: Loss) -> list[Tensor]:
+    """``∂loss/∂φ`` of a copy of the model with other weights."""
+    hf = copy.deepcopy(model.hf)
+    with torch.no_grad():
+        for parameter, value in zip(hf.parameters(), at, strict=True):
+            parameter.copy_(value)
+    hf.zero_grad()
+    loss(hf).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in hf.parameters()]
+
+
+def value_at(model: AnswerModel, at: list[Tensor], loss: Loss) -> float:
+    hf = copy.deepcopy(model.hf)
+    with torch.no_grad():
+        for parameter, value in zip(hf.parameters(), at, strict=True):
+            parameter.copy_(value)
+        return loss(hf).item()
+
+
+def length(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float((t * t).sum()) for t in tensors))
+
+
+def plus(left: list[Tensor], right: list[Tensor], factor: float = 1.0) -> list[Tensor]:
+    return [a + factor * b for a, b in zip(left, right, strict=True)]
+
+
+class AtStep:
+    """Stands for a trainer."""
+
+    def __init__(self, step: int) -> None:
+        self.global_step = step
+
+
+def the_adversarys(
+    module: AdversarialUnlearning, forget: dict[str, Tensor], step: int = 0
+) -> tuple[list[int], list[int]]:
+    module._trainer = AtStep(step)  # type: ignore[assignment]
+    learned, rest = module.divided(forget)
+    return learned.tolist(), rest.tolist()
+
+
+@pytest.mark.parametrize("adversary", ["sign", "gradient"])
+@pytest.mark.parametrize("floor", [False, True])
+def test_the_step_of_adversarial_unlearning(adversary: Any, floor: bool) -> None:
+    size = {"sign": 2e-3, "gradient": 0.3}[adversary]
+    model = answer_model(tie_word_embeddings=False)
+    start, one = weights(model), a_batch(0)
+    backbone = GradientDifference(forget_weight=0.7, retain_weight=2.0)
+    module = AdversarialUnlearning(backbone, 3, size, None, adversary, adversary_share=0.4)
+    learned, rest = the_adversarys(module, one["forget"])
+    assert len(learned) == 2
+    assert sorted(learned + rest) == [0, 1, 2, 3, 4]
+
+    at = start
+    for _ in range(3):
+        g = gradient(model, at, nll(one["forget"], learned))
+        direction = [x.sign() for x in g] if adversary == "sign" else [x / length(g) for x in g]
+        at = plus(at, direction, -size)
+    if floor:
+        values = {row: 100 * math.exp(-value_at(model, at, nll(one["forget"], [row]))) for row in rest}
+        low, middle, high = sorted(values, key=values.__getitem__)
+        module.floor = module.floor_level = (values[low] + values[middle]) / 2
+        rest = [middle, high]
+    ascent = gradient(model, at, nll(one["forget"], rest))
+    keeping = gradient(model, start, nll(one["retain"], [0, 1]))
+    expected = plus([2.0 * k for k in keeping], ascent, -0.7)
+    _, (got,) = trained(module, [one], copy.deepcopy(model))
+    assert distance(got, expected) < 1e-10
+    here = plus([2.0 * k for k in keeping], gradient(model, start, nll(one["forget"], rest)), -0.7)
+    assert distance(here, expected) > 1e-4  # the adversary makes a difference
+
+
+def test_the_step_of_sharpness_aware_minimisation() -> None:
+    model, one = answer_model(tie_word_embeddings=False), a_batch(0)
+    start = weights(model)
+    _, (got,) = trained(SAM(retain_weight=2.0, rho=0.2), [one], copy.deepcopy(model))
+    every = [0, 1, 2, 3, 4]
+    uphill = [-g for g in gradient(model, start, nll(one["forget"], every))]  # of the forget loss, minus the NLL
+    at = plus(start, uphill, 0.2 / length(uphill))
+    ascent = gradient(model, at, nll(one["forget"], every))
+    keeping = gradient(model, start, nll(one["retain"], [0, 1]))
+    assert distance(got, plus([2.0 * k for k in keeping], ascent, -1.0)) < 1e-10
+    assert distance(plus([2.0 * k for k in keeping], uphill), got) > 1e-4
+
+
+def test_the_steps_of_mudman() -> None:
+    """Three steps with an adversary that starts anew at the third, by the paper's update rules."""
+    model, lr = answer_model(tie_word_embeddings=False), 0.1
+    module = MUDMAN(forget_weight=3.0, retain_weight=2.0, fork_every_n_steps=2, adversary_lr=0.5, retain_momentum=0.6)
+    batches = [a_batch(seed) for seed in range(3)]
+    end, got = trained(module, batches, copy.deepcopy(model), lr)
+    at, every = weights(model), [0, 1, 2, 3, 4]
+    mean = [torch.zeros_like(w) for w in at]
+    for step, one in enumerate(batches):
+        if step % 2 == 0:
+            adversary = [w.clone() for w in at]
+        mean = plus([0.6 * m for m in mean], gradient(model, at, nll(one["retain"], [0, 1])), 0.4 * 2.0)
+        learning = gradient(model, adversary, nll(one["forget"], every))
+        g = [-x for x in learning]
+        masked = [torch.where(x.sign() == m.sign(), x, 0.0) / length(g) for x, m in zip(g, mean, strict=True)]
+        assert 0.1 < sum(int((x != 0).sum()) for x in masked) / sum(x.numel() for x in masked) < 0.9
+        update = plus(mean, masked, 3.0)
+        assert distance(got[step], update) < 1e-9
+        at, adversary = plus(at, update, -lr), plus(adversary, learning, -0.5)
+    assert distance(weights(end), at) < 1e-12
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        AdversarialUnlearning(steps=0, retain_weight=2.0),
+        AdversarialUnlearning(step_size=0.0, retain_weight=2.0),
+        SAM(rho=0.0, retain_weight=2.0),
+    ],
+    ids=["no step", "no size", "no radius"],
+)
+def test_without_an_adversary_it_is_the_backbone(module: Any) -> None:
+    batches = [a_batch(seed) for seed in range(3)]
+    expected, _ = trained(GradientDifference(retain_weight=2.0), batches)
+    got, _ = trained(module, batches)
+    assert distance(weights(got), weights(expected)) < 1e-13
+
+
+def test_a_single_item_has_no_adversary() -> None:
+    batches = [{"forget": part([(3, 2)]), "retain": part([(4, 2)], 1)}]
+    expected, _ = trained(GradientDifference(), batches)
+    got, _ = trained(AdversarialUnlearning(steps=2, step_size=0.1), batches)
+    assert distance(weights(got), weights(expected)) < 1e-13
+
+
+def test_everything_below_the_floor_leaves_the_retain_loss() -> None:
+    batches = [a_batch(0)]
+    expected, _ = trained(GradientDifference(forget_weight=0.0), batches)
+    got, _ = trained(AdversarialUnlearning(floor=99.0), batches)
+    assert distance(weights(got), weights(expected)) < 1e-13
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_micro_batches_are_averaged(objective: Any) -> None:
+    """Adversarial unlearning and SAM: each micro-batch its own displacement; MUDMAN: one adversary, one norm."""
+    options: dict[str, Any] = {"retain_weight": 2.0}
+    if objective is AdversarialUnlearning:
+        options["step_size"] = 1e-2
+    pair = [a_batch(0), a_batch(1)]
+    _, (together,) = trained(objective(**options), pair, lr=0.0, max_steps=1, accumulate_grad_batches=2)
+    if objective is MUDMAN:
+        joined = {"forget": part(LENGTHS), "retain": part([(4, 2), (3, 4)])}
+        for name in joined:
+            width = max(one[name]["input_ids"].shape[1] for one in pair)
+            assert all(one[name]["input_ids"].shape[1] == width for one in pair)
+            joined[name] = {key: torch.cat([one[name][key] for one in pair]) for key in joined[name]}
+        _, (expected,) = trained(objective(**options), [joined], lr=0.0)
+    else:
+        (_, (first,)), (_, (second,)) = (trained(objective(**options), [one], lr=0.0) for one in pair)
+        expected = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert distance(together, expected) < 1e-12
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_gradient_checkpointing_changes_nothing(objective: Any) -> None:
+    plain, _ = trained(objective(), [a_batch(0), a_batch(1)])
+    again, _ = trained(objective(gradient_checkpointing=True), [a_batch(0), a_batch(1)])
+    assert distance(weights(again), weights(plain)) < 1e-13
+
+
+# ---- the weights come back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights_are_restored_to_the_bit(objective: Any, dtype: torch.dtype) -> None:
+    model = answer_model(dtype=dtype)
+    before = weights(model)
+    trained(objective(), [a_batch(0)], model, lr=0.0)
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("objective", ALL)
+@pytest.mark.parametrize("call", [0, 1])
+def test_weights_are_restored_after_an_exception(objective: Any, call: int) -> None:
+    class Failing(GradientDifference):
+        def forget_loss(self, batch: Any) -> Tensor:
+            if (calls := len(seen)) == call:
+                raise RuntimeError("failed within the pass")
+            seen.append(calls)
+            return super().forget_loss(batch)
+
+    seen: list[int] = []
+    model = answer_model()
+    before = weights(model)
+    options = {"step_size": 0.1} if objective is AdversarialUnlearning else {}
+    with pytest.raises(RuntimeError, match="failed within"):
+        trained(objective(Failing(), **options), [a_batch(0), a_batch(1)], model, lr=0.0)
+    assert equal(weights(model), before)
+
+
+def test_an_exception_inside_a_displacement() -> None:
+    layer = nn.Linear(3, 3)
+    before = weights(layer)
+    with pytest.raises(ValueError, match="inside"), displaced(layer) as parameters:  # noqa: PT012
+        move(parameters, [torch.ones_like(p) for p in parameters], 1.0)
+        raise ValueError("inside")
+    assert equal(weights(layer), before)
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_mixed_precision_sees_the_moved_weights(objective: Any) -> None:
+    """Autocast keeps narrow copies of the weights; old ones would give the gradient at the original weights."""
+    options: dict[str, Any] = {
+        AdversarialUnlearning: {"step_size": 0.02},
+        SAM: {"rho": 1.0},
+        MUDMAN: {"adversary_lr": 2.0, "forget_weight": 3.0},
+    }[objective]
+    gradients = {}
+    for precision in ("32-true", "bf16-mixed"):
+        model = answer_model(dtype=torch.float32, tie_word_embeddings=False)
+        gradients[precision] = trained(
+            objective(**options), [a_batch(0), a_batch(0)], model, lr=0.0, precision=precision
+        )[1][-1]
+    model = answer_model(dtype=torch.float32, tie_word_embeddings=False)
+    still = {AdversarialUnlearning: {"steps": 0}, SAM: {"rho": 0.0}, MUDMAN: options | {"adversary_lr": 0.0}}
+    unmoved = trained(objective(**still[objective]), [a_batch(0), a_batch(0)], model, lr=0.0)[1][-1]
+    apart = distance(unmoved, gradients["32-true"])
+    assert distance(gradients["bf16-mixed"], gradients["32-true"]) < apart / 3
+
+
+# ---- with everything else ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_the_regulariser_sees_answers_at_the_original_weights(objective: Any) -> None:
+    """Its anchor after one step is the attribution at the original weights, whatever the objective does."""
+    anchors = []
+    for module in (GradientDifference(), objective()):
+        module.regularizer = AttributionRegularizer(1.0, "relative")
+        trained(module, [a_batch(0)])
+        anchors.append(module.regularizer.state_dict()["anchor"])
+    for name, expected in anchors[0].items():
+        torch.testing.assert_close(anchors[1][name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_the_penalty_follows_the_whole_gradient(objective: Any) -> None:
+    module = objective(regularizer=AttributionRegularizer(0.5, "relative", target="length_normalised"))
+    without = trained(objective(), [a_batch(0), a_batch(0)], lr=1e-3)[1]
+    penalised = trained(module, [a_batch(0), a_batch(0)], lr=1e-3)[1]
+    assert equal(penalised[0], without[0])  # no anchor yet
+    extra = plus(penalised[1], without[1], -1.0)
+    assert length(extra) == pytest.approx(0.5 * length(without[1]), rel=1e-6)
+
+
+def test_gradients_are_clipped_as_a_whole() -> None:
+    _, (whole,) = trained(AdversarialUnlearning(), [a_batch(0)])
+    _, (clipped,) = trained(AdversarialUnlearning(), [a_batch(0)], gradient_clip_val=0.01)
+    assert length(clipped) == pytest.approx(0.01, rel=1e-3)
+    assert distance([c * (length(whole) / length(clipped)) for c in clipped], whole) < 1e-9
+
+
+@pytest.mark.parametrize("objective", [AdversarialUnlearning, SAM])
+def test_without_a_retain_loss(objective: Any) -> None:
+    options = {"steps": 0} if objective is AdversarialUnlearning else {"rho": 0.0}
+    expected, _ = trained(GradientDifference(retain_weight=0.0), [a_batch(0)])
+    for batch in (a_batch(0), {"forget": a_batch(0)["forget"]}):
+        got, _ = trained(objective(retain_weight=0.0, **options), [batch])
+        assert distance(weights(got), weights(expected)) < 1e-13
+
+
+def test_a_batch_without_forget_items_is_the_backbones() -> None:
+    batches = [{"retain": a_batch(0)["retain"]}]
+    expected, _ = trained(GradientDifference(), batches)
+    assert distance(weights(trained(SAM(), batches)[0]), weights(expected)) < 1e-13
+
+
+def test_adapters_alone_are_moved() -> None:
+    model = answer_model()
+    lora = LoRA(2)
+    lora.attach(model.hf)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    with displaced(model) as parameters:
+        assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+    _, (got,) = trained(AdversarialUnlearning(step_size=1e-2, lora=lora), [a_batch(0)], model)
+    assert len(got) == len(parameters)
+    assert equal([p for p in model.parameters() if not p.requires_grad], frozen)
+
+
+def test_other_items_for_the_adversary_in_every_step() -> None:
+    module = AdversarialUnlearning(seed=3)
+    seen = set()
+    forget = part(LENGTHS)
+
+    for step in range(20):
+        learned, rest = the_adversarys(module, forget, step)
+        assert len(learned) == 2
+        assert not set(learned) & set(rest)
+        turned = {name: value.flip(0) for name, value in forget.items()}  # the order is not what decides
+        assert {4 - row for row in the_adversarys(module, turned, step)[0]} == set(learned)
+        seen |= set(learned)
+    assert seen == {0, 1, 2, 3, 4}
+
+
+# ---- chosen neurons, measured floor --------------------------------------------------------------------------------
+
+
+class Served:
+    """Ready-made forget examples where an objective looks for the training set."""
+
+    def __init__(self, module: Any, forget: dict[str, Tensor]) -> None:
+        module.training_parts = lambda name, batch_size=16: iter([forget])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_adversary_moves_only_the_chosen_neurons(name: str) -> None:
+    model = answer_model(name, tie_word_embeddings=True)
+    forget = a_batch(0)["forget"]
+    module = AdversarialUnlearning(steps=1, step_size=0.5, adversary_neurons=10.0)
+    Served(module, forget)
+    moved: list[list[Tensor]] = []
+
+    class Looking(GradientDifference):
+        def forget_loss(self, batch: Any) -> Tensor:
+            moved.append(weights(self.model))
+            return super().forget_loss(batch)
+
+    module._backbone = (Looking(),)
+    before = weights(model)
+    sites = neuron_sites(model.hf)
+    values = neuron_attribution(model, [forget], sites, "length_normalised").mean_positive
+    trained(module, [a_batch(0)], model, lr=0.0)
+    assert equal(weights(model), before)
+
+    n_chosen = round(0.1 * len(values))
+    threshold = values.sort(descending=True).values[n_chosen - 1]
+    allowed = {}
+    for site, value in zip(sites, values.split([site.width for site in sites]), strict=True):
+        columns = torch.arange(site.width) if site.columns is None else site.columns
+        layer = model.hf.get_submodule(site.module_name)
+        mask = allowed.setdefault(layer, torch.zeros(layer.weight.shape[1 if name == "gpt2" else 0], dtype=torch.bool))
+        mask[columns] = value >= threshold
+    by_parameter = {}
+    for layer, mask in allowed.items():
+        by_parameter[layer.weight] = mask if name == "gpt2" else mask.unsqueeze(1)
+        if layer.bias is not None:
+            by_parameter[layer.bias] = mask
+    n_moved = 0
+    for parameter, new, old in zip(model.parameters(), moved[0], before, strict=True):
+        changed = new != old
+        mask = by_parameter.get(parameter, torch.zeros(()).bool())
+        assert not (changed & ~mask).any()
+        n_moved += int(changed.sum())
+    assert n_moved > 0.9 * sum(int(mask.expand(p.shape).sum()) for p, mask in by_parameter.items()) > 0
+
+
+def test_rows_of_all_neurons_are_all_rows() -> None:
+    hf = answer_model("gpt_neox").hf
+    sites = neuron_sites(hf)
+    rows = neuron_rows(hf, sites, torch.ones(sum(site.width for site in sites), dtype=torch.bool))
+    assert len(rows) == len({id(p) for p, _ in rows}) == 2 * 4 * 2
+    assert all(mask.all() for _, mask in rows)
+
+
+def test_what_is_measured_on_the_original_model_is_kept(tmp_path: Path) -> None:
+    def module() -> AdversarialUnlearning:
+        fresh = AdversarialUnlearning(
+            floor="mismatched",
+            adversary_neurons=20.0,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+        )
+        model = answer_model(vocab_size=260, max_position_embeddings=64)
+        fresh.adopt(model.train(), Toy().tokenizer)
+        return fresh
+
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    whole = module()
+    bare_trainer(4, callbacks=[keep], enable_checkpointing=True).fit(whole, Toy())
+    resumed = module()
+    bare_trainer(4).fit(resumed, Toy(), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert 0 < whole.floor_level < 5
+    assert resumed.floor_level == whole.floor_level
+    assert torch.equal(resumed._neurons, whole._neurons)
+    assert equal(weights(resumed.model), weights(whole.model))
+
+
+def test_mudman_resumes_in_the_middle_of_an_adversarys_life(tmp_path: Path) -> None:
+    def module() -> MUDMAN:
+        fresh = MUDMAN(adversary_lr=0.3, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        fresh.adopt(answer_model(vocab_size=260, max_position_embeddings=64).train(), Toy().tokenizer)
+        return fresh
+
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    whole, resumed = module(), module()
+    bare_trainer(4, callbacks=[keep], enable_checkpointing=True).fit(whole, Toy())
+    bare_trainer(4).fit(resumed, Toy(), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert equal(weights(resumed.model), weights(whole.model))
+    assert equal(resumed._adversary.values(), whole._adversary.values())
+    assert distance(list(whole._adversary.values()), weights(whole.model)) > 1e-6
+
+
+def test_any_backbone_with_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NPO at the first step: ``2 log(2)/β`` at the reference itself, more where the answers have been relearned."""
+    monkeypatch.setenv("LIGHTNING_SSIUU_CACHE", str(tmp_path))
+    for objective in ALL:
+        module = objective(NPO(beta=0.5), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        module.adopt(answer_model(vocab_size=260, max_position_embeddings=64).train(), Toy().tokenizer)
+        trainer = bare_trainer(1, log_every_n_steps=1)
+        trainer.fit(module, Toy(batch_size=4))
+        value = float(trainer.callback_metrics["train/forget_loss"])
+        excess = value - 2 * math.log(2) / 0.5
+        assert (abs(excess) < 1e-9) if objective is MUDMAN else (0.01 < excess < 1.0)
+
+
+# ---- bad options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: AdversarialUnlearning(steps=-1), "steps"),
+        (lambda: AdversarialUnlearning(step_size=-1.0), "step_size"),
+        (lambda: AdversarialUnlearning(step_size=math.nan), "step_size"),
+        (lambda: AdversarialUnlearning(floor=100.0), "floor"),
+        (lambda: AdversarialUnlearning(floor="oracle"), "floor"),  # type: ignore[arg-type]
+        (lambda: AdversarialUnlearning(adversary="adam"), "adversary"),  # type: ignore[arg-type]
+        (lambda: AdversarialUnlearning(adversary_share=1.0), "adversary_share"),
+        (lambda: AdversarialUnlearning(adversary_neurons=0.0), "adversary_neurons"),
+        (lambda: AdversarialUnlearning(adversary_neurons=5.0, lora=LoRA(2)), "adversary_neurons"),
+        (lambda: SAM(rho=-0.1), "rho"),
+        (lambda: MUDMAN(fork_every_n_steps=0), "fork_every_n_steps"),
+        (lambda: MUDMAN(adversary_lr=math.inf), "adversary_lr"),
+        (lambda: MUDMAN(retain_momentum=1.0), "retain_momentum"),
+        (lambda: MUDMAN(retain_weight=0.0), "retain_weight"),
+        (lambda: SAM(FineTuning(), retain_weight=3.0), "retain_weight"),
+        (lambda: SSIUU(SAM()), "backbone"),
+        (lambda: SAM(AdversarialUnlearning()), "backbone"),
+    ],
+)
+def test_bad_options(make: Callable[[], Any], argument: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("objective", ALL)
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [({"static_graph": True}, "trainer.strategy.static_graph"), ({}, "trainer.strategy")],
+)
+def test_refused_strategies(
+    objective: Any, options: dict[str, Any], argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"strategy": DDPStrategy(**options)} if options else {}
+    module, trainer = objective(), bare_trainer(1, **given)
+    if not options:  # made without its engine, which is not installed
+        trainer.strategy.__class__ = type("Zero", (type(trainer.strategy), DeepSpeedStrategy), {})
+        monkeypatch.setattr("lightning_ssiuu.objectives.base.check_strategy", lambda *_: None)
+    module._trainer = trainer
+    with pytest.raises(UserError) as caught:
+        module.setup("fit")
+    assert caught.value.argument == argument
