@@ -25,6 +25,8 @@ import torch
 from shapes import random_llama
 from torch import Tensor
 
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.functional.representation import hidden_mse
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.reference import LiveReference
@@ -39,6 +41,7 @@ LENGTHS = {
     "bare": ([(1, 5), (1, 5), (1, 5)], [(1, 4), (1, 4)]),
 }
 TOKENS = "a mean over all tokens of the batch there, over sequences here"
+STOOD_IN = ("trainer", "deepspeed")
 PROMPT = "prompt and padding count there"
 EVERYWHERE = f"{PROMPT}, and the position after the answer"
 LATER = "one position later there"
@@ -131,13 +134,15 @@ def imported(peer: Path) -> Iterator[Callable[[str], Any]]:
         stand_in("trainer", __path__=[])
         stand_in("trainer.unlearn", __path__=[])
         stand_in("trainer.unlearn.base", UnlearnTrainer=object)
+        if importlib.util.find_spec("deepspeed") is None:
+            stand_in("deepspeed")  # for RMU's, which asks it nothing here
         load("trainer.utils", source / "utils.py")
         class_named("GradDiff")
         yield class_named
     finally:
-        for name in [name for name in sys.modules if name not in before and name.split(".")[0] == "trainer"]:
+        for name in [name for name in sys.modules if name not in before and name.split(".")[0] in STOOD_IN]:
             del sys.modules[name]
-        sys.modules.update({name: module for name, module in before.items() if name.split(".")[0] == "trainer"})
+        sys.modules.update({name: module for name, module in before.items() if name.split(".")[0] in STOOD_IN})
 
 
 @torch.no_grad()
@@ -156,10 +161,15 @@ def part(lengths: list[tuple[int, int]], seed: int, model: AnswerModel) -> dict[
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "example_id": torch.arange(len(lengths))}
 
 
-def gradient(loss: Tensor, model: torch.nn.Module) -> Tensor:
-    """By all weights, flat."""
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([g.flatten() for g in found])
+def show(head: str, mine: Tensor, other: Tensor, inputs: list[Tensor], note: str) -> bool:
+    """Print a row of the table; whether the losses and their gradients by the inputs agree."""
+    by_loss = ((mine - other).abs() / other.abs()).item()
+    g, h = (torch.cat([x.flatten() for x in torch.autograd.grad(loss, inputs)]) for loss in (mine, other))
+    by_gradient = ((g - h).norm() / h.norm()).item()
+    same = max(by_loss, by_gradient) < TOLERANCE
+    note = note if same or note else "NOT EXPECTED"
+    print(f"{head} {mine.item():.6g} | {other.item():.6g} | {by_loss:.1e} | {by_gradient:.1e} | {note} |")
+    return same
 
 
 def ours(case: Case, model: AnswerModel, original: AnswerModel, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -193,6 +203,22 @@ def theirs(
     return loss
 
 
+def activation_losses(class_named: Any, batch: str) -> tuple[Tensor, Tensor, Tensor]:
+    """RMU's distance of activations to a target, ours and the peer's on the same positions, and the activations."""
+    generator = torch.Generator().manual_seed(3)
+    forget, _ = LENGTHS[batch]
+    mask = torch.zeros(len(forget), max(map(sum, forget)), dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(forget):
+        mask[row, prompt : prompt + answer] = True
+    hidden = torch.randn(*mask.shape, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    target = torch.rand(16, dtype=torch.float64, generator=generator)
+    index = mask.nonzero()[:, 0]
+    answers = Answers(torch.zeros(len(index), 2, dtype=torch.float64), torch.zeros_like(index), index, len(forget))
+    peer_class = class_named("RMU")
+    other = peer_class.compute_activation_loss(peer_class.__new__(peer_class), hidden, target.expand_as(hidden), mask)
+    return hidden_mse(hidden[mask], target, answers), other, hidden
+
+
 def compare(peer: Path) -> bool:
     """Print the table; whether all that should agree does."""
     model, original = (random_llama("toy", torch.float64, seed=seed).eval() for seed in (0, 1))
@@ -208,19 +234,13 @@ def compare(peer: Path) -> bool:
             batch = {"forget": part(forget, 1, model), "retain": part(retain, 2, model)}
             mine, module = ours(case, model, original, batch)
             other = theirs(case, class_named, model, original, batch, module)
-            by_loss = ((mine - other).abs() / other.abs()).item()
-            g, h = gradient(mine, model), gradient(other, model)
-            by_gradient = ((g - h).norm() / h.norm()).item()
-            within = max(by_loss, by_gradient) < TOLERANCE
-            agree &= within or bool(case.note)
-            note = case.note or ("" if within else "NOT EXPECTED")
-            if case.shifted:
-                note = "labels shifted for it" + (f"; {note}" if note else "")
+            note = "; ".join(["labels shifted for it"] * case.shifted + [case.note] * bool(case.note))
             name = case.name + (f" {dict(case.options)}" if case.options else "")
-            print(
-                f"| {name} | {case.batch} | {mine.item():.6g} | {other.item():.6g} | {by_loss:.1e} | "
-                f"{by_gradient:.1e} | {note} |"
-            )
+            same = show(f"| {name} | {case.batch} |", mine, other, list(model.parameters()), note)
+            agree &= same or bool(case.note)
+        for key, note in (("equal", ""), ("unequal", "[b] / [b, 1] broadcasts to [b, b] there")):
+            mine, other, hidden = activation_losses(class_named, key)
+            agree &= show(f"| RMU, activations | {key} |", mine, other, [hidden], note) or bool(note)
     return agree
 
 

@@ -37,6 +37,7 @@ from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, check_score, u
 from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.reference import LiveReference
 from lightning_ssiuu.sharding import FLOATS_ONLY, shard
 from lightning_ssiuu.simulation import Simulation
 from lightning_ssiuu.sites import neuron_sites
@@ -152,6 +153,7 @@ class _Run:
         batch = training_batch(self.data, self._cost, self.n_ranks, n_batches, n_epochs)
         with self.simulation:
             self._load(model)
+            self._refer(_on(batch, self.device))
             self._train(batch)
             self._attribute()
             self._score()
@@ -192,6 +194,27 @@ class _Run:
         self.module.adopt(model, self.data.tokenizer)
         self.module.train()
         self.simulation.tag_rest("weights")
+
+    def _refer(self, batch: Mapping[str, Any]) -> None:
+        """Give the losses an original model to compare with: live, or what stands for values read from the disk."""
+        module = self.module
+        if not (observations := module.references()):
+            return
+        second = module.lora is None and module.reference == "second_model"
+        model = module.model
+        if second:
+            give_memory(model := self._blueprint(), self.device)
+            model.requires_grad_(False).eval()
+            self.simulation.tag_rest("weights")
+        reference: Any = LiveReference(model, observations)
+        if module.lora is None and not second:
+            with self.simulation.phase("reference"):
+                known = {name: reference(name, batch[name.partition("/")[0]]) for name in observations}
+            shapes = {name: (values.shape, values.dtype) for name, values in known.items()}
+            del known
+            reference = lambda name, _: torch.empty(shapes[name][0], dtype=shapes[name][1], device=self.device)  # noqa: E731
+        for one in (module, *module._backbone):
+            one._reference = reference
 
     def _train(self, batch: Mapping[str, Any]) -> None:
         module, precision = self.module, self.trainer.precision_plugin

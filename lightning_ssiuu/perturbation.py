@@ -70,7 +70,7 @@ def place(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         1.0
     """
     torch._foreach_copy_([local(p) for p in parameters], [local(value) for value in values])
-    torch.clear_autocast_cache()  # mixed precision would go on with the old weights' narrow copies
+    torch.clear_autocast_cache()  # it may hold the old weights in narrow types
 
 
 @torch.no_grad()

@@ -121,6 +121,9 @@ def _check_deepspeed(strategy: DeepSpeedStrategy, trainer: L.Trainer, module: Un
         raise UserError("model.quantization", module.quantization, allowed)
     if module.regularizer is None:
         return
+    if not module.regularizer.under_zero:
+        allowed = f"ddp or FSDP2 (recipes/scale/fsdp2.yaml) with {type(module.regularizer).__name__}"
+        raise UserError("trainer.strategy", type(strategy).__name__, allowed)
     if zero.get("stage") not in (1, 2, 3):
         allowed = "1, 2 or 3 with a regularizer; without ZeRO, take strategy ddp"
         raise UserError("trainer.strategy.stage", zero.get("stage"), allowed)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from model_toys import bare_trainer, random_model, widened
 
+from lightning_ssiuu import regularizers
 from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
 from lightning_ssiuu.callbacks.loaders import evaluation_loaders
@@ -24,7 +25,6 @@ from lightning_ssiuu.evaluation import mismatched_level
 from lightning_ssiuu.export import _whole
 from lightning_ssiuu.models import load_model, load_tokenizer
 from lightning_ssiuu.objectives import base, objectives
-from lightning_ssiuu.regularizers import AttributionRegularizer
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
@@ -44,7 +44,7 @@ class Job:
         strategy: ``"auto"``, ``"ddp"``, ``"ddp_views"`` (gradients are views of what is communicated), ``"fsdp"``
             (checkpoints are folders), ``"fsdp_file"`` (they are files).
         objective: Class name.
-        regularizer: Arguments of ``AttributionRegularizer``; None for none.
+        regularizer: Arguments of ``AttributionRegularizer``, or of the one under ``"class"``; None for none.
         module: More arguments of the objective.
         trainer: More arguments of the Trainer.
         data: Arguments of the data module.
@@ -90,6 +90,13 @@ def save_models(folder: Path) -> None:
         byte_tokenizer().save_pretrained(folder / name)
 
 
+def _regularizer(given: dict[str, Any]) -> regularizers.Regularizer:
+    arguments = {"class": "AttributionRegularizer", **given}
+    if "regularizers" in given:
+        arguments["regularizers"] = [_regularizer(one) for one in given["regularizers"]]
+    return getattr(regularizers, arguments.pop("class"))(**arguments)
+
+
 def _load_model(checkpoint: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     """In the type that was saved: ModelParallelStrategy knows no precision 64-true."""
     return widened(load_model(checkpoint, "auto", *args, **kwargs))
@@ -116,7 +123,7 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)  # on every rank, as the command does
     module = objectives()[job.objective](
         checkpoint=checkpoint,
-        regularizer=None if job.regularizer is None else AttributionRegularizer(**job.regularizer),
+        regularizer=None if job.regularizer is None else _regularizer(job.regularizer),
         optimizer=OPTIMIZERS[job.optimizer],
         lora=None if job.rank is None else LoRA(job.rank),
         scores=SCORES,

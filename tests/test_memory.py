@@ -23,6 +23,8 @@ from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.memory import MemoryEstimate, estimate_memory, print_estimate
 from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.objectives.npo import NPO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -128,6 +130,24 @@ def test_narrow_weights(checkpoint: str) -> None:
     real = loaded(objective(checkpoint))
     assert narrow["gradients"] == size(list(real.parameters())) // 2
     assert narrow["weights"] == pytest.approx(size(tensors(real)) / 2, rel=1e-3)  # rotary frequencies stay wide
+
+
+def test_an_original_model_to_compare_with(checkpoint: str) -> None:
+    def weights(module: UnlearningModule) -> int:
+        return estimate_memory(module, many_to_score(), bare_trainer(2)).uses["weights"]
+
+    once = size(tensors(loaded(objective(checkpoint))))
+    plain, cached, second = (
+        weights(module)
+        for module in (
+            objective(checkpoint),
+            NPO(checkpoint=checkpoint, scores=["multiple_choice"]),
+            NPO(checkpoint=checkpoint, scores=["multiple_choice"], reference="second_model"),
+        )
+    )
+    assert plain == cached == pytest.approx(second - once, rel=1e-3)
+    kl = estimate_memory(objective(checkpoint, retain="kl"), many_to_score(), bare_trainer(2))
+    assert kl.by_phase["reference"] > once
 
 
 def test_sharding_divides_and_replicas_do_not(checkpoint: str) -> None:

@@ -12,7 +12,7 @@ from forked_ranks import ranks
 
 from lightning_ssiuu.__main__ import main
 
-KINDS = ("objective", "model", "data", "scale", "attack")
+KINDS = ("objective", "model", "data", "regularizer", "scale", "attack")
 
 
 def recipes(kind: str) -> list[Path]:
@@ -103,6 +103,21 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
+
+
+@named("regularizer")
+def test_regularizers(recipe: Path, tmp_path: Path) -> None:
+    """Each composes with an objective that has none, and with the whole default recipe, whose own it replaces."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["regularizer"]
+    for base in (RECIPES / "objective" / "gradient_difference.yaml", DEFAULT):
+        folder = tmp_path / base.stem
+        result = fit(folder, "--config", recipe, *SHORT, recipe=base)
+        assert result.status == 0, result.err
+        finished(folder)
+        resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        chosen = resolved["model"]["init_args"]["regularizer"]
+        assert chosen["class_path"] == content["class_path"]
+        assert {name: chosen["init_args"][name] for name in content["init_args"]} == content["init_args"]
 
 
 @named("scale")

@@ -15,6 +15,23 @@ from rank_jobs import Job, run, save_models, train
 from lightning_ssiuu.objectives import objectives
 
 PENALTY = {"weight": 1e4, "target": "length_normalised"}
+NEURONS = {"class": "NeuronAttributionRegularizer", "weight": 3e4, "target": "length_normalised"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "accumulated": {"trainer": {"accumulate_grad_batches": 3}},
+    "recomputed": {"module": {"gradient_checkpointing": True}},
+    "with adapters": {"rank": 2},
+}
+#: Each has a state of its own, and they act one after the other.
+SEVERAL = {
+    "class": "Combined",
+    "regularizers": [
+        {"class": "NeuronAttributionRegularizer", "weight": 0.3, "weight_mode": "relative"},
+        {"class": "L2ToStart", "weight": 0.2, "weight_mode": "relative", "weight_schedule": "adaptive"},
+        {"class": "DualMask", "n_examples": 3},
+        {"class": "MatchedUpdateNorm", "norm": 0.05},
+    ],
+}
 #: The same global batches on any number of processes.
 JOBS = [
     *(
@@ -39,6 +56,9 @@ JOBS = [
         trainer={"accumulate_grad_batches": 2},
     ),
     Job("adapters", regularizer=PENALTY, rank=2, steps=3),
+    *(Job(f"neurons {name}", regularizer=NEURONS, steps=3, **options) for name, options in SETTINGS.items()),
+    Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3),
+    Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}),
 ]
 #: Views of the communicated buffers as gradients: what stashes and restores gradients must not lose them.
 ON_TWO = [replace(job, strategy=s) for job in JOBS for s in ("ddp_views" if job.trainer else "ddp", "fsdp")]
@@ -54,6 +74,8 @@ DRAWING = Job(
     save="drawing-{strategy}-{step}",
     **_INTERRUPTED,
 )
+#: With every kind of state a regulariser may have.
+SEVERALLY = replace(DRAWING, name="severally", regularizer=SEVERAL, save="severally-{strategy}-{step}")
 #: Nothing is drawn; the anchor is the first step's, so a resumed run needs the checkpoint's.
 MOVED = Job(
     "moved",
@@ -65,11 +87,11 @@ MOVED = Job(
 #: Most weights are frozen.
 ADAPTED = replace(DRAWING, name="adapted", rank=2, save="adapted-{strategy}-{step}")
 _STRATEGIES = ("ddp", "fsdp", "fsdp_file")
-CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, ADAPTED, MOVED) for s in _STRATEGIES]
+CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, SEVERALLY, ADAPTED, MOVED) for s in _STRATEGIES]
 RESUMED = [
     *(
         replace(job, name=f"{job.name} again", strategy=s, save=None, resume=f"{job.name}-{s}")
-        for job in (DRAWING, ADAPTED)
+        for job in (DRAWING, SEVERALLY, ADAPTED)
         for s in _STRATEGIES
     ),
     *(replace(MOVED, name="moved from one", strategy=s, save=None, resume="moved-auto") for s in _STRATEGIES),

@@ -90,8 +90,9 @@ class CIR(UnlearningModule):
         for name, parameter in model.hf.named_parameters():
             parameter.requires_grad_(name in trained)
 
-    def on_train_epoch_start(self) -> None:
-        """Take the directions, unless a resumed run brought this epoch's."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Take an epoch's directions before its first batch, unless a resumed run brought them."""
+        # Not in on_train_epoch_start: Lightning leaves that out in a run resumed at the very end of an epoch.
         epoch = self.current_epoch
         if self._epoch_of_bases is not None and epoch < self._epoch_of_bases + self.every_n_epochs:
             return

@@ -107,7 +107,7 @@ class PDU(UnlearningModule):
         self._since_step.clear()
         if self.bound is not None and self.current_epoch >= self.dual_warmup_epochs:
             self.retain_weight = max(0.0, self.retain_weight + self.dual_step_size * (loss - self.bound))
-        self.log("train/dual_variable", self.retain_weight, batch_size=1)
+        self.log_dict({"train/dual_variable": self.retain_weight}, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep λ and its bound."""

@@ -34,8 +34,8 @@ class L2ToStart(Penalty):
 
     Args:
         weight: λ ≥ 0; with 0 nothing is computed.
-        weight_mode: ``"absolute"`` takes λ, ``"relative"`` scales the penalty's gradient to ``weight`` times the norm of
-            the objective's; see :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
+        weight_mode: ``"absolute"`` takes λ, ``"relative"`` scales the penalty's gradient to ``weight`` times the norm
+            of the objective's; see :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
         weight_schedule: ``"constant"``, ``"warmup"`` or ``"adaptive"``; see there.
         schedule_steps: Optimiser steps of the schedule, ≥ 1.
 

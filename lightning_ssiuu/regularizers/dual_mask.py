@@ -31,9 +31,9 @@ from lightning_ssiuu.regularizers.shards import (
 class DualMask(Regularizer):
     """Multiplies the update by ``M₁ ⊙ M₂``, ``M₁ = 1/(1 + αf)`` and ``M₂ = 1/(1 + βh)`` (arXiv 2609.39279, Eq. 9).
 
-    f is the diagonal empirical Fisher information of the retain set before training,
-    ``mean over examples of (∂log p(y|x)/∂θ)²`` (Eq. 2, one backward pass per example, without dropout). h is 1 for every
-    weight whose attribution ``θ · Σ_b ∂log p(y_b|x_b)/∂θ`` to this step's forget answers is ≤ 0 (Eq. 3), else 0.
+    f is the diagonal empirical Fisher information of the retain set before training, the mean over examples of
+    ``(∂log p(y|x)/∂θ)²`` (Eq. 2, one backward pass per example, without dropout). h is 1 for every weight whose
+    attribution ``θ · Σ_b ∂log p(y_b|x_b)/∂θ`` to this step's forget answers is ≤ 0 (Eq. 3), else 0.
 
     Differences from the paper: it masks the gradient before the optimiser; AdamW divides a gradient by its own running
     size and so undoes a mask that stays the same, as M₁ does. Here the step itself is masked,

@@ -39,16 +39,17 @@ class NeuronAttributionRegularizer(AttributionPenalty):
     """Adds ``Σ_i 2λ (A_{t,i} − A_anchor,i) ∂A_{t,i}/∂φ`` over the neurons i whose attribution A_t is negative.
 
     A neuron's attribution is aggregated as in the diagnosis D⁻ (arXiv 2509.22263, Eqs. 1 to 5): per example the minimum
-    over its tokens of ``h ∂P/∂h``, so that what is penalised is what :class:`~lightning_ssiuu.NeuronAttributionCallback`
-    measures; over examples it is summed, micro-batches and ranks included, as λ is given for at parameter level. With
+    over its tokens of ``h ∂P/∂h``, so that what is penalised is what the attribution callback measures; over examples
+    it is summed, micro-batches and ranks included, so that λ means what it does at parameter level. With
     ``tokens: sum`` it is summed over tokens as well: that is the sum of ``φ ∂P/∂φ`` over the neuron's own weights and
     bias, hence :class:`AttributionRegularizer`'s attribution, row by row. As there, ∂P/∂h and the choice of the token
     are held constant (first order, Eqs. 13 and 14), so ``∂A/∂φ = Σ_b ∂P_b/∂h · ∂h/∂φ``, which reaches every trained
     weight before the neuron, adapters on a frozen or quantised base included. The first step has no anchor and hence no
     penalty.
 
-    Each optimiser step runs the model on its forget parts once more (with several micro-batches twice), without dropout,
-    with two backward passes and a copy of the sites' activations. DeepSpeed's ZeRO is refused.
+    Each optimiser step runs the model on its forget parts once more (with several micro-batches
+    twice, but for the last), without dropout, with two backward passes and the sites' activations and their gradients
+    in memory. DeepSpeed's ZeRO is refused.
 
     Args:
         weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
@@ -75,7 +76,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         check_choice("tokens", tokens, ("min", "sum"))
         self.tokens = tokens
         self._parts: list[Mapping[str, Tensor]] = []
-        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
         self._anchor: Tensor | None = None  # A / e^anchor_scale of all neurons, in the order of the sites
 
     def prepare(self, module: Any) -> None:
@@ -87,12 +88,11 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
         Args:
             model: The model the answers came from.
-            answers: Forward pass on the forget part; tells how probable the answers are.
+            answers: Not looked at: its forward pass has dropout, and shows no activations.
             part: The forget part.
         """
         if self.weight == 0:
             return
-        self._scale = self._rescaled(target_logps(answers, self.target).detach())
         device = answers.logits.device.type  # apply runs outside the Trainer's autocast
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self._parts.append(part)
@@ -104,24 +104,25 @@ class NeuronAttributionRegularizer(AttributionPenalty):
             ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over the sites'
             neurons, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
         """
-        parts, scale = self._parts, self._scale
-        self._parts, self._scale = [], -math.inf
-        if not parts or self._autocast is None:
+        parts, self._parts = self._parts, []
+        if not parts:
             return {}
-        sites = self._sites(model)
-        device, dtype, enabled = self._autocast
-        with _without_dropout(model), torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            passes = [self._run(model, parts[0], sites)]
-            attribution = self._attribution(passes[0], sites, scale)
-            for part in parts[1:]:
+        sites, passes = self._sites(model), list[_Pass]()
+        attribution = torch.zeros(())
+        with _without_dropout(model), torch.enable_grad():
+            for part in parts:
                 passes.clear()  # one graph at a time
-                attribution += self._attribution(self._run(model, part, sites), sites, scale)
+                passes.append(self._run(model, part, sites))
+                before, self._scale = self._scale, self._rescaled(passes[0].logps.detach())
+                attribution = self._attribution(passes[0], sites) + math.exp(before - self._scale) * attribution
             if world_size() > 1:
                 dist.all_reduce(attribution)
-            push, top = self._push(attribution, scale), max(scale, self._anchor_scale)
+            scale, top = self._scale, max(self._scale, self._anchor_scale)
+            push = self._push(attribution, top)
             gradients: list[Tensor] = []
-            for part in () if push is None else parts:
-                total = self._total(passes.pop() if passes else self._run(model, part, sites), sites, push, scale)
+            # The first step only measures; later ones have the last part's graph still.
+            for part in reversed(parts) if self._anchor is not None else ():
+                total = self._total(passes.pop() if passes else self._run(model, part, sites), sites, push)
                 reshard(model)
                 parameters = list(trained_parameters(model).values())
                 fresh = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph=False)]
@@ -134,6 +135,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
             figures |= self.add(model, parameters, gradients, scale + top + math.log(2))
         if self._anchor is None or self.anchor == "previous":
             self._anchor, self._anchor_scale = attribution, scale
+        self._scale = -math.inf
         self._n_steps += 1
         return figures
 
@@ -152,7 +154,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
     def _run(self, model: Any, part: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> _Pass:
         names = dict.fromkeys(site.module_name for site in sites)
-        with _outputs(model.hf, list(names)) as outputs:
+        with torch.autocast(*self._autocast), _outputs(model.hf, list(names)) as outputs:
             answers = model(part["input_ids"], part["attention_mask"], part["labels"])
         logps = target_logps(answers, self.target)
         # Examples do not interact, so the gradient of the sum holds each example's own.
@@ -170,28 +172,27 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         where = (output.detach() * gradient).masked_fill(one.outside, torch.inf).argmin(1, keepdim=True)
         return output.gather(1, where), gradient.gather(1, where)
 
-    def _attribution(self, one: _Pass, sites: Sequence[NeuronSite], scale: float) -> Tensor:
+    def _attribution(self, one: _Pass, sites: Sequence[NeuronSite]) -> Tensor:
         """``Σ_b A_b / e^scale`` of this rank's examples, ``[n_neurons]``."""
-        factor = (wide(one.logps) - scale).exp()[:, None, None]
+        factor = (wide(one.logps) - self._scale).exp()[:, None, None]
         with torch.no_grad():
             pairs = (self._selected(one, site) for site in sites)
             return torch.cat([(output * gradient * factor).sum((0, 1)) for output, gradient in pairs])
 
-    def _push(self, attribution: Tensor, scale: float) -> Tensor | None:
-        """``(A_t − A_anchor) / e^top`` where A_t is negative; None in the first step."""
+    def _push(self, attribution: Tensor, top: float) -> Tensor:
+        """``(A_t − A_anchor) / e^top`` where A_t is negative; nothing to the first step."""
         if self._anchor is None:
-            return None
+            return torch.zeros_like(attribution)
         if self._anchor.shape != attribution.shape:
             allowed = "those of the run that is resumed: its anchor belongs to other neurons"
             raise UserError("regularizer.modules", self.modules, allowed)
-        top = max(scale, self._anchor_scale)
         anchor = self._anchor.to(attribution)
-        growth = math.exp(scale - top) * attribution - math.exp(self._anchor_scale - top) * anchor
+        growth = math.exp(self._scale - top) * attribution - math.exp(self._anchor_scale - top) * anchor
         return growth * (attribution < 0)
 
-    def _total(self, one: _Pass, sites: Sequence[NeuronSite], push: Tensor, scale: float) -> Tensor:
-        """``Σ_i push_i A_i / e^scale`` of this rank's examples, all but h constant: a scalar with the penalty's gradient."""
-        factor = (wide(one.logps) - scale).exp()[:, None, None]
+    def _total(self, one: _Pass, sites: Sequence[NeuronSite], push: Tensor) -> Tensor:
+        """``Σ_i push_i A_i / e^scale`` of this rank's examples, all but h constant: its gradient is the penalty's."""
+        factor = (wide(one.logps) - self._scale).exp()[:, None, None]
         # Zero times the answers: FSDP2 gathers a layer's weights when a gradient comes to the layer's output.
         total = 0 * one.logps.sum()
         for site, held in zip(sites, push.split([site.width for site in sites]), strict=True):

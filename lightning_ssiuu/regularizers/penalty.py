@@ -77,8 +77,8 @@ class Penalty(Regularizer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the schedule of an interrupted run."""
-        self._averages = dict(state["schedule"])
-        self._n_steps = self._averages.pop("n_steps")
+        self._n_steps = state["schedule"]["n_steps"]
+        self._averages = {name: state["schedule"][name] for name in self._averages}
 
     @torch.no_grad()
     def add(
