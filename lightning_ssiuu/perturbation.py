@@ -261,6 +261,11 @@ class DisplacedObjective(UnlearningModule):
             What :func:`gradient_at` gives for all trained parameters, and this rank's addend of the loss (scalar).
         """
 
+    @property
+    def n_micro_batches(self) -> int:
+        """Micro-batches of an optimiser step, by which Lightning divides the losses; 1 outside a Trainer."""
+        return 1 if self._trainer is None else self.trainer.accumulate_grad_batches
+
     def setup(self, stage: str) -> None:
         """Also refuse strategies and precisions that know of one backward pass only."""
         super().setup(stage)
@@ -280,8 +285,7 @@ class DisplacedObjective(UnlearningModule):
         if "forget" not in batch or self.forget_weight == 0:
             return super().training_step(batch, batch_idx)
         gradients, addend = self.displaced_gradient(batch["forget"])
-        factor = self.forget_weight / self.trainer.accumulate_grad_batches  # Lightning divides the other losses so
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, self.forget_weight / self.n_micro_batches)
         if self._forget_gradients is None:
             self._forget_gradients = gradients
         else:

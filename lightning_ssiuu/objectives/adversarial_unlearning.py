@@ -138,8 +138,8 @@ class AdversarialUnlearning(DisplacedObjective):
         everyone = sorted({example for ids in gathered(own) for example in ids})
         if self.steps == 0 or self.step_size == 0 or len(everyone) < 2:
             return rows[:0], rows
-        step = self.trainer.global_step
-        everyone.sort(key=lambda example: hashlib.sha256(f"{self.seed} {step} {example}".encode()).digest())
+        key = f"{self.seed} {self.global_step}"
+        everyone.sort(key=lambda example: hashlib.sha256(f"{key} {example}".encode()).digest())
         n_learned = min(max(1, round(self.adversary_share * len(everyone))), len(everyone) - 1)
         learned = set(everyone[:n_learned])
         is_learned = torch.tensor([example in learned for example in own], dtype=torch.bool, device=rows.device)

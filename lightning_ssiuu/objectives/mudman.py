@@ -82,9 +82,11 @@ class MUDMAN(DisplacedObjective):
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
         """As :class:`DisplacedObjective` wants it; keeps the adversary's own gradient for the end of the step."""
         rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
-        part, step = rows_of(batch, rows), self.trainer.global_step
+        part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
-            if not self._adversary or step % self.fork_every_n_steps == 0:  # of every micro-batch: they are the same
+            if (
+                not self._adversary or self.global_step % self.fork_every_n_steps == 0
+            ):  # of every micro-batch: they are the same
                 self._adversary = {name: p.detach().clone() for name, p in self._trained().items()}
             place(parameters, self._like(self._adversary))
             with self._step_memory:
@@ -92,7 +94,7 @@ class MUDMAN(DisplacedObjective):
                 nll = weight * answer_nll(self.answers(part))
                 learning = gradient_at(nll, parameters, self.model, keep_graph=True)
                 gradients = gradient_at(loss, parameters, self.model)
-        torch._foreach_div_(learning, self.trainer.accumulate_grad_batches)
+        torch._foreach_div_(learning, self.n_micro_batches)
         if self._adversary_gradients is None:
             self._adversary_gradients = learning
         else:
