@@ -132,6 +132,10 @@ class KLUE(UnlearningModule):
         self.neurons = checkpoint.get("neurons", {})
 
     def _masked(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
-        weights = neuron_weights(self.model.hf).items()
         found = dict(self.model.hf.named_parameters())
-        return [(found[n], local_mask(self.neurons[layer], found[n], dim)) for n, (layer, dim) in weights]
+        masked = []
+        for name, (layer, dimension) in neuron_weights(self.model.hf).items():
+            parameter = found[name]
+            everything = torch.ones(parameter.shape[dimension], dtype=torch.bool)  # where nothing was chosen yet
+            masked.append((parameter, local_mask(self.neurons.get(layer, everything), parameter, dimension)))
+        return masked

@@ -84,9 +84,7 @@ class MUDMAN(DisplacedObjective):
         rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
-            if (
-                not self._adversary or self.global_step % self.fork_every_n_steps == 0
-            ):  # of every micro-batch: they are the same
+            if not self._adversary or self.global_step % self.fork_every_n_steps == 0:
                 self._adversary = {name: p.detach().clone() for name, p in self._trained().items()}
             place(parameters, self._like(self._adversary))
             with self._step_memory:

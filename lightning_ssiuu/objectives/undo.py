@@ -32,7 +32,8 @@ class UNDO(UnlearningModule):
         alpha: α in [0, 1], how much of the weights goes: robustness against cost of the repair.
         beta: β ≥ 0, how much of the noise comes.
         seed: Of the noise, drawn on the CPU weight by weight: the same on any number of ranks.
-        **kwargs: As :class:`UnlearningModule`, without ``forget_weight`` and ``lora``.
+        forget_weight: 0, nothing else.
+        **kwargs: As :class:`UnlearningModule`, without ``lora``.
 
     Raises:
         UserError: If an option is outside its range, or weights are frozen (``lora``): there is nothing to noise.
@@ -45,10 +46,12 @@ class UNDO(UnlearningModule):
 
     lends_losses = False
 
-    def __init__(self, alpha: float = 0.6, beta: float = 0.1, seed: int = 0, **kwargs: Any) -> None:
-        if "forget_weight" in kwargs:
-            raise UserError("forget_weight", kwargs["forget_weight"], "unset: UNDO does not train on the forget set")
-        super().__init__(forget_weight=0.0, **kwargs)
+    def __init__(
+        self, alpha: float = 0.6, beta: float = 0.1, seed: int = 0, forget_weight: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(forget_weight=forget_weight, **kwargs)
+        if forget_weight != 0:
+            raise UserError("forget_weight", forget_weight, "0: UNDO does not train on the forget set")
         if not 0 <= alpha <= 1:
             raise UserError("alpha", alpha, "a number in [0, 1]")
         check_number("beta", beta)
