@@ -8,24 +8,24 @@ trained weights is held meanwhile, and one gradient until the optimiser steps (u
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.ranks import gathered, mean_over_ranks, world_size
 from lightning_ssiuu.sites import NeuronSite
+
+if TYPE_CHECKING:
+    from lightning_ssiuu.objectives.base import UnlearningModule
+
+Part = Mapping[str, Tensor]
 
 
 @contextmanager
@@ -227,102 +227,69 @@ def neuron_rows(hf: Any, sites: Sequence[NeuronSite], chosen: Tensor) -> list[tu
     return found
 
 
-class DisplacedObjective(UnlearningModule):
-    """An objective that takes a backbone's forget gradient at displaced weights and applies it at the original ones.
+def displaced_step(module: UnlearningModule, batch: Mapping[str, Part]) -> Tensor:
+    """A training step of an objective with ``displaces_weights``: keep the forget gradient for the optimiser step.
 
-    A subclass writes :meth:`displaced_gradient`. ``forget_loss`` stays the backbone's at the weights as they are. Over
-    the micro-batches of an optimiser step the forget gradients are averaged as the losses are. ZeRO is refused: its
-    engine neither shows the weights nor lets them be moved within a step.
+    Over the micro-batches of an optimiser step the forget gradients are averaged as the losses are.
 
     Args:
-        backbone: Any objective; lends its losses and weights. None takes gradient difference.
-        **kwargs: As :class:`UnlearningModule`; ``forget_weight``, ``retain_weight``, ``retain`` and ``reference``
-            belong to the default backbone, with a backbone given set them there.
+        module: The objective; its ``displaced_gradient`` is asked.
+        batch: A training batch with a forget part.
 
-    Raises:
-        UserError: If the backbone is regularised or of this kind, or what belongs to it is given beside it.
+    Returns:
+        The loss for Lightning to differentiate, of which only the retain loss has a gradient.
     """
+    gradients, addend = module.displaced_gradient(batch["forget"])
+    torch._foreach_mul_(gradients, module.forget_weight / n_micro_batches(module))
+    if module.forget_gradients is None:
+        module.forget_gradients = gradients
+    else:
+        torch._foreach_add_(module.forget_gradients, gradients)
+    losses = {"forget_loss": addend.detach() * world_size()}  # a sum over ranks, where the other is a mean
+    with module._step_memory:
+        retained = "retain" in batch and module.retain_weight > 0
+        # Without a retain loss Lightning needs a loss of this graph all the same.
+        answers = module.answers(batch["forget"]) if module.regularizer is not None or not retained else None
+        if module.regularizer is not None and answers is not None:
+            module.regularizer.collect(module.model, answers, batch["forget"])
+        if retained:
+            losses["retain_loss"] = module.retain_loss(batch["retain"])
+            loss = module.retain_weight * losses["retain_loss"]
+        elif answers is not None:
+            loss = 0.0 * answers.logits.sum()
+    module.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
+    return loss + module.forget_weight * losses["forget_loss"]
 
-    lends_losses = False
 
-    def __init__(self, backbone: UnlearningModule | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.use_backbone(backbone or gradient_difference_like(self))
-        self._forget_gradients: list[Tensor] | None = None
+def complete_gradients(module: UnlearningModule) -> None:
+    """Put what :func:`displaced_step` kept into ``.grad``, before the regulariser and clipping see it."""
+    gradients, module.forget_gradients = module.forget_gradients, None
+    if gradients is not None:
+        reshard(module.model)
+        module.combine([p for p in module.model.parameters() if p.requires_grad], gradients)
 
-    @abstractmethod
-    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """The gradient of the forget loss of one micro-batch (of all ranks) at displaced weights.
 
-        Args:
-            batch: This rank's forget part.
+def n_micro_batches(module: UnlearningModule) -> int:
+    """Micro-batches of an optimiser step, by which Lightning divides the losses; 1 outside a Trainer."""
+    return 1 if module._trainer is None else module.trainer.accumulate_grad_batches
 
-        Returns:
-            What :func:`gradient_at` gives for all trained parameters, and this rank's addend of the loss (scalar).
-        """
 
-    @property
-    def n_micro_batches(self) -> int:
-        """Micro-batches of an optimiser step, by which Lightning divides the losses; 1 outside a Trainer."""
-        return 1 if self._trainer is None else self.trainer.accumulate_grad_batches
+@torch.no_grad()
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Add to ``.grad``.
 
-    def setup(self, stage: str) -> None:
-        """Also refuse strategies and precisions that know of one backward pass only."""
-        super().setup(stage)
-        strategy, name = self.trainer.strategy, type(self).__name__
-        if isinstance(strategy, DeepSpeedStrategy):
-            allowed = f"ddp or FSDP2: {name} moves the weights within a step, of which ZeRO keeps copies"
-            raise UserError("trainer.strategy", type(strategy).__name__, allowed)
-        if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
-            allowed = f"false with {name}, whose backward passes a static graph does not know"
-            raise UserError("trainer.strategy.static_graph", True, allowed)
-        if str(self.trainer.precision).startswith("16-"):
-            allowed = f"32-true, bf16-mixed or bf16-true: {name}'s gradient is taken without loss scaling"
-            raise UserError("trainer.precision", self.trainer.precision, allowed)
+    Args:
+        parameters: All trained ones.
+        gradients: Like them, or this rank's shards.
 
-    def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
-        """Keep the forget gradient for the optimiser step; give Lightning the retain loss to differentiate."""
-        if "forget" not in batch or self.forget_weight == 0:
-            return super().training_step(batch, batch_idx)
-        gradients, addend = self.displaced_gradient(batch["forget"])
-        torch._foreach_mul_(gradients, self.forget_weight / self.n_micro_batches)
-        if self._forget_gradients is None:
-            self._forget_gradients = gradients
-        else:
-            torch._foreach_add_(self._forget_gradients, gradients)
-        losses = {"forget_loss": addend.detach() * world_size()}  # a sum over ranks, where the other is a mean
-        with self._step_memory:
-            retained = "retain" in batch and self.retain_weight > 0
-            # Without a retain loss Lightning needs a loss of this graph all the same.
-            answers = self.answers(batch["forget"]) if self.regularizer is not None or not retained else None
-            if self.regularizer is not None and answers is not None:
-                self.regularizer.collect(self.model, answers, batch["forget"])
-            if retained:
-                losses["retain_loss"] = self.retain_loss(batch["retain"])
-                loss = self.retain_weight * losses["retain_loss"]
-            elif answers is not None:
-                loss = 0.0 * answers.logits.sum()
-        self.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
-        return loss + self.forget_weight * losses["forget_loss"]
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Complete the gradient, before the regulariser and clipping see it."""
-        gradients, self._forget_gradients = self._forget_gradients, None
-        if gradients is not None:
-            reshard(self.model)
-            self.combine([p for p in self.model.parameters() if p.requires_grad], gradients)
-        super().on_before_optimizer_step(optimizer)
-
-    @torch.no_grad()
-    def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Put the weighted forget gradient of this optimiser step into ``.grad``, by default added to what is there.
-
-        Args:
-            parameters: All trained ones, with the other losses' gradient.
-            gradients: Like them, or this rank's shards; times ``forget_weight``.
-        """
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            own = local(parameter.grad)
-            own.add_(gradient.to(own.dtype))
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(1))
+        >>> add_gradients([weight], [torch.ones(1)])
+        >>> weight.grad
+        tensor([1.])
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        own = local(parameter.grad)
+        own.add_(gradient.to(own.dtype))

@@ -82,6 +82,8 @@ whose second backward pass a static graph does not know: the ranks' weights woul
         raise UserError("trainer.strategy.static_graph", True, allowed + "the ranks' weights would drift apart")
     if regularized and str(trainer.precision).startswith("16-"):
         raise UserError("trainer.precision", trainer.precision, _NO_HALF)
+    if module.displaces_weights:
+        _check_displaced(trainer, module)
     if isinstance(strategy, DeepSpeedStrategy):
         _check_deepspeed(strategy, trainer, module)
 
@@ -103,6 +105,19 @@ def refuse_deepspeed(trainer: L.Trainer, module: UnlearningModule) -> None:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         allowed = f"ddp or FSDP2: {type(module).__name__} changes weights beside the optimiser"
         raise UserError("trainer.strategy", "DeepSpeedStrategy", allowed)
+
+
+def _check_displaced(trainer: L.Trainer, module: UnlearningModule) -> None:
+    strategy, name = trainer.strategy, type(module).__name__
+    if isinstance(strategy, DeepSpeedStrategy):
+        allowed = f"ddp or FSDP2: {name} moves the weights within a step, of which ZeRO keeps copies"
+        raise UserError("trainer.strategy", type(strategy).__name__, allowed)
+    if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+        allowed = f"false with {name}, whose backward passes a static graph does not know"
+        raise UserError("trainer.strategy.static_graph", True, allowed)
+    if str(trainer.precision).startswith("16-"):
+        allowed = f"32-true, bf16-mixed or bf16-true: {name}'s gradient is taken without loss scaling"
+        raise UserError("trainer.precision", trainer.precision, allowed)
 
 
 def _check_deepspeed(strategy: DeepSpeedStrategy, trainer: L.Trainer, module: UnlearningModule) -> None:

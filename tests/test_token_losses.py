@@ -206,7 +206,9 @@ def test_more_options_are_checked() -> None:
             PDU(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="epsilon: got None, allowed: a finite number > 0 with retain kl"):
         PDU(retain="kl")
-    with pytest.raises(UserError, match="backbone: got 'PDU', allowed: an objective with constant losses"):
+    with pytest.raises(
+        UserError, match="backbone: got 'PDU', allowed: an objective that is its losses alone, such as NPO"
+    ):
         SSIUU(backbone=PDU())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,6 +196,18 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
     def __getitem__(self, key: Key) -> tuple[str, Encoded]:
         part, index = key
         return part, self.parts[part][index] if index >= 0 else self.parts[part][~index].unanswered()
+
+    def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
+        """All examples of a part, in their order.
+
+        Args:
+            name: Of the part; one that is not there is empty.
+            batch_size: Examples at a time.
+            collate: Makes a batch of samples.
+        """
+        numbers = range(len(self.parts.get(name, ())))
+        for start in numbers[::batch_size]:
+            yield collate([self[name, index] for index in numbers[start : start + batch_size]])[name]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))

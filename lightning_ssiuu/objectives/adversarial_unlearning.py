@@ -14,8 +14,8 @@ from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.perturbation import (
-    DisplacedObjective,
     answers_of,
     cut_like,
     displaced,
@@ -30,7 +30,7 @@ from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sites import neuron_sites
 
 
-class AdversarialUnlearning(DisplacedObjective):
+class AdversarialUnlearning(UnlearningModule):
     """The backbone's forget gradient after ``steps`` relearning steps on other items, beside the retain gradient at θ.
 
     In each global micro-batch an adversary gets ``adversary_share`` of the forget items and takes k steps
@@ -68,6 +68,9 @@ class AdversarialUnlearning(DisplacedObjective):
         (3, 'GradientDifference')
     """
 
+    lends_losses = False
+    displaces_weights = True
+
     def __init__(
         self,
         backbone: UnlearningModule | None = None,
@@ -80,7 +83,8 @@ class AdversarialUnlearning(DisplacedObjective):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone=backbone, **kwargs)
+        super().__init__(**kwargs)
+        self.use_backbone(backbone or gradient_difference_like(self))
         if steps < 0:
             raise UserError("steps", steps, "a number ≥ 0")
         check_number("step_size", step_size)
@@ -116,7 +120,7 @@ class AdversarialUnlearning(DisplacedObjective):
         super().on_train_start()
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """As :class:`DisplacedObjective` wants it."""
+        """As the base class wants it."""
         learned, rest = self.divided(batch)
         with displaced(self.model) as parameters:
             if self.steps > 0 and self.step_size > 0 and any(gathered(len(learned))):

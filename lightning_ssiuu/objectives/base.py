@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu import zero
@@ -21,44 +21,14 @@ from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, answer_nll, kl_divergence
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.perturbation import add_gradients, complete_gradients, displaced_step
 from lightning_ssiuu.ranks import gathered, mean_over_ranks, rank, world_size
 from lightning_ssiuu.reference import LiveReference, Observation, StoredReference, find_reference, reference_logits
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.sharded_state import put_state, take_state
 from lightning_ssiuu.sharding import is_sharded, load_sharded
+from lightning_ssiuu.step_memory import Part, StepMemory
 from lightning_ssiuu.strategies import check_strategy
-
-Part = Mapping[str, Tensor]
-
-
-class StepMemory:
-    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps.
-
-    Example:
-        >>> memory = StepMemory()
-        >>> with memory:
-        ...     part = {}
-        ...     memory.recall(part, lambda part: object()) is memory.recall(part, lambda part: object())
-        True
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Part, Answers]] | None = None
-
-    def __enter__(self) -> None:
-        self._known = {}
-
-    def __exit__(self, *_: object) -> None:
-        self._known = None
-
-    def recall(self, part: Part, run: Callable[[Part], Answers]) -> Answers:
-        """The answers to ``part``, run at most once within a step."""
-        if self._known is None:
-            return run(part)
-        # The part is kept beside its answers: an identity means nothing once its object is gone.
-        if id(part) not in self._known:
-            self._known[id(part)] = part, run(part)
-        return self._known[id(part)][1]
 
 
 class UnlearningModule(L.LightningModule):
@@ -109,6 +79,8 @@ class UnlearningModule(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
     #: Whether it can be another objective's backbone; False where the steps taken change its losses.
     lends_losses = True
+    #: Whether the forget gradient is taken at other weights than it is applied to, by :meth:`displaced_gradient`.
+    displaces_weights = False
 
     def __init__(
         self,
@@ -151,6 +123,7 @@ class UnlearningModule(L.LightningModule):
         self._reference: StoredReference | LiveReference | None = None
         self.reference_key: str | None = None  # of the values on disk; a resumed run has its checkpoint's
         self._backbone: tuple[UnlearningModule, ...] = ()
+        self.forget_gradients: list[Tensor] | None = None  # at displaced weights, of this step's micro-batches so far
         self._step_memory = StepMemory()
         self._random_states: dict[str, Any] | None = None
 
@@ -179,6 +152,27 @@ class UnlearningModule(L.LightningModule):
 
     def prepare(self) -> None:
         """What comes before the first step of a new run, once the original model was looked at; nothing by default."""
+
+    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
+        """With ``displaces_weights``: the gradient of one micro-batch's forget loss (of all ranks) at other weights.
+
+        Args:
+            batch: This rank's forget part.
+
+        Returns:
+            What :func:`lightning_ssiuu.perturbation.gradient_at` gives for all trained parameters, and this rank's
+            addend of the loss (scalar).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define displaced_gradient(batch)")
+
+    def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """With ``displaces_weights``: put the step's forget gradient into ``.grad``, by default added to what is there.
+
+        Args:
+            parameters: All trained ones, with the other losses' gradient.
+            gradients: Like them, or this rank's shards; times ``forget_weight``.
+        """
+        add_gradients(parameters, gradients)
 
     # ---- what it may use --------------------------------------------------------------------------------------
 
@@ -211,13 +205,9 @@ class UnlearningModule(L.LightningModule):
             UserError: If the training loader is not one of :class:`~lightning_ssiuu.UnlearningDataModule`.
         """
         loader: Any = self.trainer.train_dataloader
-        dataset = getattr(loader, "dataset", None)
-        if not isinstance(dataset, EncodedDataset):
+        if not isinstance(getattr(loader, "dataset", None), EncodedDataset):
             raise UserError("data", type(loader).__name__, f"an UnlearningDataModule, for {type(self).__name__}")
-        n_examples = len(dataset.parts.get(name, ()))
-        for start in range(0, n_examples, batch_size):
-            rows = [dataset[name, index] for index in range(start, min(start + batch_size, n_examples))]
-            part = loader.collate_fn(rows)[name]
+        for part in loader.dataset.in_order(name, batch_size, loader.collate_fn):
             yield {field: value.to(self.device) for field, value in part.items()}
 
     @property
@@ -238,7 +228,7 @@ class UnlearningModule(L.LightningModule):
             given = type(backbone.regularizer).__name__
             raise UserError("backbone.regularizer", given, f"none: give it to {type(self).__name__}")
         if not backbone.lends_losses:
-            raise UserError("backbone", type(backbone).__name__, "an objective with constant losses")
+            raise UserError("backbone", type(backbone).__name__, "an objective that is its losses alone, such as NPO")
         defaults = inspect.signature(UnlearningModule.__init__).parameters
         for name in ("forget_weight", "retain_weight", "retain", "reference"):
             value, lent = getattr(self, name), getattr(backbone, name)
@@ -316,6 +306,8 @@ class UnlearningModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         """The weighted loss; a part that is absent from the batch, or has weight 0, costs nothing."""
+        if self.displaces_weights and "forget" in batch and self.forget_weight > 0:
+            return displaced_step(self, batch)
         with self._step_memory:
             losses: dict[str, Tensor] = {}
             if "forget" in batch and self.forget_weight > 0:
@@ -332,6 +324,7 @@ class UnlearningModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the regulariser act: gradients are complete here and not yet clipped."""
+        complete_gradients(self)
         if self.regularizer is not None:
             with zero.whole_gradients(self.model):
                 figures = self.regularizer.apply(self.model)

@@ -12,11 +12,12 @@ from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.perturbation import (
-    DisplacedObjective,
     displaced,
     gradient_at,
     move,
+    n_micro_batches,
     norm_over_shards,
     place,
     rows_of,
@@ -25,7 +26,7 @@ from lightning_ssiuu.perturbation import (
 from lightning_ssiuu.sharded_state import put_state, take_state
 
 
-class MUDMAN(DisplacedObjective):
+class MUDMAN(UnlearningModule):
     """``retain_weight · m + forget_weight · [sign g = sign m] ⊙ g/‖g‖₂``, g the forget gradient at an adversary's θ′.
 
     Sondej et al., arXiv 2506.12484. The adversary starts from the model, relearns the forget batches by gradient
@@ -56,6 +57,9 @@ class MUDMAN(DisplacedObjective):
         (32, 0.001, 0.9)
     """
 
+    lends_losses = False
+    displaces_weights = True
+
     def __init__(
         self,
         backbone: UnlearningModule | None = None,
@@ -64,7 +68,8 @@ class MUDMAN(DisplacedObjective):
         retain_momentum: float = 0.9,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone=backbone, **kwargs)
+        super().__init__(**kwargs)
+        self.use_backbone(backbone or gradient_difference_like(self))
         if fork_every_n_steps < 1:
             raise UserError("fork_every_n_steps", fork_every_n_steps, "a number ≥ 1")
         check_number("adversary_lr", adversary_lr)
@@ -80,7 +85,7 @@ class MUDMAN(DisplacedObjective):
         self._adversary_gradients: list[Tensor] | None = None  # summed over the micro-batches of this step
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """As :class:`DisplacedObjective` wants it; keeps the adversary's own gradient for the end of the step."""
+        """As the base class wants it; keeps the adversary's own gradient for the end of the step."""
         rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
@@ -92,7 +97,7 @@ class MUDMAN(DisplacedObjective):
                 nll = weight * answer_nll(self.answers(part))
                 learning = gradient_at(nll, parameters, self.model, keep_graph=True)
                 gradients = gradient_at(loss, parameters, self.model)
-        torch._foreach_div_(learning, self.n_micro_batches)
+        torch._foreach_div_(learning, n_micro_batches(self))
         if self._adversary_gradients is None:
             self._adversary_gradients = learning
         else:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_ssiuu.errors import check_number
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.perturbation import (
-    DisplacedObjective,
     displaced,
     gradient_at,
     move,
@@ -19,7 +19,7 @@ from lightning_ssiuu.perturbation import (
 )
 
 
-class SAM(DisplacedObjective):
+class SAM(UnlearningModule):
     """The forget gradient at ``θ + ρ g/‖g‖₂``, ``g`` the forget gradient at θ, beside the retain gradient at θ.
 
     Fan et al., arXiv 2502.05374: relearning is an adversary's small change of the weights, so the forget loss is
@@ -42,13 +42,17 @@ class SAM(DisplacedObjective):
         0.01
     """
 
+    lends_losses = False
+    displaces_weights = True
+
     def __init__(self, backbone: UnlearningModule | None = None, rho: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(backbone=backbone, **kwargs)
+        super().__init__(**kwargs)
+        self.use_backbone(backbone or gradient_difference_like(self))
         check_number("rho", rho)
         self.rho = rho
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """As :class:`DisplacedObjective` wants it."""
+        """As the base class wants it."""
         rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
