@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from data_toys import byte_tokenizer
-from model_toys import random_model
+from model_toys import distance, norm, random_model
 from torch import Tensor, nn
 
 from lightning_ssiuu.functional.losses import Answers
@@ -78,3 +79,13 @@ def logit_gradient(loss: Callable[[Answers], Tensor], some: Answers) -> Tensor:
     loss(Answers(logits, some.targets, some.sequence_index, some.n_sequences)).backward()
     assert logits.grad is not None
     return logits.grad
+
+
+def check_by_hand(objective: Any, by_hand: Any, forget: Any, options: dict[str, float]) -> None:
+    """Loss and gradient on ``forget`` are those of a function of ``(model, original, **options)``."""
+    model, original = with_models(objective)
+    loss, expected = objective.forget_loss(forget), by_hand(model, original, **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    wanted = gradient(expected, model)
+    assert norm(wanted) > 1e-3
+    assert distance(gradient(loss, model), wanted) < 1e-11
