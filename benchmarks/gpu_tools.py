@@ -85,7 +85,7 @@ def measured(
         FloatingPointError: If a loss or a figure of the regulariser is not finite.
     """
     free()
-    adopted(module, model, load_tokenizer("tiny"))
+    adopted(module, model, load_tokenizer("tiny"), batch)
     optimizer = make(module.model.parameters())
     device = batch["forget"]["input_ids"].device
     for _ in range(2):

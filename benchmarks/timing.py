@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.reference import LiveReference
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -27,14 +29,34 @@ def random_batch(vocabulary: int, batch: int, length: int, device: torch.device 
         labels = ids.clone()
         labels[:, : length // 2] = -100
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        tensors["example_id"] = torch.arange(batch)
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     return {"forget": part(), "retain": part()}
 
 
-def adopted(module: UnlearningModule, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The objective on a model in memory; what it logs without a Trainer is in its dictionary ``logged``."""
+def adopted(
+    module: UnlearningModule, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, batch: Batch | None = None
+) -> Any:
+    """The objective on a model in memory; what it logs without a Trainer is in its dictionary ``logged``.
+
+    Args:
+        module: The objective.
+        model: Its model.
+        tokenizer: Its tokenizer.
+        batch: What an objective that compares with the original model will be given: kept in memory, as a run reads
+            what it kept on disk.
+    """
     module.adopt(model, tokenizer)
+    if batch is not None and (observations := module.references()):
+        live = LiveReference(model, observations)
+        known = {name: live(name, batch[name.partition("/")[0]]) for name in observations}
+        for one in (module, *module._backbone):
+            one._reference = lambda name, _: known[name]  # type: ignore[assignment]
+    if batch is not None and module.regularizer is not None:
+        module._trainer = L.Trainer(accelerator=model.hf.device.type.replace("cuda", "gpu"), devices=1, barebones=True)
+        module.training_parts = lambda name, *_: iter([batch[name]])  # type: ignore[method-assign]
+        module.regularizer.prepare(module)
     logged: dict[str, Any] = {}
     module.logged = logged  # type: ignore[assignment]
     module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
@@ -64,6 +86,8 @@ def step(
     loss.backward()
     module.on_before_optimizer_step(optimizer)
     optimizer.step()
+    if module.regularizer is not None:
+        module.regularizer.after_step(module.model)
     wait(device)
     return time.perf_counter() - start
 

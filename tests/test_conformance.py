@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Data(Toy):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_SSIUU_CACHE", str(tmp_path / "cache"))
 
 
@@ -78,6 +79,12 @@ def trained(module: UnlearningModule, steps: int = 2, resume: Any = None, twice:
     trainer.fit(module, Data(twice), ckpt_path=resume)
     assert trainer.global_step == steps
     return module
+
+
+@cache
+def plain(name: str) -> list[torch.Tensor]:
+    """The weights after two steps with nothing but defaults."""
+    return weights(trained(adopted(made(name))))
 
 
 def unless_refused(arguments: set[str], run: Any) -> Any:
@@ -129,7 +136,7 @@ def test_trains_and_keeps_the_model_to_itself(name: str) -> None:
 
 @every_objective
 def test_the_same_seed_gives_the_same_bits(name: str) -> None:
-    assert equal(weights(trained(adopted(made(name)))), weights(trained(adopted(made(name)))))
+    assert equal(weights(trained(adopted(made(name)))), plain(name))
 
 
 @every_objective
@@ -145,14 +152,13 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> Non
 
 @every_objective
 def test_a_batch_seen_twice_before_a_step_is_that_batch(name: str) -> None:
-    once, twice = trained(adopted(made(name))), trained(adopted(made(name)), twice=True)
-    for a, b in zip(once.parameters(), twice.parameters(), strict=True):
+    twice = trained(adopted(made(name)), twice=True)
+    for a, b in zip(plain(name), twice.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 @every_objective
 def test_a_penalty_of_weight_zero_changes_no_bit_and_another_does(name: str) -> None:
-    plain = weights(trained(adopted(made(name))))
     # SSIUU's own default has a penalty; FDCU's a mask: given one of weight 0, they are their backbone's
     zero, one = (
         weights(trained(adopted(made(name, regularizer=AttributionRegularizer(**PENALTY | {"weight": weight})))))
@@ -160,7 +166,7 @@ def test_a_penalty_of_weight_zero_changes_no_bit_and_another_does(name: str) -> 
     )
     assert not equal(zero, one)
     if made(name).regularizer is None:
-        assert equal(zero, plain)
+        assert equal(zero, plain(name))
 
 
 @every_objective
@@ -177,7 +183,7 @@ def test_recomputed_activations_change_nothing(name: str) -> None:
     module = unless_refused(set(options), lambda: trained(adopted(made(name, **options))))
     if module is None:
         return
-    for a, b in zip(module.parameters(), trained(adopted(made(name))).parameters(), strict=True):
+    for a, b in zip(module.parameters(), plain(name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
@@ -187,8 +193,8 @@ def test_trains_adapters_or_says_why_not(name: str) -> None:
     if module is None:
         return
     frozen = {n.replace(".base_layer", ""): p for n, p in module.model.hf.named_parameters() if "lora_" not in n}
-    plain = random_model("llama", torch.float64, vocab_size=260, tie_word_embeddings=True)
-    assert all(torch.equal(frozen[n], p) for n, p in plain.named_parameters())
+    untouched = random_model("llama", torch.float64, vocab_size=260, tie_word_embeddings=True)
+    assert all(torch.equal(frozen[n], p) for n, p in untouched.named_parameters())
     assert any(matrix.abs().max() > 0 for n, matrix in adapter_parameters(module.model).items() if "lora_B" in n)
 
 
@@ -225,6 +231,8 @@ def test_a_quantised_base_without_adapters_is_refused(name: str) -> None:
 def test_retain_weight_zero_never_asks_for_the_retain_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = unless_refused({"retain_weight"}, lambda: adopted(made(name, retain_weight=0.0)))
     if module is None or name == "FineTuning":  # nothing would be left to train on
+        return
+    if name == "PDU":  # measures the retain loss all the same: λ may rise again
         return
     monkeypatch.setattr(module, "retain_loss", None)
     if module.forget_weight > 0:

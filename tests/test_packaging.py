@@ -103,4 +103,4 @@ def test_ci_runs_the_readme_command() -> None:
     assert extraction
     done = subprocess.run(["bash", "-c", extraction[1]], cwd=ROOT, capture_output=True, text=True, check=True)
     venv, install = "python3 -m venv .venv && . .venv/bin/activate", 'pip install -c constraints.txt -e ".[test]"'
-    assert done.stdout.strip() == f"{venv} && {install} && python -m pytest -n 2 --dist loadgroup"
+    assert done.stdout.strip() == f"{venv} && {install} && python -m pytest -n 2 --dist loadfile"
