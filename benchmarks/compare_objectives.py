@@ -4,7 +4,7 @@ Every run stops at the same forgetting, a forget probability of at most 10 %: me
 and equal retention only.
 
     python -m lightning_ssiuu.assets.build --without-forget --output runs/oracle
-    python benchmarks/compare_objectives.py --oracle runs/oracle/tiny [--seeds 0 1 2] [--output runs/comparison]
+    python benchmarks/compare_objectives.py --oracle runs/oracle/tiny [--only NAME ...] [--seeds 0 1 2] [--output DIR]
 
 Figures are the answers' probability in percent, mean ± standard deviation over training seeds. ``unlearned p`` and
 ``oracle p`` are the highest forget probability under a harmful attack on a fraction p, scored on the disjoint remainder
@@ -30,6 +30,14 @@ VARIANTS = {
         "ssiuu",
         [WEIGHT, "3.0", "--model.init_args.regularizer.init_args.anchor", "original"],
     ),
+    "SSIUU on neurons, relative 1, anchor original": (
+        "ssiuu",
+        ["--config", str(RECIPES / "regularizer" / "neuron.yaml")],
+    ),
+    "CIR": ("cir", []),
+    "SAM": ("sam", []),
+    "MUDMAN": ("mudman", []),
+    "AdversarialUnlearning": ("adversarial_unlearning", []),
 }
 
 
@@ -39,7 +47,7 @@ def run(command: list[str]) -> None:
         raise SystemExit(status)
 
 
-def one(recipe: str, options: list[str], seed: int, oracle: str, folder: Path) -> dict[str, float]:
+def one(recipe: str, options: list[str], seed: int, oracle: str | None, folder: Path) -> dict[str, float]:
     """Unlearn and attack once; reuses a finished run."""
     if not (folder / "attack.json").is_file():
         where = ["--trainer.default_root_dir", str(folder), "--overwrite"]
@@ -47,7 +55,7 @@ def one(recipe: str, options: list[str], seed: int, oracle: str, folder: Path) -
         stop = ["--stopping.score", "probability", "--stopping.threshold", "10"]
         run(["fit", "--config", str(RECIPES / "objective" / f"{recipe}.yaml"), *options, *stop, *where, *seeds])
         attack = ["attack", "--config", str(RECIPES / "attack" / "harmful.yaml"), "--score", "probability"]
-        run([*attack, "--model", str(folder / "model"), "--oracle", oracle])
+        run([*attack, "--model", str(folder / "model"), *(["--oracle", oracle] if oracle else [])])
     metrics = json.loads((folder / "metrics.json").read_text())
     attacks = json.loads((folder / "attack.json").read_text())["attacks"]
     after = metrics["after"]
@@ -55,7 +63,7 @@ def one(recipe: str, options: list[str], seed: int, oracle: str, folder: Path) -
     row["d_minus"] = after["influence"]["d_minus_total"]
     row |= {split: after["scores"][split]["probability"] for split in ("forget", "retain", "test")}
     for attack_row in attacks:
-        for name in ("unlearned", "oracle"):
+        for name in ("unlearned", "oracle") if "oracle" in attack_row else ("unlearned",):
             row[f"{name} {attack_row['p']}"] = attack_row[name]["forget_score"]["mean"]
     return row
 
@@ -63,12 +71,14 @@ def one(recipe: str, options: list[str], seed: int, oracle: str, folder: Path) -
 def main() -> None:
     """Run everything and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--oracle", required=True)
+    parser.add_argument("--oracle", help="its figures are the same for every recipe: once is enough")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"))
     options = parser.parse_args()
     lines = []
-    for name, (recipe, extra) in VARIANTS.items():
+    for name in options.only:
+        recipe, extra = VARIANTS[name]
         folder = options.output / name.replace(" ", "_").replace(",", "")
         rows = [one(recipe, extra, seed, options.oracle, folder / str(seed)) for seed in options.seeds]
         columns = {key: [row[key] for row in rows] for key in rows[0]}

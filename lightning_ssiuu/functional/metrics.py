@@ -30,6 +30,26 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def sequence_means(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
+    """Mean of per-token values within each sequence.
+
+    Args:
+        values: ``[N]`` any type.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+
+    Returns:
+        ``[B]`` float64; NaN for a row without tokens.
+
+    Example:
+        >>> sequence_means(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 3)
+        tensor([1.5000, 5.0000,    nan], dtype=torch.float64)
+    """
+    wide = values.to(widest_float(values.device))
+    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
+    return sequence_sums(wide, sequence_index, n_sequences) / counts
+
+
 def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, normalise: bool = True) -> Tensor:
     """Probability of each answer, length-normalised as in TOFU (arXiv 2401.06121, §2.2.1): ``P(y|x)^(1/|y|)``.
 

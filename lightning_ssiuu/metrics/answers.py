@@ -2,62 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.functional.metrics import rouge_l_recall, widest_float
+from lightning_ssiuu.functional.metrics import rouge_l_recall
+from lightning_ssiuu.metrics.base import Percentage
 
 AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice"]
 
 
-class _Percentage(Metric):
-    """Mean of per-example values, times 100: a sum and a count, so uneven batches and ranks weigh every example once.
-
-    Without any example it is NaN (torchmetrics also warns): 0 would read as "all forgotten".
-    """
-
-    is_differentiable = False
-    higher_is_better = None  # depends on the set: forget or retain
-    full_state_update = False
-    plot_lower_bound, plot_upper_bound = 0.0, 100.0
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def _add(self, values: Tensor) -> None:
-        # Not in place: a state made in inference mode could then not be updated outside it
-        self.total = self.total + values.detach().to(self.total).sum()
-        self.count = self.count + values.numel()
-
-    def compute(self) -> Tensor:
-        """Percent, a scalar; NaN when nothing was added."""
-        return 100 * self.total / self.count
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        # A module that is cast to bf16 casts its metrics too, and a bf16 sum stops growing at 256
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            try:
-                moved = fn(tensor)
-            except TypeError:  # to MPS, which has no float64
-                moved = fn(tensor.float())
-            if not moved.is_floating_point():
-                return moved
-            return tensor.to(moved.device, widest_float(moved.device)) if moved.dtype != tensor.dtype else moved
-
-        return super()._apply(keep_dtype, exclude_state)
-
-
-class AnswerAccuracy(_Percentage):
+class AnswerAccuracy(Percentage):
     """Share of correct answers, in percent.
 
     Args:
@@ -96,7 +54,7 @@ class AnswerAccuracy(_Percentage):
         self._add(correct)
 
 
-class AnswerProbability(_Percentage):
+class AnswerProbability(Percentage):
     """Mean probability of the answers, in percent.
 
     Which probability (length-normalised or not) is the choice of
@@ -118,7 +76,7 @@ class AnswerProbability(_Percentage):
         self._add(probabilities)
 
 
-class RougeLRecall(_Percentage):
+class RougeLRecall(Percentage):
     """Mean ROUGE-L recall of generated answers, in percent (Lin 2004; :mod:`lightning_ssiuu.functional.metrics`).
 
     Keeps sums only, never text.

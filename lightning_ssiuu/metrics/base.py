@@ -1,0 +1,106 @@
+"""What the metrics of this package share: wide sums whatever the model's precision, and lists that ranks can lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from lightning_ssiuu.functional.metrics import widest_float
+
+
+class WideMetric(Metric):
+    """A metric whose states stay in float64 (float32 on MPS) when the module that holds it is cast.
+
+    Example:
+        >>> from lightning_ssiuu.metrics import AnswerProbability
+        >>> isinstance(AnswerProbability(), WideMetric)
+        True
+    """
+
+    is_differentiable = False
+    higher_is_better = None  # depends on the set: forget or retain
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        # A module that is cast to bf16 casts its metrics too, and a bf16 sum stops growing at 256
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            try:
+                moved = fn(tensor)
+            except TypeError:  # to MPS, which has no float64
+                moved = fn(tensor.float())
+            if not moved.is_floating_point():
+                return moved
+            return tensor.to(moved.device, widest_float(moved.device)) if moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_dtype, exclude_state)
+
+
+class Percentage(WideMetric):
+    """Mean of per-example values, times 100: a sum and a count, so uneven batches and ranks weigh every example once.
+
+    Without any example it is NaN (torchmetrics also warns): 0 would read as "all forgotten".
+
+    Example:
+        >>> from lightning_ssiuu.metrics import AnswerProbability
+        >>> isinstance(AnswerProbability(), Percentage)
+        True
+    """
+
+    plot_lower_bound, plot_upper_bound = 0.0, 100.0
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def _add(self, values: Tensor) -> None:
+        # Not in place: a state made in inference mode could then not be updated outside it
+        self.total = self.total + values.detach().to(self.total).sum()
+        self.count = self.count + values.numel()
+
+    def compute(self) -> Tensor:
+        """Percent, a scalar; NaN when nothing was added."""
+        return 100 * self.total / self.count
+
+
+class KeptValues(WideMetric):
+    """A metric of all values at once, which have to be kept (8 bytes each): ranks of two samples.
+
+    Args:
+        *names: The lists of values.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> from lightning_ssiuu.metrics import MembershipAUC
+        >>> isinstance(MembershipAUC(), KeptValues)
+        True
+    """
+
+    def __init__(self, *names: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._names = names
+        for name in names:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        getattr(self, name).append(values.detach().to(self.device, widest_float(self.device), copy=True))
+
+    def _kept(self, name: str) -> Tensor:
+        values = getattr(self, name)  # a list, or after the ranks' lists were joined a tensor
+        if isinstance(values, list) and not values:
+            return torch.zeros(0, device=self.device, dtype=widest_float(self.device))
+        return dim_zero_cat(values)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # torchmetrics sends float32 for a rank without values, which does not fit the others' float64
+        for name in self._names:
+            setattr(self, name, [self._kept(name)])
+        super()._sync_dist(*args, **kwargs)
