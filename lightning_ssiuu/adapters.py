@@ -104,6 +104,32 @@ class LoRA:
         for _, layer in adapted_layers(model):
             _initialise(layer, width)
 
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Take the adapters out again: the model is the one they were attached to, and its weights train.
+
+        Args:
+            model: With adapters or without.
+
+        Example:
+            >>> from lightning_ssiuu.models import load_model
+            >>> model = load_model("tiny")
+            >>> names = list(model.state_dict())
+            >>> LoRA(r=1).attach(model)
+            >>> LoRA.detach(model)
+            >>> list(model.state_dict()) == names, all(p.requires_grad for p in model.parameters())
+            (True, True)
+        """
+        if not (layers := list(adapted_layers(model))):
+            return
+        for name, layer in layers:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer.base_layer)
+        for module in model.modules():
+            if hasattr(module, "peft_config"):  # peft's note that there are adapters
+                del module.peft_config
+        model.requires_grad_(True)
+
     def _targets(self, model: PreTrainedModel) -> list[str]:
         projections = _projections(model)
         if self.target_modules is None:

@@ -10,7 +10,8 @@ import torch
 from cli_tools import RECIPES, command, default_run, files, leaks, read_json
 
 from lightning_ssiuu import Facts, RelearnDataModule
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, relearn, summarise, table
+from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, relearn, stronger, summarise, table
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 
 SMALL = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[1e-4, 1e-3]", "--p", "[0.3]")
@@ -42,7 +43,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_writes_every_curve(attacked: Path) -> None:
     content = read_json(attacked / "attack.json")
-    assert set(content) == {"score", "attacks", "curves", "provenance"}
+    assert set(content) == {"score", "lora", "attacks", "curves", "provenance"}
     assert content["score"] == "all_tokens"  # the one the run was stopped by
     assert len(content["curves"]) == 2 * 2 * 2  # models × seeds × learning rates
     for curve in content["curves"]:
@@ -136,6 +137,75 @@ def test_edge_of_the_grid_is_told() -> None:
     assert not summarise(curves((1e-4, [0, 1, 0]), (1e-3, [0, 9, 1])))["inside_grid"]  # the largest rate
     assert not summarise(curves((1e-4, [0, 1, 9]), (1e-3, [0, 2, 1])))["inside_grid"]  # the last epoch
     assert summarise(curves((1e-4, [0, 9, 1]), (1e-3, [0, 2, 1])))["inside_grid"]
+
+
+def test_what_is_tried_next() -> None:
+    def curve(rate: float, scores: list[float], seed: int = 0) -> RecoveryCurve:
+        return RecoveryCurve("unlearned", "harmful", 0.1, rate, seed, 4, 36, list(range(len(scores))), scores)
+
+    assert stronger([curve(1e-4, [0, 9, 1]), curve(1e-3, [0, 2, 1])]) is None
+    assert stronger([curve(1e-4, [0, 1, 0]), curve(1e-3, [0, 9, 1])]) == (1e-2, 2)  # as the rates go on
+    assert stronger([curve(1e-3, [0, 9, 1]), curve(8e-4, [0, 1, 0])]) == (2e-3, 2)  # at least twice as large
+    assert stronger([curve(1e-4, [0, 1, 9]), curve(1e-3, [0, 2, 1])]) == (1e-4, 4)  # longer
+    # the longer one in place of the shorter; a whole attack that finds nothing is not made stronger for ever
+    assert stronger([curve(1e-4, [0, 1, 9, 8, 7]), curve(1e-3, [0, 2, 1])]) is None
+    assert stronger([curve(1e-3, [5, 1, 0]), curve(1e-4, [5, 2, 1])]) is None
+
+
+def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -> None:
+    few = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[3e-5]", "--p", "[0.3]", "--until_saturated")
+    model = default_run()[0] / "model"
+    result = command("attack", "--model", model, "--output", tmp_path, *few, "--score", "probability")
+    assert result.status == 0, result.err
+    content = read_json(tmp_path / "attack.json")
+    assert content["attacks"][0]["unlearned"]["inside_grid"]
+    tried = sorted({(curve["learning_rate"], curve["epochs"][-1]) for curve in content["curves"]})
+    assert len(tried) > 2
+    assert len(content["curves"]) == 2 * len(tried)  # every attack for both seeds, none twice
+    best = content["attacks"][0]["unlearned"]["best"]
+    assert best["learning_rate"] < tried[-1][0]
+
+
+def test_adapters_attack_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    options = ("--lora.r", "8", "--lora.dropout", "0.05", "--lora.target_modules", "[q_proj, v_proj]", "--overwrite")
+    few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[3e-3, 1e-2]", "--p", "[0.3]", "--save_attacked")
+    model = default_run()[0] / "model"
+    curves = []
+    for _ in range(2):
+        result = command("attack", "--model", model, "--output", tmp_path, *few, *options)
+        assert result.status == 0, result.err
+        content = read_json(tmp_path / "attack.json")
+        assert content["lora"]["target_modules"] == ["q_proj", "v_proj"]
+        curves.append(content["curves"])
+    assert curves[0] == curves[1]
+    assert curves[0][0]["forget_scores"] != curves[0][1]["forget_scores"]
+    # each rate began at the model as it was, and what is saved is plain
+    assert curves[0][0]["forget_scores"][0] == curves[0][1]["forget_scores"][0]
+    saved, before = load_model(str(tmp_path / "attacked_harmful")), load_model(str(model))
+    moved = {n for n, p in saved.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert {name.split(".")[-2] for name in moved} == {"q_proj", "v_proj"}
+
+
+def test_adapters_are_taken_out_again() -> None:
+    model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
+    snapshot = Snapshot(model)
+    data = RelearnDataModule(Facts(), kind="harmful", p=0.1)
+    for _ in range(2):  # a second time as well
+        relearn(model, tokenizer, data, 1e-3, 1, lora=LoRA(r=2))
+        LoRA.detach(model)
+        snapshot.restore()
+    fresh = load_model("tiny")
+    assert model.hf.state_dict().keys() == fresh.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.hf.parameters(), fresh.parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_are_not_for_sharded_weights(tmp_path: Path) -> None:
+    args = ("attack", "--model", "tiny", "--output", tmp_path, "--lora.r", "2", "--strategy", "fsdp2")
+    result = command(*args, "--accelerator", "cpu", "--devices", "2")
+    assert result.status == 2
+    assert "lora: got 'adapters', allowed: null with strategy fsdp2" in result.err
+    assert files(tmp_path) == set()
 
 
 def test_rows_keep_kinds_and_fractions_apart() -> None:

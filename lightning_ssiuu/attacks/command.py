@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -12,18 +14,31 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, check_attack, curve_dicts, relearn, table
+from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu.attacks.relearning import (
+    RecoveryCurve,
+    Snapshot,
+    check_attack,
+    curve_dicts,
+    relearn,
+    stronger,
+    table,
+)
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.devices import Devices, Precision, Strategy
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.export import save_pretrained
 from lightning_ssiuu.files import check_space, refuse_existing, write_json
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.models import AnswerModel, load_tokenizer
 from lightning_ssiuu.provenance import provenance
 from lightning_ssiuu.runs import check_tokenizers, naming, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.screen import hide_short_bars
+
+#: How often an attack is made stronger for one model and p.
+_MOST_WIDENINGS = 8
 
 
 def attack(
@@ -37,6 +52,8 @@ def attack(
     epochs: int = 10,
     every_n_epochs: int = 1,
     batch_size: int = 8,
+    lora: LoRA | None = None,
+    until_saturated: bool = False,
     score: str | None = None,
     benign_path: str | None = None,
     benign_size: int = 1000,
@@ -64,6 +81,9 @@ def attack(
         every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
             attack itself.
         batch_size: Attack sequences per step, over all devices.
+        lora: Fine-tune adapters instead of the weights; null for the weights.
+        until_saturated: Where the highest score lies at the largest learning rate or in the last epoch, go on with
+            larger rates, then with twice the epochs, until it lies inside (at most 8 times for a model and p).
         score: The forget score; by default the one the run was stopped by, else probability.
         benign_path: Instruction data (file or hub id) for benign attacks; by default the data module's own.
         benign_size: Number of benign items at most.
@@ -94,6 +114,10 @@ def attack(
     score = score or run_score(model)
     check_attack(score, learning_rates, epochs, every_n_epochs)
     where = Devices(accelerator, devices, strategy, precision)
+    if lora is not None and where.sharded:
+        raise UserError(
+            "lora", "adapters", "null with strategy fsdp2, which cuts the weights before adapters are there"
+        )
     folder = output_directory(model, output)
     refuse_existing("output", folder, ["attack.json", *([f"attacked_{kind}"] if save_attacked else [])], overwrite)
     check_space("output", folder, 1 << 20)
@@ -109,16 +133,24 @@ def attack(
     ]
     for cell in cells:
         where.check_share(cell)  # every selection is made and checked before a model is loaded
-    config = json.dumps(
-        [kind, fractions, list(learning_rates), list(seeds), epochs, every_n_epochs, batch_size, score, precision]
-    )
+    adapters = None if lora is None else asdict(lora)
+    grid = [list(learning_rates), list(seeds), epochs, every_n_epochs, batch_size, until_saturated]
+    config = json.dumps([kind, fractions, grid, score, precision, adapters])
     with where.launched():
         saved = folder / f"attacked_{kind}" if save_attacked else None
-        curves = _sweep(models, list(product(cells, learning_rates)), where, saved, epochs, score, every_n_epochs)
+        run_one = partial(relearn, score=score, devices=where, every_n_epochs=every_n_epochs, lora=lora)
+        grid_of = list(product(cells, learning_rates))
+        curves = _sweep(models, grid_of, epochs, where, saved, run_one, until_saturated)
         if where.is_first:
             rows = table(curves)
             origin = provenance(time.monotonic() - start, where.device, config, data.content_sha256())
-            content = {"score": score, "attacks": rows, "curves": curve_dicts(curves), "provenance": origin}
+            content = {
+                "score": score,
+                "lora": adapters,
+                "attacks": rows,
+                "curves": curve_dicts(curves),
+                "provenance": origin,
+            }
             write_json(folder / "attack.json", content)
             print_attacks(rows, score)
     return curves
@@ -127,11 +159,11 @@ def attack(
 def _sweep(
     models: Mapping[str, str],
     attacks: Sequence[tuple[RelearnDataModule, float]],
+    epochs: int,
     where: Devices,
     saved: Path | None,
-    epochs: int,
-    score: str,
-    every_n_epochs: int,
+    run_one: Callable[..., RecoveryCurve],
+    until_saturated: bool,
 ) -> list[RecoveryCurve]:
     """Put every model under every attack, one after another; each model is loaded once and alone."""
     curves: list[RecoveryCurve] = []
@@ -143,16 +175,50 @@ def _sweep(
             with naming(argument):
                 loaded, tokenizer = where.load(checkpoint), load_tokenizer(checkpoint)
             snapshot = Snapshot(loaded)
-            for cell, learning_rate in attacks:
-                curve = relearn(loaded, tokenizer, cell, learning_rate, epochs, score, name, where, every_n_epochs)
-                curves.append(curve)
+
+            def attacked(
+                cell: RelearnDataModule,
+                learning_rate: float,
+                epochs: int,
+                name: str = name,
+                loaded: AnswerModel = loaded,
+                tokenizer: PreTrainedTokenizerBase = tokenizer,
+                snapshot: Snapshot = snapshot,
+            ) -> RecoveryCurve:
+                nonlocal highest
+                curve = run_one(loaded, tokenizer, cell, learning_rate, epochs, name=name)
                 if saved is not None and name == "unlearned" and max(curve.forget_scores) > highest:
                     highest = max(curve.forget_scores)
                     save_pretrained(loaded.hf, tokenizer, saved)
+                LoRA.detach(loaded)
                 snapshot.restore()
                 bar.update()
-            del loaded, snapshot  # before the next one is loaded
+                return curve
+
+            found = [(cell, attacked(cell, learning_rate, epochs)) for cell, learning_rate in attacks]
+            if until_saturated:
+                for p in dict.fromkeys(cell.p for cell, _ in attacks):
+                    _saturate(found, [cell for cell in dict.fromkeys(c for c, _ in attacks) if cell.p == p], attacked)
+            curves += [curve for _, curve in found]
+            del loaded, snapshot, attacked  # before the next one is loaded
     return curves
+
+
+def _saturate(
+    found: list[tuple[RelearnDataModule, RecoveryCurve]],
+    cells: Sequence[RelearnDataModule],
+    attacked: Callable[[RelearnDataModule, float, int], RecoveryCurve],
+) -> None:
+    """Attack more and more strongly until the highest score of these cells lies inside what was tried."""
+    for _ in range(_MOST_WIDENINGS):
+        if (attack := stronger([curve for cell, curve in found if cell in cells])) is None:
+            return
+        rate, epochs = attack
+        for cell in cells:
+            curve = attacked(cell, rate, epochs)
+            # A longer attack begins as the shorter one did, and takes its place.
+            found[:] = [(c, old) for c, old in found if c is not cell or old.learning_rate != rate]
+            found.append((cell, curve))
 
 
 def print_attacks(rows: list[dict], score: str, console: Console | None = None) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.devices import Devices, quiet_lightning
 from lightning_ssiuu.errors import UserError
@@ -93,8 +94,9 @@ def relearn(
     name: str = "unlearned",
     devices: Devices | None = None,
     every_n_epochs: int = 1,
+    lora: LoRA | None = None,
 ) -> RecoveryCurve:
-    """Attack a model in memory once; its weights are the attacked ones afterwards.
+    """Attack a model in memory once; its weights are the attacked ones afterwards, or its adapters are.
 
     The curve is the same on any number of ranks, but for rounding.
 
@@ -108,6 +110,7 @@ def relearn(
         name: Written into the curve.
         devices: Launched; None: one device.
         every_n_epochs: Epochs from one score to the next; scoring can cost more than the attack.
+        lora: Train adapters instead of the weights; they stay in the model until ``LoRA.detach``.
 
     Returns:
         The recovery curve.
@@ -128,11 +131,15 @@ def relearn(
     splits = data.splits
     p = data.p if data.kind == "harmful" else None
     curve = RecoveryCurve(name, data.kind, p, learning_rate, data.seed, len(splits.retain), len(splits.forget))
-    module = FineTuning(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0))
-    module.adopt(model.train(), tokenizer)
+    module = FineTuning(
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0), lora=lora
+    )
     devices = devices if devices is not None else Devices()
     with quiet_lightning():
         L.seed_everything(data.seed, verbose=False)
+        if lora is not None:
+            lora.attach(model.hf)
+        module.adopt(model.train(), tokenizer)
         devices.trainer(epochs, [Recorder(score, curve, every_n_epochs)]).fit(module, datamodule=data)
     # Trainer, module and optimiser refer to each other; without this a sweep holds several runs' optimiser states.
     data.trainer = None  # type: ignore[assignment]
@@ -211,7 +218,8 @@ def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     seeds = sorted({curve.seed for curve in curves})
     highest = [max(max(c.forget_scores) for c in curves if c.seed == seed) for seed in seeds]
     before = [next(c.forget_scores[0] for c in curves if c.seed == seed) for seed in seeds]
-    best = max(curves, key=lambda curve: max(curve.forget_scores))
+    # Of equals the gentlest: an attack that finds nothing does not ask for a stronger one.
+    best = max(sorted(curves, key=lambda curve: curve.learning_rate), key=lambda curve: max(curve.forget_scores))
     epoch = best.epochs[max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)]
     inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < best.epochs[-1]
     return {
@@ -220,6 +228,31 @@ def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
         "best": {"learning_rate": best.learning_rate, "epoch": epoch},
         "inside_grid": inside,
     }
+
+
+def stronger(curves: Sequence[RecoveryCurve]) -> tuple[float, int] | None:
+    """The next attack to try where the highest score lies at the edge of what was tried.
+
+    Args:
+        curves: All learning rates and seeds of one kind and p, of one model.
+
+    Returns:
+        Learning rate and epochs: a larger rate (by the ratio of the two largest, at least 2) if the best one is the
+        largest, else the best one for twice the epochs; None if the best lies inside.
+
+    Example:
+        >>> stronger([RecoveryCurve("unlearned", "harmful", 0.1, 1e-4, 0, 4, 36, [0, 1], [5.0, 9.0])])
+        (0.0003, 1)
+    """
+    summary = summarise(curves)
+    if summary["inside_grid"]:
+        return None
+    rates = sorted({curve.learning_rate for curve in curves})
+    best, epochs = summary["best"], max(curve.epochs[-1] for curve in curves)
+    if best["learning_rate"] == rates[-1]:
+        factor = max(2.0, rates[-1] / rates[-2]) if len(rates) > 1 else 3.0
+        return float(f"{rates[-1] * factor:.3g}"), epochs
+    return best["learning_rate"], 2 * epochs
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
