@@ -24,7 +24,15 @@ from lightning_ssiuu.functional.metrics import (
     mismatched_rouge_l,
     multiple_choice_accuracy,
 )
-from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
+from lightning_ssiuu.functional.truth_ratio import TruthRatioKind
+from lightning_ssiuu.metrics import (
+    AnswerAccuracy,
+    AnswerProbability,
+    ExactMemorization,
+    ExtractionStrength,
+    RougeLRecall,
+    TruthRatio,
+)
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.progress import progress
 from lightning_ssiuu.ranks import gathered, rank, world_size
@@ -109,11 +117,13 @@ class Score:
         metric: Makes the torchmetrics metric; its ``compute()`` is in percent.
         measure: From an evaluated part to the arguments of ``metric.update``.
         needs: Key a part must have, or ``"generation"`` for scores that generate text (slow, so never automatic).
+        default: Whether it is taken where no scores are named.
     """
 
     metric: Callable[[], Metric]
     measure: Callable[[Evaluated], tuple[Any, ...]]
     needs: str | None = None
+    default: bool = True
 
 
 def _accuracy(kind: Literal["first_token", "all_tokens"]) -> Score:
@@ -122,6 +132,17 @@ def _accuracy(kind: Literal["first_token", "all_tokens"]) -> Score:
         return (answer_accuracy(a.token_correct, a.sequence_index, a.n_sequences, kind),)
 
     return Score(lambda: AnswerAccuracy(kind), measure)
+
+
+def _token_correct(e: Evaluated) -> tuple[Tensor, Tensor, int]:
+    return e.answers.token_correct, e.answers.sequence_index, e.answers.n_sequences
+
+
+def _truth_ratio(kind: TruthRatioKind) -> Score:
+    def measure(e: Evaluated) -> tuple[Tensor, Tensor, int]:
+        return e.option_scores, e.option_of, len(e.part["input_ids"])
+
+    return Score(lambda: TruthRatio(kind), measure, needs="options", default=False)
 
 
 SCORES: dict[str, Score] = {
@@ -137,6 +158,10 @@ SCORES: dict[str, Score] = {
         lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
     ),
     "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), needs="generation"),
+    "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
+    "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
+    "truth_ratio_forget": _truth_ratio("forget"),
+    "truth_ratio_retain": _truth_ratio("retain"),
 }
 
 
@@ -164,7 +189,8 @@ class Scorer:
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        scores: Names, or None for all that the parts allow without generating text.
+        scores: Names, or None for the default ones that the parts allow without generating text.
+        also: Where ``scores`` is None, names of scores to add to them on the parts that allow it.
 
     Raises:
         UserError: If a score is unknown, or asks for what the data lack.
@@ -179,10 +205,16 @@ class Scorer:
         ['first_token']
     """
 
-    def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, scores: Sequence[str] | None) -> None:
-        for name in scores or []:
+    def __init__(
+        self,
+        model: AnswerModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scores: Sequence[str] | None,
+        also: Sequence[str] = (),
+    ) -> None:
+        for name in [*(scores or []), *also]:
             check_score(name)
-        self.model, self.tokenizer, self.scores = model, tokenizer, scores
+        self.model, self.tokenizer, self.scores, self.also = model, tokenizer, scores, also
         self._metrics: dict[str, dict[str, Metric]] = {}
 
     @torch.no_grad()
@@ -204,13 +236,15 @@ class Scorer:
         self._metrics.clear()
 
     def names(self, part: Part) -> list[str]:
-        """What is scored on a part: what was asked for, or all that it allows without generating text.
+        """What is scored on a part: what was asked for, or the default scores it allows without generating text.
 
         Raises:
             UserError: If the part lacks what a score asks for.
         """
         if self.scores is None:
-            return [n for n, s in SCORES.items() if s.needs is None or s.needs in part]
+            default = [n for n, s in SCORES.items() if s.default and s.needs != "generation"]
+            wanted = dict.fromkeys([*default, *self.also])
+            return [n for n in wanted if SCORES[n].needs in (None, "generation", *part)]
         for name in self.scores:
             if (needs := SCORES[name].needs) not in (None, "generation") and needs not in part:
                 raise UserError("scores", name, f"a score this data allows: every example needs {needs}")
@@ -225,6 +259,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     loaders: Iterable[Iterable[Mapping[str, Part]]],
     scores: Sequence[str] | None = None,
+    also: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Score a model on evaluation loaders, leaving its mode and every random state as they were.
 
@@ -233,11 +268,12 @@ def evaluate(
         tokenizer: Its tokenizer.
         loaders: Loaders of ``{split: part}`` batches.
         scores: As for :class:`Scorer`.
+        also: As for :class:`Scorer`.
 
     Returns:
         ``{split: {score: percent}}``.
     """
-    scorer = Scorer(model, tokenizer, scores)
+    scorer = Scorer(model, tokenizer, scores, also)
     with untouched(model):
         for loader in loaders:
             for batch in progress(loader, "scoring"):
@@ -271,8 +307,8 @@ def mismatched_level(
     """What a score is worth by chance: its value on randomly re-paired questions and answers, in percent.
 
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
-    ROUGE-L compares the answers among themselves; probability and token accuracies ask the model for another
-    example's answer. No answer keeps its own question.
+    ROUGE-L compares the answers among themselves; probability, token accuracies and memorisation ask the model for
+    another example's answer. No answer keeps its own question.
 
     Args:
         score: A score's name; multiple choice has no such level.
@@ -288,7 +324,7 @@ def mismatched_level(
     if score == "rouge_l":
         answers = [text for part in parts for text in Evaluated(model, tokenizer, part).references]
         return mismatched_rouge_l(_over_ranks(answers), seed)
-    if score not in ("probability", "first_token", "all_tokens"):
+    if score not in ("probability", "first_token", "all_tokens", "extraction_strength", "exact_memorization"):
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]

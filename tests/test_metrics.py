@@ -24,7 +24,18 @@ from lightning_ssiuu.functional.metrics import (
     multiple_choice_accuracy,
     rouge_l_recall,
 )
-from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
+from lightning_ssiuu.metrics import (
+    AnswerAccuracy,
+    AnswerProbability,
+    ExactMemorization,
+    ExtractionStrength,
+    ForgetQuality,
+    MembershipAUC,
+    ModelUtility,
+    PrivLeak,
+    RougeLRecall,
+    TruthRatio,
+)
 
 ROWS = torch.tensor([0, 0, 0, 1, 3, 3])  # row 2 has no token
 LOGPS = torch.tensor([0.5, 0.25, 0.125, 0.9, 1.0, 0.01], dtype=torch.float64).log()
@@ -244,6 +255,25 @@ def test_rouge_keeps_no_text() -> None:
     assert all(isinstance(state, Tensor) for state in metric.metric_state.values())
 
 
+def update_with_one(metric: Metric, n: int) -> None:
+    """One example, number ``n``, into a metric that takes more than a value for each example."""
+    if isinstance(metric, ExtractionStrength | ExactMemorization):
+        metric.update(torch.arange(5) % (n % 4 + 1) == 0, torch.zeros(5, dtype=torch.long), 1)
+    elif isinstance(metric, MembershipAUC):
+        metric.update(torch.tensor([n * n % 23 + 0.01], dtype=torch.float64), member=n < 14)
+    elif isinstance(metric, ModelUtility):
+        metric.update("ab"[n % 3 == 0], torch.tensor([(n + 1) / 32]))
+    else:
+        logps = torch.tensor([0.5, (n + 1) / 32, 0.3], dtype=torch.float64).log()
+        metric.update(logps, torch.zeros(3, dtype=torch.long), 1)
+
+
+def richer_metrics() -> list[Metric]:
+    """Of those, one each."""
+    others = ForgetQuality([0.2, 0.4, 0.8, 1.2]), ModelUtility(["a", "b"]), MembershipAUC(), PrivLeak(70.0)
+    return [ExtractionStrength(), ExactMemorization(), TruthRatio("forget"), TruthRatio("retain"), *others]
+
+
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     # In processes of its own: a process group inside pytest would outlive the test.
     script = tmp_path / "two.py"
@@ -252,7 +282,8 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         import sys
         import torch
         import torch.distributed as dist
-        from lightning_ssiuu.metrics import AnswerAccuracy, AnswerProbability, RougeLRecall
+        from test_metrics import AnswerAccuracy, AnswerProbability, MembershipAUC, RougeLRecall
+        from test_metrics import richer_metrics, update_with_one
 
         rank = int(sys.argv[1])
         dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -264,11 +295,26 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
             rouge.update([f"it is {n % 4}"], ["it is 0"])
         if rank == 0:
             lonely.update(torch.tensor([True, False]))
-        print([metric.compute().item() for metric in (accuracy, probability, rouge, lonely)])
+        richer, lonely_auc = richer_metrics(), MembershipAUC()
+        for metric in richer:
+            update_with_one(metric, 5)
+            metric.reset()
+            torch.nn.ModuleList([metric]).to(torch.bfloat16)
+            for n in range(rank, 23, 2):
+                update_with_one(metric, n)
+        if rank == 1:  # the other has nothing to send, in the same dtype
+            lonely_auc.update(torch.tensor([2.0, 1.0, 0.1], dtype=torch.float64), True)
+            lonely_auc.update(torch.tensor([0.1, 0.1 + 1e-12], dtype=torch.float64), False)
+        for _ in range(2):  # what was joined comes apart again
+            values = [m.compute().item() for m in (accuracy, probability, rouge, lonely, lonely_auc, *richer)]
+            for metric in (lonely_auc, *richer):
+                metric._computed = None
+        print(values)
         dist.destroy_process_group()
         """)
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-W", "ignore", str(script)]
     ranks = [
         subprocess.Popen(
@@ -278,6 +324,12 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     ]
     printed = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0]
+    alone = richer_metrics()
+    for metric in alone:
+        for n in range(23):
+            update_with_one(metric, n)
+    expected = [*(expected for _, expected in CASES), 50.0, 100 * 4.5 / 6, *(m.compute().item() for m in alone)]
+    assert all(math.isfinite(value) for value in expected)
     for line in printed:
         values = [float(value) for value in line.strip(" []\n").split(",")]
-        assert values == pytest.approx([*(expected for _, expected in CASES), 50.0], rel=1e-6)
+        assert values == pytest.approx(expected, rel=1e-6)

@@ -75,7 +75,8 @@ class RunReport(L.Callback):
         stopping = _find(trainer, ForgetThresholdStopping)
         if names is not None and stopping and stopping.score not in names:
             names = [stopping.score, *names]
-        return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names)
+        also = [stopping.score] if stopping and stopping.threshold is not None else []
+        return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names, also)
 
     def _content(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         stopping = _find(trainer, ForgetThresholdStopping)

@@ -23,7 +23,7 @@ def extraction_strength(token_correct: Tensor, sequence_index: Tensor, n_sequenc
     Returns:
         ``[B]`` values in [0, 1], float64; NaN for a row without tokens.
 
-    Source: Carlini et al., arXiv 2012.07805; as a score of unlearning Wang et al., arXiv 2502.19301, Eq. 5.
+    Source: Carlini et al., arXiv 2012.07805; as a score of unlearning Wang et al., arXiv 2406.09179.
 
     Example:
         >>> correct = torch.tensor([True, False, True, True, False, True])
@@ -35,7 +35,7 @@ def extraction_strength(token_correct: Tensor, sequence_index: Tensor, n_sequenc
     position = torch.arange(1, len(sequence_index) + 1, device=starts.device) - starts[sequence_index]
     needed = torch.zeros_like(lengths).scatter_reduce(0, sequence_index, position * ~token_correct, "amax")
     wide = widest_float(lengths.device)
-    return 1 - needed.to(wide) / lengths.to(wide)
+    return (lengths - needed).to(wide) / lengths.to(wide)
 
 
 def exact_memorization(token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
@@ -49,7 +49,7 @@ def exact_memorization(token_correct: Tensor, sequence_index: Tensor, n_sequence
     Returns:
         ``[B]`` values in [0, 1], float64; NaN for a row without tokens.
 
-    Source: Tirumala et al., arXiv 2205.10770, Sec. 3.
+    Source: Tirumala et al., arXiv 2205.10770.
 
     Example:
         >>> correct = torch.tensor([True, False, True, True, False, True])

@@ -1,4 +1,4 @@
-"""TOFU's truth ratio and what is made of it: forget quality and model utility (Maini et al., arXiv 2401.06121, §2.2)."""
+"""TOFU's truth ratio, and what is made of it: forget quality, model utility (Maini et al., arXiv 2401.06121, §2.2)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
 
 from lightning_ssiuu.errors import UserError
@@ -19,7 +20,7 @@ def truth_ratio(option_logps: Tensor, option_of: Tensor, n_examples: int) -> Ten
     """How probable the wrong answers are against the true one: ``T = exp(mean log p_wrong) / exp(log p_true)``.
 
     ``log p`` is the mean log-probability per token, so T is the geometric mean of the wrong answers' length-normalised
-    probabilities over the true answer's, as in TOFU's public code (the paper's Eq. 1 writes an arithmetic mean).
+    probabilities over the true answer's, as in TOFU's public code (the paper writes an arithmetic mean).
     A model that knows the answer has T near 0, one that cannot tell T near 1. TOFU takes a *paraphrase* of the answer
     for the true one; give its log-probability first to do the same.
 
@@ -93,8 +94,6 @@ def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
         >>> forget_quality(ratios, ratios), round(forget_quality(ratios, ratios + 1), 4)  # 2 of 70 orders
         (1.0, 0.0286)
     """
-    from scipy.stats import ks_2samp  # takes long to import, and few need it
-
     for name, sample in (("ratios", ratios), ("retrained_ratios", retrained_ratios)):
         if not sample.numel():
             raise UserError(name, 0, "at least one example")

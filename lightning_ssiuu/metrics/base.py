@@ -23,7 +23,7 @@ class WideMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = None  # depends on the set: forget or retain
+    higher_is_better: bool | None = None  # depends on the set: forget or retain
     full_state_update = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
@@ -91,7 +91,7 @@ class KeptValues(WideMetric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def _keep(self, name: str, values: Tensor) -> None:
-        getattr(self, name).append(values.detach().to(self.device, widest_float(self.device), copy=True))
+        getattr(self, name).append(values.to(self.device, widest_float(self.device), copy=True))
 
     def _kept(self, name: str) -> Tensor:
         values = getattr(self, name)  # a list, or after the ranks' lists were joined a tensor

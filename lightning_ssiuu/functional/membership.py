@@ -1,0 +1,246 @@
+"""Membership inference: was an answer in the training set? Scores of answers, and how well they tell two sets apart.
+
+Every score is higher for what looks like a member. The token-level arguments are those of
+:mod:`lightning_ssiuu.functional.metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.losses import sequence_sums
+from lightning_ssiuu.functional.metrics import sequence_means, widest_float
+
+
+def loss_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
+    """Minus the loss: mean log-probability per token, in nats (Yeom et al., arXiv 1709.01604).
+
+    Args:
+        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+
+    Returns:
+        ``[B]`` values ≤ 0, float64; NaN for a row without tokens.
+
+    Example:
+        >>> loss_score(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
+        tensor([-2., -5.], dtype=torch.float64)
+    """
+    return sequence_means(token_logps, sequence_index, n_sequences)
+
+
+def min_k(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, k: float = 0.4) -> Tensor:
+    """Min-K %: mean of the share ``k`` of an answer's token log-probabilities that are lowest, in nats.
+
+    Args:
+        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+        k: In (0, 1]; of L tokens ⌊k·L⌋ count, at least one.
+
+    Returns:
+        ``[B]`` values ≤ 0, float64; NaN for a row without tokens.
+
+    Raises:
+        UserError: ``k`` outside its range.
+
+    Source: Shi et al., arXiv 2310.16789.
+
+    Example:
+        >>> logps, rows = torch.tensor([-1.0, -4.0, -2.0, -3.0, -5.0]), torch.tensor([0, 0, 0, 0, 1])
+        >>> min_k(logps, rows, 2, k=0.5)  # (4 + 3) / 2; one token at least
+        tensor([-3.5000, -5.0000], dtype=torch.float64)
+    """
+    if not 0 < k <= 1:
+        raise UserError("k", k, "a fraction in (0, 1]")
+    order = token_logps.where(~token_logps.isnan(), -torch.inf).argsort()  # a NaN is to be among those that count
+    order = order[sequence_index[order].argsort(stable=True)]
+    values, rows = token_logps[order], sequence_index[order]
+    lengths = sequence_sums(torch.ones_like(rows), rows, n_sequences)
+    place = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
+    # 0.29 · 100 is 28.999… in floating point, and means 29
+    counted = (lengths.to(widest_float(rows.device)) * k + 1e-6).floor().clamp(min=1)
+    wide = values.to(widest_float(values.device)).where(place < counted[rows], 0.0)
+    return sequence_sums(wide, rows, n_sequences) / counted.where(lengths > 0, torch.nan)
+
+
+def min_k_plus_plus(
+    logits: Tensor, targets: Tensor, sequence_index: Tensor, n_sequences: int, k: float = 0.4
+) -> Tensor:
+    """Min-K %++: :func:`min_k` of token log-probabilities standardised by the prediction they come from.
+
+    ``(log p(y) − μ) / σ`` with μ and σ the mean and standard deviation of ``log p(v)``, v drawn from the prediction.
+
+    Args:
+        logits: ``[N, V]`` any float type; works in float32 or wider.
+        targets: ``[N]`` the answer tokens.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+        k: As for :func:`min_k`.
+
+    Returns:
+        ``[B]`` in standard deviations, float64; NaN for a row without tokens. σ counts as 1e-6 where it is smaller: a
+        uniform prediction gives 0 within rounding, a certain one that is wrong a very low value.
+
+    Raises:
+        UserError: ``k`` outside its range.
+
+    Source: Zhang et al., arXiv 2404.02936.
+
+    Example:
+        >>> logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()  # μ = 0.8 log 0.8 + 0.2 log 0.2, σ = 0.4 log 4
+        >>> rows = torch.tensor([0, 1])
+        >>> min_k_plus_plus(logits, torch.tensor([0, 1]), rows, 2)
+        tensor([ 0.5000, -2.0000], dtype=torch.float64)
+    """
+    logps = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    probabilities = logps.exp()
+    finite = logps.where(probabilities > 0, 0.0)  # 0 · −∞ is 0 here
+    mean = (probabilities * finite).sum(-1)
+    deviation = (probabilities * (finite - mean.unsqueeze(-1)).square()).sum(-1).sqrt().clamp(min=1e-6)
+    standardised = (logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - mean) / deviation
+    return min_k(standardised, sequence_index, n_sequences, k)
+
+
+def zlib_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, texts: Sequence[str]) -> Tensor:
+    """Mean log-probability per token over the size of the compressed answer, in nats per byte.
+
+    Repetitive text is probable to every model; its few bytes make up for that.
+
+    Args:
+        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+        texts: B answers.
+
+    Returns:
+        ``[B]`` values ≤ 0, float64; NaN for a row without tokens.
+
+    Raises:
+        UserError: Not B texts.
+
+    Source: Carlini et al., arXiv 2012.07805; size of the UTF-8 text compressed by zlib at its default level.
+
+    Example:
+        >>> score = zlib_score(torch.tensor([-1.0, -1.0]), torch.tensor([0, 1]), 2, ["ab" * 50, "a few words of text"])
+        >>> bool(score[0] < score[1])  # just as probable, but there is less to know about it
+        True
+    """
+    if isinstance(texts, str) or len(texts) != n_sequences:
+        raise UserError("texts", len(texts), f"a list of {n_sequences}, one for each answer")
+    means = sequence_means(token_logps, sequence_index, n_sequences)
+    return means / means.new_tensor([len(zlib.compress(text.encode())) for text in texts])
+
+
+def reference_score(
+    token_logps: Tensor, reference_token_logps: Tensor, sequence_index: Tensor, n_sequences: int
+) -> Tensor:
+    """Mean log-probability per token above that of a reference model, in nats.
+
+    Args:
+        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
+        reference_token_logps: ``[N]`` the same under a model that did not see the answers.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+
+    Returns:
+        ``[B]`` float64; NaN for a row without tokens.
+
+    Source: Carlini et al., arXiv 2012.07805.
+
+    Example:
+        >>> reference_score(torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -2.0]), torch.tensor([0, 0]), 1)
+        tensor([1.5000], dtype=torch.float64)
+    """
+    wide = widest_float(token_logps.device)
+    return sequence_means(token_logps.to(wide) - reference_token_logps.to(wide), sequence_index, n_sequences)
+
+
+def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Minus the Euclidean norm of each answer's gradient: what was trained on has little left to learn from.
+
+    One backward pass for each answer. Not for sharded models, whose ranks hold parts of the gradient.
+
+    Args:
+        losses: ``[B]`` loss of each answer, e.g. ``-answers.mean_logps``, with its graph.
+        parameters: The gradient is taken for these; frozen ones are left out.
+
+    Returns:
+        ``[B]`` values ≤ 0, float64, without a graph.
+
+    Raises:
+        UserError: No parameter needs a gradient.
+
+    Source: Wang et al., "Pandora's White-Box", arXiv 2402.17012.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> gradient_norm_score(torch.tensor([[3.0, 4.0], [0.0, 1.0]]) @ weight, [weight])
+        tensor([-5., -1.], dtype=torch.float64)
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise UserError("parameters", 0, "at least one that needs a gradient")
+    wide, scores = widest_float(losses.device), []
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        norms = [torch.linalg.vector_norm(g, dtype=wide) for g in gradients if g is not None]
+        scores.append(-torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.stack(scores) if scores else losses.new_zeros(0, dtype=wide)
+
+
+def membership_auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
+    """Area under the ROC curve: the probability that a member scores higher than a non-member, ties counting half.
+
+    Args:
+        member_scores: ``[M]`` e.g. of the forget set, higher for what looks like a member.
+        nonmember_scores: ``[M']`` e.g. of a held-out set.
+
+    Returns:
+        A fraction in [0, 1]: 0.5, nothing tells them apart. NaN if one is empty or has a NaN.
+
+    Example:
+        >>> membership_auc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0]))  # (1 + 1 + 1 + ½) / 4
+        0.875
+    """
+    members, others = (scores.detach().flatten() for scores in (member_scores, nonmember_scores))
+    if not (members.numel() and others.numel()) or members.isnan().any() or others.isnan().any():
+        return math.nan
+    others = others.to(torch.promote_types(members.dtype, others.dtype)).sort().values
+    members = members.to(others)
+    below, not_above = (torch.searchsorted(others, members, right=right).sum().item() for right in (False, True))
+    return (below + not_above) / 2 / (members.numel() * others.numel())
+
+
+def privleak(auc: float, reference_auc: float) -> float:
+    """Privacy leakage: how far an unlearned model's AUC is from a retrained model's, in percent.
+
+    Args:
+        auc: :func:`membership_auc` of the unlearned model, forget set against held-out set.
+        reference_auc: The same of a model retrained without the forget set.
+
+    Returns:
+        ``100·[(1 − AUC) − (1 − AUC_ref)] / (1 − AUC_ref)``: 0 leaks nothing; below 0 the forget set still looks
+        learned, above 0 it looks suspiciously unknown.
+
+    Raises:
+        UserError: An AUC outside [0, 1], or a reference of 1, to which nothing can be related.
+
+    Source: Shi et al., MUSE, arXiv 2407.06460; with 1 − AUC as in open-unlearning.
+
+    Example:
+        >>> privleak(1.0, 0.5), privleak(0.5, 0.5), privleak(0.25, 0.5)
+        (-100.0, 0.0, 50.0)
+    """
+    if auc < 0 or auc > 1:
+        raise UserError("auc", auc, "a fraction in [0, 1]")
+    if not 0 <= reference_auc < 1:
+        raise UserError("reference_auc", reference_auc, "a fraction in [0, 1)")
+    return 100 * (reference_auc - auc) / (1 - reference_auc)
