@@ -19,6 +19,7 @@ _EXPORTS = {
     "DPO": "objectives.dpo",
     "DualMask": "regularizers",
     "Facts": "datamodules",
+    "FaithUn": "datamodules",
     "FDCU": "objectives.fdcu",
     "FineTuning": "objectives.fine_tuning",
     "ForgetThresholdStopping": "callbacks",
@@ -30,6 +31,7 @@ _EXPORTS = {
     "L2ToStart": "regularizers",
     "MatchedUpdateNorm": "regularizers",
     "MUDMAN": "objectives.mudman",
+    "MUSE": "datamodules",
     "NeuronAttributionCallback": "callbacks",
     "NeuronAttributionRegularizer": "regularizers",
     "NPO": "objectives.npo",
@@ -50,6 +52,8 @@ _EXPORTS = {
     "UnlearningModule": "objectives",
     "UserError": "errors",
     "WGA": "objectives.wga",
+    "WMDP": "datamodules",
+    "WorldFacts": "datamodules",
 }
 
 __all__ = ["__version__", *_EXPORTS]

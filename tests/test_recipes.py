@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_tools import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+from cluster_toys import write_faithun
 from forked_ranks import ranks
 
 from lightning_ssiuu.__main__ import main
@@ -22,6 +23,12 @@ def recipes(kind: str) -> list[Path]:
 
 def named(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("recipe", recipes(kind), ids=lambda path: path.stem)
+
+
+def choice_rows(first: int, count: int) -> list[dict]:
+    """Questions in WMDP's format."""
+    numbers = range(first, first + count)
+    return [{"question": f"What is {n} + 1?", "choices": [f"{n}", f"{n + 1}", "no"], "answer": 1} for n in numbers]
 
 
 def finished(folder: Path) -> None:
@@ -90,15 +97,22 @@ def test_models(recipe: Path, tmp_path: Path) -> None:
 @named("data")
 def test_data(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]
+    class_path, arguments = content["class_path"], content.get("init_args", {})
     options: list[str | Path] = []
-    if content["class_path"] == "TOFU":  # from the hub otherwise
-        arguments = content["init_args"]
-        write_rows(tmp_path / "tofu" / f"{arguments['forget']}.jsonl", question_rows(0, 8))
-        kept = arguments["retain_size"] + arguments["test_size"]
-        write_rows(tmp_path / "tofu" / f"{arguments['retain']}.jsonl", question_rows(8, kept))
-        options = ["--data.init_args.path", tmp_path / "tofu"]
-    elif content["class_path"] != "Facts":
-        pytest.fail(f"{content['class_path']}: say here where its data come from")
+    if class_path in ("TOFU", "MUSE"):  # from the hub otherwise
+        write_rows(tmp_path / "data" / f"{arguments['forget']}.jsonl", question_rows(0, 8))
+        kept = arguments.get("retain_size", 10) + arguments["test_size"]
+        write_rows(tmp_path / "data" / f"{arguments['retain']}.jsonl", question_rows(8, kept))
+        options = ["--data.init_args.path", tmp_path / "data"]
+    elif class_path == "WMDP":
+        sizes = {"forget": arguments["forget_size"], "retain": arguments["retain_size"] + arguments["test_size"]}
+        for first, (name, size) in zip((0, 1000), sizes.items(), strict=True):
+            file = write_rows(tmp_path / f"{name}.jsonl", choice_rows(first, size))
+            options += [f"--data.init_args.{name}", file]
+    elif class_path == "FaithUn":
+        options = ["--data.init_args.path", write_faithun(tmp_path / "data", 6)]
+    elif class_path not in ("Facts", "WorldFacts"):
+        pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"
     result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, recipe=base)
     assert result.status == 0, result.err

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from lightning_ssiuu.errors import UserError
 
-_NAMES = ("facts.json", "tiny")
+_NAMES = ("facts.json", "tiny", "world_facts.json")
 
 
 def asset_path(name: str) -> Path:
     """Find an embedded asset on disk.
 
     Args:
-        name: ``"tiny"`` (a transformers directory: model and tokenizer) or ``"facts.json"`` (the fictitious people).
+        name: ``"tiny"`` (a transformers directory: model and tokenizer), ``"facts.json"`` (the fictitious people)
+            or ``"world_facts.json"`` (the real facts).
 
     Returns:
         The path of the directory or the file.
@@ -28,7 +29,7 @@ def asset_path(name: str) -> Path:
         >>> asset_path("big")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: name: got 'big', allowed: facts.json, tiny
+        lightning_ssiuu.errors.UserError: name: got 'big', allowed: facts.json, tiny, world_facts.json
     """
     if name not in _NAMES:
         raise UserError("name", name, ", ".join(_NAMES))

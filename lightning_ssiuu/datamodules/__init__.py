@@ -3,7 +3,23 @@
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.custom import CustomData
 from lightning_ssiuu.datamodules.facts import Facts
+from lightning_ssiuu.datamodules.faithun import FaithUn
+from lightning_ssiuu.datamodules.muse import MUSE
 from lightning_ssiuu.datamodules.relearn import RelearnDataModule
 from lightning_ssiuu.datamodules.tofu import TOFU
+from lightning_ssiuu.datamodules.wmdp import WMDP
+from lightning_ssiuu.datamodules.world_facts import WorldFacts
 
-__all__ = ["TOFU", "CustomData", "Facts", "QAExample", "RelearnDataModule", "Splits", "UnlearningDataModule"]
+__all__ = [
+    "MUSE",
+    "TOFU",
+    "WMDP",
+    "CustomData",
+    "Facts",
+    "FaithUn",
+    "QAExample",
+    "RelearnDataModule",
+    "Splits",
+    "UnlearningDataModule",
+    "WorldFacts",
+]

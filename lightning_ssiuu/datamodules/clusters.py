@@ -1,0 +1,202 @@
+"""Clusters of questions around one fact each, as FaithUn publishes them (arXiv 2502.19207): reading and splitting."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.examples import Given
+from lightning_ssiuu.errors import UserError
+
+#: Questions asked about a fact after unlearning: reworded, one step further, another question with the same answer.
+PROBES = ("hop1_test", "hop2_test", "same_object")
+_BASE = "hop1_unlearn"
+_SPLITS = ("forget", "retain", "test")
+
+
+@dataclass(frozen=True, repr=False)
+class Question:
+    """A question with its answer (the first of ``answers``) and wrong options."""
+
+    question: str
+    answers: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Cluster:
+    """One fact: the question it is unlearned by, and the questions of each kind in :data:`PROBES` about it."""
+
+    entity: str
+    base: Question
+    probes: dict[str, tuple[Question, ...]]
+
+
+def parse_clusters(entities: Any, argument: str) -> list[Cluster]:
+    """Read FaithUn's format: ``{entity: {"hop1_unlearn": [...], "hop1_test": [...], "hop2_test": [...], ...}}``.
+
+    A question is ``{"question", "answers", "false_answer_options"}``; ``answers`` is a text or a list of spellings, the
+    first of which is the one trained on. Every base question opens a cluster, entities in their order. The other kinds
+    may be missing. They hold one list per base question, or one flat list per entity. From a flat list, a base
+    question gets the reworded and same-answer questions that share an answer with it, which is what defines them, and
+    all of the entity's two-hop questions.
+
+    Args:
+        entities: The parsed file.
+        argument: Name of the argument that named the file, for error messages.
+
+    Raises:
+        UserError: Another structure, a missing key, or a question without answers. Names places, never text.
+
+    Example:
+        >>> base = {"question": "Where?", "answers": ["Here"], "false_answer_options": ["There", "Then"]}
+        >>> clusters = parse_clusters({"Q1": {"hop1_unlearn": [base]}}, "path")
+        >>> clusters[0].base.wrong, clusters[0].probes["hop2_test"]
+        (('There', 'Then'), ())
+        >>> parse_clusters({"Q1": {"hop1_unlearn": [{"question": "Where?"}]}}, "path")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: path: got no 'answers' in entity 0, hop1_unlearn 0, allowed: FaithUn's format
+    """
+    if not isinstance(entities, dict) or not all(isinstance(entity, dict) for entity in entities.values()):
+        raise UserError(argument, Given("no object of entities"), "FaithUn's format")
+    clusters = []
+    for number, (name, entity) in enumerate(entities.items()):
+        place = f"entity {number}"
+        base = [question for _, group in _groups(entity, _BASE, place, argument) for question in group]
+        kinds = {kind: _groups(entity, kind, place, argument) for kind in PROBES if kind in entity}
+        for position, question in enumerate(base):
+            probes = {kind: _about(kinds.get(kind, []), kind, question, position, len(base)) for kind in PROBES}
+            clusters.append(Cluster(str(name), question, probes))
+    return clusters
+
+
+def _groups(entity: dict, kind: str, place: str, argument: str) -> list[tuple[bool, list[Question]]]:
+    """Whether each item of a list is a list itself, and its questions."""
+    place = f"{place}, {kind}"
+    if not isinstance(entity.get(kind), list):
+        raise UserError(argument, Given(f"no list {place}"), "FaithUn's format")
+    groups = []
+    for number, item in enumerate(entity[kind]):
+        nested = isinstance(item, list)
+        records = item if nested else [item]
+        groups.append((nested, [_question(record, f"{place} {number}", argument) for record in records]))
+    return groups
+
+
+def _question(record: Any, place: str, argument: str) -> Question:
+    if not isinstance(record, dict):
+        raise UserError(argument, Given(f"no object in {place}"), "FaithUn's format")
+    for key in ("question", "answers", "false_answer_options"):
+        if key not in record:
+            raise UserError(argument, Given(f"no {key!r} in {place}"), "FaithUn's format")
+    texts = [record["question"], *_listed(record["answers"]), *_listed(record["false_answer_options"])]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(argument, Given(f"something else than text in {place}"), "FaithUn's format")
+    answers = tuple(_listed(record["answers"]))
+    if not answers:
+        raise UserError(argument, Given(f"no answer in {place}"), "FaithUn's format")
+    known = {answer.casefold() for answer in answers}
+    wrong = dict.fromkeys(text for text in _listed(record["false_answer_options"]) if text.casefold() not in known)
+    return Question(record["question"], answers, tuple(wrong))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _about(
+    groups: Sequence[tuple[bool, list[Question]]], kind: str, base: Question, position: int, n_base: int
+) -> tuple[Question, ...]:
+    if len(groups) == n_base and all(nested for nested, _ in groups):
+        return tuple(groups[position][1])
+    flat = tuple(question for _, group in groups for question in group)
+    if kind == "hop2_test":
+        return flat
+    answers = _folded(base)
+    return tuple(question for question in flat if answers & _folded(question))
+
+
+def _folded(asked: Question) -> set[str]:
+    return {answer.casefold() for answer in asked.answers}
+
+
+class ClusterDataModule(UnlearningDataModule):
+    """A benchmark of clusters: unlearned by base questions, examined by the other questions about the same facts.
+
+    An example's id is the number of its cluster, its group the entity. Reworded questions are its ``paraphrases``.
+
+    Args:
+        n_distractors: Wrong options per question at most, in the file's order; with 2 a question has 3 options.
+        **kwargs: See :class:`UnlearningDataModule`.
+    """
+
+    def __init__(self, n_distractors: int = 2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if n_distractors < 0:
+            raise UserError("n_distractors", n_distractors, "at least 0")
+        self.n_distractors = n_distractors
+        self._clusters: tuple[list[Cluster], dict[str, list[int]]] | None = None
+
+    @abstractmethod
+    def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
+        """All clusters, and the numbers of those in ``"forget"``, ``"retain"`` and ``"test"``."""
+
+    @property
+    def clusters(self) -> list[Cluster]:
+        """All clusters; an example's id is its place here."""
+        return self._loaded()[0]
+
+    def load_splits(self) -> Splits:
+        """Base questions of the clusters of each set."""
+        clusters, indices = self._loaded()
+        return Splits(**{name: [self._example(clusters, index) for index in indices[name]] for name in _SPLITS})
+
+    def probes(self, split: str, kind: str) -> list[QAExample]:
+        """Other questions about the facts of a set, to be scored by :meth:`eval_dataloader`.
+
+        Args:
+            split: ``"forget"``, ``"retain"`` or ``"test"``.
+            kind: ``"hop1_test"`` (reworded), ``"hop2_test"`` (two hops) or ``"same_object"`` (same answer).
+
+        Returns:
+            Examples with ids of their own. A question asked about several facts of the set stands here once; a question
+            that the forget set is trained on is left out, as it cannot show what was forgotten along with it.
+
+        Raises:
+            UserError: Unknown set or kind.
+        """
+        for argument, value, allowed in (("split", split, _SPLITS), ("kind", kind, PROBES)):
+            if value not in allowed:
+                raise UserError(argument, value, ", ".join(allowed))
+        clusters, indices = self._loaded()
+        first_id = len(clusters)
+        found: dict[str, QAExample] = {}
+        members = set(indices[split])
+        forgotten = {self._example(clusters, index).folded for index in indices["forget"]}
+        for number, cluster in enumerate(clusters):
+            for each in PROBES:
+                for question in cluster.probes[each]:
+                    if each == kind and number in members:
+                        example = self._asked(first_id, question, cluster.entity)
+                        if example.folded not in forgotten:
+                            found.setdefault(example.folded, example)
+                    first_id += 1
+        return list(found.values())
+
+    def _loaded(self) -> tuple[list[Cluster], dict[str, list[int]]]:
+        if self._clusters is None:
+            self._clusters = self.load_clusters()
+        return self._clusters
+
+    def _asked(self, example_id: int, asked: Question, entity: str, paraphrases: tuple[str, ...] = ()) -> QAExample:
+        wrong = asked.wrong[: self.n_distractors]
+        return QAExample(example_id, asked.question, asked.answers[0], wrong, paraphrases, entity)
+
+    def _example(self, clusters: list[Cluster], index: int) -> QAExample:
+        cluster = clusters[index]
+        reworded = tuple(question.question for question in cluster.probes["hop1_test"])
+        return self._asked(index, cluster.base, cluster.entity, reworded)

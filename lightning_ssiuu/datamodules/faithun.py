@@ -1,0 +1,123 @@
+"""FaithUn: facts about celebrities with reworded, two-hop and same-answer questions (arXiv 2502.19207)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
+from lightning_ssiuu.datamodules.examples import Given
+from lightning_ssiuu.errors import UserError
+
+
+class FaithUn(ClusterDataModule):
+    r"""FaithUn (Yang et al. 2025, arXiv 2502.19207) from a local directory or the hub.
+
+    Trained on its base questions; :meth:`probes` gives the reworded, two-hop and same-answer questions. The format is
+    :func:`~.clusters.parse_clusters`'s; the split files list cluster numbers from 0, one a line, over all entities in
+    the file's order. The release lies on GitHub: give the directory of a copy, or a hub data set that holds its files.
+
+    Args:
+        path: Directory with the files, searched with its subdirectories, or a hub id (``owner/name``).
+        file: Name of the questions' file.
+        forget: Name of the file with the cluster numbers of the forget set.
+        retain: The same for the retain set.
+        test: The same for the test set; None: no test set.
+        n_distractors: Wrong options per question at most; the paper's 3 options are 2 wrong ones and the answer.
+        **kwargs: See :class:`UnlearningDataModule`.
+
+    Raises:
+        UserError: Directory, data set or file missing, another format, a number that is no cluster's, or a cluster in
+            two sets.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> ask = lambda n: {"question": f"Where is {n}?", "answers": [f"{n}"], "false_answer_options": ["a", "b"]}
+        >>> entities = {f"Q{n}": {"hop1_unlearn": [ask(n)]} for n in range(3)}
+        >>> _ = (folder / "FaithUn_Dataset.json").write_text(json.dumps(entities))
+        >>> for name, number in (("forget", 2), ("retaining", 0), ("test", 1)):
+        ...     _ = (folder / f"{name}_set_split.txt").write_text(f"{number}\n")
+        >>> data = FaithUn(str(folder))
+        >>> data.splits, data.splits.forget[0].example_id
+        (Splits(forget=1, retain=1, test=1, benign=0), 2)
+    """
+
+    def __init__(
+        self,
+        path: str,
+        file: str = "FaithUn_Dataset.json",
+        forget: str = "forget_set_split.txt",
+        retain: str = "retaining_set_split.txt",
+        test: str | None = "test_set_split.txt",
+        n_distractors: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(n_distractors=n_distractors, **kwargs)
+        self.path, self.file = path, file
+        self.split_files = {"forget": forget, "retain": retain, "test": test}
+
+    def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
+        """Read the questions and the split files."""
+        folder = _folder(self.path)
+        text = _read(folder, self.file, "file")
+        try:
+            entities = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError("file", self.file, f"valid JSON: it breaks in line {error.lineno}") from None
+        clusters = parse_clusters(entities, "file")
+        indices = {
+            name: [] if file is None else _numbers(_read(folder, file, name), file, name, len(clusters))
+            for name, file in self.split_files.items()
+        }
+        _check_disjoint(indices)
+        return clusters, indices
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError("path", path, "an existing directory, or a data set of the hub (owner/name)")
+    import huggingface_hub  # slow to import and not needed for files
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, repo_type="dataset", allow_patterns=["*.json", "*.txt"]))
+    except (OSError, ValueError, RuntimeError) as error:  # what the hub raises for a missing or unreachable set
+        allowed = "an existing directory, or a data set of the hub (owner/name)"
+        raise UserError("path", path, f"{allowed}; the hub said {type(error).__name__}") from error
+
+
+def _read(folder: Path, name: str, argument: str) -> str:
+    found = sorted(file for file in folder.rglob(Path(name).name) if file.is_file())
+    if not found:
+        there = sorted(file.name for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
+        raise UserError(argument, name, ", ".join(there) or "a path with FaithUn's files")
+    try:
+        return found[0].read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(argument, name, "text in UTF-8") from None
+    except OSError as error:
+        raise UserError(argument, name, f"a readable file ({error.strerror})") from None
+
+
+def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:
+    numbers, allowed = [], f"one number from 0 to {n_clusters - 1} a line"
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.strip().isdecimal() or int(line) >= n_clusters:
+            raise UserError(argument, Given(f"line {number} of {file}"), allowed)
+        numbers.append(int(line))
+    return list(dict.fromkeys(numbers))
+
+
+def _check_disjoint(indices: dict[str, list[int]]) -> None:
+    first: dict[int, str] = {}
+    for name, numbers in indices.items():
+        twice = [number for number in numbers if first.setdefault(number, name) != name]
+        if twice:
+            other = first[twice[0]]
+            raise UserError(name, Given(f"{len(twice)} clusters that are also in {other}"), f"disjoint from {other}")

@@ -1,0 +1,90 @@
+"""WMDP: multiple-choice questions about hazardous knowledge (Li et al. 2024, arXiv 2403.03218)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.examples import Given
+from lightning_ssiuu.datamodules.paired import check_sizes, cut
+from lightning_ssiuu.datamodules.readers import Record, column, read_records, text_lists
+from lightning_ssiuu.errors import UserError
+
+
+class WMDP(UnlearningDataModule):
+    """Multiple-choice questions of WMDP (arXiv 2403.03218), with others in the same format to be kept.
+
+    Columns are ``question``, ``choices`` (a list) and ``answer`` (the place of the right choice, from 0). The right
+    choice is the answer, the others are distractors. MMLU has the same columns and is the usual set to be kept; the
+    test set is cut from it. A question that occurs with several lists of choices is taken once, the first time, and one
+    that stands in the forget set is not kept: such texts ("Which is true?") mean nothing without their choices.
+
+    Args:
+        forget: File (``.json``, ``.jsonl``, ``.csv``) or hub data set (``owner/name:config:split``); released are
+            the configurations ``wmdp-bio``, ``wmdp-chem`` and ``wmdp-cyber``, or ``bio_questions.json`` and so on.
+        retain: The same for what is kept.
+        forget_size: Number of forget items; None: all.
+        retain_size: Number of retain items; None: all that ``test_size`` leaves.
+        test_size: Number of test items; None: all that follow ``retain_size`` items (none if that is None too).
+        **kwargs: See :class:`UnlearningDataModule`. Some questions are longer than 256 tokens: see ``max_length``.
+
+    Raises:
+        UserError: File, data set or column missing, an ``answer`` that is no choice's place, or more items asked for
+            than there are.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> folder, names = Path(tempfile.mkdtemp()), ("cyber_questions.json", "kept.json")
+        >>> for first, name in zip((0, 10), names):
+        ...     numbers = range(first, first + 4)
+        ...     rows = [{"question": f"{n} + 1?", "choices": ["0", f"{n + 1}"], "answer": 1} for n in numbers]
+        ...     _ = (folder / name).write_text(json.dumps(rows))
+        >>> data = WMDP(*(str(folder / name) for name in names), test_size=1)
+        >>> data.splits, data.splits.forget[2].answer, data.splits.forget[2].distractors
+        (Splits(forget=4, retain=3, test=1, benign=0), '3', ('0',))
+    """
+
+    def __init__(
+        self,
+        forget: str = "cais/wmdp:wmdp-cyber:test",
+        retain: str = "cais/mmlu:all:validation",
+        forget_size: int | None = None,
+        retain_size: int | None = None,
+        test_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if forget_size is not None and forget_size < 1:
+            raise UserError("forget_size", forget_size, "at least 1")
+        check_sizes(retain_size, test_size)
+        self.forget, self.retain = forget, retain
+        self.forget_size, self.retain_size, self.test_size = forget_size, retain_size, test_size
+
+    def load_splits(self) -> Splits:
+        """Read both sources and cut the test set off the second."""
+        forget = _examples(read_records(self.forget, "forget"), 0, "forget")
+        if self.forget_size is not None:
+            if self.forget_size > len(forget):
+                raise UserError(
+                    "forget_size", self.forget_size, f"no more than the {len(forget)} items of {self.forget}"
+                )
+            forget = forget[: self.forget_size]
+        asked = {example.folded for example in forget}
+        kept = _examples(read_records(self.retain, "retain"), len(forget), "retain")
+        kept = [example for example in kept if example.folded not in asked]
+        return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
+
+
+def _examples(rows: list[Record], first_id: int, argument: str) -> list[QAExample]:
+    questions, places = column(rows, "question", argument), column(rows, "answer", argument)
+    choices = text_lists(rows, "choices", argument)
+    found: dict[str, QAExample] = {}
+    for number, (question, place, options) in enumerate(zip(questions, places, choices, strict=True)):
+        if not place.isdecimal() or int(place) >= len(options):
+            raise UserError(argument, Given(f"'answer' of record {number}"), "the place of a choice, from 0")
+        answer = options[int(place)]
+        wrong = tuple(option for option in dict.fromkeys(options) if option != answer)
+        example = QAExample(first_id + len(found), question, answer, wrong)
+        found.setdefault(example.folded, example)
+    return list(found.values())
