@@ -153,7 +153,7 @@ def test_what_is_tried_next() -> None:
 
 
 def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -> None:
-    few = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[3e-5]", "--p", "[0.3]", "--until_saturated")
+    few = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[3e-4]", "--p", "[0.3]", "--until_saturated")
     model = default_run()[0] / "model"
     result = command("attack", "--model", model, "--output", tmp_path, *few, "--score", "probability")
     assert result.status == 0, result.err

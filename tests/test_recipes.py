@@ -13,6 +13,8 @@ from forked_ranks import ranks
 
 from lightning_ssiuu.__main__ import main
 
+#: Attribution has tests of its own.
+BLIND = ("--attribution.probe_examples", "0")
 KINDS = ("objective", "model", "data", "regularizer", "scale", "attack")
 
 
@@ -58,7 +60,7 @@ def test_whole_recipes(recipe: Path, tmp_path: Path) -> None:
 
 @named("objective")
 def test_objectives(recipe: Path, tmp_path: Path) -> None:
-    result = fit(tmp_path / "run", *SHORT, recipe=recipe)
+    result = fit(tmp_path / "run", *SHORT, *BLIND, recipe=recipe)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
@@ -114,7 +116,7 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
     elif class_path not in ("Facts", "WorldFacts"):
         pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"
-    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, recipe=base)
+    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, *BLIND, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
 
@@ -125,7 +127,7 @@ def test_regularizers(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["regularizer"]
     for base in (RECIPES / "objective" / "gradient_difference.yaml", DEFAULT):
         folder = tmp_path / base.stem
-        result = fit(folder, "--config", recipe, *SHORT, recipe=base)
+        result = fit(folder, "--config", recipe, *SHORT, *BLIND, recipe=base)
         assert result.status == 0, result.err
         finished(folder)
         resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

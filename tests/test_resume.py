@@ -50,7 +50,8 @@ def test_resumed_anywhere_equals_uninterrupted(dropout: bool, accumulate: int, w
     whole, history, value = run(checkpoint, tmp_path / "whole", accumulate=accumulate, workers=workers)
     saved = sorted((tmp_path / "whole").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     assert len(saved) == STEPS
-    for path in saved[:-1]:
+    # In the middle of an epoch, at its end and at the beginning of one; workers take time to start.
+    for path in saved[: -1 : 2 if workers else 1]:
         again, history_again, value_again = run(checkpoint, tmp_path / "again", path, accumulate, workers)
         assert equal(whole, again), path.stem
         assert history_again == history, path.stem
