@@ -260,3 +260,13 @@ def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> N
         raise UserError(argument, str(folder), "a directory that can be written")
     if (free := shutil.disk_usage(existing).free) < needed:
         raise UserError(argument, str(folder), f"a disk with {needed / 1e6:.0f} MB free ({free / 1e6:.0f} MB are)")
+
+
+def cache_directory() -> Path:
+    """Where what can be made again is kept: ``LIGHTNING_SSIUU_CACHE``, or ``~/.cache/lightning_ssiuu``.
+
+    Example:
+        >>> cache_directory().is_absolute() or "LIGHTNING_SSIUU_CACHE" in os.environ
+        True
+    """
+    return Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()

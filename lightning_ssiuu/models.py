@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import cache_directory
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.sites import SITE_TABLES
@@ -267,7 +268,7 @@ def _converted_gguf(path: Path) -> Path:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    root = Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()
+    root = cache_directory()
     target = root / f"{path.stem}-{digest.hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target

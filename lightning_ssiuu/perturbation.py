@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.ranks import gathered, mean_over_ranks, world_size
+from lightning_ssiuu.regularizers.shards import snapshot
 from lightning_ssiuu.sites import NeuronSite
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def displaced(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """
     reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    stash = [local(p.detach()).clone() for p in parameters]
+    stash = snapshot(parameters)
     try:
         yield parameters
     finally:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.adapters import adapted_layers
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import check_space
+from lightning_ssiuu.files import cache_directory, check_space
 from lightning_ssiuu.models import AnswerModel, evaluation_mode, frozen_reference
 from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sharding import is_sharded
@@ -152,8 +151,7 @@ def reference_key(model: nn.Module, observations: Iterable[str], examples: Mappi
 
 def reference_folder(key: str) -> Path:
     """Where the values under a key are kept."""
-    root = Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()
-    return root / "references" / key
+    return cache_directory() / "references" / key
 
 
 def store(

@@ -23,6 +23,7 @@ from lightning_ssiuu.perturbation import (
     rows_of,
     share_of_mean,
 )
+from lightning_ssiuu.regularizers.shards import trained_parameters
 from lightning_ssiuu.sharded_state import put_state, take_state
 
 
@@ -90,7 +91,7 @@ class MUDMAN(UnlearningModule):
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
             if not self._adversary or self.global_step % self.fork_every_n_steps == 0:
-                self._adversary = {name: p.detach().clone() for name, p in self._trained().items()}
+                self._adversary = {name: p.detach().clone() for name, p in trained_parameters(self.model).items()}
             place(parameters, self._like(self._adversary))
             with self._step_memory:
                 loss = weight * self.forget_loss(part)
@@ -108,7 +109,7 @@ class MUDMAN(UnlearningModule):
     def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Average the retain gradient, add the masked, normalised forget gradient to it, let the adversary step."""
         if not self._retain_mean:
-            self._retain_mean = {name: torch.zeros_like(p) for name, p in self._trained().items()}
+            self._retain_mean = {name: torch.zeros_like(p) for name, p in trained_parameters(self.model).items()}
         means, norm = self._like(self._retain_mean), norm_over_shards(gradients, parameters)
         for parameter, mean, gradient in zip(parameters, means, gradients, strict=True):
             if parameter.grad is None:
@@ -135,11 +136,8 @@ class MUDMAN(UnlearningModule):
         if state := take_state(checkpoint, "mudman", self.model, folder):
             self._adversary, self._retain_mean = state["adversary"], state["retain_mean"]
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
     def _like(self, state: dict[str, Tensor]) -> Any:
         # A resumed run's come from the file to the CPU, wherever the weights are.
-        for name, parameter in self._trained().items():
+        for name, parameter in trained_parameters(self.model).items():
             state[name] = state[name].to(parameter.device)
-        return [state[name] for name in self._trained()]
+        return [state[name] for name in trained_parameters(self.model)]

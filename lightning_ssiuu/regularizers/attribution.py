@@ -47,6 +47,8 @@ class AttributionPenalty(Penalty):
         UserError: If an argument is outside its range.
     """
 
+    _anchor: Any = None  # A / e^anchor_scale, in the subclass's form
+
     def __init__(
         self,
         weight: float = 1e-3,
@@ -84,6 +86,15 @@ class AttributionPenalty(Penalty):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(f"{type(self).__name__}: {text}", stacklevel=4)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The anchor and its scale, and the schedule; between steps there is nothing else."""
+        return super().state_dict() | {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the anchor of an interrupted run."""
+        super().load_state_dict(state)
+        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
 
 
 class AttributionRegularizer(AttributionPenalty):
@@ -199,15 +210,6 @@ class AttributionRegularizer(AttributionPenalty):
             figures |= self.add(model, parameters, gradients, scale + top + math.log(2), square)
         self._n_steps += 1
         return figures
-
-    def state_dict(self) -> dict[str, Any]:
-        """The anchor by parameter name and its scale, and the schedule; between steps there is nothing else."""
-        return super().state_dict() | {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the anchor of an interrupted run."""
-        super().load_state_dict(state)
-        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
 
     def _local_anchor(self, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
         if self._anchor is None or self._anchor.keys() != parameters.keys():

@@ -139,15 +139,6 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         self._n_steps += 1
         return figures
 
-    def state_dict(self) -> dict[str, Any]:
-        """The anchor ``[n_neurons]`` and its scale, and the schedule."""
-        return super().state_dict() | {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the anchor of an interrupted run."""
-        super().load_state_dict(state)
-        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
-
     def _sites(self, model: Any) -> list[NeuronSite]:
         sites = neuron_sites(getattr(model, "hf", model))
         return sites if self.modules is None else select_sites(sites, self.modules, "regularizer.modules")
