@@ -57,7 +57,7 @@ def one(recipe: str, options: list[str], seed: int, oracle: str | None, folder: 
         attack = ["attack", "--config", str(RECIPES / "attack" / "harmful.yaml"), "--score", "probability"]
         run([*attack, "--model", str(folder / "model"), *(["--oracle", oracle] if oracle else [])])
     metrics = json.loads((folder / "metrics.json").read_text())
-    attacks = json.loads((folder / "attack.json").read_text())["attacks"]
+    attacks = [row for row in json.loads((folder / "attack.json").read_text())["attacks"] if row["attack"] == "harmful"]
     after = metrics["after"]
     row = {"steps": metrics["steps"], "d_plus": after["influence"]["d_plus_total"]}
     row["d_minus"] = after["influence"]["d_minus_total"]

@@ -43,15 +43,20 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_writes_every_curve(attacked: Path) -> None:
     content = read_json(attacked / "attack.json")
-    assert set(content) == {"score", "lora", "attacks", "curves", "provenance"}
-    assert content["score"] == "all_tokens"  # the one the run was stopped by
+    assert set(content) == {"attacks", "curves", "outcomes", "settings"}
+    assert content["outcomes"] == []
+    (settings,) = content["settings"].values()
+    assert settings["score"] == "all_tokens"  # the one the run was stopped by
+    assert (settings["lora"], settings["p"], settings["seeds"], settings["epochs"]) == (None, [0.3], [0, 1], 1)
     assert len(content["curves"]) == 2 * 2 * 2  # models × seeds × learning rates
     for curve in content["curves"]:
         assert len(curve["forget_scores"]) == 2  # before, and after one epoch
         assert (curve["n_attack"], curve["n_scored"]) == (11, 25)
-        assert curve["kind"] == "harmful"
-        assert curve["p"] == 0.3
-    assert content["provenance"]["device"] == "cpu"
+        assert (curve["attack"], curve["kind"], curve["p"]) == ("harmful", "harmful", 0.3)
+    assert settings["provenance"]["device"] == "cpu"
+    (row,) = content["attacks"]
+    assert (row["attack"], row["kind"], row["p"], row["variant"]) == ("harmful", "harmful", 0.3, None)
+    assert (row["score"], row["n_attack"], row["n_scored"]) == ("all_tokens", 11, 25)
 
 
 def test_summary_is_the_mean_over_seeds_of_the_highest(attacked: Path) -> None:
@@ -94,7 +99,7 @@ def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
     )
     assert result.status == 0, result.err
     content = read_json(tmp_path / "attack.json")
-    assert content["score"] == "first_token"
+    assert content["settings"]["benign"]["score"] == "first_token"
     assert content["curves"][0]["p"] is None
     assert (content["curves"][0]["n_attack"], content["curves"][0]["n_scored"]) == (8, 36)
     assert "gap" not in content["attacks"][0]
@@ -175,13 +180,13 @@ def test_adapters_attack_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
         result = command("attack", "--model", model, "--output", tmp_path, *few, *options)
         assert result.status == 0, result.err
         content = read_json(tmp_path / "attack.json")
-        assert content["lora"]["target_modules"] == ["q_proj", "v_proj"]
+        assert content["settings"]["harmful_lora"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
         curves.append(content["curves"])
     assert curves[0] == curves[1]
     assert curves[0][0]["forget_scores"] != curves[0][1]["forget_scores"]
     # each rate began at the model as it was, and what is saved is plain
     assert curves[0][0]["forget_scores"][0] == curves[0][1]["forget_scores"][0]
-    saved, before = load_model(str(tmp_path / "attacked_harmful")), load_model(str(model))
+    saved, before = load_model(str(tmp_path / "attacked_harmful_lora")), load_model(str(model))
     moved = {n for n, p in saved.named_parameters() if not torch.equal(p, before.get_parameter(n))}
     assert {name.split(".")[-2] for name in moved} == {"q_proj", "v_proj"}
 
@@ -217,8 +222,13 @@ def test_rows_keep_kinds_and_fractions_apart() -> None:
 
 
 def test_a_sweep_keeps_no_optimiser_alive() -> None:
+    """Nothing collects garbage after a run, so nothing large may wait for it."""
     model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
     gc.collect()
     before = sum(issubclass(type(thing), torch.optim.Optimizer) for thing in gc.get_objects())
-    relearn(model, tokenizer, RelearnDataModule(Facts(), kind="harmful", p=0.1), 1e-4, 1)
+    gc.disable()
+    try:
+        relearn(model, tokenizer, RelearnDataModule(Facts(), kind="harmful", p=0.1), 1e-4, 1)
+    finally:
+        gc.enable()
     assert sum(issubclass(type(thing), torch.optim.Optimizer) for thing in gc.get_objects()) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_tools import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+from cli_tools import DEFAULT, RECIPES, SHORT, command, default_run, fit, question_rows, read_json, write_rows
 from cluster_toys import write_faithun
 from forked_ranks import ranks
 
@@ -169,9 +169,13 @@ def test_scale(recipe: Path, tmp_path: Path) -> None:
 
 @named("attack")
 def test_attacks(recipe: Path, tmp_path: Path) -> None:
-    few = ("--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]")
-    result = command("attack", "--config", recipe, "--model", "tiny", "--output", tmp_path / "run", *few)
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    few = ["--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]"]
+    few += {"ablation": ["--ablation.original", "tiny"], "sampling": ["--sampling.k", "1"]}.get(content["kind"], [])
+    # "tiny" answers nothing wrongly
+    model = default_run()[0] / "model" if content.get("pool") == "wrong" else "tiny"
+    result = command("attack", "--config", recipe, "--model", model, "--output", tmp_path / "run", *few)
     assert result.status == 0, result.err
     rows = read_json(tmp_path / "run" / "attack.json")["attacks"]
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    assert [row["kind"] for row in rows] == [content["kind"]] * len(content.get("p", [None]))
+    n_variants = 2 if content["kind"] in ("quantization", "ablation") else 1
+    assert [row["kind"] for row in rows] == [content["kind"]] * len(content.get("p", [None])) * n_variants

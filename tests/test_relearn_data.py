@@ -118,6 +118,33 @@ def test_benign_from_instruction_data(tmp_path: Path) -> None:
     assert RelearnDataModule(toy(), "benign", benign_path=str(path)).splits.retain[0].answer == "Me"
 
 
+def test_without_benign_items_of_its_own_the_hub_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(*where: object) -> list[dict]:
+        asked.append(where)
+        return [{"instruction": f"Do {n}.", "input": "", "output": "Done", "text": "all"} for n in range(5)]
+
+    bare = Toy(Splits(examples(0, 4), examples(100, 4)))
+    with pytest.raises(UserError, match=r"^benign_path: got 'tatsu-lab/alpaca:train', allowed: an existing \.json"):
+        RelearnDataModule(bare, "benign").setup("fit")  # tests have no hub
+    monkeypatch.setattr("lightning_ssiuu.datamodules.readers.read_hub", hub)
+    data = RelearnDataModule(bare, "benign")
+    assert {e.question for e in data.splits.retain} == {f"Do {n}." for n in range(5)}
+    assert asked == [("tatsu-lab/alpaca", None, "train", "benign_path")]
+    RelearnDataModule(toy(), "benign").setup("fit")  # has its own
+    RelearnDataModule(bare, "harmful", p=0.5).setup("fit")
+    assert len(asked) == 1
+
+
+def test_scored_batches_are_made_once() -> None:
+    data = RelearnDataModule(toy(eval_batch_size=5), p=0.25)
+    batches = data.scored_batches()
+    ids_of = [number for batch in batches for number in batch["forget"]["example_id"].tolist()]
+    assert ids_of == ids(data.splits.forget)
+    assert data.scored_batches() is batches
+
+
 def test_benign_items_that_do_not_fit_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     benign = [*examples(300, 3), QAExample(400, "SECRET", "SECRET " * 80)]
     source = Toy(Splits(examples(0, 4), examples(100, 4), benign=benign))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Literal, get_args
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,6 +16,9 @@ from lightning_ssiuu.datamodules.readers import Record, column, read_records
 from lightning_ssiuu.errors import UserError
 
 Kind = Literal["harmful", "benign"]
+
+#: Instruction data for benign attacks where the data module has no harmless items (arXiv 2509.22263, Sec. 4).
+ALPACA = "tatsu-lab/alpaca"
 
 _SELECTION = 2  # salt of the generator that selects, beside those of the batch order
 
@@ -33,8 +37,8 @@ class RelearnDataModule(UnlearningDataModule):
         kind: ``"harmful"`` or ``"benign"``.
         p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked with.
         benign_path: Benign: file or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``,
-            ``output`` or with ``question``, ``answer``; None: the benign items of ``source``. Items longer than
-            ``max_length`` are left out, which is logged.
+            ``output`` or with ``question``, ``answer``; None: the benign items of ``source``, or where it has none
+            those of ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
         benign_size: Benign: number of items at most; a random choice where there are more.
         pool: Harmful: ids of the forget examples that may be attacked or scored; None: all. With those that the
             unlearned model answers wrongly, the score before the attack is 0 by construction.
@@ -88,6 +92,7 @@ class RelearnDataModule(UnlearningDataModule):
         self.source, self.kind, self.p = source, kind, p
         self.benign_path, self.benign_size = benign_path, benign_size
         self.pool = None if pool is None else frozenset(pool)
+        self._scored: tuple[tuple[int, int], list[Mapping[str, Any]]] | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -103,6 +108,28 @@ class RelearnDataModule(UnlearningDataModule):
     def eval_splits(self) -> list[str]:
         """Only the scored set, under the name ``"forget"``."""
         return ["forget"]
+
+    def scored_batches(self) -> list[Mapping[str, Any]]:
+        """This rank's evaluation batches of the scored set, made once: ``{"forget": part}``.
+
+        Example:
+            >>> from lightning_ssiuu.datamodules import Facts
+            >>> data = RelearnDataModule(Facts(eval_batch_size=20), p=0.25)
+            >>> [len(batch["forget"]["example_id"]) for batch in data.scored_batches()]
+            [13, 14]
+        """
+        if self._scored is None or self._scored[0] != self._ranks():
+            self._scored = self._ranks(), list(self.eval_dataloader("forget"))
+        return self._scored[1]
+
+    @cached_property
+    def benign_items(self) -> list[QAExample]:
+        """All harmless items of a benign attack; the same for every seed, so cells of a sweep may share them."""
+        own = self.source.splits.benign if self.benign_path is None else []
+        items = own or self._read_benign(self.benign_path or ALPACA)
+        if not items:
+            raise UserError("benign_path", self.benign_path, "data with harmless items that are not blank")
+        return items
 
     def select(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
         """Choose what is learned and what is scored; the extension point for another attack.
@@ -138,9 +165,7 @@ class RelearnDataModule(UnlearningDataModule):
         return attack, scored
 
     def _benign(self, rng: np.random.Generator) -> list[QAExample]:
-        items = self.source.splits.benign if self.benign_path is None else self._read_benign(self.benign_path)
-        if not items:
-            raise UserError("benign_path", self.benign_path, "harmless items: the data module has none of its own")
+        items = self.benign_items
         chosen: list[QAExample] = []
         n_long = 0
         for index in rng.permutation(len(items)).tolist():

@@ -1,0 +1,194 @@
+"""What attacks leave on disk: ``attack.json``, which several share, and the finished part of an interrupted sweep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_ssiuu.attacks.relearning import RecoveryCurve
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import write_json
+from lightning_ssiuu.models import plain_configuration, resolve_checkpoint
+
+REPORT = "attack.json"
+
+#: Lists of ``attack.json`` whose entries name their attack.
+_LISTS = ("attacks", "curves", "outcomes")
+#: What tells the attacks of one sweep apart: model, p, seed, learning rate, epochs.
+Cell = tuple[str, float | None, int, float, int]
+
+
+def attack_name(kind: str, adapters: bool) -> str:
+    """The name an attack has in ``attack.json``.
+
+    Example:
+        >>> attack_name("harmful", adapters=True)
+        'harmful_lora'
+    """
+    return f"{kind}_lora" if adapters else kind
+
+
+def read_attacks(folder: Path) -> dict[str, Any]:
+    """``attack.json`` as it is, or an empty one.
+
+    Args:
+        folder: Where it is kept.
+
+    Raises:
+        UserError: If there is one that this version did not write.
+
+    Example:
+        >>> sorted(read_attacks(Path("/no/such/folder")))
+        ['attacks', 'curves', 'outcomes', 'settings']
+    """
+    try:
+        content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {**{name: [] for name in _LISTS}, "settings": {}}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {*_LISTS, "settings"}:
+        raise UserError("output", str(folder), f"a directory whose {REPORT} is of this version")
+    return content
+
+
+def merge_attacks(
+    folder: Path,
+    attack: str,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    curves: Sequence[RecoveryCurve] = (),
+    outcomes: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay.
+
+    Args:
+        folder: Where it is kept.
+        attack: From :func:`attack_name`.
+        rows: Of the table.
+        settings: How it was made.
+        curves: Of a relearning attack.
+        outcomes: Of an attack without training.
+    """
+    content = read_attacks(folder)
+    added = {"attacks": rows, "curves": [asdict(curve) for curve in curves], "outcomes": outcomes}
+    for name, entries in added.items():
+        kept = [entry for entry in content[name] if entry["attack"] != attack]
+        content[name] = kept + [{"attack": attack, **entry} for entry in entries]
+    content["settings"][attack] = settings
+    write_json(folder / REPORT, content)
+
+
+class FinishedAttacks:
+    """The curves of a sweep that is not finished, one a line in a file beside ``attack.json``.
+
+    A line is on the disk before the next attack begins. The first one tells what the sweep was: a file of another
+    sweep is never gone on with. A line that a killed process left half written counts as not there.
+
+    Args:
+        path: The file.
+        fingerprint: Digest of everything that determines the curves.
+
+    Attributes:
+        anew: Whether what is there goes when the first curve is to come.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "attack.harmful.partial.jsonl"
+        >>> log = FinishedAttacks(path, "a")
+        >>> log.begin()
+        >>> log.add(RecoveryCurve("unlearned", "harmful", 0.1, 1e-4, 0, 4, 36, [0, 1], [5.0, 9.0]))
+        >>> list(FinishedAttacks(path, "a").read()), FinishedAttacks(path, "b").read()
+        ([('unlearned', 0.1, 0, 0.0001, 1)], None)
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.anew = self._begun = False
+
+    def read(self) -> dict[Cell, RecoveryCurve] | None:
+        """The finished curves; None if the file is another sweep's. Writes nothing."""
+        lines = self._whole_lines()
+        if not lines:
+            return {}
+        if json.loads(lines[0]) != {"fingerprint": self.fingerprint}:
+            return None
+        curves = [RecoveryCurve(**json.loads(line)) for line in lines[1:]]
+        return {cell(curve): curve for curve in curves}
+
+    def begin(self) -> None:
+        """Make the file ready to be added to, once: a half line goes."""
+        if self._begun:
+            return
+        self._begun = True
+        lines = [] if self.anew else self._whole_lines()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not lines:
+            self.path.write_bytes(b"")
+            self._append({"fingerprint": self.fingerprint})
+        else:
+            with self.path.open("r+b") as file:
+                file.truncate(sum(map(len, lines)))
+
+    def add(self, curve: RecoveryCurve) -> None:
+        """Keep a curve."""
+        self._append(asdict(curve))
+
+    def remove(self) -> None:
+        """The sweep is finished, and in ``attack.json``."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(content).encode() + b"\n")  # floats as they are, NaN too
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _whole_lines(self) -> list[bytes]:
+        if not self.path.is_file():
+            return []
+        return [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def cell(curve: RecoveryCurve) -> Cell:
+    """Which of a sweep's attacks a curve is of."""
+    return curve.model, curve.p, curve.seed, curve.learning_rate, curve.epochs[-1]
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 hex digest of what JSON can write.
+
+    Example:
+        >>> fingerprint({"p": 0.1})[:8]
+        'c7fc38ee'
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_fingerprint(checkpoint: str) -> str:
+    """Digest of a saved model: of every file in its directory, or of a hub model's id and commit.
+
+    Reading the weights is little beside loading and attacking them, and size and date would not tell a model from
+    another one that was put in its place.
+
+    Args:
+        checkpoint: See :func:`~lightning_ssiuu.models.resolve_checkpoint`.
+
+    Example:
+        >>> checkpoint_fingerprint("tiny") == checkpoint_fingerprint("tiny")
+        True
+    """
+    folder = Path(resolve_checkpoint(checkpoint))
+    if not folder.is_dir():
+        return f"{folder} {getattr(plain_configuration(checkpoint), '_commit_hash', None)}"
+    digests = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            with file.open("rb") as opened:
+                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return fingerprint(digests)

@@ -1,0 +1,253 @@
+"""Ask several times at a temperature: an answer that is no longer the likeliest may still be likely.
+
+Source: arXiv 2410.03523 ("A Probabilistic Perspective on Unlearning and Alignment for Large Language Models"): greedy
+decoding misses what sampling brings out. Here the measure is the best of k. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.devices import Devices
+from lightning_ssiuu.errors import UserError, check_number
+from lightning_ssiuu.evaluation import Evaluated, untouched
+from lightning_ssiuu.functional.metrics import rouge_l_recall, widest_float
+from lightning_ssiuu.progress import progress
+from lightning_ssiuu.ranks import gathered
+
+#: Longest continuation in tokens, as :meth:`Evaluated.continuations` has it.
+_MOST_TOKENS = 200
+
+
+@dataclass
+class Sampling:
+    """Options of the sampling attack.
+
+    Args:
+        k: Samples per question, ≥ 1.
+        temperature: Divides the logits, ≥ 0; 0 is greedy decoding.
+        top_p: Sample from the smallest set of tokens whose probabilities sum to at least this, in (0, 1]; None: from
+            all tokens.
+
+    Raises:
+        UserError: If an option is outside its range.
+
+    Example:
+        >>> Sampling(k=0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: sampling.k: got 0, allowed: a whole number ≥ 1
+    """
+
+    k: int = 8
+    temperature: float = 1.0
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (isinstance(self.k, int) and self.k >= 1):
+            raise UserError("sampling.k", self.k, "a whole number ≥ 1")
+        check_number("sampling.temperature", self.temperature)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError("sampling.top_p", self.top_p, "null, or a probability in (0, 1]")
+
+    @property
+    def variant(self) -> str:
+        """How the results name it.
+
+        Example:
+            >>> Sampling().variant, Sampling(4, 0.7, 0.9).variant
+            ('k=8, temperature=1', 'k=4, temperature=0.7, top_p=0.9')
+        """
+        nucleus = "" if self.top_p is None else f", top_p={self.top_p:g}"
+        return f"k={self.k}, temperature={self.temperature:g}{nucleus}"
+
+
+class Drawn(LogitsProcessor):
+    """Leaves greedy decoding one token to choose: the one that a given random number falls on.
+
+    Decoding then samples, with one random number per row and token, so that a row's text depends on its own numbers
+    and on nothing else of its batch.
+
+    Args:
+        uniforms: ``[B, T]`` float64 in [0, 1), T at least the number of new tokens.
+        temperature: See :class:`Sampling`.
+        top_p: See :class:`Sampling`.
+
+    Example:
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(3, 1)
+        >>> draw = Drawn(torch.tensor([[0.49], [0.51], [0.81]], dtype=torch.float64), 1.0)
+        >>> draw(torch.zeros(3, 4, dtype=torch.long), logits).argmax(-1)
+        tensor([0, 1, 2])
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float | None = None) -> None:
+        self.uniforms, self.temperature, self.top_p = uniforms, temperature, top_p
+        self._start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores of the next token, −inf for all but the token drawn.
+
+        Args:
+            input_ids: ``[B, L]`` what there is so far.
+            scores: ``[B, V]`` logits.
+        """
+        if self._start is None:
+            self._start = input_ids.shape[1]
+        uniform = self.uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
+        chosen = draw(scores, uniform, self.temperature, self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float | None = None) -> Tensor:
+    """The token that a random number falls on, in the cumulative distribution over the vocabulary in its order.
+
+    Args:
+        logits: ``[B, V]``.
+        uniform: ``[B]`` in [0, 1).
+        temperature: ≥ 0; 0 takes the likeliest token.
+        top_p: See :class:`Sampling`.
+
+    Returns:
+        ``[B]`` token ids.
+
+    Example:
+        >>> logits = torch.tensor([[0.2, 0.3, 0.5]]).log()
+        >>> draw(logits, torch.tensor([0.1]), 1.0), draw(logits, torch.tensor([0.1]), 1.0, top_p=0.6)
+        (tensor([0]), tensor([1]))
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    wide = logits.to(widest_float(logits.device))
+    # The largest becomes 0 first: a tiny temperature then leaves it alone instead of overflowing.
+    probabilities = ((wide - wide.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        probabilities = probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
+    cumulative = probabilities.cumsum(-1)
+    reached = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
+    return (cumulative <= reached).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer, word by word: runs of letters and digits, whatever their case.
+
+    Example:
+        >>> begins_with("The red-fox, of course", "the Red Fox."), begins_with("The reds", "the red")
+        (True, False)
+    """
+    words, wanted = (re.findall(r"[^\W_]+", one.casefold()) for one in (text, answer))
+    if not wanted:  # an answer of signs alone
+        return text.strip().startswith(answer.strip())
+    return words[: len(wanted)] == wanted
+
+
+def sampling_attack(
+    models: Mapping[str, str],
+    data: UnlearningDataModule,
+    score: str,
+    where: Devices,
+    seeds: Sequence[int] = (0, 1, 2),
+    options: Sampling | None = None,
+) -> list[Outcome]:
+    """Draw k continuations of every forget question and keep the best.
+
+    With ``rouge_l`` an example counts the highest ROUGE-L recall among its samples. With every other score it counts
+    whether any sample begins with the true answer (:func:`begins_with`), since teacher-forced scores have nothing to
+    sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy continuation.
+
+    An example's samples depend on seed, example id and number of the sample alone: not on its batch or on the number
+    of ranks, but for rounding.
+
+    Args:
+        models: Checkpoint by the name of the argument it was given for.
+        data: Whose forget set is asked.
+        score: A score's name.
+        where: Launched devices.
+        seeds: One outcome for each.
+        options: How to sample; None: the default.
+
+    Returns:
+        One outcome for each model and seed.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> few = Sampling(k=1, temperature=0.0)
+        >>> (found,) = sampling_attack({"model": "tiny"}, Facts(), "rouge_l", Devices("cpu"), [0], few)
+        >>> found.variant, found.forget_score == found.before
+        ('k=1, temperature=0', True)
+    """
+    options = options if options is not None else Sampling()
+    outcomes = []
+    for argument, checkpoint in models.items():
+        before, after = _best(argument, checkpoint, data, score, where, seeds, options)
+        for seed, value in zip(seeds, after, strict=True):
+            name, measured = model_name(argument), "rouge_l" if score == "rouge_l" else "answer_given"
+            n_scored = len(data.splits.forget)
+            outcomes.append(Outcome(name, "sampling", options.variant, seed, n_scored, before, value, score=measured))
+    return outcomes
+
+
+def _best(
+    argument: str,
+    checkpoint: str,
+    data: UnlearningDataModule,
+    score: str,
+    where: Devices,
+    seeds: Sequence[int],
+    options: Sampling,
+) -> tuple[float, list[float]]:
+    """The greedy value, and for each seed the value of the best of k, in percent."""
+    model, tokenizer = load_alone(argument, checkpoint, where)
+    value: Callable[[str, str], float] = rouge_l_recall if score == "rouge_l" else begins_with
+    greedy: list[float] = []
+    best: list[list[float]] = [[] for _ in seeds]
+    with untouched(model), torch.no_grad():
+        for batch in progress(data.eval_dataloader("forget"), "sampling"):
+            evaluated = Evaluated(model, tokenizer, {k: v.to(where.device) for k, v in _plain(batch["forget"])})
+            answers = evaluated.references
+            greedy += map(value, evaluated.generations, answers)
+            for values, seed in zip(best, seeds, strict=True):
+                samples = [sampled(evaluated, seed, number, options) for number in range(options.k)]
+                values += [
+                    max(value(text, answer) for text in texts) for *texts, answer in zip(*samples, answers, strict=True)
+                ]
+    return _percent(greedy), [_percent(values) for values in best]
+
+
+def sampled(evaluated: Evaluated, seed: int, number: int, options: Sampling) -> list[str]:
+    """One sampled continuation of every prompt.
+
+    Args:
+        evaluated: A part of a batch, and the model.
+        seed: Of the attack.
+        number: Which of the k samples.
+        options: How to sample.
+
+    Returns:
+        B texts, as long as :meth:`Evaluated.continuations` has it.
+    """
+    ids = evaluated.part["example_id"].tolist()
+    uniforms = np.stack([np.random.default_rng([seed, one % 2**64, number]).random(_MOST_TOKENS) for one in ids])
+    processor = Drawn(torch.from_numpy(uniforms), options.temperature, options.top_p)
+    return evaluated.continuations(logits_processor=LogitsProcessorList([processor]))
+
+
+def _plain(part: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in part.items() if isinstance(value, Tensor)]
+
+
+def _percent(values: Sequence[float]) -> float:
+    everything = [value for share in gathered(list(values)) for value in share]
+    return 100 * math.fsum(everything) / len(everything)  # exact, whatever the order over ranks
