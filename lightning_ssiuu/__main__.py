@@ -14,6 +14,9 @@ _COMMANDS = {
     "test": ("lightning_ssiuu.cli", "the same through Lightning's test loop"),
     "attack": ("lightning_ssiuu.attacks.command", "relearning attacks on a saved model, beside an oracle"),
     "audit": ("lightning_ssiuu.audit.command", "erased or hidden? compare a model before and after unlearning"),
+    "utility": ("lightning_ssiuu.utility.command", "what a model can do besides: embedded items, or lm-eval's tasks"),
+    "privacy": ("lightning_ssiuu.utility.privacy", "membership inference and forget quality, beside an oracle"),
+    "compare": ("lightning_ssiuu.compare.command", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
 }
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C

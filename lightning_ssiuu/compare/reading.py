@@ -1,0 +1,224 @@
+"""Read finished runs: what ``fit`` wrote, and what ``attack``, ``utility`` and ``audit`` put beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_ssiuu.errors import UserError
+
+_PIECES = ("metrics.json", "config.yaml")
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Args:
+        path: Its directory, as it was given.
+        metrics: ``metrics.json``.
+        config: ``config.yaml``.
+        attack: ``attack.json``; ``{"attacks": [], "curves": []}`` where there is none. ``utility`` and ``audit`` are
+            ``{}`` then.
+        utility: ``utility.json``.
+        audit: ``audit.json``.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    attack: dict[str, Any]
+    utility: dict[str, Any]
+    audit: dict[str, Any]
+
+    @property
+    def data(self) -> str | None:
+        """Digest of its data; None where its data module has none."""
+        return (self.metrics.get("provenance") or {}).get("data_sha256")
+
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """``{split: {score: percent}}`` after training."""
+        return self.metrics["after"]["scores"]
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it was fine-tuned on the retain set alone."""
+        data = self.config.get("data")
+        options = (data.get("init_args") or {}) if isinstance(data, dict) else {}
+        return self.metrics["objective"] == "FineTuning" and options.get("train_on") == "retain"
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+    """Read run directories; of several paths, those that exist and are no finished run are passed over.
+
+    Args:
+        paths: Run directories; a shell's ``runs/*`` names whatever else lies there too.
+
+    Returns:
+        The runs in the order given, each once, and the paths passed over.
+
+    Raises:
+        UserError: If a path does not exist, a file of a run cannot be read, or nothing is left.
+
+    Example:
+        >>> read_runs(["no/such/run"])
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: runs: got 'no/such/run', allowed: directories that exist
+    """
+    runs: dict[Path, Run] = {}
+    skipped = []
+    for given in map(Path, paths):
+        if not given.exists():
+            raise UserError("runs", str(given), "directories that exist")
+        if all((given / name).is_file() for name in _PIECES):
+            if given.resolve() not in runs:
+                runs[given.resolve()] = read_run(given)
+        else:
+            skipped.append(str(given))
+    if not runs:
+        found = skipped[0] if len(skipped) == 1 else skipped
+        raise UserError("runs", found, "run directories written by fit (with metrics.json and config.yaml)")
+    return list(runs.values()), skipped
+
+
+def read_run(path: Path) -> Run:
+    """Read one run directory.
+
+    Raises:
+        UserError: Naming the file that cannot be read or is not what it should be.
+    """
+    metrics, config = _json(path / "metrics.json", _check_metrics), _config(path / "config.yaml")
+    attack = {"attacks": [], "curves": []} | _json(path / "attack.json", _check_attack)
+    utility, audit = _json(path / "utility.json", _check_utility), _json(path / "audit.json", _check_audit)
+    return Run(path, metrics, config, attack, utility, audit)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is, anything else (a diverged run's null) as None.
+
+    Example:
+        >>> number(1), number(None), number(float("nan"))
+        (1.0, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
+    """Check that runs can stand in one table.
+
+    Args:
+        runs: At least one.
+        score: To compare by; None: the one they were stopped by.
+
+    Returns:
+        The score.
+
+    Raises:
+        UserError: If they have different data, were stopped or attacked by different scores, or one lacks the score
+            asked for.
+    """
+    first = next((run for run in runs if run.data is not None), runs[0])
+    for run in runs:
+        if run.data not in (None, first.data):
+            raise UserError("runs", str(run.path), f"runs on the same data as {first.path}; compare them apart")
+    _check_attack_scores(runs)
+    if score is not None:
+        common = set.intersection(*(set(split) for run in runs for split in run.scores.values()))
+        if score not in common:
+            raise UserError("score", score, f"one that every run has: {', '.join(sorted(common)) or 'there is none'}")
+        return score
+    for run in runs:
+        if run.metrics["score"] != runs[0].metrics["score"]:
+            found, other = run.metrics["score"], runs[0].metrics["score"]
+            allowed = f"runs with the score of {runs[0].path} ({other}, not {found}), or --score and one that all have"
+            raise UserError("runs", str(run.path), " ".join(allowed.split()))
+    return str(runs[0].metrics["score"])
+
+
+def _check_attack_scores(runs: Sequence[Run]) -> None:
+    given: dict[tuple[Any, ...], tuple[str, Path]] = {}
+    for run in runs:
+        for row in run.attack["attacks"]:
+            score, path = given.setdefault((row["attack"], row["p"], row["variant"]), (row["score"], run.path))
+            if row["score"] != score:
+                allowed = f"runs attacked with the score of {path} ({row['attack']}: {score}, not {row['score']})"
+                raise UserError("runs", str(run.path), " ".join(allowed.split()))
+
+
+def _json(path: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check(content)
+    except OSError as error:
+        raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError("runs", str(path), f"the {path.name} that this version writes") from error
+    return content
+
+
+def _check_metrics(content: Mapping[str, Any]) -> None:
+    _only(str, content["objective"], content["score"])
+    for moment in ("before", "after"):
+        _only(dict, *content[moment]["scores"].values())
+        _only(dict, content[moment].get("influence") or {})
+    _only(dict, content.get("provenance") or {})
+
+
+def _check_attack(content: Mapping[str, Any]) -> None:
+    _only(list, content.get("attacks", []), content.get("curves", []))
+    for row in content.get("attacks", []):
+        _only(str, row["attack"], row["score"])
+        _only((int, float), row["p"] or 0.0)
+        _only(str, row["variant"] or "")
+        spreads = [row[name]["forget_score"] for name in ("unlearned", "oracle") if name in row]
+        spreads += [row.get("gap") or {}, (row.get("control") or {}).get("forget_score") or {}]
+        _only(dict, *spreads)
+        _only(list, *(spread.get("per_seed") or [] for spread in spreads))
+    for curve in content.get("curves", []):
+        _only(str, curve["attack"], curve["model"])
+        _only((int, float), curve["p"] or 0.0, curve["learning_rate"], *curve["epochs"])
+        if len(curve["epochs"]) != len(curve["forget_scores"]):
+            raise ValueError("a curve whose epochs and scores differ in number")
+    for settings in (content.get("settings") or {}).values():
+        _only(dict, settings, settings.get("provenance") or {})
+
+
+def _check_utility(content: Mapping[str, Any]) -> None:
+    _only((int, float, type(None)), content["utility_score"])
+
+
+def _check_audit(content: Mapping[str, Any]) -> None:
+    _only(dict, content["scores"], *content["influence"].values())
+    for scores in content["scores"].values():
+        _only(dict, *scores.values())
+
+
+def _only(kind: type | tuple[type, ...], *values: object) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"expected {kind}, got {type(value)}")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError("runs", str(path), "valid YAML, as fit writes it") from error
+    if not isinstance(content, dict):
+        raise UserError("runs", str(path), "valid YAML, as fit writes it")
+    return content

@@ -1,0 +1,303 @@
+"""The table itself: figures of each run, pooled over training seeds, one row per method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
+from typing import Any
+
+from lightning_ssiuu.compare.grouping import group_by_seed, labels
+from lightning_ssiuu.compare.reading import Run, number
+
+#: Attacks in the order of the table.
+ATTACKS = (
+    *("harmful", "harmful_lora", "benign", "benign_lora"),
+    *("quantization", "sampling", "paraphrase", "ablation"),
+)
+_SPLITS = ("forget", "test", "retain")
+_SAME = 0.05  # per cent; scores of one model on two machines differ by rounding
+Spread = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One cell.
+
+    Args:
+        mean: Over training seeds.
+        std: Over training seeds, n − 1; None for one.
+        attack_std: Over the seeds of the attack, the mean of the runs'; None where nothing was attacked.
+        n: Training seeds it is from.
+        edge: Whether the highest score of any of them lies at the edge of what the attack tried.
+    """
+
+    mean: float
+    std: float | None = None
+    attack_std: float | None = None
+    n: int = 1
+    edge: bool = False
+
+    @property
+    def spread(self) -> float | None:
+        """What is printed after ±: over training seeds, of a single one over the attack's seeds."""
+        return self.attack_std if self.std is None else self.std
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Args:
+        key: Its name in ``compare.csv``.
+        title: Its name in print.
+        form: ``percent``, ``count`` or ``influence``.
+        attacked: Whether its figures come of an attack.
+        relearned: Whether of one that has a grid, whose edge they can lie at.
+    """
+
+    key: str
+    title: str
+    form: str = "percent"
+    attacked: bool = False
+    relearned: bool = False
+
+    @property
+    def is_gap(self) -> bool:
+        """Whether it holds gaps to the oracle."""
+        return self.key.endswith("_gap")
+
+
+@dataclass
+class Row:
+    """A row of ``kind`` ``method``, ``original`` or ``oracle``; ``n`` is None where it is not from runs of its own."""
+
+    label: str
+    n: int | None = None
+    cells: dict[str, Figure] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    kind: str = "method"
+
+
+@dataclass
+class Comparison:
+    """A finished table: ``score`` is that of FS and RS, ``notes`` what a reader should know of it."""
+
+    score: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+def pool(figures: Iterable[Figure]) -> Figure:
+    """One figure from those of several training seeds.
+
+    Example:
+        >>> pool([Figure(1.0, attack_std=0.5), Figure(3.0, attack_std=1.5, edge=True)])
+        Figure(mean=2.0, std=1.4142135623730951, attack_std=1.0, n=2, edge=True)
+    """
+    found = list(figures)
+    values, spreads = [one.mean for one in found], [one.attack_std for one in found if one.attack_std is not None]
+    return Figure(
+        mean(values),
+        stdev(values) if len(values) > 1 else None,
+        mean(spreads) if spreads else None,
+        len(values),
+        any(one.edge for one in found),
+    )
+
+
+def attack_column(attack: str, p: float | None, variant: str | None, part: str = "") -> Column:
+    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons).
+
+    Example:
+        >>> attack_column("harmful", 0.1, None)
+        Column(key='harmful_0.1', title='harmful 0.1', form='percent', attacked=True, relearned=True)
+        >>> attack_column("ablation", None, "zero", "control").key
+        'ablation_zero_control'
+    """
+    named = [attack, *([f"{p:g}"] if p is not None else []), *([variant] if variant else [])]
+    key = "_".join([*named, *([part] if part else [])])
+    title = (
+        part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *named[1:], *([part] if part else [])])
+    )
+    relearned = not part and attack.partition("_")[0] in ("harmful", "benign")
+    return Column(key, title.replace("_", " "), attacked=True, relearned=relearned)
+
+
+def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
+    """Columns of every attack that any of the runs has been put under, with their gaps and controls.
+
+    A score other than ``score`` is told in the title.
+    """
+    rows = [row for run in runs for row in run.attack["attacks"]]
+    names = {(row["attack"], row["p"], row["variant"]) for row in rows}
+    order = {name: index for index, name in enumerate(ATTACKS)}
+    columns = []
+    for attack, p, variant in sorted(names, key=lambda n: (order.get(n[0], len(order)), n[0], n[1] or 0.0, n[2] or "")):
+        mine = [row for row in rows if (row["attack"], row["p"], row["variant"]) == (attack, p, variant)]
+        parts = [part for part in ("control", "gap") if any(row.get(part) for row in mine)]
+        other = "" if mine[0]["score"] == score else f" ({mine[0]['score']})"
+        first = attack_column(attack, p, variant)
+        columns.append(replace(first, title=first.title + other))
+        columns += [attack_column(attack, p, variant, part) for part in parts]
+    return columns
+
+
+def run_figures(run: Run, score: str) -> dict[str, Figure]:
+    """The figures of one run by column key; what is missing, or null because the run diverged, is left out."""
+    influence = run.metrics["after"].get("influence") or run.audit.get("influence", {}).get("unlearned", {})
+    values = {
+        "steps": run.metrics.get("steps"),
+        **{f"{split}_score": run.scores.get(split, {}).get(score) for split in _SPLITS},
+        "utility_score": run.utility.get("utility_score"),
+        **{key: influence.get(key) for key in ("d_plus_total", "d_minus_total", "n_spurious")},
+        "attribution_correlation": run.audit.get("attribution_correlation"),
+    }
+    figures = {key: Figure(value) for key, given in values.items() if (value := number(given)) is not None}
+    return figures | _attacked(run, "unlearned")
+
+
+def _attacked(run: Run, model: str) -> dict[str, Figure]:
+    figures = {}
+    for row in run.attack["attacks"]:
+        name = (row["attack"], row["p"], row["variant"])
+        summary = row.get(model, {})
+        parts: dict[str, Spread | None] = {"": summary.get("forget_score")}
+        if model == "unlearned":
+            parts |= {"gap": row.get("gap"), "control": (row.get("control") or {}).get("forget_score")}
+        for part, spread in parts.items():
+            if spread and (value := number(spread.get("mean"))) is not None:
+                edge = not part and summary.get("inside_grid") is False
+                # Where nothing is random there is one figure, and no spread.
+                std = number(spread.get("std")) if len(spread.get("per_seed") or ()) > 1 else None
+                figures[attack_column(*name, part).key] = Figure(value, None, std, 1, edge)
+    return figures
+
+
+def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
+    """Make the table of runs that :func:`.reading.check_comparable` has passed.
+
+    The first row is the original model's, where all methods began with the same one; the last is the oracle's: its
+    figures under attack from ``attack.json``, its scores from a run on the retain set alone if there is one among
+    ``runs``, else from ``audit.json``.
+
+    Raises:
+        UserError: If two runs have the same configuration and seed.
+    """
+    groups = group_by_seed(runs)
+    oracles = [group for group in groups if group[0].is_oracle]
+    oracle_runs = oracles[0] if len(oracles) == 1 else []
+    groups = [group for group in groups if group is not oracle_runs]
+    rows = []
+    for label, group in zip(labels(groups) if groups else [], groups, strict=True):
+        rows.append(_row(label, group, [run_figures(run, score) for run in group]))
+    columns = [
+        *(Column("steps", "steps", "count"), Column("forget_score", "FS"), Column("test_score", "RS")),
+        *(Column("retain_score", "retain"), Column("utility_score", "US")),
+        *attack_columns(runs, score),
+        *(Column("d_plus_total", "D⁺", "influence"), Column("d_minus_total", "D⁻", "influence")),
+        *(Column("n_spurious", "spurious", "count"), Column("attribution_correlation", "corr.", "influence")),
+    ]
+    methods = [run for group in groups for run in group]
+    original = _original([run for run in methods if run.metrics["objective"] != "FineTuning"], score)
+    oracle = _oracle(oracle_runs, methods, score)
+    table = [*([original] if original else []), *rows, *([oracle] if oracle else [])]
+    notes = [note for row in rows for note in _gaps_in(row, columns)] + _unlike(runs)
+    return Comparison(score, columns, table, notes)
+
+
+def _row(label: str, runs: list[Run], figures: Sequence[Mapping[str, Figure]], kind: str = "method") -> Row:
+    keys = dict.fromkeys(key for one in figures for key in one)
+    cells = {key: pool(one[key] for one in figures if key in one) for key in keys}
+    return Row(label, len(runs), cells, runs, kind)
+
+
+def _original(runs: Sequence[Run], score: str) -> Row | None:
+    cells = {}
+    for split in _SPLITS:
+        given = [number(run.metrics["before"]["scores"].get(split, {}).get(score)) for run in runs]
+        values = [value for value in given if value is not None]
+        if len(values) < len(runs) or (values and max(values) - min(values) > _SAME):
+            return None
+        if values:
+            cells[f"{split}_score"] = Figure(values[0])
+    return Row("original", None, cells, kind="original") if cells else None
+
+
+def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row | None:
+    beside = []
+    for run in methods:
+        scores = run.audit.get("scores", {}).get("oracle", {})
+        values = {f"{split}_score": number(scores.get(split, {}).get(score)) for split in _SPLITS}
+        influence = run.audit.get("influence", {}).get("oracle", {})
+        values |= {key: number(influence.get(key)) for key in ("d_plus_total", "d_minus_total", "n_spurious")}
+        beside.append({k: Figure(v) for k, v in values.items() if v is not None} | _attacked(run, "oracle"))
+    cells = {}
+    for key in dict.fromkeys(key for one in beside for key in one):
+        found = [one[key] for one in beside if key in one]
+        # One oracle, put beside several runs, is one figure.
+        cells[key] = found[0] if len(set(found)) == 1 else pool(found)
+    own = _row("oracle", oracle_runs, [run_figures(run, score) for run in oracle_runs], "oracle")
+    not_its_own = {"d_plus_total", "d_minus_total", "n_spurious"}  # against the model its fine-tuning began with
+    of_runs = {k: figure for k, figure in own.cells.items() if k not in not_its_own and not k.endswith("_gap")}
+    attacked = {key for key in cells if not key.endswith("_score")}
+    cells |= {key: figure for key, figure in of_runs.items() if key not in attacked}
+    return Row("oracle", own.n or None, cells, oracle_runs, "oracle") if cells else None
+
+
+def _gaps_in(row: Row, columns: Sequence[Column]) -> list[str]:
+    told = [(column, row.cells[column.key].n) for column in columns if column.key in row.cells and not column.is_gap]
+    return [f"{row.label}: {column.title} is from {n} of {row.n} runs" for column, n in told if n != row.n]
+
+
+def _unlike(runs: Sequence[Run]) -> list[str]:
+    """Attacks whose options, data or score are not the same in all runs."""
+    notes = []
+    given: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for attack, settings in (run.attack.get("settings") or {}).items():
+            own = {key: value for key, value in settings.items() if key != "provenance"}
+            given.setdefault(attack, []).append(own | {"data": settings.get("provenance", {}).get("data_sha256")})
+    for attack, each in given.items():
+        if unlike := sorted(key for key in set().union(*each) if any(one.get(key) != each[0].get(key) for one in each)):
+            notes.append(f"{attack}: the runs were attacked with different {', '.join(unlike)}")
+    return notes
+
+
+def front_of(row: Row, attacks: Sequence[str]) -> tuple[float, float] | None:
+    """Retention and recovery of a row: its test score, and the highest of its forget scores under these attacks."""
+    if "test_score" not in row.cells or not attacks or not all(key in row.cells for key in attacks):
+        return None
+    return row.cells["test_score"].mean, max(row.cells[key].mean for key in attacks)
+
+
+def common_attacks(comparison: Comparison) -> list[str]:
+    """Relearning attacks that every method has been put under: only these tell whose highest score is lower.
+
+    Of these, those that the oracle has been put under too, if there are any.
+    """
+    attacks = [column.key for column in comparison.columns if column.relearned]
+    attacked = [row for row in comparison.rows if row.kind == "method" and any(key in row.cells for key in attacks)]
+    common = [key for key in attacks if attacked and all(key in row.cells for row in attacked)]
+    oracle = next((row.cells for row in comparison.rows if row.kind == "oracle"), {})
+    return [key for key in common if key in oracle] or common
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other one beats in both: retention as high as it can be, recovery as low.
+
+    Args:
+        points: ``(retention, recovery)``.
+
+    Returns:
+        By falling retention; of equal points all.
+
+    Example:
+        >>> pareto_front([(80.0, 50.0), (90.0, 60.0), (70.0, 55.0), (60.0, 10.0), (90.0, 70.0)])
+        [1, 0, 3]
+    """
+    beaten = [any(x >= a and y <= b and (x, y) != (a, b) for x, y in points) for a, b in points]
+    return sorted(
+        (i for i, is_beaten in enumerate(beaten) if not is_beaten), key=lambda i: (-points[i][0], points[i][1], i)
+    )

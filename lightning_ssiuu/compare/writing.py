@@ -1,0 +1,221 @@
+"""The table on the screen, as CSV, Markdown and LaTeX. Names are text in all of them, whatever they contain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_ssiuu.compare.table import Column, Comparison, Figure, Row
+
+_WIDEST_NAME = 30
+_TEX = {
+    **{"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{character: f"\\{character}" for character in "&%$#_"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
+    **{"⁺": "$^{+}$", "⁻": "$^{-}$", "±": r"$\pm$", "−": "$-$"},
+}
+
+
+def one_line(text: str) -> str:
+    r"""Text without line breaks and control characters, which terminals obey.
+
+    Example:
+        >>> one_line("a\nb\x1b[31m")
+        'a b?[31m'
+    """
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def markdown_text(text: str) -> str:
+    r"""Text that Markdown shows as it is.
+
+    Example:
+        >>> print(markdown_text("a|b_c <i>"))
+        a\|b\_c \<i\>
+    """
+    return re.sub(r"([\\`*_{}\[\]<>#|!$~&@])", r"\\\1", one_line(text))
+
+
+def latex_text(text: str) -> str:
+    r"""Text that LaTeX sets as it is.
+
+    Example:
+        >>> print(latex_text("50% of a_b\\c"))
+        50\% of a\_b\textbackslash{}c
+    """
+    return "".join(_TEX.get(character, character) for character in one_line(text))
+
+
+def csv_text(text: str) -> str:
+    """Text that a spreadsheet does not take for a formula.
+
+    Example:
+        >>> csv_text("=1+1"), csv_text("SSIUU")
+        ("'=1+1", 'SSIUU')
+    """
+    text = one_line(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def shown(column: Column, figure: Figure | None) -> str:
+    """A cell in print.
+
+    Example:
+        >>> shown(Column("harmful_0.1", "harmful 0.1"), Figure(50.04, None, 1.25, edge=True))
+        '50.0 ± 1.2 (edge)'
+        >>> shown(Column("steps", "steps", "count"), Figure(27.0)), shown(Column("steps", "steps", "count"), None)
+        ('27', '')
+    """
+    if figure is None:
+        return ""
+    alone = column.form == "count" and figure.spread is None
+    text = format(figure.mean, ".0f" if alone else ".3g" if column.form == "influence" else ".1f")
+    text = text.lstrip("-") if float(text) == 0 else text
+    if figure.spread is not None:
+        text += f" ± {figure.spread:{'.2g' if column.form == 'influence' else '.1f'}}"
+    return text + (" (edge)" if figure.edge else "")
+
+
+def columns_with_figures(comparison: Comparison) -> list[Column]:
+    """The columns that are not empty."""
+    return [column for column in comparison.columns if any(column.key in row.cells for row in comparison.rows)]
+
+
+def caption(comparison: Comparison) -> str:
+    """What the columns mean, in as many sentences as the table needs."""
+    keys = {column.key for column in columns_with_figures(comparison)}
+    told = [f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."]
+    if "utility_score" in keys:
+        told.append("US: utility score.")
+    if any(column.attacked for column in comparison.columns):
+        told.append("Attacks: the highest forget score; gap: minus the oracle's, seed by seed.")
+        told.append("±: standard deviation over training seeds, of a single run over the attack's seeds.")
+    else:
+        told.append("±: standard deviation over training seeds.")
+    if any(key.endswith("_control") for key in keys):
+        told.append("control: as many random neurons.")
+    if any(figure.edge for row in comparison.rows for figure in row.cells.values()):
+        told.append("(edge): found at the largest learning rate or in the last epoch; a stronger attack may find more.")
+    if "d_plus_total" in keys:
+        told.append("D⁺, D⁻: influence erased and hidden; spurious: neurons flagged.")
+    if "attribution_correlation" in keys:
+        told.append("corr.: of attributions before and after the attack.")
+    return " ".join(told)
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the table, cut into as many as the screen's width asks for; what is empty is left out.
+
+    Example:
+        >>> row = Row("SSIUU", 1, {"forget_score": Figure(9.96)})
+        >>> comparison = Comparison("probability", [Column("forget_score", "FS"), Column("test_score", "RS")], [row])
+        >>> print_comparison(comparison, Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
+        method   n      FS
+        SSIUU    1    10.0
+        Per cent; FS, RS and retain: probability on the forget, test and retain
+        set. ±: standard deviation over training seeds.
+    """
+    console = console or Console()
+    names = [one_line(row.label) for row in comparison.rows]
+    longest = max(cell_len(name) for name in ["method", *names])
+    name_width = min(longest, _WIDEST_NAME)
+    for part in _parts(comparison, console.width - name_width - 2 - 3):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+        table.add_column("method", width=name_width, overflow="fold")
+        table.add_column("n", justify="right")
+        for column in part:
+            table.add_column(Text(one_line(column.title)), justify="right", max_width=_width(comparison, column))
+        for name, row in zip(names, comparison.rows, strict=True):
+            if not any(column.key in row.cells for column in part):
+                continue
+            n = "" if row.n is None else str(row.n)
+            table.add_row(Text(name), n, *(shown(column, row.cells.get(column.key)) for column in part))
+        console.print(table)
+        console.print()
+    console.print(Text(caption(comparison)))
+
+
+def _parts(comparison: Comparison, room: int) -> list[list[Column]]:
+    """Columns cut into tables that fit; what belongs to an attack stays with it."""
+    units: list[list[Column]] = []
+    for column in columns_with_figures(comparison):
+        if units and column.attacked and (column.is_gap or column.key.endswith("_control")):
+            units[-1].append(column)
+        else:
+            units.append([column])
+    parts: list[list[Column]] = [[]]
+    for unit in units:
+        if parts[-1] and sum(_width(comparison, column) + 2 for column in [*parts[-1], *unit]) > room:
+            parts.append([])
+        parts[-1] += unit
+    return parts
+
+
+def _width(comparison: Comparison, column: Column) -> int:
+    cells = [shown(column, row.cells.get(column.key)) for row in comparison.rows]
+    return max(cell_len(text) for text in [*cells, *one_line(column.title).split()])
+
+
+def csv_rows(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
+    """Header and rows of ``compare.csv``: full precision, spreads in columns of their own, all scores' columns."""
+    columns = [c for c in comparison.columns if not c.attacked or c in columns_with_figures(comparison)]
+    header = ["method", "n"]
+    for column in columns:
+        header += [column.key, f"{column.key}_std"]
+        header += [f"{column.key}_attack_std"] if column.attacked else []
+        header += [f"{column.key}_inside_grid"] if column.relearned else []
+    return [csv_text(name) for name in [*header, "score", "runs"]], [
+        [csv_text(row.label), row.n, *_csv_cells(row, columns), csv_text(comparison.score), _paths(row)]
+        for row in comparison.rows
+    ]
+
+
+def _csv_cells(row: Row, columns: Sequence[Column]) -> list[object]:
+    cells: list[object] = []
+    for column in columns:
+        figure = row.cells.get(column.key)
+        cells += [figure.mean, figure.std] if figure else [None, None]
+        if column.attacked:
+            cells.append(figure.attack_std if figure else None)
+        if column.relearned:
+            cells.append(str(not figure.edge).lower() if figure else None)
+    return cells
+
+
+def _paths(row: Row) -> str:
+    return csv_text("; ".join(run.path.as_posix() for run in row.runs))
+
+
+def markdown(comparison: Comparison) -> str:
+    """``compare.md``: one table and its caption."""
+    columns = columns_with_figures(comparison)
+    lines = [["method", "n", *(markdown_text(column.title) for column in columns)]]
+    lines.append(["---", *["---:"] * (len(columns) + 1)])
+    for row in comparison.rows:
+        cells = [shown(column, row.cells.get(column.key)) for column in columns]
+        lines.append([markdown_text(row.label), "" if row.n is None else str(row.n), *cells])
+    notes = [markdown_text(note) for note in comparison.notes]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([text, markdown_text(caption(comparison)), *notes]) + "\n"
+
+
+def latex(comparison: Comparison) -> str:
+    """``compare.tex``: a ``tabular`` for the package booktabs, its caption as a comment."""
+    columns = columns_with_figures(comparison)
+    lines = [["method", "n", *(latex_text(column.title) for column in columns)]]
+    for row in comparison.rows:
+        cells = [latex_text(shown(column, row.cells.get(column.key))) for column in columns]
+        lines.append([latex_text(row.label), "" if row.n is None else str(row.n), *cells])
+    header, *rows = [" & ".join(line) + r" \\" for line in lines]
+    if rows and comparison.rows[-1].kind == "oracle" and len(rows) > 1:
+        rows.insert(-1, r"\midrule")
+    comments = [
+        f"% {one_line(text)}" for text in [r"needs \usepackage{booktabs}", caption(comparison), *comparison.notes]
+    ]
+    layout = rf"\begin{{tabular}}{{l{'r' * (len(columns) + 1)}}}"
+    return "\n".join([*comments, layout, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
