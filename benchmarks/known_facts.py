@@ -7,7 +7,8 @@ Prints a Markdown table in percent and one JSON line.
 
 Choice: the answer has the highest mean log-probability per token of the three options (chance 33). Answer: greedy
 decoding begins with the answer; low unless ``--template few_shot`` shows the model what an answer looks like. Exact:
-and ends there, as the score ``all_tokens`` wants.
+and ends there, as the score ``all_tokens`` wants. With ``--choice_template`` the options stand in the prompt:
+likelihood and generation are the scores ``choice_likelihood`` and ``choice_generation``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from timing import markdown
 
 from lightning_ssiuu.datamodules.examples import QAExample
 from lightning_ssiuu.datamodules.world_facts import WorldFacts, relations, world_facts
-from lightning_ssiuu.functional.metrics import answer_accuracy, multiple_choice_accuracy
+from lightning_ssiuu.evaluated import Evaluated
+from lightning_ssiuu.functional.metrics import answer_accuracy, generated_choice_accuracy, multiple_choice_accuracy
 from lightning_ssiuu.models import AnswerModel, load_model
 
 SCORES = ("choice", "answer", "exact")
+LISTED = ("likelihood", "generation")
 #: Shows what an answer looks like to a model that was never tuned to this format; asks for nothing in WorldFacts.
 FEW_SHOT = (
     "Q: Which animal barks?\nA: dog\n"
@@ -44,7 +47,7 @@ def known(model: AnswerModel, data: WorldFacts, examples: Sequence[QAExample]) -
         examples: The facts.
 
     Returns:
-        ``[len(examples), 3]`` bool, columns as in :data:`SCORES`.
+        ``[len(examples), 3 or 5]`` bool, columns as in :data:`SCORES` and, under a choice template, :data:`LISTED`.
     """
     found = []
     for batch in data.eval_dataloader("test", examples):
@@ -58,7 +61,13 @@ def known(model: AnswerModel, data: WorldFacts, examples: Sequence[QAExample]) -
         last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
         first = torch.cat([rows.new_ones(1, dtype=torch.bool), options["option_of"].diff() != 0])
         begins, exact = answer_accuracy(correct | last, rows, n_rows), answer_accuracy(correct, rows, n_rows)
-        found.append(torch.stack([choice, begins[first], exact[first]], 1))
+        columns = [choice, begins[first], exact[first]]
+        if "choices" in batch["test"]:
+            with torch.inference_mode():
+                listed = Evaluated(model, data.tokenizer, batch["test"])
+                columns.append(multiple_choice_accuracy(listed.choice_scores, listed.choice_of))
+                columns.append(generated_choice_accuracy(listed.choice_generations, listed.choice_options))
+        found.append(torch.stack(columns, 1))
     return torch.cat(found)
 
 
@@ -67,11 +76,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How many of WorldFacts' facts a checkpoint knows.")
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--template", default="plain", help="plain, chat, few_shot or a text with {question}")
+    parser.add_argument("--choice_template", help="instruction, or a text with {question} and {options}")
     parser.add_argument("--facts", type=int, help="a random choice of so many (seed 0); all by default")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
     template = FEW_SHOT if args.template == "few_shot" else args.template
-    data = WorldFacts(tokenizer=args.checkpoint, template=template, eval_batch_size=args.batch)
+    scores = SCORES if args.choice_template is None else SCORES + LISTED
+    data = WorldFacts(
+        tokenizer=args.checkpoint,
+        template=template,
+        eval_batch_size=args.batch,
+        choice_template=args.choice_template,
+    )
     relation_of = {
         base["question"]: relation
         for relation in relations()
@@ -90,9 +106,9 @@ def main() -> None:
     for relation in (name for name in relations() if name in names):
         rows = right[torch.tensor([name == relation for name in names])]
         table.append([relation, str(len(rows)), *(f"{100 * value:.0f}" for value in rows.mean(0).tolist())])
-    overall = dict(zip(SCORES, (100 * right.mean(0)).tolist(), strict=True))
+    overall = dict(zip(scores, (100 * right.mean(0)).tolist(), strict=True))
     table.append(["all", str(len(right)), *(f"{value:.1f}" for value in overall.values())])
-    print(markdown(["relation", "facts", *SCORES], table))
+    print(markdown(["relation", "facts", *scores], table))
     print(json.dumps({"checkpoint": args.checkpoint, "template": args.template, "facts": len(right), **overall}))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
@@ -17,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.evaluated import Evaluated, Part
 from lightning_ssiuu.functional.metrics import (
     answer_accuracy,
     answer_probability,
+    generated_choice_accuracy,
     mismatched_rouge_l,
     multiple_choice_accuracy,
 )
@@ -36,77 +36,9 @@ from lightning_ssiuu.metrics import (
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.progress import progress
 from lightning_ssiuu.ranks import gathered, rank, world_size
-from lightning_ssiuu.sharding import is_sharded
 
-Part = Mapping[str, Tensor]
 T = TypeVar("T")
 Split = Literal["forget", "retain", "test"]
-
-
-class Evaluated:
-    """One evaluated part; what a score does not ask for is not computed.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer (only used to generate and decode).
-        part: The part of the batch, on the model's device.
-    """
-
-    def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
-        self.model, self.tokenizer, self.part = model, tokenizer, part
-
-    @cached_property
-    def answers(self) -> Answers:
-        """Teacher-forced forward pass on the true answers."""
-        return self.model(self.part["input_ids"], self.part["attention_mask"], self.part["labels"])
-
-    @cached_property
-    def option_scores(self) -> Tensor:
-        """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        options: Any = self.part["options"]
-        return self.model(options["input_ids"], options["attention_mask"], options["labels"]).mean_logps
-
-    @property
-    def option_of(self) -> Tensor:
-        """``[B·K]`` the example each option belongs to."""
-        options: Any = self.part["options"]
-        return options["option_of"]
-
-    @cached_property
-    def references(self) -> list[str]:
-        """The true answers as text."""
-        return [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in self.part["labels"]]
-
-    @cached_property
-    def generations(self) -> list[str]:
-        """Greedy continuations of the prompts: each up to twice its own answer's length, at most 200 tokens.
-
-        So an example's text does not depend on which others share its batch, or how many ranks share the set.
-        """
-        labels, ids = self.part["labels"], self.part["input_ids"]
-        answered = labels != -100
-        starts = answered.int().argmax(1).tolist()
-        prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
-        width = max(starts)
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        inputs = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in prompts])
-        lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
-        mask = (torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)).long()
-        limits = (2 * answered.sum(1)).clamp(max=200).tolist()
-        # Every step gathers sharded weights: ranks have to go through equally many.
-        together = is_sharded(self.model)
-        out = self.model.generate(
-            input_ids=inputs,
-            attention_mask=mask,
-            max_new_tokens=max(gathered(max(limits)) if together else limits),
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=end,
-            synced_gpus=together,
-        )
-        new = [row[width : width + limit] for row, limit in zip(out, limits, strict=True)]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -116,14 +48,16 @@ class Score:
     Args:
         metric: Makes the torchmetrics metric; its ``compute()`` is in percent.
         measure: From an evaluated part to the arguments of ``metric.update``.
-        needs: Key a part must have, or ``"generation"`` for scores that generate text (slow, so never automatic).
-        default: Whether it is taken where no scores are named.
+        needs: Key a part must have.
+        default: Whether it is taken where no scores are named and parts have what it needs.
+        generates: Whether it generates text: slow, so only taken where it is named.
     """
 
     metric: Callable[[], Metric]
     measure: Callable[[Evaluated], tuple[Any, ...]]
     needs: str | None = None
     default: bool = True
+    generates: bool = False
 
 
 def _accuracy(kind: Literal["first_token", "all_tokens"]) -> Score:
@@ -151,13 +85,24 @@ SCORES: dict[str, Score] = {
         lambda e: (multiple_choice_accuracy(e.option_scores, e.option_of),),
         needs="options",
     ),
+    "choice_likelihood": Score(
+        lambda: AnswerAccuracy("choice_likelihood"),
+        lambda e: (multiple_choice_accuracy(e.choice_scores, e.choice_of),),
+        needs="choices",
+    ),
+    "choice_generation": Score(
+        lambda: AnswerAccuracy("choice_generation"),
+        lambda e: (generated_choice_accuracy(e.choice_generations, e.choice_options),),
+        needs="choices",
+        generates=True,
+    ),
     "first_token": _accuracy("first_token"),
     "all_tokens": _accuracy("all_tokens"),
     "probability": Score(
         AnswerProbability,
         lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
     ),
-    "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), needs="generation"),
+    "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), generates=True),
     "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
     "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
     "truth_ratio_forget": _truth_ratio("forget"),
@@ -242,12 +187,13 @@ class Scorer:
             UserError: If the part lacks what a score asks for.
         """
         if self.scores is None:
-            default = [n for n, s in SCORES.items() if s.default and s.needs != "generation"]
+            default = [n for n, s in SCORES.items() if s.default and not s.generates]
             wanted = dict.fromkeys([*default, *self.also])
-            return [n for n in wanted if SCORES[n].needs in (None, "generation", *part)]
+            return [n for n in wanted if SCORES[n].needs in (None, *part)]
         for name in self.scores:
-            if (needs := SCORES[name].needs) not in (None, "generation") and needs not in part:
-                raise UserError("scores", name, f"a score this data allows: every example needs {needs}")
+            if (needs := SCORES[name].needs) is not None and needs not in part:
+                how = " (data.choice_template, and distractors)" if needs == "choices" else ""
+                raise UserError("scores", name, f"a score this data allows: every example needs {needs}{how}")
         return list(self.scores)
 
     def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:

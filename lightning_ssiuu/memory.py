@@ -265,16 +265,17 @@ class _Run:
             with untouched(model), torch.no_grad():
                 evaluated = Evaluated(model, self.module.tokenizer, part)
                 for name in [*names, *stopping]:
-                    if SCORES[name].needs == "generation":
+                    if (score := SCORES[name]).generates:
                         with self.simulation.phase("generation"):
-                            self._generate(part)
+                            self._generate(part[score.needs] if score.needs else part, len(part["input_ids"]))
                     else:
                         with self.simulation.phase("scoring"):
-                            SCORES[name].measure(evaluated)
+                            score.measure(evaluated)
 
-    def _generate(self, part: Mapping[str, Tensor]) -> None:
+    def _generate(self, part: Mapping[str, Any], rows: int) -> None:
         # A loop that ends by what is generated cannot be gone through without values: one pass and a full cache.
-        rows, width = part["input_ids"].shape
+        part = {name: part[name][:rows] for name in ("input_ids", "attention_mask", "labels")}
+        width = part["input_ids"].shape[1]
         longest = width + min(200, 2 * int((part["labels"] != -100).sum(1).max()))
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads

@@ -187,6 +187,17 @@ def test_reset_clone_pickle_and_nothing_yet(metric_class: type[Metric], expected
         assert copy.compute().item() == pytest.approx(expected, rel=1e-6)
 
 
+@every_metric
+def test_cast_reset_and_uneven_batches_together(metric_class: type[Metric], expected: float) -> None:
+    metric = metric_class()
+    update(metric, slice(0, 5))
+    metric.reset()
+    torch.nn.ModuleList([metric]).to(torch.bfloat16)
+    for part in slices([8, 8, 7]):
+        update(metric, part)
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "cast",
     [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.set_dtype(torch.half)],

@@ -30,7 +30,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
     A training batch is ``{"forget": part, "retain": part}``, an evaluation batch ``{split: part}``. A part is
     ``{"input_ids", "attention_mask", "labels": LongTensor [B, L], "example_id": LongTensor [B]}``, padded right;
     ``labels`` is −100 on prompt and padding and the answer's tokens with the final EOS otherwise. Evaluation parts of
-    splits in which every example has distractors also hold ``"options"`` (:class:`~.encoding.Collator`).
+    splits in which every example has distractors also hold ``"options"``, and ``"choices"`` under a
+    ``choice_template`` (:class:`~.encoding.Collator`).
 
     The order of the training batches is a function of seed and epoch alone and the same on any number of ranks, each
     of which takes its share of the global batch. The module shards by itself, so the Trainer needs
@@ -50,6 +51,9 @@ class UnlearningDataModule(LightningDataModule, ABC):
         train_on: ``"pairs"``; ``"all"``: batches ``{"retain": part}`` over forget and retain set, for fine-tuning
             before unlearning; ``"retain"``: the same over the retain set alone, for the oracle.
         multiple_choice: Attach options to evaluation batches where the data have distractors.
+        choice_template: For the scores ``choice_likelihood`` and ``choice_generation``: also attach prompts that list
+            a question's options, ``"instruction"`` or a text that contains ``{question}`` and ``{options}``
+            (:class:`~.encoding.Encoder`). None: no such prompts.
 
     Raises:
         UserError: On a bad argument; in :meth:`setup` on data that cannot be used (see there).
@@ -86,6 +90,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         seed: int = 0,
         train_on: TrainOn = "pairs",
         multiple_choice: bool = True,
+        choice_template: str | None = None,
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
@@ -104,6 +109,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.train_on, self.multiple_choice = seed, train_on, multiple_choice
+        self.choice_template = choice_template
         self._splits: Splits | None = None
         self._encoder: Encoder | None = None
         self._encoded: dict[str, list[Encoded]] = {}
@@ -134,7 +140,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 from lightning_ssiuu.models import load_tokenizer  # the tokenizer's loader also brings the model's
 
                 tokenizer = load_tokenizer(tokenizer)
-            self._encoder = Encoder(tokenizer, self.template, self.max_length)
+            self._encoder = Encoder(tokenizer, self.template, self.max_length, self.choice_template)
         return self._encoder
 
     @property
@@ -218,7 +224,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
 
     def _train_parts(self) -> tuple[dict[str, list[Encoded]], dict[str, int]]:
         plain = {
-            name: [replace(example, options=()) for example in self._encoded[name]] for name in ("forget", "retain")
+            name: [replace(example, options=(), choices=()) for example in self._encoded[name]]
+            for name in ("forget", "retain")
         }
         if self.train_on == "pairs":
             return plain, {"forget": self.batch_size, "retain": self.retain_batch_size}

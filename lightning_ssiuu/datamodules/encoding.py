@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,8 @@ from lightning_ssiuu.errors import UserError
 IGNORE = -100
 DEFAULT_MAX_LENGTH = 256
 PLAIN = "Question: {question}\nAnswer:"
+#: The multiple-choice prompt in FaithUn's manner (arXiv 2502.19207), in our own words: instruction, question, options.
+INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
 Part = dict[str, Any]
 Key = tuple[str, int]
 
@@ -37,11 +41,15 @@ class TokenSequence:
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
-    """A tokenised example; ``options`` are the true answer and then the distractors, if wanted."""
+    """A tokenised example; ``options`` are the true answer and then the distractors, if wanted.
+
+    ``choices`` are the same after a prompt that lists them all (:meth:`Encoder.choices`).
+    """
 
     example_id: int
     sequence: TokenSequence
     options: tuple[TokenSequence, ...] = ()
+    choices: tuple[TokenSequence, ...] = ()
 
     def unanswered(self) -> Encoded:
         """The same with the answer as prompt, so that no token has a label."""
@@ -59,6 +67,9 @@ class Encoder:
         template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template,
             question as the user's turn) or any text that contains ``{question}``. Nothing else in it is replaced.
         max_length: Longest prompt + answer, in tokens; None: 256, or the tokenizer's limit where that is shorter.
+        choice_template: Also encode multiple-choice prompts where examples have distractors: ``"instruction"``
+            (:data:`INSTRUCTION`) or any text that contains ``{question}`` and ``{options}``, which becomes one line
+            ``- option`` each. Under the template ``"chat"`` it is the user's turn.
 
     Raises:
         UserError: Unknown template, ``"chat"`` without a chat template, a tokenizer without EOS, or ``max_length``
@@ -75,7 +86,11 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str = "plain", max_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "plain",
+        max_length: int | None = None,
+        choice_template: str | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError("tokenizer", type(tokenizer).__name__, "a tokenizer with an end-of-sequence token")
@@ -83,6 +98,11 @@ class Encoder:
             raise UserError("template", template, "plain or a format string: this tokenizer has no chat template")
         if template not in ("plain", "chat") and "{question}" not in template:
             raise UserError("template", template, 'plain, chat or a text that contains "{question}"')
+        if choice_template == "instruction":
+            choice_template = INSTRUCTION
+        if choice_template is not None and not all(part in choice_template for part in ("{question}", "{options}")):
+            allowed = 'null, instruction or a text that contains "{question}" and "{options}"'
+            raise UserError("choice_template", choice_template, allowed)
         limit = getattr(tokenizer, "model_max_length", None)
         longest = limit if limit is not None and limit < _SANE_MAX_LENGTH else None
         if max_length is None:
@@ -91,6 +111,7 @@ class Encoder:
             allowed = "at least 2" if longest is None else f"2 to {longest}, what the tokenizer's model takes"
             raise UserError("max_length", max_length, allowed)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.choice_template = choice_template
 
     @property
     def pad_token_id(self) -> int:
@@ -104,12 +125,14 @@ class Encoder:
 
     def prompt(self, question: str) -> list[int]:
         """Token ids up to where the answer begins; BOS first only where the tokenizer adds one by itself."""
+        return self._prompt(question if self.template == "chat" else self._prompt_text(question))
+
+    def _prompt(self, text: str) -> list[int]:
         if self.template == "chat":
-            turns = [{"role": "user", "content": question}]
+            turns = [{"role": "user", "content": text}]
             # return_dict: transformers 5 hands back a BatchEncoding otherwise
             options = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
             return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options))
-        text = self._prompt_text(question)
         ids, bos = self._tokens(text), self.tokenizer.bos_token_id
         # Not the ids with special tokens themselves: some tokenizers also append an end token, here in mid-sequence.
         added = (
@@ -128,33 +151,68 @@ class Encoder:
 
     def sequence(self, question: str, answer: str) -> TokenSequence:
         """Token ids of prompt and answer."""
-        return self._sequences(question, [answer])[0]
+        return self._answered(self.prompt(question), self._prompt_text(question), [answer])[0]
 
-    def _sequences(self, question: str, answers: Sequence[str]) -> list[TokenSequence]:
-        prompt = self.prompt(question)
-        spaced = self.template != "chat" and self._prompt_text(question)[-1:].isspace()
-        return [TokenSequence(prompt + self.completion(answer, spaced), len(prompt)) for answer in answers]
+    def _answered(self, prompt: list[int], text: str, answers: Sequence[str]) -> tuple[TokenSequence, ...]:
+        spaced = self.template != "chat" and text[-1:].isspace()
+        return tuple(TokenSequence(prompt + self.completion(answer, spaced), len(prompt)) for answer in answers)
+
+    def choices(self, example: QAExample) -> tuple[TokenSequence, ...]:
+        r"""Every option as the answer to a prompt that lists them all, the true answer's sequence first.
+
+        The order in the prompt is a random one that depends on the example's id alone: the same for every model and
+        run, and no place is right more often than another.
+
+        Example:
+            >>> from lightning_ssiuu.models import load_tokenizer
+            >>> encoder = Encoder(load_tokenizer("tiny"), choice_template="{question}\n{options}\nThe answer:")
+            >>> true, _, _ = encoder.choices(QAExample(7, "Which day?", "Monday", ("Friday", "Sunday")))
+            >>> print(encoder.tokenizer.decode(true.input_ids, skip_special_tokens=True))
+            Which day?
+            - Friday
+            - Sunday
+            - Monday
+            The answer: Monday
+        """
+        options = [example.answer, *example.distractors]
+        listed = options.copy()
+        random.Random(f"choices {example.example_id}").shuffle(listed)
+        template = INSTRUCTION if self.choice_template is None else self.choice_template
+        # In one pass: the question's own text may hold "{options}", and an option "{question}"
+        filled = {"{question}": example.question, "{options}": "\n".join(f"- {option}" for option in listed)}
+        text = re.sub(r"\{question\}|\{options\}", lambda found: filled[found[0]], template)
+        return self._answered(self._prompt(text), text, options)
 
     def encode(self, examples: Sequence[QAExample], options: bool = False) -> list[Encoded]:
         """Tokenise examples.
 
         Args:
             examples: What to encode.
-            options: Also encode the answer and every distractor as options, if *every* example has distractors.
+            options: Also encode the answer and every distractor as options, if *every* example has distractors;
+                choices, if there is a ``choice_template``, under the same condition.
 
         Raises:
             UserError: Sequences longer than ``max_length`` (ids and lengths are named, nothing is cut off), or a
                 distractor that equals the answer.
         """
-        options = options and bool(examples) and all(example.distractors for example in examples)
+        have_options = bool(examples) and all(example.distractors for example in examples)
+        options, choices = options and have_options, self.choice_template is not None and have_options
         encoded = []
         for example in examples:
-            choices = (example.answer, *example.distractors) if options else (example.answer,)
-            if example.answer.strip() in (choice.strip() for choice in choices[1:]):
+            wrong = example.distractors if options or choices else ()
+            if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.example_id}")
                 raise UserError("distractors", given, "wrong answers only")
-            sequences = self._sequences(example.question, choices)
-            encoded.append(Encoded(example.example_id, sequences[0], tuple(sequences) if options else ()))
+            answers = (example.answer, *wrong) if options else (example.answer,)
+            sequences = self._answered(self.prompt(example.question), self._prompt_text(example.question), answers)
+            encoded.append(
+                Encoded(
+                    example.example_id,
+                    sequences[0],
+                    sequences if options else (),
+                    self.choices(example) if choices else (),
+                )
+            )
         self._check_lengths(encoded)
         return encoded
 
@@ -163,7 +221,7 @@ class Encoder:
         return len(self.sequence(example.question, example.answer)) <= self.max_length
 
     def _check_lengths(self, encoded: list[Encoded]) -> None:
-        lengths = {e.example_id: max(map(len, (e.sequence, *e.options))) for e in encoded}
+        lengths = {e.example_id: max(map(len, (e.sequence, *e.options, *e.choices))) for e in encoded}
         long = {example_id: length for example_id, length in lengths.items() if length > self.max_length}
         if long:
             shown = ", ".join(f"{example_id} ({length})" for example_id, length in list(long.items())[:5])
@@ -225,7 +283,7 @@ class Collator:
     Called with ``(part, encoded)`` pairs it returns a batch ``{part: tensors}`` with ``input_ids``, ``attention_mask``
     and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. Where all examples carry options, a part also has
     ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and ``option_of`` ``[B*K]``, the row
-    each option belongs to; the options of a row lie next to each other, the true answer first.
+    each option belongs to; the options of a row lie next to each other, the true answer first. ``choices`` likewise.
 
     Example:
         >>> first, second = Encoded(7, TokenSequence([5, 6, 9], 2)), Encoded(8, TokenSequence([5, 9], 1))
@@ -249,9 +307,11 @@ class Collator:
     def _part(self, encoded: list[Encoded]) -> Part:
         part: Part = self._pad([e.sequence for e in encoded])
         part["example_id"] = torch.tensor([e.example_id for e in encoded])
-        if all(e.options for e in encoded):
-            part["options"] = self._pad([option for e in encoded for option in e.options])
-            part["options"]["option_of"] = torch.tensor([row for row, e in enumerate(encoded) for _ in e.options])
+        for name in ("options", "choices"):
+            of_each: list[tuple[TokenSequence, ...]] = [getattr(e, name) for e in encoded]
+            if all(of_each):
+                part[name] = self._pad([option for options in of_each for option in options])
+                part[name]["option_of"] = torch.tensor([row for row, options in enumerate(of_each) for _ in options])
         return part
 
     def _pad(self, sequences: list[TokenSequence]) -> dict[str, Tensor]:

@@ -88,11 +88,15 @@ def _costliest(loader: DataLoader, batches: Iterable[list[Key]], cost: Callable[
     dataset: Any = loader.dataset
 
     def of(keys: list[Key]) -> float:
-        rows: dict[tuple[str, bool], list[Any]] = {}
+        rows: dict[tuple[str, str], list[Any]] = {}
         for key in keys:
             part, encoded = dataset[key]
-            rows.setdefault((part, False), []).append(encoded.sequence)
-            rows.setdefault((part, True), []).extend(encoded.options)
+            for name, sequences in (
+                ("", (encoded.sequence,)),
+                ("options", encoded.options),
+                ("choices", encoded.choices),
+            ):
+                rows.setdefault((part, name), []).extend(sequences)
         tokens = sum(len(sequences) * max(map(len, sequences)) for sequences in rows.values() if sequences)
         labels = sum(len(sequence) - sequence.n_prompt for sequences in rows.values() for sequence in sequences)
         return cost(Size(tokens, labels))

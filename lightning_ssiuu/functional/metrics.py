@@ -6,6 +6,7 @@ Token-level arguments are those of a forward pass over the labelled positions al
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -131,6 +132,67 @@ def multiple_choice_accuracy(option_scores: Tensor, option_of: Tensor) -> Tensor
     # amax carries a NaN on, and no comparison with NaN is true
     best_other = best_other.scatter_reduce(0, rows[~first], option_scores[~first], "amax")
     return option_scores[first] > best_other
+
+
+def named_choice(text: str, options: Sequence[str]) -> int | None:
+    """Which option a generated text names first.
+
+    Compared are whole words (runs of letters, digits and underscores) without case; punctuation does not count. Of
+    options that begin at the same word the longest counts, so "Guinea-Bissau" is not taken for "Guinea".
+
+    Args:
+        text: A model's output. What it says about an option is not understood: "not Paris" names Paris.
+        options: The options.
+
+    Returns:
+        The option's place, or None: no option is named, or the first one named stands twice among them.
+
+    Example:
+        >>> options = ["Guinea", "Guinea-Bissau", "Mali"]
+        >>> named_choice("Guinea-Bissau.", options), named_choice("It is MALI, not Guinea", options)
+        (1, 2)
+        >>> named_choice("Niger", options) is None
+        True
+    """
+    words = _words(text)
+    best, place = None, None
+    for number, option in enumerate(options):
+        wanted = _words(option)
+        starts = range(len(words) - len(wanted) + 1) if wanted else ()
+        start = next((s for s in starts if words[s : s + len(wanted)] == wanted), None)
+        if start is None:
+            continue
+        rank = (start, -len(wanted))
+        if best is None or rank < best:
+            best, place = rank, number
+        elif rank == best:
+            place = None
+    return place
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def generated_choice_accuracy(texts: Sequence[str], options: Sequence[Sequence[str]]) -> Tensor:
+    """Whether each generated text names the first of its options, the true answer, before any other.
+
+    Args:
+        texts: B generated texts.
+        options: The options of each, the true answer first.
+
+    Returns:
+        ``[B]`` bool; a text that names none is wrong (:func:`named_choice`).
+
+    Raises:
+        ValueError: Different numbers of texts and lists of options.
+
+    Example:
+        >>> generated_choice_accuracy(["Mali.", "no idea"], [["Mali", "Niger"], ["Mali", "Niger"]])
+        tensor([ True, False])
+    """
+    pairs = zip(texts, options, strict=True)
+    return torch.tensor([named_choice(text, listed) == 0 for text, listed in pairs], dtype=torch.bool)
 
 
 def rouge_l_recall(prediction: str, reference: str) -> float:

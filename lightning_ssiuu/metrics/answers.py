@@ -12,7 +12,7 @@ from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.metrics import rouge_l_recall
 from lightning_ssiuu.metrics.base import Percentage
 
-AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice"]
+AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice", "choice_likelihood", "choice_generation"]
 
 
 class AnswerAccuracy(Percentage):
@@ -20,7 +20,8 @@ class AnswerAccuracy(Percentage):
 
     Args:
         kind: What "correct" means; :mod:`lightning_ssiuu.functional.metrics` computes it per example
-            (``answer_accuracy`` for ``"first_token"`` and ``"all_tokens"``, ``multiple_choice_accuracy``).
+            (``answer_accuracy`` for ``"first_token"`` and ``"all_tokens"``, ``multiple_choice_accuracy`` for
+            ``"multiple_choice"`` and ``"choice_likelihood"``, ``generated_choice_accuracy``).
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Raises:

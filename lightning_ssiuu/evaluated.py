@@ -1,0 +1,133 @@
+"""One evaluated part of a batch: what scores read off a model, each computed when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.ranks import gathered
+from lightning_ssiuu.sharding import is_sharded
+
+Part = Mapping[str, Tensor]
+
+#: Tokens beyond the longest option that a model may take to name one ("The answer is ...").
+_ROOM_FOR_WORDS = 16
+
+
+class Evaluated:
+    """One evaluated part; what a score does not ask for is not computed.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer (only used to generate and decode).
+        part: The part of the batch, on the model's device.
+    """
+
+    def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
+        self.model, self.tokenizer, self.part = model, tokenizer, part
+
+    @cached_property
+    def answers(self) -> Answers:
+        """Teacher-forced forward pass on the true answers."""
+        return self.model(self.part["input_ids"], self.part["attention_mask"], self.part["labels"])
+
+    @cached_property
+    def option_scores(self) -> Tensor:
+        """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
+        options: Any = self.part["options"]
+        return self.model(options["input_ids"], options["attention_mask"], options["labels"]).mean_logps
+
+    @property
+    def option_of(self) -> Tensor:
+        """``[B·K]`` the example each option belongs to."""
+        options: Any = self.part["options"]
+        return options["option_of"]
+
+    @cached_property
+    def references(self) -> list[str]:
+        """The true answers as text."""
+        return self._labelled(self.part["labels"])
+
+    @cached_property
+    def generations(self) -> list[str]:
+        """Greedy continuations of the prompts."""
+        return self.continuations()
+
+    def continuations(self, **options: Any) -> list[str]:
+        """Continue the prompts: each up to twice its own answer's length, at most 200 tokens.
+
+        So an example's text does not depend on which others share its batch, or how many ranks share the set.
+
+        Args:
+            **options: Of ``transformers``' ``generate``, which decodes greedily unless a ``logits_processor`` decides.
+        """
+        labels = self.part["labels"]
+        return self._continued(self.part["input_ids"], labels, 2 * (labels != -100).sum(1), **options)
+
+    @cached_property
+    def choice_scores(self) -> Tensor:
+        """``[B·K]`` mean log-probability per token of every option after the prompt that lists them all."""
+        choices: Any = self.part["choices"]
+        return self.model(choices["input_ids"], choices["attention_mask"], choices["labels"]).mean_logps
+
+    @property
+    def choice_of(self) -> Tensor:
+        """``[B·K]`` the example each of them belongs to."""
+        choices: Any = self.part["choices"]
+        return choices["option_of"]
+
+    @cached_property
+    def choice_options(self) -> list[list[str]]:
+        """The options of each example as text, the true answer first."""
+        choices: Any = self.part["choices"]
+        options: list[list[str]] = [[] for _ in self.part["input_ids"]]
+        for row, text in zip(self.choice_of.tolist(), self._labelled(choices["labels"]), strict=True):
+            options[row].append(text)
+        return options
+
+    @cached_property
+    def choice_generations(self) -> list[str]:
+        """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
+        choices: Any = self.part["choices"]
+        first = torch.ones_like(self.choice_of, dtype=torch.bool)
+        first[1:] = self.choice_of[1:] != self.choice_of[:-1]
+        lengths = (choices["labels"] != -100).sum(1)
+        longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
+        return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
+
+    def _labelled(self, labels: Tensor) -> list[str]:
+        return [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
+
+    def _continued(self, ids: Tensor, labels: Tensor, limits: Tensor, **options: Any) -> list[str]:
+        """Continue what stands before the labels, row by row at most so many tokens (200 where that is less)."""
+        answered = labels != -100
+        starts = answered.int().argmax(1).tolist()
+        prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
+        width = max(starts)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        inputs = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in prompts])
+        lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
+        mask = (torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)).long()
+        most = limits.clamp(max=200).tolist()
+        # Every step gathers sharded weights: ranks have to go through equally many.
+        together = is_sharded(self.model)
+        out = self.model.generate(
+            input_ids=inputs,
+            attention_mask=mask,
+            max_new_tokens=max(gathered(max(most)) if together else most),
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=end,
+            synced_gpus=together,
+            **options,
+        )
+        new = [row[width : width + limit] for row, limit in zip(out, most, strict=True)]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)

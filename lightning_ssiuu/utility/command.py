@@ -1,0 +1,145 @@
+"""``lightning-ssiuu utility``: what a model can still do besides what it was unlearned on (US)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_ssiuu.command_line import run_function
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.devices import Devices
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.files import check_space, refuse_existing, write_json
+from lightning_ssiuu.provenance import provenance
+from lightning_ssiuu.runs import naming, output_directory, resolve_models, run_data
+from lightning_ssiuu.screen import hide_short_bars
+from lightning_ssiuu.utility.harness import PAPER, check_harness, harness_scores
+from lightning_ssiuu.utility.offline import (
+    SUITES,
+    encoding_like,
+    score_tasks,
+    seen_questions,
+    suite_of,
+    suite_tasks,
+)
+
+
+def utility(
+    model: str,
+    suite: Literal["embedded", "world_facts", "paper"] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_directory: str | None = None,
+    data: UnlearningDataModule | None = None,
+    limit: int = 500,
+    batch_size: int = 16,
+    chat: bool = False,
+    output: str | None = None,
+    accelerator: str = "auto",
+    precision: Literal["32-true", "bf16-true"] = "32-true",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure a model's utility and write ``utility.json``.
+
+    Args:
+        model: A directory written by ``fit``, or any checkpoint.
+        suite: ``embedded``: the harmless items that the tiny model was trained on, answered in full; ``world_facts``:
+            WorldFacts, the choice among three (chance: 33); ``paper``: MMLU, GSM8K, HellaSwag, ARC-Challenge and
+            Winogrande by lm-eval. By default ``embedded`` for the tiny model and its descendants, else
+            ``world_facts``; both are offline.
+        tasks: Tasks or groups of lm-eval instead of a suite.
+        task_directory: Task files of one's own for lm-eval.
+        data: The data module the model was unlearned with, for how to ask and what to leave out; by default its run's.
+            Of ``world_facts`` what the model was unlearned or trained on is left out.
+        limit: Items of each task at most.
+        batch_size: Items at a time.
+        chat: Ask lm-eval's tasks through the chat template.
+        output: Directory for ``utility.json``; by default the model's run.
+        accelerator: Lightning's; one device.
+        precision: Of the weights.
+        overwrite: Replace an earlier ``utility.json``.
+
+    Returns:
+        The contents of ``utility.json``: the mean over the tasks as ``utility_score``, all in percent.
+
+    Raises:
+        UserError: If an argument is outside its range, or what a suite needs is not there; nothing is written then.
+    """
+    start = time.monotonic()
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(name, value, "at least 1")
+    if tasks is not None and (suite is not None or not tasks):
+        raise UserError("tasks", list(tasks), "at least one task, and no suite")
+    if tasks is not None or suite == "paper":
+        check_harness("suite" if tasks is None else "tasks", suite if tasks is None else list(tasks))
+    hide_short_bars(*resolve_models({"model": model}))
+    where = Devices(accelerator, 1, precision=precision)
+    folder = output_directory(model, output)
+    refuse_existing("output", folder, ["utility.json"], overwrite)
+    check_space("output", folder, 1 << 20)
+    data = run_data(model, data)
+    with naming("model"):
+        tokenizer = data.tokenizer
+        loaded = where.load(model)
+    sha256 = None
+    if tasks is not None or suite == "paper":
+        wanted = list(PAPER) if tasks is None else list(dict.fromkeys(tasks))
+        named = "lm_eval" if tasks is not None else "paper"
+        scores, counts = harness_scores(loaded, tokenizer, wanted, limit, batch_size, chat, task_directory)
+    else:
+        named = suite or suite_of(data)
+        items = suite_tasks(named, seen_questions(named, data), limit)
+        asking = encoding_like(named, data, batch_size)
+        scores, counts = score_tasks(loaded, items, SUITES[named], asking), {n: len(i) for n, i in items.items()}
+        sha256 = asking.content_sha256()
+    content = {
+        "utility_score": sum(scores.values()) / len(scores),
+        "tasks": scores,
+        "suite": named,
+        "n_items": counts,
+        "provenance": provenance(
+            time.monotonic() - start, where.device, json.dumps([named, tasks, limit, chat, precision]), sha256
+        ),
+    }
+    write_json(folder / "utility.json", content)
+    print_utility(content)
+    return content
+
+
+def print_utility(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the contents of ``utility.json`` as a table.
+
+    Example:
+        >>> content = {"utility_score": 75.0, "suite": "embedded", "tasks": {"days": 50.0, "numbers": 100.0},
+        ...            "n_items": {"days": 14, "numbers": 22}}
+        >>> print_utility(content, Console(width=60, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
+        Utility (embedded), %
+        task     items  score
+        days        14   50.0
+        numbers     22  100.0
+        mean             75.0
+    """
+    console = console or Console()
+    console.print(f"Utility ({content['suite']}), %")
+    table = Table(box=None)
+    table.add_column("task")
+    for column in ("items", "score"):
+        table.add_column(column, justify="right")
+    for name, value in content["tasks"].items():
+        table.add_row(name, str(content["n_items"][name]), f"{value:.1f}")
+    table.add_row("mean", "", f"{content['utility_score']:.1f}")
+    console.print(table)
+
+
+def run(args: list[str]) -> None:
+    """Parse and run ``utility``.
+
+    Args:
+        args: ``["--model", "runs/ssiuu/model", ...]``.
+    """
+    run_function(utility, "utility", args)
