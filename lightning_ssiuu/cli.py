@@ -108,8 +108,12 @@ class UnlearningCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an engine that is not installed."""
+        """Refuse an engine that is not installed; let the run's seed order the data where those have none."""
         check_installed(self._get(self.config, "trainer", default={}))
+        seed, options = self._get(self.config, "seed_everything"), self._get(self.config, "data").init_args
+        if options.get("seed", 0) is None and isinstance(seed, int):
+            # Written to config.yaml as the number it is. True stands for a random seed of Lightning's choice.
+            options["seed"] = int(os.environ["PL_GLOBAL_SEED"]) if seed is True else int(seed)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; a device that is not there is the user's mistake."""

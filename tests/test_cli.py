@@ -20,10 +20,13 @@ from lightning_ssiuu import NeuronAttributionCallback, __main__
 from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 
 
+SEEDED = (*SHORT, "--seed_everything", "3")
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("short") / "run"
-    assert fit(folder, *SHORT).status == 0
+    assert fit(folder, *SEEDED).status == 0
     return folder
 
 
@@ -43,7 +46,7 @@ def test_default_recipe_writes_what_is_promised() -> None:
     folder, _ = default_run()
     written = {name for name in files(folder) if not name.startswith(("lightning_logs/", "model/"))}
     plots = {"plots/heat_maps.png", "plots/cumulative_curves.png"}
-    assert written == {"metrics.json", "config.yaml", "spurious_neurons.csv"} | plots
+    assert written == {"metrics.json", "config.yaml", "spurious_neurons.csv", "influence.csv"} | plots
     assert {"model/model.safetensors", "model/config.json", "model/tokenizer.json"} <= files(folder)
     for plot in plots:
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
@@ -107,14 +110,14 @@ def test_no_forget_text_is_written_or_shown() -> None:
 
 def test_refuses_to_overwrite_and_overwrites_when_told(short_run: Path) -> None:
     before = {name: (short_run / name).stat().st_mtime_ns for name in files(short_run)}
-    refused = fit(short_run, *SHORT)
+    refused = fit(short_run, *SEEDED)
     assert refused.status == 2
     assert refused.err == (
         f"lightning-ssiuu: error: trainer.default_root_dir: got {str(short_run)!r}, "
         "allowed: a directory without model, or --overwrite\n"
     )
     assert before == {name: (short_run / name).stat().st_mtime_ns for name in files(short_run)}
-    assert fit(short_run, *SHORT, "--overwrite").status == 0
+    assert fit(short_run, *SEEDED, "--overwrite").status == 0
     assert (short_run / "metrics.json").stat().st_mtime_ns > before["metrics.json"]
 
 
@@ -132,6 +135,7 @@ def test_written_config_is_resolved_and_hashed(short_run: Path) -> None:
     config = yaml.safe_load(text)
     assert config["model"]["class_path"].endswith("SSIUU")
     assert config["trainer"]["max_steps"] == 2
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 3  # a seed also orders the data
     assert read_json(short_run / "metrics.json")["provenance"]["config_sha256"] == hashlib.sha256(text).hexdigest()
 
 

@@ -47,7 +47,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         max_length: Longest prompt + answer in tokens; longer ones are an error, nothing is cut off. None: 256, or
             the tokenizer's limit where that is shorter.
         num_workers: Worker processes per loader.
-        seed: Seeds the order of the training batches.
+        seed: Seeds the order of the training batches; None: what ``fit`` has as ``seed_everything``, else 0.
         train_on: ``"pairs"``; ``"all"``: batches ``{"retain": part}`` over forget and retain set, for fine-tuning
             before unlearning; ``"retain"``: the same over the retain set alone, for the oracle.
         multiple_choice: Attach options to evaluation batches where the data have distractors.
@@ -87,7 +87,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         eval_batch_size: int = 16,
         max_length: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         train_on: TrainOn = "pairs",
         multiple_choice: bool = True,
         choice_template: str | None = None,
@@ -99,7 +99,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
             ("retain_batch_size", retain_batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
+            ("seed", seed or 0, 0),
         ):
             if value < least:
                 raise UserError(name, value, f"at least {least}")
@@ -108,7 +108,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         self.tokenizer_or_name, self.template, self.max_length = tokenizer, template, max_length
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
-        self.seed, self.train_on, self.multiple_choice = seed, train_on, multiple_choice
+        self.seed, self.train_on, self.multiple_choice = seed or 0, train_on, multiple_choice
         self.choice_template = choice_template
         self._splits: Splits | None = None
         self._encoder: Encoder | None = None
