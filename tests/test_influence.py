@@ -11,12 +11,16 @@ from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.functional.influence import (
     InfluenceVariation,
+    SpuriousNeuron,
+    correlation_interval,
     cumulative_curve,
+    flag_overlap,
     influence_variation,
     module_layer_means,
     spurious_neurons,
     top_sum,
 )
+from lightning_ssiuu.functional.own_change import OwnFlag
 from lightning_ssiuu.sites import NeuronSite
 
 UP, DOWN = NeuronSite("mlp_up", 0, "up", 3), NeuronSite("mlp_down", 0, "down", 1)
@@ -140,3 +144,78 @@ def test_bad_alpha(alpha: float) -> None:
     same = drawn(torch.zeros(4).double(), [UP, DOWN])
     with pytest.raises(UserError, match="alpha"):
         spurious_neurons(same, same, alpha)
+
+
+# ---- agreement between models ----------------------------------------------------------------------------------------
+
+
+def test_correlation_by_hand() -> None:
+    # Deviations (-1.5, -.5, .5, 1.5) and (-1.5, .5, -.5, 1.5): 2.25 − .25 − .25 + 2.25 = 4 over 5
+    found = correlation_interval(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 30, 20, 40]))
+    assert found.rho == pytest.approx(0.8)
+    assert -1 <= found.low <= 0.8 <= found.high <= 1
+    same = correlation_interval(torch.arange(50.0), 3 * torch.arange(50.0) + 7)
+    assert (same.rho, same.low, same.high) == pytest.approx((1, 1, 1))
+    flat = correlation_interval(torch.arange(5.0), torch.ones(5))
+    assert (flat.rho, flat.low, flat.high) == (0, 0, 0)
+
+
+def test_interval_covers_the_true_correlation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    covered, width = 0, 0.0
+    for _ in range(60):
+        shared, one, two = torch.randn(3, 300, generator=generator)
+        found = correlation_interval(shared + one, shared + two, confidence=0.9, resamples=200)  # ρ = 0.5
+        covered += found.low <= 0.5 <= found.high
+        width += (found.high - found.low) / 60
+    assert 0.8 <= covered / 60 <= 0.98
+    # Of normal values Fisher's z gives 2 · 1.645 (1 − ρ²) / √n
+    assert width == pytest.approx(2 * 1.645 * 0.75 / math.sqrt(300), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("second", "options"),
+    [(torch.ones(3), {}), (torch.ones(4), {"confidence": 1.0}), (torch.ones(4), {"resamples": 0})],
+)
+def test_bad_correlation(second: torch.Tensor, options: dict) -> None:
+    with pytest.raises(UserError):
+        correlation_interval(torch.ones(4), second, **options)
+
+
+def flags(*places: tuple[str, int]) -> list[SpuriousNeuron]:
+    return [SpuriousNeuron(kind, 0, index, 0.0, -1.0, 1.0, 0.0, 9.0) for kind, index in places]
+
+
+def test_overlap_by_hand() -> None:
+    sites = [NeuronSite("mlp_up", 0, "up", 10), NeuronSite("mlp_down", 0, "down", 4)]
+    one, two = flags(("mlp_up", 0), ("mlp_up", 1), ("mlp_down", 3)), flags(("mlp_up", 1), ("mlp_down", 3))
+    found = flag_overlap([one, two], sites)
+    assert found.jaccard == pytest.approx(2 / 3)
+    # Expected in both: 2·1/10 + 1·1/4 = 0.45 of 5 − 0.45
+    assert found.chance == pytest.approx(0.45 / 4.55)
+    three = flag_overlap([one, two, []], sites)
+    assert (three.jaccard, three.chance, three.n_pairs) == pytest.approx((2 / 9, 0.45 / 4.55 / 3, 3))
+    assert flag_overlap([[], []], sites).jaccard == 0
+    with pytest.raises(UserError, match="two runs"):
+        flag_overlap([one], sites)
+
+
+def test_random_flags_overlap_at_the_level_of_chance() -> None:
+    sites = [NeuronSite("mlp_up", 0, "up", 1000)]
+    generator = torch.Generator().manual_seed(0)
+    runs = [flags(*(("mlp_up", i) for i in torch.randperm(1000, generator=generator)[:200].tolist())) for _ in range(8)]
+    found = flag_overlap(runs, sites)
+    assert found.n_pairs == 28
+    assert found.jaccard == pytest.approx(found.chance, rel=0.1)
+
+
+def test_flags_by_own_change() -> None:
+    forget, retain = influence_variation(BEFORE, AFTER), drawn(torch.zeros(4).double(), [UP, DOWN])
+
+    own = [OwnFlag(0, ("mlp_up",), 1, 0.2), OwnFlag(0, ("mlp_down",), 0, 0.7)]
+    found = spurious_neurons(forget, retain, own=own)
+    assert [(n.module, n.index) for n in found] == [("mlp_down", 0), ("mlp_up", 1)]
+    assert [n.own_cost for n in found] == pytest.approx([1 - math.exp(-0.7), 1 - math.exp(-0.2)])
+    # The row's other figures are those of D⁻: neuron 3 of the hand-worked example
+    assert (found[0].d_minus, found[0].d_plus) == pytest.approx((0.3, 0.35))
+    assert spurious_neurons(forget, retain, own=[]) == []

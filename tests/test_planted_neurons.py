@@ -1,8 +1,7 @@
-"""Neurons turned by hand against the answers are found: by the functions and by the callback."""
+"""Neurons turned by hand against the answers are found, and no others: by the functions and by the callback."""
 
 from __future__ import annotations
 
-import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -10,71 +9,67 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 from training_toys import fit
 
+from lightning_ssiuu.audit.planting import PlantedUnit, Planter, found_and_right, mean_probability, with_units
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
 from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 from lightning_ssiuu.datamodules import Facts
+from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.influence import SpuriousNeuron, influence_variation, spurious_neurons
+from lightning_ssiuu.functional.own_change import OwnChange, OwnFlag, confirmed, own_change, own_flags, site_weights
 from lightning_ssiuu.models import AnswerModel, load_model
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
-from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.sites import Kind, neuron_sites
 
-
-def inputs(part: Any) -> dict[str, Tensor]:
-    return {name: part[name] for name in ("input_ids", "attention_mask", "labels")}
-
-
-def first_answer_states(model: AnswerModel, part: Any, layer: int) -> tuple[Tensor, Tensor]:
-    """∂log P/∂(output of the layer's MLP) and the hidden units, where the first answer token is predicted."""
-    kept: list[Tensor] = []
-
-    def keep(_module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        output.retain_grad()
-        kept.extend((output, args[0].detach()))
-
-    handle = model.hf.model.layers[layer].mlp.down_proj.register_forward_hook(keep)
-    model(**inputs(part)).logps.sum().backward()
-    handle.remove()
-    model.zero_grad()
-    rows, start = torch.arange(len(part["labels"])), (part["labels"] != -100).int().argmax(1) - 1
-    return kept[0].grad[rows, start], kept[1][rows, start]
+#: Kind, layer, strength: weak to strong. The first three cost the answers less than a tenth.
+CASES: list[tuple[Kind, int, float]] = [
+    ("mlp_up", 2, 0.2),
+    ("attn_v", 3, 0.3),
+    ("attn_o", 1, 0.3),
+    ("mlp_up", 1, 0.6),
+    ("mlp_up", 3, 2.0),
+    ("attn_v", 1, 1.0),
+    ("attn_k", 0, 0.5),
+    ("attn_o", 3, 1.0),
+    ("mlp_down", 3, 0.5),
+]
 
 
 class Planted:
-    """The embedded model, and copies in which one hidden unit was turned against the forget answers."""
+    """The embedded model, its probes, and copies in which units were turned against the forget answers."""
 
     def __init__(self) -> None:
-        data = Facts(eval_batch_size=64)
+        data = Facts(eval_batch_size=24)
         data.setup("fit")
-        self.forget = next(iter(data.eval_dataloader("forget")))["forget"]
-        self.retain = next(iter(data.eval_dataloader("retain")))["retain"]
+        self.parts = {split: next(iter(data.eval_dataloader(split)))[split] for split in ("forget", "retain")}
         self.healthy = AnswerModel(load_model("tiny"))
         self.sites = neuron_sites(self.healthy.hf)
-        self.before = self.attributions(self.healthy)
+        self.original = site_weights(self.healthy, self.sites)
+        self.planter = Planter(self.healthy, self.parts["forget"], self.parts["retain"])
+        self.before = {split: self.attribution(self.healthy, split) for split in self.parts}
 
-    def attributions(self, model: AnswerModel) -> Any:
-        parts = (self.forget, self.retain)
-        return [neuron_attribution(model, [part], self.sites, "length_normalised") for part in parts]
+    def unit(self, kind: Kind, layer: int, strength: float, harmless: bool = False, seed: int = 0) -> PlantedUnit:
+        return self.planter.unit(kind, layer, strength, torch.Generator().manual_seed(seed), harmless)
 
-    def rewired(self, layer: int, strength: float) -> tuple[AnswerModel, int]:
-        """Only one column of one down projection changes.
+    def attribution(self, model: AnswerModel, split: str) -> Any:
+        return neuron_attribution(model, [self.parts[split]], self.sites, "length_normalised")
 
-        The unit is the one most peculiar to forget prompts; its column is set against the direction in which the
-        residual stream raises the forget answers, made orthogonal to the one that raises the retain answers.
-        """
-        up, forget_units = first_answer_states(self.healthy, self.forget, layer)
-        retain_up, retain_units = first_answer_states(self.healthy, self.retain, layer)
-        direction, other = up.mean(0), retain_up.mean(0)
-        direction = direction - (direction @ other) / (other @ other) * other
-        mean = forget_units.mean(0)
-        unit = int((mean.abs() / (retain_units.square().mean(0).sqrt() + 1e-3)).argmax())
-        model = copy.deepcopy(self.healthy)
-        column = -mean[unit].sign() * strength * direction / direction.norm()
-        model.hf.model.layers[layer].mlp.down_proj.weight.data[:, unit] = column
-        return model, unit
+    def flags(self, model: AnswerModel, own: Any = None) -> list[SpuriousNeuron]:
+        after = {split: self.attribution(model, split) for split in self.parts}
+        forget, retain = (influence_variation(self.before[split], after[split]) for split in ("forget", "retain"))
+        return spurious_neurons(forget, retain, own=own)
+
+    def own(self, model: AnswerModel, points: int = 4) -> tuple[OwnChange, OwnChange]:
+        forget, retain = (
+            own_change(model, self.original, [self.parts[split]], self.sites, points=points)
+            for split in ("forget", "retain")
+        )
+        return forget, retain
+
+    def probability(self, model: AnswerModel, split: str = "forget") -> float:
+        return mean_probability(model, self.parts[split])
 
 
 @pytest.fixture(scope="module")
@@ -82,46 +77,106 @@ def planted() -> Planted:
     return Planted()
 
 
-def mean_probability(attribution: Any) -> float:
-    return torch.tensor(attribution.log_probabilities).exp().mean().item()
+def names(flagged: list[SpuriousNeuron]) -> list[tuple[str, int, int]]:
+    return [(neuron.module, neuron.layer, neuron.index) for neuron in flagged]
 
 
-def check_flags(flagged: list[SpuriousNeuron], layer: int, unit: int) -> None:
-    """What holds, and what does not.
+def neurons(flags: list[OwnFlag]) -> set[tuple[str, int, int]]:
+    return {(kind, flag.layer, flag.index) for flag in flags for kind in flag.kinds}
 
-    Sites are the *outputs* of the projections, and A = h · ∂P/∂h asks what happens when a neuron is scaled in place.
-    A unit whose down-projection column works against the answer is seen at its own gate and up outputs: scaling either
-    scales the harm. These two must be flagged, ahead of all other gate and up neurons of the model, and no untouched
-    unit of the same MLP may be. Not claimed: that nothing else is flagged. The rewired weights are seen as well
-    in outputs *upstream*, which feed the unit and were not changed themselves (most of the other flags lie in block 0).
-    """
-    hidden = [neuron for neuron in flagged if neuron.module in ("mlp_gate", "mlp_up")]
-    assert {(n.module, n.layer, n.index) for n in hidden[:2]} == {("mlp_gate", layer, unit), ("mlp_up", layer, unit)}
-    assert {n.index for n in hidden if n.layer == layer} == {unit}
-    for neuron in hidden[:2]:
+
+def test_recall_and_precision_on_planted_neurons(planted: Planted) -> None:
+    healthy = planted.probability(planted.healthy)
+    found = to_find = flagged = weak = 0
+    for kind, layer, strength in CASES:
+        unit = planted.unit(kind, layer, strength)
+        model = with_units(planted.healthy, [unit])
+        cost = 1 - planted.probability(model) / healthy
+        weak += cost < 0.1
+        assert planted.probability(model, "retain") > 0.9 * planted.probability(planted.healthy, "retain")
+        own = planted.own(model)
+        counts = found_and_right(list(neurons(own_flags(*own))), {unit: cost})
+        found, to_find, flagged = found + counts["found"], to_find + counts["to_find"], flagged + counts["flagged"]
+        # Neurons whose own weights did not change have no own change, whatever feeds them or is fed by them.
+        moved = {(key[1], key[0], i) for key, v in own[0].units().items() for i in v.nonzero().flatten().tolist()}
+        assert moved == unit.neurons
+    assert weak == 3
+    assert to_find == 8
+    assert found / to_find >= 0.95
+    assert found / flagged >= 0.95
+
+
+def test_flags_on_d_minus_are_not_precise(planted: Planted) -> None:
+    """Why there are others: neurons up- and downstream, whose own weights are the original's, are flagged as well."""
+    unit = planted.unit("mlp_up", 2, 1.0)
+    model = with_units(planted.healthy, [unit])
+    flagged = planted.flags(model)
+    assert unit.neurons < set(names(flagged))
+    assert {neuron.layer for neuron in flagged} == {0, 1, 2, 3}
+    assert len(flagged) > 100
+    precise = planted.flags(model, own_flags(*planted.own(model)))
+    assert set(names(precise)) == unit.neurons
+    cost = 1 - planted.probability(model) / planted.probability(planted.healthy)
+    for neuron in precise:
+        assert neuron.own_cost == pytest.approx(cost, abs=0.1)
         assert neuron.attribution_after < neuron.attribution_before
-        assert neuron.d_minus > 0.05
-        assert neuron.z > 10
+    assert flagged[0].own_cost is None
 
 
-@pytest.mark.parametrize("strength", [15.0, 30.0])
-@pytest.mark.parametrize("layer", [1, 2, 3])
-def test_planted_neurons_are_flagged(planted: Planted, layer: int, strength: float) -> None:
-    model, unit = planted.rewired(layer, strength)
-    after = planted.attributions(model)
-    assert mean_probability(after[0]) < 0.9 * mean_probability(planted.before[0])
-    forget, retain = (influence_variation(b, a) for b, a in zip(planted.before, after, strict=True))
-    check_flags(spurious_neurons(forget, retain), layer, unit)
+def test_several_units_among_decoys_and_noise(planted: Planted) -> None:
+    harmful = [planted.unit("mlp_up", 1, 0.6), planted.unit("mlp_down", 2, 0.8)]
+    decoys = [planted.unit("attn_v", 3, 0.1, True, 1), planted.unit("attn_o", 3, 0.1, True, 1)]
+
+    def noisy(units: list[PlantedUnit]) -> AnswerModel:
+        model, generator = with_units(planted.healthy, units), torch.Generator().manual_seed(0)
+        for name in planted.original:
+            weight = model.hf.get_parameter(name).data
+            weight += 0.01 * weight.square().mean().sqrt() * torch.randn(weight.shape, generator=generator)
+        return model
+
+    units = [*harmful, *decoys]
+    model = noisy(units)
+    taken_out = {one: planted.probability(noisy([unit for unit in units if unit is not one])) for one in units}
+    cost = {unit: 1 - planted.probability(model) / value for unit, value in taken_out.items()}
+    assert min(cost[unit] for unit in harmful) > 0.12
+    assert max(cost[unit] for unit in decoys) < 0.08
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    candidates = own_flags(*planted.own(model, points=2), minimum_cost=0.02)
+    flags = confirmed(model, planted.original, candidates, [planted.parts["forget"]], planted.sites)
+    assert neurons(flags) == frozenset().union(*(unit.neurons for unit in harmful))
+    assert [flag.cost for flag in flags] == sorted((flag.cost for flag in flags), reverse=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_confirmed_costs_are_those_of_the_unit(planted: Planted) -> None:
+    unit = planted.unit("mlp_up", 2, 1.0)
+    model = with_units(planted.healthy, [unit])
+    flag = OwnFlag(2, ("mlp_gate", "mlp_up"), unit.index, 0.0)
+    other = OwnFlag(2, ("mlp_gate", "mlp_up"), unit.index + 1, 9.0)
+    (kept,) = confirmed(model, planted.original, [other, flag], [planted.parts["forget"]], planted.sites)
+    cost = 1 - planted.probability(model) / planted.probability(planted.healthy)
+    assert kept.share == pytest.approx(cost, abs=1e-6)
 
 
 def test_the_healthy_model_has_no_spurious_neurons(planted: Planted) -> None:
-    forget, retain = (influence_variation(b, b) for b in planted.before)
-    assert spurious_neurons(forget, retain) == []
-    assert forget.d_minus.sum() == 0
+    assert planted.flags(planted.healthy) == []
+    own = planted.own(planted.healthy)
+    assert own_flags(*own, minimum_cost=0.0) == []
+    assert planted.flags(planted.healthy, own_flags(*own)) == []
+
+
+def test_models_that_cannot_be_planted(planted: Planted) -> None:
+    from model_toys import random_model
+
+    part = planted.parts["forget"]
+    with pytest.raises(UserError, match="layout of Llama"):
+        Planter(AnswerModel(random_model("gpt2", torch.float32, vocab_size=1024)), part, part)
+    with pytest.raises(UserError, match="kind"):
+        planted.unit("mlp_gate", 0, 1.0)
 
 
 class Swap(L.Callback):
-    """Training that rewires one neuron and does nothing else."""
+    """Training that rewires one unit and does nothing else."""
 
     def __init__(self, weights: Any) -> None:
         self.weights = weights
@@ -131,15 +186,17 @@ class Swap(L.Callback):
 
 
 def test_the_callback_flags_the_planted_neuron(planted: Planted, tmp_path: Path) -> None:
-    model, unit = planted.rewired(2, 20.0)
+    unit = planted.unit("mlp_up", 2, 1.0)
     callback = NeuronAttributionCallback(target="length_normalised")
     module = FineTuning(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    fit(module, [Swap(model.state_dict()), callback], tmp_path, 1, Facts())
-    check_flags(callback.flagged, 2, unit)
+    swap = Swap(with_units(planted.healthy, [unit]).state_dict())
+    fit(module, [swap, callback], tmp_path, 1, Facts())
+    hidden = [name for name in names(callback.flagged) if name[0] in ("mlp_gate", "mlp_up")]
+    assert set(hidden[:2]) == unit.neurons
     with (tmp_path / "spurious_neurons.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == CSV_HEADER
-    assert [(r[0], int(r[1]), int(r[2])) for r in rows] == [(n.module, n.layer, n.index) for n in callback.flagged]
+    assert [(r[0], int(r[1]), int(r[2])) for r in rows] == names(callback.flagged)
     assert callback.influence()["n_spurious"] == len(rows) > 0
     for name in ("heat_maps.png", "cumulative_curves.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")

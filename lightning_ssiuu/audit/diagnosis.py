@@ -16,12 +16,15 @@ from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.functional.attribution import NeuronAttribution, Target, neuron_attribution
 from lightning_ssiuu.functional.influence import (
+    Correlation,
     InfluenceVariation,
     SpuriousNeuron,
+    correlation_interval,
     influence_variation,
     spurious_neurons,
 )
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.functional.own_change import OwnFlag
+from lightning_ssiuu.models import AnswerModel, load_tokenizer
 from lightning_ssiuu.progress import progress
 from lightning_ssiuu.sites import neuron_sites
 
@@ -69,14 +72,63 @@ def examine(
         >>> examined.scores["forget"]["first_token"], examined.attribution["forget"].n_examples
         (100.0, 4)
     """
-    tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
-    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
-        raise UserError("model", checkpoint, "models that share one tokenizer")
+    tokenizer = load_tokenizer(checkpoint)
     devices = devices if devices is not None else Devices("cpu")
-    model = devices.load(checkpoint)
-    measured = evaluate(model, tokenizer, data.val_dataloader(), scores)
+    return examine_model(devices.load(checkpoint), tokenizer, data, probe_examples, target, scores)
+
+
+def examine_model(
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: UnlearningDataModule,
+    probe_examples: int = 64,
+    target: Target = "sequence",
+    scores: Sequence[str] | None = None,
+    also: Sequence[str] = (),
+) -> Examined:
+    """The same for a model in memory.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        data: The data module to judge by.
+        probe_examples: Examples per set for the attribution.
+        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        scores: Names, None for all that need no generated text.
+        also: Names of scores to add to those.
+
+    Raises:
+        UserError: If the tokenizer splits text differently from the data module's.
+    """
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise UserError("model", tokenizer.name_or_path, "models that share one tokenizer")
+    wanted = None if scores is None else list(dict.fromkeys([*scores, *also]))
+    measured = evaluate(model, tokenizer, data.val_dataloader(), wanted, also)
+    return Examined(measured, attributions(model, data, probe_examples, target))
+
+
+def attributions(
+    model: AnswerModel, data: UnlearningDataModule, probe_examples: int = 64, target: Target = "sequence"
+) -> dict[str, NeuronAttribution]:
+    """Attribute a model's answers on the first examples of the forget and the retain set, over all ranks.
+
+    Args:
+        model: The model.
+        data: The data module.
+        probe_examples: Examples per set, over all ranks.
+        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+
+    Returns:
+        ``{"forget": ..., "retain": ...}``, the same on every rank.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> from lightning_ssiuu.models import load_model
+        >>> attributions(AnswerModel(load_model("tiny")), Facts(), probe_examples=2)["retain"].n_examples
+        2
+    """
     sites = neuron_sites(model.hf)
-    attribution = {
+    return {
         split: neuron_attribution(
             model,
             progress(first_parts(data.eval_dataloader(split), split, probe_examples), f"attribution, {split}"),
@@ -85,7 +137,6 @@ def examine(
         ).over_ranks()
         for split in ("forget", "retain")
     }
-    return Examined(measured, attribution)
 
 
 @dataclass(frozen=True)
@@ -94,24 +145,40 @@ class Diagnosis:
 
     Args:
         variation: D⁺ and D⁻ on the forget set.
-        flagged: Spurious unlearning neurons.
+        flagged: Spurious unlearning neurons, by D⁻.
+        own: Those by what their own changed weights cost; empty also where that was not measured.
     """
 
     variation: InfluenceVariation
     flagged: list[SpuriousNeuron]
+    own: list[SpuriousNeuron] = field(default_factory=list)
+
+    @property
+    def table(self) -> list[SpuriousNeuron]:
+        """All flagged neurons, each once: by their own change first, then by D⁻, the largest first."""
+        known = {_place(neuron) for neuron in self.own}
+        return [*self.own, *(neuron for neuron in self.flagged if _place(neuron) not in known)]
 
     def figures(self) -> dict[str, float]:
         """The ``influence`` block of the JSON files."""
         return self.variation.summary() | {"n_spurious": len(self.flagged)}
 
 
-def diagnose(original: Examined, changed: Examined, alpha: float = 1e-3) -> Diagnosis:
+def _place(neuron: SpuriousNeuron) -> tuple[str, int, int]:
+    return neuron.module, neuron.layer, neuron.index
+
+
+def diagnose(
+    original: Examined, changed: Examined, alpha: float = 1e-3, own: Sequence[OwnFlag] | None = None
+) -> Diagnosis:
     """Influence variation and spurious neurons between two examined models.
 
     Args:
         original: The model before.
         changed: The model after.
         alpha: False-positive rate of the flags.
+        own: Flags by what the neurons' own changed weights cost, if measured
+            (:mod:`~lightning_ssiuu.functional.own_change`).
 
     Example:
         >>> from lightning_ssiuu import Facts
@@ -123,24 +190,35 @@ def diagnose(original: Examined, changed: Examined, alpha: float = 1e-3) -> Diag
         split: influence_variation(original.attribution[split], changed.attribution[split])
         for split in ("forget", "retain")
     }
-    return Diagnosis(by_split["forget"], spurious_neurons(by_split["forget"], by_split["retain"], alpha))
+    flagged = spurious_neurons(by_split["forget"], by_split["retain"], alpha)
+    mine = [] if own is None else spurious_neurons(by_split["forget"], by_split["retain"], alpha, own)
+    return Diagnosis(by_split["forget"], flagged, mine)
 
 
-def attribution_correlation(first: Mapping[str, NeuronAttribution], second: Mapping[str, NeuronAttribution]) -> float:
+def attribution_correlation(
+    first: Mapping[str, NeuronAttribution], second: Mapping[str, NeuronAttribution]
+) -> Correlation:
     """Pearson ρ between the forget-set attributions of two models, over all neurons' positive and negative influence.
 
     Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5). NaN is
     never returned: a model without any attribution correlates with nothing, 0.
 
+    Returns:
+        ρ with the interval of :func:`~lightning_ssiuu.functional.influence.correlation_interval`.
+
     Example:
         >>> from lightning_ssiuu import Facts
         >>> tiny = examine("tiny", Facts(), probe_examples=2, scores=["first_token"]).attribution
-        >>> round(attribution_correlation(tiny, tiny), 6)
+        >>> round(attribution_correlation(tiny, tiny).low, 6)
         1.0
     """
-    rho = torch.corrcoef(torch.stack([_influences(first["forget"]), _influences(second["forget"])]))[0, 1]
-    return 0.0 if rho.isnan() else rho.item()
+    return correlation_interval(influences(first["forget"]), influences(second["forget"]))
 
 
-def _influences(attribution: NeuronAttribution) -> Tensor:
+def influences(attribution: NeuronAttribution) -> Tensor:
+    """``[2 · n_neurons]`` mean positive, then mean negative influence of every neuron.
+
+    Args:
+        attribution: Of one set.
+    """
     return torch.cat([attribution.mean_maximum, attribution.mean_minimum])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -29,6 +30,28 @@ def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, 
         variation: On the forget set.
         top: Neurons averaged per module and layer.
     """
+    _save(heat_map_figure(variation, top), path)
+
+
+def heat_map_pixels(variation: InfluenceVariation, top: int = 100) -> np.ndarray:
+    """The picture of :func:`save_heat_maps` as ``[height, width, 3]`` bytes, for a logger that takes images.
+
+    Args:
+        variation: On the forget set.
+        top: Neurons averaged per module and layer.
+    """
+    canvas = FigureCanvasAgg(heat_map_figure(variation, top))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def heat_map_figure(variation: InfluenceVariation, top: int = 100) -> Figure:
+    """The figure behind :func:`save_heat_maps`.
+
+    Args:
+        variation: On the forget set.
+        top: Neurons averaged per module and layer.
+    """
     sites = variation.before.sites
     kinds: list[str] = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
     n_layers = 1 + max(site.layer for site in sites)
@@ -44,7 +67,7 @@ def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, 
         axes.set_yticks(range(len(kinds)), kinds)
         axes.title.set_fontsize(9)
         figure.colorbar(image, ax=axes)
-    _save(figure, path)
+    return figure
 
 
 def save_cumulative_curves(path: str | os.PathLike[str], variations: Mapping[str, InfluenceVariation]) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import astuple, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from lightning_ssiuu.audit.plots import save_cumulative_curves, save_heat_maps
+from lightning_ssiuu.audit.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.callbacks.loaders import first_parts, run_directory, split_loader
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import untouched
 from lightning_ssiuu.files import write_csv
-from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, Target, neuron_attribution
+from lightning_ssiuu.functional.aggregation import NeuronAttribution
+from lightning_ssiuu.functional.attribution import AttributionMethod, Target
+from lightning_ssiuu.functional.attribution_methods import attribution_method
 from lightning_ssiuu.functional.influence import (
     InfluenceVariation,
     SpuriousNeuron,
@@ -27,6 +28,7 @@ from lightning_ssiuu.functional.influence import (
 )
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.progress import progress
+from lightning_ssiuu.ranks import rank
 from lightning_ssiuu.sites import NeuronSite, neuron_sites
 
 CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))
@@ -40,9 +42,11 @@ class NeuronAttributionCallback(L.Callback):
     unlearning neurons. Loss, gradients, random states and modes are never touched, so the training trajectory is the
     same with and without this callback.
 
-    After ``fit``: ``variation`` (:class:`InfluenceVariation` on forget), ``flagged`` (list of
+    Every measurement goes to the run's loggers (``attribution/d_plus_total``, …, ``attribution/layer3.mlp_up/d_minus``;
+    to TensorBoard also the heat maps, as the image ``attribution/heat_maps``) and, with all before it, to
+    ``influence.csv``. After ``fit``: ``variation`` (:class:`InfluenceVariation` on forget), ``flagged`` (list of
     :class:`SpuriousNeuron`), ``history`` (one dictionary of totals per measurement), and under
-    ``trainer.default_root_dir`` the files ``spurious_neurons.csv``, ``plots/heat_maps.png`` and
+    ``trainer.default_root_dir`` the files ``influence.csv``, ``spurious_neurons.csv``, ``plots/heat_maps.png`` and
     ``plots/cumulative_curves.png``.
 
     Args:
@@ -52,9 +56,13 @@ class NeuronAttributionCallback(L.Callback):
         alpha: False-positive rate of the flags, in (0, 1).
         target: What is attributed: ``"sequence"``, ``"length_normalised"`` or ``"log_probability"``, see
             :func:`~lightning_ssiuu.functional.attribution.target_logps`.
-        method: Attribution method with the signature of
-            :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`; None takes activation × gradient.
+        method: Attribution method: a name of :data:`~lightning_ssiuu.functional.attribution_methods.METHODS`, or a
+            callable (or its import path) with the signature of
+            :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`, which has a target and a budget of its
+            own; None takes activation × gradient.
         write: Whether to write the files.
+        memory_budget: Bytes an attribution may take beside the weights, or ``"2GB"``: the probes are batched anew to
+            fit. None: batches of the evaluation loaders' size.
 
     Raises:
         UserError: If an argument is outside its range.
@@ -72,8 +80,9 @@ class NeuronAttributionCallback(L.Callback):
         every_n_steps: int | None = None,
         alpha: float = 1e-3,
         target: Target = "sequence",
-        method: AttributionMethod | None = None,
+        method: str | AttributionMethod | None = None,
         write: bool = True,
+        memory_budget: int | str | None = None,
     ) -> None:
         if probe_examples < 0:
             raise UserError("attribution.probe_examples", probe_examples, "a number ≥ 0")
@@ -82,7 +91,7 @@ class NeuronAttributionCallback(L.Callback):
         if not 0 < alpha < 1:
             raise UserError("attribution.alpha", alpha, "a false-positive rate in (0, 1)")
         self.probe_examples, self.every_n_steps, self.alpha = probe_examples, every_n_steps, alpha
-        self.method = method if method is not None else partial(neuron_attribution, target=target)
+        self.method = attribution_method(method, target, memory_budget, "attribution.method")
         self.write = write
         self.variation: InfluenceVariation | None = None
         self.flagged: list[SpuriousNeuron] = []
@@ -142,7 +151,7 @@ class NeuronAttributionCallback(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the original model's attributions and the history so far."""
         before = {
-            split: [a.maximum, a.positive, a.minimum, a.n_examples, a.log_probabilities]
+            split: [a.maximum, a.positive, a.minimum, a.n_examples, a.log_probabilities, a.highest_log]
             for split, a in self._before.items()
         }
         return {"before": before, "history": self.history, "measured_step": self._measured_step}
@@ -172,6 +181,10 @@ class NeuronAttributionCallback(L.Callback):
         self.history.append({"step": self._measured_step} | self.variation.summary())
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=self._measured_step)
+            _log_image(logger, self.variation, self._measured_step)
+        if self.write and trainer.is_global_zero:
+            rows = [list(entry.values()) for entry in self.history]
+            write_csv(Path(run_directory(trainer)) / "influence.csv", list(self.history[-1]), rows)
 
     def _warn_about_probability(self, before: NeuronAttribution) -> None:
         mean = torch.tensor(before.log_probabilities, dtype=torch.float64).exp().mean().item()
@@ -179,6 +192,13 @@ class NeuronAttributionCallback(L.Callback):
             state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
             text = f"the probe answers' mean P is {mean:.3g}, {state} and hence every attribution is near 0"
             warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
+
+
+def _log_image(logger: Any, variation: InfluenceVariation, step: int) -> None:
+    # TensorBoard's writer, tensorboardX's, and whatever else is one; on other ranks its stand-in does nothing.
+    add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+    if callable(add_image) and rank() == 0:
+        add_image("attribution/heat_maps", heat_map_pixels(variation), step, dataformats="HWC")
 
 
 def _answer_model(pl_module: L.LightningModule) -> AnswerModel:

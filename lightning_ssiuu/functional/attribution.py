@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.functional.micro_batches import micro_batches
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.ranks import gathered, world_size
 from lightning_ssiuu.sites import NeuronSite
 
 Target = Literal["sequence", "length_normalised", "log_probability"]
@@ -49,80 +49,6 @@ def target_logps(answers: Answers, target: Target) -> Tensor:
     return answers.logps if target == "sequence" else answers.mean_logps
 
 
-@dataclass
-class NeuronAttribution:
-    """Attributions of all neurons, aggregated over examples as they stream by.
-
-    The influence variation needs three means per neuron, nothing per example, so memory does not grow with the data.
-    Vectors are float64, concatenated over sites in the order of ``sites``.
-
-    Args:
-        sites: Where the neurons are.
-        maximum: ``[n_neurons]`` sum over examples of max_k A.
-        positive: ``[n_neurons]`` sum over examples of max(max_k A, 0).
-        minimum: ``[n_neurons]`` sum over examples of min_k A.
-        n_examples: Number of examples seen.
-        log_probabilities: The target's log-probability of each example (nats).
-
-    Example:
-        >>> site = NeuronSite("mlp_up", 0, "up", 2)
-        >>> attribution = NeuronAttribution.empty([site])
-        >>> attribution.add({site.key: torch.tensor([[1.0, -2.0]])}, {site.key: torch.tensor([[0.5, -3.0]])})
-        >>> attribution.mean_maximum, attribution.mean_positive
-        (tensor([ 1., -2.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
-    """
-
-    sites: Sequence[NeuronSite]
-    maximum: Tensor
-    positive: Tensor
-    minimum: Tensor
-    n_examples: int = 0
-    log_probabilities: list[float] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, sites: Sequence[NeuronSite]) -> NeuronAttribution:
-        """Nothing seen yet."""
-        zeros = torch.zeros(sum(site.width for site in sites), dtype=torch.float64)
-        return cls(sites, zeros.clone(), zeros.clone(), zeros.clone())
-
-    def add(self, maxima: Mapping[tuple[int, str], Tensor], minima: Mapping[tuple[int, str], Tensor]) -> None:
-        """Add a batch: per site ``[B, width]`` maxima and minima over tokens."""
-        high = torch.cat([maxima[site.key].double().cpu() for site in self.sites], dim=1)
-        low = torch.cat([minima[site.key].double().cpu() for site in self.sites], dim=1)
-        self.maximum += high.sum(0)
-        self.positive += high.clamp(min=0).sum(0)
-        self.minimum += low.sum(0)
-        self.n_examples += len(high)
-
-    @property
-    def mean_maximum(self) -> Tensor:
-        """``[n_neurons]`` mean over examples of max_k A."""
-        return self.maximum / max(self.n_examples, 1)
-
-    @property
-    def mean_positive(self) -> Tensor:
-        """``[n_neurons]`` mean over examples of max(max_k A, 0)."""
-        return self.positive / max(self.n_examples, 1)
-
-    @property
-    def mean_minimum(self) -> Tensor:
-        """``[n_neurons]`` mean over examples of min_k A."""
-        return self.minimum / max(self.n_examples, 1)
-
-    def over_ranks(self) -> NeuronAttribution:
-        """The same with the examples of all ranks, when there are several (each rank must call it)."""
-        if world_size() == 1:
-            return self
-        shares = gathered((self.maximum, self.positive, self.minimum, self.n_examples))
-        total = NeuronAttribution(self.sites, *(sum(values) for values in zip(*shares, strict=True)))
-        total.log_probabilities = [value for share in gathered(self.log_probabilities) for value in share]
-        return total
-
-    def by_site(self, values: Tensor) -> dict[tuple[int, str], Tensor]:
-        """Cut a ``[n_neurons]`` vector into the sites' parts."""
-        return dict(zip([s.key for s in self.sites], values.split([s.width for s in self.sites]), strict=True))
-
-
 #: Signature of an attribution method: model, batches (parts of a batch) and sites in, aggregated attributions out.
 AttributionMethod = Callable[[AnswerModel, Iterable[Mapping[str, Tensor]], Sequence[NeuronSite]], NeuronAttribution]
 
@@ -132,6 +58,7 @@ def neuron_attribution(
     parts: Iterable[Mapping[str, Tensor]],
     sites: Sequence[NeuronSite],
     target: Target = "sequence",
+    memory_budget: int | str | None = None,
 ) -> NeuronAttribution:
     """Attribute the answers' probability to every neuron (arXiv 2509.22263, Eq. 1): one forward, one backward a batch.
 
@@ -144,10 +71,15 @@ def neuron_attribution(
         parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
         sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
         target: See :func:`target_logps`.
+        memory_budget: Bytes a pass may take beside the weights, as a number or as ``"2GB"``: the examples are batched
+            anew to fit (:func:`~lightning_ssiuu.functional.micro_batches.micro_batches`); None: the parts as they are.
 
     Returns:
         Aggregates in units of probability (P is in [0, 1]), or of nats per token for ``"log_probability"``; positive
         values push the answer up.
+
+    Raises:
+        UserError: If the target is unknown, or the budget is no size or too small for one example.
 
     Example:
         >>> from lightning_ssiuu.models import load_model
@@ -159,13 +91,45 @@ def neuron_attribution(
         >>> attribution.n_examples, bool((attribution.maximum >= attribution.minimum).all())
         (1, True)
     """
-    result = NeuronAttribution.empty(sites)
+
+    def attribute(part: Mapping[str, Tensor], result: NeuronAttribution) -> None:
+        _attribute_batch(model, part, sites, target, result)
+
+    return streamed(model, parts, sites, attribute, memory_budget)
+
+
+def streamed(
+    model: AnswerModel,
+    parts: Iterable[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    attribute: Callable[[Mapping[str, Tensor], NeuronAttribution], None],
+    memory_budget: int | str | None = None,
+    extra: int = 0,
+) -> NeuronAttribution:
+    """What attribution methods share: evaluation mode, micro-batches on the model's device, aggregates on the CPU.
+
+    Args:
+        model: The model.
+        parts: Batches of ``input_ids, attention_mask, labels``.
+        sites: Where the neurons are.
+        attribute: Adds one batch to the aggregates.
+        memory_budget: See :func:`neuron_attribution`.
+        extra: Float32 numbers per token that the method keeps beside a pass's own.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
+        >>> streamed(model, [part], [], lambda part, result: result.count(part["labels"][:, 0])).n_examples
+        1
+    """
     device = next(model.parameters()).device
+    result = NeuronAttribution.empty(sites, device)
     with evaluation_mode(model):
-        for part in parts:
+        for part, is_real in micro_batches(model.hf, parts, sites, memory_budget, extra):
             tensors = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-            _attribute_batch(model, tensors, sites, target, result)
-    return result
+            attribute(tensors, result if is_real else NeuronAttribution.empty(sites, device))
+    return result.on_cpu()
 
 
 def input_positions(attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -180,6 +144,17 @@ def input_positions(attention_mask: Tensor, labels: Tensor) -> Tensor:
     return inside & attention_mask.bool()
 
 
+def log_factors(logps: Tensor, target: Target) -> Tensor:
+    """``[B]`` log of what a gradient of :func:`target_logps` is multiplied with: log P for P, 0 for log P itself.
+
+    Example:
+        >>> log_factors(torch.tensor([-2.0]), "sequence"), log_factors(torch.tensor([-2.0]), "log_probability")
+        (tensor([-2.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
+    """
+    wide = logps.detach().double()
+    return torch.zeros_like(wide) if target == "log_probability" else wide
+
+
 def _attribute_batch(
     model: AnswerModel,
     part: Mapping[str, Tensor],
@@ -188,39 +163,65 @@ def _attribute_batch(
     result: NeuronAttribution,
 ) -> None:
     outside = ~input_positions(part["attention_mask"], part["labels"])
-    maxima: dict[tuple[int, str], Tensor] = {}
-    minima: dict[tuple[int, str], Tensor] = {}
+    factors = torch.empty(0)
 
-    def reduce_tokens(site: NeuronSite, activation: Tensor, gradient: Tensor) -> None:
-        # Runs inside the backward pass, so that an activation's gradient lives no longer than its own step.
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        product = site.select(activation.detach()).to(wide) * site.select(gradient).to(wide)
-        hidden = outside.unsqueeze(-1)
-        maxima[site.key] = product.masked_fill(hidden, -torch.inf).amax(1)
-        minima[site.key] = product.masked_fill(hidden, torch.inf).amin(1)
+    def reduce_tokens(site: NeuronSite, product: Tensor) -> None:
+        result.add_site(site, *extremes(product, outside), factors)
 
-    with torch.enable_grad(), _captured(model, sites, reduce_tokens) as start:
-        answers = model(**part)
-        logps = target_logps(answers, target)
+    with torch.enable_grad(), captured(model, sites, reduce_tokens) as start:
+        logps = target_logps(model(**part), target)
+        factors = result.factors(log_factors(logps, target))
         # Examples do not interact, so the gradient of the sum holds each example's own gradient. Asking for the
         # embeddings' gradient alone leaves the parameters out of the graph walk: no .grad is touched.
         torch.autograd.grad(logps.sum(), start)
-    logps = logps.detach().double()
-    factor = (torch.ones_like(logps) if target == "log_probability" else logps.exp()).unsqueeze(-1)
-    result.add(
-        {key: value.double() * factor for key, value in maxima.items()},
-        {key: value.double() * factor for key, value in minima.items()},
-    )
-    result.log_probabilities += logps.tolist()
+    result.count(logps)
+
+
+def extremes(values: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima and minima over the tokens that count: ``[B, width]`` each, of ``[B, L, width]`` values.
+
+    Args:
+        values: ``[B, L, width]``.
+        outside: ``[B, L]`` bool, the tokens that do not count.
+
+    Example:
+        >>> extremes(torch.tensor([[[1.0], [-3.0], [9.0]]]), torch.tensor([[False, False, True]]))
+        (tensor([[1.]]), tensor([[-3.]]))
+    """
+    hidden = outside.unsqueeze(-1)
+    return values.masked_fill(hidden, -torch.inf).amax(1), values.masked_fill(hidden, torch.inf).amin(1)
 
 
 @contextmanager
-def _captured(
+def captured(
     model: AnswerModel,
     sites: Sequence[NeuronSite],
-    reduce_tokens: Callable[[NeuronSite, Tensor, Tensor], None],
+    receive: Callable[[NeuronSite, Tensor], None],
+    scale: float = 1.0,
 ) -> Iterator[list[Tensor]]:
-    """Hooks on embeddings and sites for one pass; yields the list that will hold the embeddings' output."""
+    """Hooks on embeddings and sites for one pass.
+
+    Args:
+        model: The model.
+        sites: Where the neurons are.
+        receive: Is given a site and its ``[B, L, width]`` activation × gradient, in float32 at least, inside the
+            backward pass, so that a gradient lives no longer than its own step.
+        scale: What the sites' activations are multiplied with on their way on. The activation handed over is the one
+            before, its gradient the one after.
+
+    Yields:
+        The list that will hold the embeddings' output, the tensor to ask the gradient of.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> model, ids, seen = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]]), []
+        >>> with captured(model, neuron_sites(model.hf)[:1], lambda site, product: seen.append(product.shape)) as start:
+        ...     logps = model(ids, ids * 0 + 1, ids).logps
+        ...     _ = torch.autograd.grad(logps.sum(), start)
+        >>> seen
+        [torch.Size([1, 4, 128])]
+    """
     start: list[Tensor] = []
     handles = []
     by_module: dict[str, list[NeuronSite]] = {}
@@ -232,16 +233,20 @@ def _captured(
         start.append(leaf)
         return leaf
 
-    def watch(module_sites: list[NeuronSite]) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+    def watch(module_sites: list[NeuronSite]) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
             # Detached: a hook that held its own tensor would keep it, and the graph behind it, alive for ever.
-            activation = output.detach()
+            activations = [output.detach()]
+            scaled = output if scale == 1.0 else output * _factors_of(module_sites, output, scale)
 
             def on_gradient(gradient: Tensor) -> None:
+                activation = activations.pop()  # and not kept until the whole graph goes
+                wide = torch.promote_types(activation.dtype, torch.float32)
                 for site in module_sites:
-                    reduce_tokens(site, activation, gradient)
+                    receive(site, site.select(activation).to(wide) * site.select(gradient).to(wide))
 
-            output.register_hook(on_gradient)
+            scaled.register_hook(on_gradient)
+            return None if scaled is output else scaled
 
         return hook
 
@@ -253,3 +258,11 @@ def _captured(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _factors_of(sites: Sequence[NeuronSite], output: Tensor, scale: float) -> Tensor:
+    """``[width]`` factors of a module's outputs: ``scale`` where a site's neurons are, else 1."""
+    factors = torch.ones_like(output[0, 0])
+    for site in sites:
+        factors[slice(None) if site.columns is None else site.columns.to(output.device)] = scale
+    return factors

@@ -6,14 +6,18 @@ means *hidden*.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import NeuronAttribution
+from lightning_ssiuu.functional.own_change import OwnFlag
+from lightning_ssiuu.sites import NeuronSite
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class SpuriousNeuron:
 
     ``attribution_before`` and ``attribution_after`` are mean negative influences (mean over forget examples of
     min_k A); ``z`` says by how many standard deviations of the retain set's D⁻ in the same module its D⁻ lies above
-    their mean.
+    their mean; ``own_cost`` is the share of the answers' probability, in [0, 1], that its unit's own changed weights
+    cost, None where flags are by D⁻.
     """
 
     module: str
@@ -120,23 +125,34 @@ class SpuriousNeuron:
     d_minus: float
     d_plus: float
     z: float
+    own_cost: float | None = None
 
 
 def spurious_neurons(
-    forget: InfluenceVariation, retain: InfluenceVariation, alpha: float = 1e-3
+    forget: InfluenceVariation,
+    retain: InfluenceVariation,
+    alpha: float = 1e-3,
+    own: Sequence[OwnFlag] | None = None,
 ) -> list[SpuriousNeuron]:
     """Flag neurons whose D⁻ on the forget set exceeds what the retain set shows for the same kind of module.
 
     The retain set was not to be unlearned, so its D⁻ is what training moves anyway: taking its (1 − α) quantile over
     all layers of a kind as the threshold sets the false-positive rate to α instead of guessing a cut-off.
 
+    D⁻ also rises in neurons whose weights nobody touched, upstream and downstream of the one that hides. With ``own``,
+    neurons are flagged by what their own changed weights cost instead (:func:`~.own_change.own_flags`): precise where a
+    few neurons hide the answer, empty where the change is spread over all weights.
+
     Args:
         forget: Variation on the forget set.
         retain: Variation on the retain set, same models, same sites.
         alpha: Share of retain neurons above the threshold, in (0, 1).
+        own: Flags by own change instead, from :func:`~.own_change.own_flags` or :func:`~.own_change.confirmed`, which
+            need the original's weights; alpha is then theirs. None flags by D⁻.
 
     Returns:
-        Flagged neurons, largest D⁻ first. None where nothing moved: the threshold itself does not flag.
+        Flagged neurons, largest D⁻ first (with ``own``: largest cost). None where nothing moved: the threshold itself
+        does not flag.
 
     Raises:
         UserError: If alpha is outside (0, 1).
@@ -159,6 +175,7 @@ def spurious_neurons(
     plus = forget.before.by_site(forget.d_plus)
     before = forget.before.by_site(forget.before.mean_minimum)
     after = forget.after.by_site(forget.after.mean_minimum)
+    costs = {((flag.layer, kind), flag.index): flag.share for flag in own or () for kind in flag.kinds}
     flagged = []
     for kind in dict.fromkeys(site.kind for site in sites):
         keys = [site.key for site in sites if site.kind == kind]
@@ -167,7 +184,8 @@ def spurious_neurons(
         # A module the retain set leaves untouched has no spread; any movement is then infinitely unusual.
         mean, spread = usual.mean(), usual.std(correction=0)
         for key in keys:
-            for index in (forget_by_site[key] > threshold).nonzero().flatten().tolist():
+            above = (forget_by_site[key] > threshold).nonzero().flatten().tolist()
+            for index in above if own is None else [i for site, i in costs if site == key]:
                 d_minus = forget_by_site[key][index]
                 flagged.append(
                     SpuriousNeuron(
@@ -179,6 +197,121 @@ def spurious_neurons(
                         d_minus.item(),
                         plus[key][index].item(),
                         ((d_minus - mean) / spread).item() if spread > 0 else torch.inf,
+                        costs.get((key, index)),
                     )
                 )
-    return sorted(flagged, key=lambda neuron: -neuron.d_minus)
+    return sorted(flagged, key=lambda neuron: -(neuron.d_minus if neuron.own_cost is None else neuron.own_cost))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson ρ with a percentile-bootstrap interval over neurons."""
+
+    rho: float
+    low: float
+    high: float
+
+
+def correlation_interval(
+    first: Tensor, second: Tensor, confidence: float = 0.95, resamples: int = 400, seed: int = 0
+) -> Correlation:
+    """Pearson ρ between two models' attributions, with a confidence interval.
+
+    Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5). The
+    interval is the percentile bootstrap over neurons. Attributions are heavy-tailed, a few neurons carry most of ρ, and
+    Fisher's z assumes normal values: its interval would be far too narrow. Neurons are not independent either, so read
+    it as the spread that the choice of neurons makes, not that of seeds or examples.
+
+    Args:
+        first: ``[n]`` attributions.
+        second: ``[n]`` of the other model, same neurons.
+        confidence: Of the interval, in (0, 1).
+        resamples: Bootstrap resamples.
+        seed: Of the resamples.
+
+    Returns:
+        Correlation; 0 where one side does not vary, never NaN.
+
+    Raises:
+        UserError: If the vectors differ in length or an argument is outside its range.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        >>> found = correlation_interval(x, torch.tensor([1.0, 3.0, 2.0, 4.0]))
+        >>> round(found.rho, 6), found.low <= found.rho <= found.high
+        (0.8, True)
+    """
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise UserError("second", tuple(second.shape), f"as many attributions as the first, {tuple(first.shape)}")
+    if not 0 < confidence < 1:
+        raise UserError("confidence", confidence, "a probability in (0, 1)")
+    if resamples < 1:
+        raise UserError("resamples", resamples, "a number ≥ 1")
+    x, y = first.double().cpu(), second.double().cpu()
+    x, y = x - x.mean(), y - y.mean()
+    moments = torch.stack([x, y, x * x, y * y, x * y], 1)
+    generator = torch.Generator().manual_seed(seed)
+    n = len(x)
+    drawn = torch.stack(
+        [
+            torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() @ moments / n
+            for _ in range(resamples)
+        ]
+    )
+    tail = (1 - confidence) / 2
+    bounds = _pearson(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Correlation(_pearson(moments.mean(0, keepdim=True)).item(), bounds[0].item(), bounds[1].item())
+
+
+def _pearson(moments: Tensor) -> Tensor:
+    """ρ from rows of mean x, y, x², y², xy; 0 where a variance is 0."""
+    x, y, xx, yy, xy = moments.unbind(1)
+    scale = ((xx - x * x).clamp(min=0) * (yy - y * y).clamp(min=0)).sqrt()
+    return torch.where(scale > 0, (xy - x * y) / scale.where(scale > 0, 1.0), 0.0).clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Mean over pairs of runs: Jaccard overlap of their flagged neurons, and what chance alone would give."""
+
+    jaccard: float
+    chance: float
+    n_pairs: int
+
+
+def flag_overlap(flagged: Sequence[Collection[SpuriousNeuron]], sites: Sequence[NeuronSite]) -> Overlap:
+    """Do runs that differ in their seed flag the same neurons?
+
+    Jaccard: flagged in both over flagged in either. Chance: the same ratio for the *expected* numbers, had each run
+    drawn as many neurons at random from each site as it flagged there; runs that merely prefer the same layer or kind
+    of module do not count as agreeing.
+
+    Args:
+        flagged: The flagged neurons of two runs or more.
+        sites: Of the model.
+
+    Raises:
+        UserError: If there are fewer than two runs.
+
+    Returns:
+        Shares in [0, 1]; a pair without any flag counts 0.
+
+    Example:
+        >>> from lightning_ssiuu.sites import NeuronSite
+        >>> def run(*indices):
+        ...     return [SpuriousNeuron("mlp_up", 0, index, 0.0, -1.0, 1.0, 0.0, 9.0) for index in indices]
+        >>> flag_overlap([run(0, 1), run(1, 2)], [NeuronSite("mlp_up", 0, "up", 8)])  # 1 of 3; 2·2/8 = 0.5 of 3.5
+        Overlap(jaccard=0.3333333333333333, chance=0.14285714285714285, n_pairs=1)
+    """
+    if len(flagged) < 2:
+        raise UserError("flagged", len(flagged), "the flags of two runs or more")
+    widths = {site.key: site.width for site in sites}
+    sets = [{(neuron.layer, neuron.module, neuron.index) for neuron in run} for run in flagged]
+    jaccard, chance = [], []
+    for one, other in combinations(sets, 2):
+        counts = [Counter((layer, module) for layer, module, _ in run) for run in (one, other)]
+        expected = sum(number * counts[1][key] / widths[key] for key, number in counts[0].items())
+        total = len(one) + len(other)
+        jaccard.append(len(one & other) / max(len(one | other), 1))
+        chance.append(expected / (total - expected) if total else 0.0)
+    return Overlap(sum(jaccard) / len(jaccard), sum(chance) / len(chance), len(jaccard))

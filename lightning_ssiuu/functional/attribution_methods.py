@@ -1,0 +1,105 @@
+"""The attribution methods by name, for the callback and the audit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.ablation_attribution import ablation_attribution
+from lightning_ssiuu.functional.aggregation import NeuronAttribution
+from lightning_ssiuu.functional.attribution import TARGETS, AttributionMethod, Target, neuron_attribution
+from lightning_ssiuu.functional.integrated_gradients import integrated_gradients, joint_integrated_gradients
+from lightning_ssiuu.functional.micro_batches import parse_bytes
+from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.sites import NeuronSite
+
+MethodName = Literal[
+    "gradient_x_activation", "log_probability", "integrated_gradients", "joint_integrated_gradients", "ablation"
+]
+
+
+def log_probability_attribution(
+    model: AnswerModel,
+    parts: Iterable[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    target: Target = "log_probability",
+    memory_budget: int | str | None = None,
+) -> NeuronAttribution:
+    """Activation × gradient of log P(y|x) / T, in nats per token: not weighed with P, whatever ``target`` is given.
+
+    Example:
+        >>> import torch
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> log_probability_attribution(model, [part], neuron_sites(model.hf)).log_scale
+        0.0
+    """
+    return neuron_attribution(model, parts, sites, "log_probability", memory_budget)
+
+
+#: Every method takes model, parts, sites, target and memory_budget.
+METHODS: dict[str, Any] = {
+    "gradient_x_activation": neuron_attribution,
+    "log_probability": log_probability_attribution,
+    "integrated_gradients": integrated_gradients,
+    "joint_integrated_gradients": joint_integrated_gradients,
+    "ablation": ablation_attribution,
+}
+
+
+def attribution_method(
+    method: str | AttributionMethod | None = None,
+    target: Target = "sequence",
+    memory_budget: int | str | None = None,
+    argument: str = "method",
+) -> AttributionMethod:
+    """The method of a name, for a target and within a memory budget; a callable is passed on as it is.
+
+    Args:
+        method: A key of :data:`METHODS`, or a callable with the signature of
+            :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`, or the import path of one; None:
+            activation × gradient.
+        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`; a callable has its own.
+        memory_budget: Bytes a pass may take beside the weights, or ``"2GB"``; a callable has its own.
+        argument: What the user calls ``method``.
+
+    Raises:
+        UserError: If there is no such method or target, or the budget is no size.
+
+    Example:
+        >>> attribution_method("ablation", "length_normalised").func.__name__
+        'ablation_attribution'
+        >>> attribution_method("shapley")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: method: got 'shapley', allowed: one of ['gradient_x_activation', \
+'log_probability', 'integrated_gradients', 'joint_integrated_gradients', 'ablation'], or the import path of a callable
+    """
+    if method is not None and not isinstance(method, str):
+        return method
+    prefix = argument.rpartition(".")[0]
+    if target not in TARGETS:
+        raise UserError(f"{prefix}.target".lstrip("."), target, f"one of {list(TARGETS)}")
+    if method is not None and method not in METHODS:
+        return _imported(method, argument)
+    if memory_budget is not None:
+        memory_budget = parse_bytes(memory_budget, f"{prefix}.memory_budget".lstrip("."))
+    return partial(METHODS[method or "gradient_x_activation"], target=target, memory_budget=memory_budget)
+
+
+def _imported(path: str, argument: str) -> AttributionMethod:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError):
+        found = None
+    if not callable(found):
+        raise UserError(argument, path, f"one of {list(METHODS)}, or the import path of a callable")
+    return found

@@ -1,0 +1,240 @@
+"""Integrated gradients of the answer's probability along the path of a site's activations from zero to what they are.
+
+Source: Sundararajan, Taly, Yan, arXiv 1703.01365 (integrated gradients, completeness), applied to a layer's output with
+a zero baseline as in the neuron conductance literature (Dhamdhere, Sundararajan, Yan, arXiv 1805.12233).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.aggregation import NeuronAttribution
+from lightning_ssiuu.functional.attribution import (
+    Target,
+    captured,
+    extremes,
+    input_positions,
+    log_factors,
+    streamed,
+    target_logps,
+)
+from lightning_ssiuu.models import AnswerModel, evaluation_mode
+from lightning_ssiuu.sites import NeuronSite
+
+Path = Literal["site", "joint"]
+PATHS: tuple[Path, ...] = ("site", "joint")
+
+
+def integrated_gradients(
+    model: AnswerModel,
+    parts: Iterable[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    target: Target = "sequence",
+    memory_budget: int | str | None = None,
+    steps: int = 16,
+    path: Path = "site",
+) -> NeuronAttribution:
+    """Attribute the answers' probability by integrated gradients (arXiv 1703.01365, Eq. 1) with a zero baseline.
+
+    ``A[i, k] = h[i, k] ∫₀¹ ∂F/∂h[i, k] dα``, where F is P(y|x) (or log P, see ``target``) with the activations of
+
+    - ``path="site"``: one site at a time, at all tokens, multiplied with α, and all after it computed anew. Complete
+      per site: summed over its neurons and tokens, A is F(x) − F(the site set to zero). A forward and a backward pass
+      per batch, site and step.
+    - ``path="joint"``: all sites multiplied with α at once, h being what a site computes from what reaches it then.
+      Complete over all sites together: A sums to F(x) − F(all of them set to zero). A forward and a backward pass per
+      batch and step.
+
+    The integral is Gauss and Legendre's sum over ``steps`` values of α, in log space per example as in
+    :func:`~lightning_ssiuu.functional.attribution.neuron_attribution`; :func:`completeness` says how good it is.
+
+    Args:
+        model: The model.
+        parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
+        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
+        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        memory_budget: See :func:`~lightning_ssiuu.functional.attribution.neuron_attribution`.
+        steps: Number of α, at least 1.
+        path: ``"site"`` or ``"joint"``.
+
+    Returns:
+        Aggregates over the tokens that are inputs to a prediction, in units of F; positive values push the answer up.
+
+    Raises:
+        UserError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites, select_sites
+        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> sites = select_sites(neuron_sites(model.hf), ["layer0.mlp_up"])
+        >>> integrated_gradients(model, [part], sites, steps=4).n_examples
+        1
+    """
+    nodes = _nodes(steps)
+    groups = _groups(sites, path)
+
+    def attribute(part: Mapping[str, Tensor], result: NeuronAttribution) -> None:
+        outside = ~input_positions(part["attention_mask"], part["labels"])
+        for group in groups:
+            values, logs = _along_path(model, part, group, target, nodes)
+            factors = result.factors(logs)
+            for site in group:
+                result.add_site(site, *extremes(values.pop(site.key), outside), factors)
+        with torch.no_grad():
+            result.count(target_logps(model(**part), target))
+
+    extra = 2 * max((sum(site.width for site in group) for group in groups), default=0)
+    return streamed(model, parts, sites, attribute, memory_budget, extra)
+
+
+def joint_integrated_gradients(
+    model: AnswerModel,
+    parts: Iterable[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    target: Target = "sequence",
+    memory_budget: int | str | None = None,
+    steps: int = 16,
+) -> NeuronAttribution:
+    """:func:`integrated_gradients` with ``path="joint"``: all sites scaled at once, the cost of ``steps`` passes.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> joint_integrated_gradients(model, [part], neuron_sites(model.hf), steps=2).n_examples
+        1
+    """
+    return integrated_gradients(model, parts, sites, target, memory_budget, steps, "joint")
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Whether attributions add up to what they explain, for one path.
+
+    Args:
+        sites: Whose activations the path scales.
+        attributed: ``[B]`` sum of A over their neurons and all tokens.
+        difference: ``[B]`` F(x) − F(their activations set to zero).
+    """
+
+    sites: Sequence[NeuronSite]
+    attributed: Tensor
+    difference: Tensor
+
+    @property
+    def error(self) -> float:
+        """Largest gap of an example, in units of F.
+
+        Example:
+            >>> Completeness([], torch.tensor([0.5, 0.1]), torch.tensor([0.5, 0.2])).error
+            0.10000000149011612
+        """
+        return (self.attributed - self.difference).abs().max().item()
+
+
+def completeness(
+    model: AnswerModel,
+    part: Mapping[str, Tensor],
+    sites: Sequence[NeuronSite],
+    target: Target = "sequence",
+    steps: int = 16,
+    path: Path = "site",
+) -> list[Completeness]:
+    """Check what :func:`integrated_gradients` promises: one entry per site, or one for all under ``path="joint"``.
+
+    Args:
+        model: The model.
+        part: A batch, on the model's device.
+        sites: Where the neurons are.
+        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        steps: Number of α.
+        path: ``"site"`` or ``"joint"``.
+
+    Raises:
+        UserError: If an argument is outside its range.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites, select_sites
+        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> (check,) = completeness(model, part, select_sites(neuron_sites(model.hf), ["layer3.mlp_down"]))
+        >>> bool(check.error < 0.01 * check.difference.abs().max() + 1e-12)
+        True
+    """
+    nodes = _nodes(steps)
+    part = {name: part[name] for name in ("input_ids", "attention_mask", "labels")}
+    checks = []
+    with evaluation_mode(model):
+        whole = _value(model, part, [], target, 1.0)
+        for group in _groups(sites, path):
+            values, logs = _along_path(model, part, group, target, nodes)
+            total = sum(value.double().sum((1, 2)) for value in values.values()) * logs.exp()
+            checks.append(Completeness(group, total, whole - _value(model, part, group, target, 0.0)))
+    return checks
+
+
+def _groups(sites: Sequence[NeuronSite], path: Path) -> list[list[NeuronSite]]:
+    if path not in PATHS:
+        raise UserError("path", path, f"one of {list(PATHS)}")
+    return [[site] for site in sites] if path == "site" else [list(sites)]
+
+
+def _nodes(steps: int) -> list[tuple[float, float]]:
+    if steps < 1:
+        raise UserError("steps", steps, "a number ≥ 1")
+    positions, weights = np.polynomial.legendre.leggauss(steps)
+    return [((1 + x) / 2, w / 2) for x, w in zip(positions.tolist(), weights.tolist(), strict=True)]
+
+
+def _value(
+    model: AnswerModel, part: Mapping[str, Tensor], sites: Sequence[NeuronSite], target: Target, scale: float
+) -> Tensor:
+    """``[B]`` F with the sites' activations scaled, float64."""
+    with torch.enable_grad(), captured(model, sites, lambda *_: None, scale):
+        logps = target_logps(model(**part), target).detach().double()
+    return logps if target == "log_probability" else logps.exp()
+
+
+def _along_path(
+    model: AnswerModel,
+    part: Mapping[str, Tensor],
+    sites: Sequence[NeuronSite],
+    target: Target,
+    nodes: Sequence[tuple[float, float]],
+) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
+    """``[B, L, width]`` integrals per site, and the ``[B]`` logarithms of what they are to be multiplied with."""
+    totals: dict[tuple[int, str], Tensor] = {}
+    reference = None
+    for alpha, weight in nodes:
+        products: dict[tuple[int, str], Tensor] = {}
+
+        def keep(site: NeuronSite, product: Tensor, products: dict[tuple[int, str], Tensor] = products) -> None:
+            products[site.key] = product
+
+        with torch.enable_grad(), captured(model, sites, keep, alpha) as start:
+            logps = target_logps(model(**part), target)
+            torch.autograd.grad(logps.sum(), start)
+        logs = log_factors(logps, target)
+        # P differs along the path by orders of magnitude: everything is relative to the largest met so far.
+        new = logs if reference is None else torch.maximum(reference, logs)
+        old = torch.zeros_like(logs) if reference is None else (reference - new).exp()
+        fresh, reference = weight * (logs - new).exp(), new
+        for key, product in products.items():
+            product *= fresh.view(-1, 1, 1).to(product.dtype)
+            if key in totals:
+                totals[key].mul_(old.view(-1, 1, 1).to(product.dtype)).add_(product)
+            else:
+                totals[key] = product
+    assert reference is not None  # nodes are never empty
+    return totals, reference

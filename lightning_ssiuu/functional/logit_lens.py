@@ -1,0 +1,144 @@
+"""Logit lens: at which layer a model prefers the true answer to a wrong one.
+
+The residual stream after every block goes through the final norm and the unembedding, as if the later blocks were not
+there (nostalgebraist 2020; used on unlearned models in arXiv 2509.22263, Sec. 5). An answer that is hidden in the last
+layers is still preferred in the middle ones; an over-unlearned one falls *below* chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.functional.metrics import multiple_choice_accuracy
+from lightning_ssiuu.models import AnswerModel, evaluation_mode
+from lightning_ssiuu.sites import SITE_TABLES
+
+#: Names of the final norm in the module that holds the blocks.
+_NORMS = ("norm", "final_layer_norm", "ln_f")
+
+
+def final_norm(model: AnswerModel) -> nn.Module:
+    """The norm between the last block and the unembedding.
+
+    Raises:
+        UserError: If the architecture is not in :data:`~lightning_ssiuu.sites.SITE_TABLES`.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> type(final_norm(AnswerModel(load_model("tiny")))).__name__
+        'LlamaRMSNorm'
+    """
+    model_type = model.hf.config.model_type
+    if model_type not in SITE_TABLES:
+        raise UserError("model", model_type, f"an architecture with a known final norm: {sorted(SITE_TABLES)}")
+    base = model.hf.get_submodule(SITE_TABLES[model_type].blocks.rpartition(".")[0])
+    return next(module for name, module in base.named_children() if name in _NORMS)
+
+
+def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
+    """Mean log-probability per answer token, read off after every block; one forward pass.
+
+    Args:
+        model: The model.
+        part: ``input_ids, attention_mask, labels``, each ``[B, L]``, on the model's device.
+
+    Returns:
+        ``[layers, B]`` in nats; the last row is the model's own.
+
+    Raises:
+        UserError: See :func:`final_norm`.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> model = AnswerModel(load_model("tiny"))
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> logps = layer_logps(model, part)
+        >>> logps.shape, torch.allclose(logps[-1], model(**part).mean_logps)
+        (torch.Size([4, 1]), True)
+    """
+    labels = part["labels"]
+    where = labels[:, 1:] != -100
+    rows, positions = where.nonzero(as_tuple=True)
+    norm, head = final_norm(model), model.hf.get_output_embeddings()
+    with torch.inference_mode(), evaluation_mode(model):
+        states = model.hf.base_model(
+            input_ids=part["input_ids"],
+            attention_mask=part["attention_mask"],
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states[1:]
+        found = []
+        for layer, state in enumerate(states):
+            hidden = state[rows, positions]
+            if layer < len(states) - 1:  # transformers has normed the last one
+                hidden = norm(hidden)
+            found.append(Answers(head(hidden), labels[:, 1:][where], rows, len(labels)).mean_logps)
+    return torch.stack(found)
+
+
+def prefers_answer(logps: Tensor, option_of: Tensor) -> Tensor:
+    """Whether the true answer beats the first distractor at every layer.
+
+    Args:
+        logps: ``[layers, options]``.
+        option_of: ``[options]`` row each option belongs to; the options of a row lie next to each other, the true
+            answer first, a distractor second. Further ones are left out: chance is one in two.
+
+    Returns:
+        ``[layers, rows]`` bool. A tie is wrong.
+
+    Raises:
+        UserError: If a row has no distractor.
+
+    Example:
+        >>> logps = torch.tensor([[-1.0, -2.0, -0.5, -3.0, -2.0], [-2.0, -1.0, -0.5, -3.0, -3.0]])
+        >>> prefers_answer(logps, torch.tensor([0, 0, 0, 1, 1]))
+        tensor([[ True, False],
+                [False, False]])
+    """
+    _, counts = option_of.unique_consecutive(return_counts=True)
+    if counts.min() < 2:
+        raise UserError("options", "an example with one option", "a true answer and a distractor for every example")
+    first = counts.cumsum(0) - counts
+    pairs = torch.stack([first, first + 1], 1).flatten()
+    rows = torch.arange(len(counts), device=option_of.device).repeat_interleave(2)
+    return torch.stack([multiple_choice_accuracy(layer[pairs], rows) for layer in logps])
+
+
+def logit_lens_accuracy(model: AnswerModel, options: Iterable[Mapping[str, Tensor]]) -> list[float]:
+    """How often the true answer beats a distractor at every layer: percent; chance is 50.
+
+    Args:
+        model: The model.
+        options: Batches of ``input_ids, attention_mask, labels`` ``[options, L]`` and ``option_of`` ``[options]``: the
+            ``options`` of an evaluation batch.
+
+    Returns:
+        One percentage per block, the last one the model's own.
+
+    Raises:
+        UserError: If there are no options, a row has no distractor, or the architecture is unknown.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> from lightning_ssiuu.models import load_model
+        >>> data = Facts(eval_batch_size=16)
+        >>> batch = next(iter(data.eval_dataloader("forget")))["forget"]
+        >>> accuracy = logit_lens_accuracy(AnswerModel(load_model("tiny")), [batch["options"]])
+        >>> len(accuracy), accuracy[-1]
+        (4, 100.0)
+    """
+    device = next(model.parameters()).device
+    right = []
+    for part in options:
+        tensors = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+        right.append(prefers_answer(layer_logps(model, tensors), part["option_of"].to(device)))
+    if not right:
+        raise UserError("options", "nothing", "at least one example")
+    return (100 * torch.cat(right, 1).double().mean(1)).tolist()

@@ -1,0 +1,171 @@
+"""Batches cut anew so that a forward and a backward pass fits a memory budget, estimated from the model's shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.ranks import gathered, world_size
+from lightning_ssiuu.sites import NeuronSite
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", re.IGNORECASE)
+#: What lies outside an answer: masked, never a label. Any token does, so 0.
+_OUTSIDE = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+#: For what kernels allocate for themselves and the allocator keeps; benchmarks/attribution.py measures it.
+_MARGIN = 1.15
+
+
+def parse_bytes(size: int | str, argument: str = "memory_budget") -> int:
+    """A size in bytes: a number, or text such as ``"2GB"`` (10⁹) or ``"512MiB"`` (2²⁰).
+
+    Raises:
+        UserError: If it is neither, or not positive.
+
+    Example:
+        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(1000)
+        (2000000000, 1572864, 1000)
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    n_bytes = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if n_bytes < 1:
+        raise UserError(argument, size, 'a size above 0: bytes, or text such as "2GB" or "512MiB"')
+    return n_bytes
+
+
+def pass_bytes(
+    hf: Any,
+    sites: Sequence[NeuronSite],
+    rows: int,
+    length: int,
+    n_labels: int,
+    gradients: bool = True,
+    extra: int = 0,
+) -> int:
+    """About how many bytes one pass takes beside the weights, an upper bound for the architectures with known sites.
+
+    Counted are, per token and layer, the outputs of all seven projections and what norms, rotations, the attention and
+    the activation function keep for the backward pass; the attention's weights where they are made at all; logits,
+    their log-softmax and gradients at the labelled positions; temporaries of one site; the aggregates.
+
+    Args:
+        hf: The transformers model.
+        sites: Those attributed.
+        rows: B.
+        length: L, tokens a row.
+        n_labels: Labelled tokens in all rows.
+        gradients: Whether a backward pass follows; without, one layer's values live at a time.
+        extra: Further float32 numbers per token that the caller keeps.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> tiny = load_model("tiny")
+        >>> sites = neuron_sites(tiny)
+        >>> pass_bytes(tiny, sites, 8, 16, 24) < pass_bytes(tiny, sites, 16, 16, 48) < 32_000_000
+        True
+    """
+    config = hf.config
+    # Of 16-bit models, norms and the attention's weights are kept in 32 bits, projections in 16.
+    item, wide = max(3, hf.dtype.itemsize), max(4, hf.dtype.itemsize)
+    width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    attention = heads * (getattr(config, "head_dim", None) or width // heads)
+    kept = layers if gradients else 1
+    per_token = kept * (8 * attention + 5 * inner + 5 * width)
+    made = getattr(config, "_attn_implementation", "eager") == "eager" or hf.dtype == torch.float64
+    weights = kept * (2 * heads if made else 1) * length
+    widest = max((site.width for site in sites), default=0)
+    per_token_wide = weights + 4 * width + 4 * widest + extra
+    n_bytes = rows * length * (item * per_token + wide * per_token_wide)
+    n_bytes += 4 * wide * n_labels * config.vocab_size
+    return int(_MARGIN * n_bytes) + 3 * 8 * sum(site.width for site in sites)
+
+
+def micro_batches(
+    hf: Any,
+    parts: Iterable[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    memory_budget: int | str | None,
+    extra: int = 0,
+) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
+    """The examples of all parts in their order, batched anew so that every pass fits the budget.
+
+    As many examples as fit go into a batch, whatever part they came in; padding beyond a batch's longest example goes.
+    On several ranks all get equally many batches, since sharded weights are gathered batch by batch: a rank with fewer
+    repeats its last one, not to be counted.
+
+    Args:
+        hf: The transformers model.
+        parts: Batches of ``input_ids, attention_mask, labels``, padded right.
+        sites: Those attributed.
+        memory_budget: Bytes, or text such as ``"2GB"``; None passes the parts on as they are.
+        extra: See :func:`pass_bytes`.
+
+    Yields:
+        A batch, and whether it counts.
+
+    Raises:
+        UserError: If the budget is no size, or too small for one example.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> ids = torch.arange(12).view(4, 3)
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
+        >>> [len(batch["labels"]) for batch, _ in micro_batches(load_model("tiny"), [part] * 2, [], "1MB")]
+        [3, 3, 2]
+    """
+    if memory_budget is None:
+        yield from ((part, True) for part in parts)
+        return
+    budget = parse_bytes(memory_budget)
+    batches = _cut(hf, parts, sites, budget, extra)
+    if world_size() == 1:
+        yield from ((batch, True) for batch in batches)
+        return
+    own = list(batches)
+    yield from ((batch, True) for batch in own)
+    for _ in range(max(gathered(len(own))) - len(own)):
+        yield own[-1], False
+
+
+def _cut(
+    hf: Any, parts: Iterable[Mapping[str, Tensor]], sites: Sequence[NeuronSite], budget: int, extra: int
+) -> Iterator[dict[str, Tensor]]:
+    rows: list[dict[str, Tensor]] = []
+    longest = labels = 0
+    for row in _rows(parts):
+        length, own = len(row["input_ids"]), int((row["labels"] != -100).sum())
+        after = max(longest, length), labels + own
+        if rows and pass_bytes(hf, sites, len(rows) + 1, *after, extra=extra) > budget:
+            yield _batched(rows)
+            rows, after = [], (length, own)
+        if not rows and (least := pass_bytes(hf, sites, 1, length, own, extra=extra)) > budget:
+            allowed = f"at least {least:,} bytes, what an example of {length} tokens needs"
+            raise UserError("memory_budget", budget, allowed)
+        rows.append(row)
+        longest, labels = after
+    if rows:
+        yield _batched(rows)
+
+
+def _rows(parts: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    for part in parts:
+        for row, mask in enumerate(part["attention_mask"]):
+            length = int(mask.nonzero()[-1]) + 1
+            yield {name: part[name][row, :length] for name in _OUTSIDE}
+
+
+def _batched(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {
+        name: torch.stack([pad(row[name], (0, longest - len(row[name])), value=outside) for row in rows])
+        for name, outside in _OUTSIDE.items()
+    }

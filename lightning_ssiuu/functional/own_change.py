@@ -1,0 +1,381 @@
+"""Own change: what a neuron's own changed weights cost the answer, apart from what it only passes on.
+
+D⁻ compares a neuron's attribution before and after. It also rises in neurons that nobody touched: upstream of a changed
+one (their gradient changed) and downstream (their input changed). Here the difference of the answers' log-probability
+between two models is instead shared out over the *weights* that differ, by integrated gradients along the straight line
+from the original's weights to the changed ones (Sundararajan et al., arXiv 1703.01365, with weights as the features):
+``C = (W' − W) ⊙ ∫₀¹ ∂log P/∂W at W + t (W' − W) dt``. A weight that did not change gets exactly 0, and all C together
+are log P' − log P.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.functional.attribution import Target, target_logps
+from lightning_ssiuu.models import AnswerModel, evaluation_mode
+from lightning_ssiuu.ranks import gathered, world_size
+from lightning_ssiuu.sites import NeuronSite
+
+#: Kinds whose weight matrix is also read column by column: column j is what the unit j before it writes.
+WRITERS = ("attn_o", "mlp_down")
+#: Kinds whose neurons of one index are one hidden unit.
+HIDDEN = ("mlp_gate", "mlp_up")
+#: Least share of the answers' probability that a flagged unit costs.
+MINIMUM_COST = 0.1
+Key = tuple[int, str]
+
+
+def site_weights(model: AnswerModel, sites: Sequence[NeuronSite]) -> dict[str, Tensor]:
+    """Copies on the CPU of the weights and biases of all sites' modules, by parameter name of ``model.hf``.
+
+    Raises:
+        UserError: If a site's module has no weight of its own (adapters, quantised weights).
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> model = AnswerModel(load_model("tiny"))
+        >>> weights = site_weights(model, neuron_sites(model.hf))
+        >>> len(weights), weights["model.layers.0.mlp.up_proj.weight"].shape
+        (28, torch.Size([384, 128]))
+    """
+    weights: dict[str, Tensor] = {}
+    for name in dict.fromkeys(site.module_name for site in sites):
+        own = dict(model.hf.get_submodule(name).named_parameters(recurse=False))
+        if "weight" not in own or not own["weight"].is_floating_point() or own["weight"].ndim != 2:
+            raise UserError("model", name, "plain weights: merge adapters, load without quantisation")
+        weights |= {f"{name}.{part}": value.detach().to("cpu", copy=True) for part, value in own.items()}
+    return weights
+
+
+@dataclass
+class OwnChange:
+    """What the changed weights of every neuron do to the answers' log-probability: mean over examples, in nats.
+
+    Negative values cost the answer. Everything is 0 where nothing changed.
+
+    Args:
+        sites: Where the neurons are.
+        rows: Per site ``[width]``: of the neuron's incoming weights and bias.
+        columns: Per site of kind attn_o and mlp_down ``[inputs]``: of the weights that each unit before it writes
+            through. Such a weight lies in a row and in a column; it counts where more changed (mean square).
+        head_size: Width of an attention head, which says what value channel an input of attn_o comes from.
+        n_examples: Number of examples.
+    """
+
+    sites: Sequence[NeuronSite]
+    rows: dict[Key, Tensor]
+    columns: dict[Key, Tensor]
+    head_size: int
+    n_examples: int = 0
+
+    def over_ranks(self) -> OwnChange:
+        """The mean over the examples of all ranks, when there are several (each rank must call it)."""
+        if world_size() == 1:
+            return self
+        counts, rows, columns = zip(*gathered((self.n_examples, self.rows, self.columns)), strict=True)
+
+        def mean(values: Sequence[dict[Key, Tensor]]) -> dict[Key, Tensor]:
+            weighted = [{k: n * v for k, v in one.items()} for n, one in zip(counts, values, strict=True)]
+            return {key: torch.stack([one[key] for one in weighted]).sum(0) / sum(counts) for key in weighted[0]}
+
+        return OwnChange(self.sites, mean(rows), mean(columns), self.head_size, sum(counts))
+
+    def units(self) -> dict[Key, Tensor]:
+        """Effect of the units of every site, ``[width]`` each; nothing is counted twice but the twins gate and up.
+
+        A hidden unit of a feed-forward network is its gate row, its up row and its down-projection *column*; a value
+        channel of a head is its row and the attn_o columns that read it. Both neurons of a hidden unit get its effect.
+        Query, key and output neurons are their rows.
+        """
+        effects = dict(self.rows)
+        for layer in dict.fromkeys(site.layer for site in self.sites):
+            hidden = [(layer, kind) for kind in HIDDEN if (layer, kind) in self.rows]
+            if hidden:
+                unit = torch.stack([self.rows[key] for key in hidden]).sum(0)
+                effects |= dict.fromkeys(hidden, unit + self.columns.get((layer, "mlp_down"), 0))
+            if (layer, "attn_v") in self.rows and (layer, "attn_o") in self.columns:
+                effects[layer, "attn_v"] = self.rows[layer, "attn_v"] + self._by_channel(layer)
+        return effects
+
+    def _by_channel(self, layer: int) -> Tensor:
+        # Query heads that share a value head are neighbours.
+        width = len(self.rows[layer, "attn_v"])
+        return self.columns[layer, "attn_o"].view(width // self.head_size, -1, self.head_size).sum(1).flatten()
+
+
+def own_change(
+    model: AnswerModel,
+    original: Mapping[str, Tensor],
+    parts: Sequence[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    target: Target = "length_normalised",
+    points: int = 8,
+) -> OwnChange:
+    """Share the change of the answers' log-probability out over the neurons whose weights changed.
+
+    Costs ``points`` forward and backward passes per batch, and memory for one gradient and one sum of each weight that
+    changed. The model is not touched: interpolated weights are put in its place only inside the passes.
+
+    Args:
+        model: The changed model, whole on this process.
+        original: :func:`site_weights` of the original; the models' other weights are taken from ``model``.
+        parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``; run through ``points`` times.
+        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
+        target: Whose logarithm is shared out, see :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        points: Points of the midpoint rule on the line between the models.
+
+    Raises:
+        UserError: If the models' sites differ, there are no examples, or ``points`` is below 1.
+
+    Example:
+        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> model = AnswerModel(load_model("tiny"))
+        >>> sites = neuron_sites(model.hf)
+        >>> original = site_weights(model, sites)
+        >>> model.hf.model.layers[1].mlp.up_proj.weight.data[7] *= -2
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
+        >>> change = own_change(model, original, [part], sites)
+        >>> [(key, values.nonzero().tolist()) for key, values in change.rows.items() if values.any()]
+        [((1, 'mlp_up'), [[7]])]
+    """
+    if points < 1:
+        raise UserError("points", points, "a number ≥ 1")
+    changed = {name: value for name, value in model.hf.named_parameters() if name in original}
+    if {name: v.shape for name, v in changed.items()} != {name: v.shape for name, v in original.items()}:
+        raise UserError("original", "weights of another model", "site_weights of a model with the same sites")
+    steps = {name: value.detach().cpu() - original[name].to(value.dtype) for name, value in changed.items()}
+    sums = {name: torch.zeros_like(step, dtype=torch.float32) for name, step in steps.items() if step.any()}
+    n_examples = sum(len(part["labels"]) for part in parts)
+    if not n_examples:
+        raise UserError("parts", "nothing", "at least one example")
+    device = next(model.parameters()).device
+    with evaluation_mode(model), torch.enable_grad():
+        for point in range(points if sums else 0):
+            back = 1 - (point + 0.5) / points
+            between = {n: (changed[n].detach() - back * steps[n].to(device)).requires_grad_() for n in sums}
+            for part in parts:
+                inputs = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+                placed = {f"hf.{name}": value for name, value in between.items()}
+                answers = torch.func.functional_call(model, placed, kwargs=inputs)
+                gradients = torch.autograd.grad(target_logps(answers, target).sum(), list(between.values()))
+                for name, gradient in zip(between, gradients, strict=True):
+                    sums[name] += gradient.float().cpu() / (points * n_examples)
+    shares = {name: (total.double() * steps[name].double()) for name, total in sums.items()}
+    return _gather(model, sites, shares, steps, n_examples)
+
+
+def _gather(
+    model: AnswerModel,
+    sites: Sequence[NeuronSite],
+    shares: Mapping[str, Tensor],
+    steps: Mapping[str, Tensor],
+    n_examples: int,
+) -> OwnChange:
+    rows, columns = {}, {}
+    for site in sites:
+        module = model.hf.get_submodule(site.module_name)
+        row = torch.zeros(site.width, dtype=torch.float64)
+        if (share := shares.get(f"{site.module_name}.weight")) is not None:
+            straight = isinstance(module, nn.Linear)  # Conv1D: [in, out]
+            share, step = (m if straight else m.T for m in (share, steps[f"{site.module_name}.weight"]))
+            if site.kind in WRITERS:
+                changed = step.double().square()
+                to_row = changed.mean(1, keepdim=True) > changed.mean(0, keepdim=True)
+                columns[site.key] = share.masked_fill(to_row, 0.0).sum(0)
+                share = share.masked_fill(~to_row, 0.0)
+            row += site.select(share.sum(1))
+        if (bias := shares.get(f"{site.module_name}.bias")) is not None:
+            row += site.select(bias)
+        rows[site.key] = row
+    return OwnChange(sites, rows, columns, _head_size(model), n_examples)
+
+
+def _crossing(kind: str, index: int, writes: Tensor, width: int, head_size: int) -> Any:
+    """Where a unit's entries are in the matrix ``[out, in]`` that it writes through: a row or columns."""
+    if kind in WRITERS:
+        return index
+    if kind in HIDDEN:
+        return slice(None), index
+    readers = writes.shape[1] // width
+    first = index // head_size * readers
+    return slice(None), [(first + head) * head_size + index % head_size for head in range(readers)]
+
+
+@dataclass(frozen=True)
+class OwnFlag:
+    """A flagged unit.
+
+    Args:
+        layer: Block number, from 0.
+        kinds: Of the neurons that it is: gate and up for a hidden unit, else one.
+        index: Which of its sites' neurons.
+        cost: Nats per example that its own change takes from the forget answers.
+    """
+
+    layer: int
+    kinds: tuple[str, ...]
+    index: int
+    cost: float
+
+    @property
+    def share(self) -> float:
+        """The cost as a share of the answers' (geometric mean) probability, in [0, 1]."""
+        return -torch.tensor(-self.cost, dtype=torch.float64).expm1().item()
+
+
+def own_flags(
+    forget: OwnChange, retain: OwnChange, alpha: float = 1e-3, minimum_cost: float = MINIMUM_COST
+) -> list[OwnFlag]:
+    """Flag units whose own change costs the forget answers more than retain shows, and a minimum.
+
+    The threshold of a kind of module is the (1 − alpha) quantile over all its neurons, in all layers, of the cost on
+    the retain set, where nothing was to be unlearned: alpha is the false-positive rate.
+
+    Args:
+        forget: On the forget set.
+        retain: On the retain set, same models, same sites.
+        alpha: Share of retain neurons above the threshold, in (0, 1).
+        minimum_cost: Smallest share of the answers' probability, in [0, 1), that a flagged unit costs.
+
+    Returns:
+        Flags, largest cost first; none where nothing changed.
+
+    Raises:
+        UserError: If an argument is outside its range.
+
+    Example:
+        >>> sites = [NeuronSite("mlp_up", 0, "up", 3), NeuronSite("mlp_down", 0, "down", 2)]
+        >>> def column(effect):
+        ...     rows = {(0, "mlp_up"): torch.zeros(3), (0, "mlp_down"): torch.zeros(2)}
+        ...     return OwnChange(sites, rows, {(0, "mlp_down"): torch.tensor([0.0, effect, 0.0])}, head_size=1)
+        >>> own_flags(column(-0.5), column(-0.1))
+        [OwnFlag(layer=0, kinds=('mlp_up',), index=1, cost=0.5)]
+    """
+    if not 0 < alpha < 1:
+        raise UserError("alpha", alpha, "a false-positive rate in (0, 1)")
+    if not 0 <= minimum_cost < 1:
+        raise UserError("minimum_cost", minimum_cost, "a share of the probability in [0, 1)")
+    costs, usual = ({key: -effect for key, effect in change.units().items()} for change in (forget, retain))
+    flags = []
+    for kind in dict.fromkeys(site.kind for site in forget.sites):
+        if kind == "mlp_up" and any(k == "mlp_gate" for _, k in costs):
+            continue  # the same units
+        keys = [site.key for site in forget.sites if site.kind == kind]
+        on_retain = torch.cat([usual[key] for key in keys]).clamp(min=0).sort().values
+        quantile = on_retain[math.ceil((1 - alpha) * (len(on_retain) - 1))].item()
+        for key in keys:
+            kinds = tuple(k for k in HIDDEN if (key[0], k) in costs) if kind in HIDDEN else (kind,)
+            for index in (costs[key] > max(quantile, -math.log1p(-minimum_cost))).nonzero().flatten().tolist():
+                flags.append(OwnFlag(key[0], kinds, index, costs[key][index].item()))
+    return sorted(flags, key=lambda flag: -flag.cost)
+
+
+@contextmanager
+def put_back(
+    model: AnswerModel, weights: Mapping[str, Tensor], flag: OwnFlag, sites: Sequence[NeuronSite]
+) -> Iterator[None]:
+    """Inside, one unit of ``model`` has the weights of another model; after it, also after an exception, its own.
+
+    Args:
+        model: The model.
+        weights: :func:`site_weights` of the other.
+        flag: Names the unit.
+        sites: Of the model.
+    """
+    by_key = {site.key: site for site in sites}
+    heads = _head_size(model)
+    places: list[tuple[Tensor, Any, Tensor]] = []
+    for kind in flag.kinds:
+        site = by_key[flag.layer, kind]
+        row = flag.index if site.columns is None else int(site.columns[flag.index])
+        places += _places(model, weights, site, row)
+    writer = by_key.get((flag.layer, "mlp_down" if flag.kinds[0] in HIDDEN else "attn_o"))
+    if writer is not None and flag.kinds[0] in (*HIDDEN, "attn_v"):
+        width = by_key[flag.layer, flag.kinds[0]].width
+        (weight, _, other), *_ = _places(model, weights, writer, 0)
+        places.append((weight, _crossing(flag.kinds[0], flag.index, weight, width, heads), other))
+    kept = [(tensor, where, tensor[where].clone()) for tensor, where, _ in places]
+    with torch.no_grad():
+        try:
+            for tensor, where, other in places:
+                tensor[where] = other[where].to(tensor)
+            yield
+        finally:
+            for tensor, where, values in reversed(kept):
+                tensor[where] = values
+
+
+def _places(
+    model: AnswerModel, weights: Mapping[str, Tensor], site: NeuronSite, row: int
+) -> list[tuple[Tensor, Any, Tensor]]:
+    module = model.hf.get_submodule(site.module_name)
+    straight = isinstance(module, nn.Linear)  # Conv1D: [in, out]
+    found = []
+    for name, parameter in module.named_parameters(recurse=False):
+        other = weights[f"{site.module_name}.{name}"]
+        turn = parameter.ndim == 2 and not straight
+        found.append((parameter.data.T if turn else parameter.data, row, other.T if turn else other))
+    return found
+
+
+def confirmed(
+    model: AnswerModel,
+    original: Mapping[str, Tensor],
+    flags: Sequence[OwnFlag],
+    parts: Sequence[Mapping[str, Tensor]],
+    sites: Sequence[NeuronSite],
+    target: Target = "length_normalised",
+    minimum_cost: float = MINIMUM_COST,
+) -> list[OwnFlag]:
+    """Those flags whose unit, put back as it was in the original, brings the answers' probability back by a share.
+
+    One forward pass per flag and batch.
+
+    Args:
+        model: The changed model; its weights are as before on return.
+        original: :func:`site_weights` of the original.
+        flags: From :func:`own_flags`.
+        parts: The forget batches.
+        sites: Of the model.
+        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        minimum_cost: Keep a flag if ``1 − P / P(unit put back)``, P the mean over examples, is at least this.
+
+    Returns:
+        The flags that hold, with the cost that was measured, ``log(P(unit put back) / P)``; largest first.
+    """
+    now = _log_mean(model, parts, target)
+    kept = []
+    for flag in flags:
+        with put_back(model, original, flag, sites):
+            cost = _log_mean(model, parts, target) - now
+        if cost >= -math.log1p(-minimum_cost):
+            kept.append(replace(flag, cost=cost))
+    return sorted(kept, key=lambda flag: -flag.cost)
+
+
+def _log_mean(model: AnswerModel, parts: Sequence[Mapping[str, Tensor]], target: Target) -> float:
+    device = next(model.parameters()).device
+    logps = []
+    with torch.inference_mode(), evaluation_mode(model):
+        for part in parts:
+            inputs = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+            logps.append(target_logps(model(**inputs), target).double())
+    values = torch.cat(logps)
+    return (values.logsumexp(0) - math.log(len(values))).item()
+
+
+def _head_size(model: AnswerModel) -> int:
+    config = model.hf.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
