@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import evaluate
-from lightning_ssiuu.functional.attribution import NeuronAttribution, Target, neuron_attribution
+from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, Target, neuron_attribution
 from lightning_ssiuu.functional.influence import (
     Correlation,
     InfluenceVariation,
@@ -85,6 +86,7 @@ def examine_model(
     target: Target = "sequence",
     scores: Sequence[str] | None = None,
     also: Sequence[str] = (),
+    method: AttributionMethod | None = None,
 ) -> Examined:
     """The same for a model in memory.
 
@@ -96,6 +98,7 @@ def examine_model(
         target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
         scores: Names, None for all that need no generated text.
         also: Names of scores to add to those.
+        method: Attribution method with its own target; None: activation × gradient of ``target``.
 
     Raises:
         UserError: If the tokenizer splits text differently from the data module's.
@@ -104,11 +107,15 @@ def examine_model(
         raise UserError("model", tokenizer.name_or_path, "models that share one tokenizer")
     wanted = None if scores is None else list(dict.fromkeys([*scores, *also]))
     measured = evaluate(model, tokenizer, data.val_dataloader(), wanted, also)
-    return Examined(measured, attributions(model, data, probe_examples, target))
+    return Examined(measured, attributions(model, data, probe_examples, target, method))
 
 
 def attributions(
-    model: AnswerModel, data: UnlearningDataModule, probe_examples: int = 64, target: Target = "sequence"
+    model: AnswerModel,
+    data: UnlearningDataModule,
+    probe_examples: int = 64,
+    target: Target = "sequence",
+    method: AttributionMethod | None = None,
 ) -> dict[str, NeuronAttribution]:
     """Attribute a model's answers on the first examples of the forget and the retain set, over all ranks.
 
@@ -117,6 +124,7 @@ def attributions(
         data: The data module.
         probe_examples: Examples per set, over all ranks.
         target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        method: Attribution method with its own target; None: activation × gradient of ``target``.
 
     Returns:
         ``{"forget": ..., "retain": ...}``, the same on every rank.
@@ -128,12 +136,12 @@ def attributions(
         2
     """
     sites = neuron_sites(model.hf)
+    method = method or partial(neuron_attribution, target=target)
     return {
-        split: neuron_attribution(
+        split: method(
             model,
             progress(first_parts(data.eval_dataloader(split), split, probe_examples), f"attribution, {split}"),
             sites,
-            target,
         ).over_ranks()
         for split in ("forget", "retain")
     }

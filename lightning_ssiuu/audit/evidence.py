@@ -1,0 +1,331 @@
+"""What the verdict of an audit rests on: the floor of the forget score, relearning, and undoing the flagged neurons."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons, output_columns, patched
+from lightning_ssiuu.attacks.outcomes import forget_score
+from lightning_ssiuu.attacks.records import read_attacks
+from lightning_ssiuu.attacks.relearning import (
+    RecoveryCurve,
+    Snapshot,
+    check_attack,
+    relearn,
+    spread,
+    table,
+)
+from lightning_ssiuu.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
+from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.devices import Devices
+from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.evaluation import mismatched_level
+from lightning_ssiuu.functional.influence import SpuriousNeuron
+from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.progress import progress
+from lightning_ssiuu.runs import naming, run_of
+from lightning_ssiuu.sites import NeuronSite
+
+#: Draws of random neurons that flagged ones are compared with.
+DRAWS = 5
+#: Of many flagged neurons this many are also undone alone: undoing hundreds breaks any model.
+FEW = 10
+_CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")
+#: Attacks of ``attack.json`` that relearn.
+_RELEARNING = ("harmful", "benign")
+
+
+@dataclass(frozen=True)
+class RelearningProbe:
+    """The small harmful attack that ``audit`` makes where the run was not attacked.
+
+    Args:
+        p: Attacked fraction of the forget set; the disjoint rest is scored.
+        learning_rates: AdamW's. The default suits small models; the paper's for 3 B parameters is 1e-5, 5e-6, 1e-6.
+        seeds: Of the selection and the order; at least two for a spread.
+        epochs: Passes over the attack set.
+        batch_size: Attack sequences per step, over all devices.
+
+    Raises:
+        UserError: If an option is outside its range.
+
+    Example:
+        >>> RelearningProbe(p=1.0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.errors.UserError: probe.p: got 1.0, allowed: a fraction in (0, 1)
+    """
+
+    p: float = 0.2
+    learning_rates: Sequence[float] = (3e-4, 1e-3)
+    seeds: Sequence[int] = (0, 1, 2)
+    epochs: int = 5
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.p < 1:
+            raise UserError("probe.p", self.p, "a fraction in (0, 1)")
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
+            if not values:
+                raise UserError(f"probe.{name}", list(values), "at least one value")
+        try:
+            check_attack("probability", self.learning_rates, self.epochs)
+        except UserError as error:
+            raise UserError(f"probe.{error.argument}", error.value, error.allowed) from error
+
+    def cells(self, data: UnlearningDataModule) -> list[RelearnDataModule]:
+        """What is trained on and what is scored, one for each seed."""
+        options = {"kind": "harmful", "p": self.p, "batch_size": self.batch_size}
+        return [RelearnDataModule(data, seed=seed, **options) for seed in self.seeds]  # type: ignore[arg-type]
+
+
+def chance_level(
+    score: str, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule
+) -> float:
+    """What a forget score is worth without any knowledge, in percent.
+
+    One over the number of options for choices among options; 0 for scores of which nothing is known.
+
+    Args:
+        score: A score's name.
+        model: The original model.
+        tokenizer: Its tokenizer.
+        data: The data module.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> from lightning_ssiuu.models import load_model
+        >>> model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
+        >>> round(chance_level("multiple_choice", model, tokenizer, Facts()), 1)
+        33.3
+    """
+    if score in _CHOICES:
+        return 100 * mean(1 / (1 + len(example.distractors)) for example in data.splits.forget)
+    try:
+        return mismatched_level(score, model, tokenizer, data.eval_dataloader("forget"))
+    except UserError:
+        return 0.0
+
+
+def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict[str, Any] | None:
+    """The relearning attacks that the run's ``attack.json`` knows of.
+
+    Args:
+        unlearned: The unlearned model's checkpoint.
+        score: Only attacks with this score; None: that of the first.
+        oracle: Whether only attacks with the oracle beside them count.
+
+    Returns:
+        ``{"source", "score", "attacks", "curves"}``, or None where there are none.
+
+    Raises:
+        UserError: If there is an ``attack.json`` that this version did not write.
+
+    Example:
+        >>> recorded_relearning("tiny", None, oracle=False) is None
+        True
+    """
+    if (run := run_of(unlearned)) is None:
+        return None
+    content = read_attacks(run)
+    rows = [
+        row
+        for row in content["attacks"]
+        if row["kind"] in _RELEARNING
+        and row.get("score") == (score or row.get("score"))
+        and ("oracle" in row or not oracle)
+    ]
+    rows = [row for row in rows if row["score"] == rows[0]["score"]]
+    if not rows:
+        return None
+    kept = {(row["attack"], row["p"]) for row in rows}
+    curves = [curve for curve in content["curves"] if (curve["attack"], curve["p"]) in kept]
+    return {"source": "attack.json", "score": rows[0]["score"], "attacks": rows, "curves": curves}
+
+
+def probe_relearning(
+    models: Mapping[str, str], cells: Sequence[RelearnDataModule], probe: RelearningProbe, score: str, where: Devices
+) -> dict[str, Any]:
+    """Attack the unlearned model, and the oracle in the same way; only one model is in memory at a time.
+
+    Args:
+        models: Checkpoints by name: ``"unlearned"`` and perhaps ``"oracle"``.
+        cells: From :meth:`RelearningProbe.cells`.
+        probe: Options.
+        score: The forget score's name.
+        where: Launched.
+
+    Returns:
+        As :func:`recorded_relearning`, source ``"probe"``, and its options.
+    """
+    curves: list[RecoveryCurve] = []
+    for name, checkpoint in models.items():
+        with naming(name):
+            model, tokenizer = where.load(checkpoint), load_tokenizer(checkpoint)
+        snapshot = Snapshot(model)
+        sweep = [(cell, learning_rate) for cell in cells for learning_rate in probe.learning_rates]
+        with _seed_kept():
+            for cell, learning_rate in progress(sweep, f"relearning, {name}"):
+                curves.append(relearn(model, tokenizer, cell, learning_rate, probe.epochs, score, name, where))
+                snapshot.restore()
+        del model, snapshot
+        gc.collect()
+    rows = [{"attack": "harmful", "score": score, **row} for row in table(curves)]
+    options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}
+    found = [{"attack": "harmful", **asdict(curve)} for curve in curves]
+    return {"source": "probe", "score": score, "options": options, "attacks": rows, "curves": found}
+
+
+@contextmanager
+def _seed_kept() -> Iterator[None]:
+    """An attack seeds everything; the audit's own seed, and who draws after it, are not to notice."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ.pop(name, None) for name in names}
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def relearning_evidence(rows: Sequence[Mapping[str, Any]], forgetting: Forgetting) -> list[Evidence]:
+    """The share of what was lost that each attack brings back, seed by seed.
+
+    ``(highest − reference) / (original − reference)``, where the reference is the oracle's highest score under the same
+    attack, else the floor, and in any case no less than the score before the attack: what was not lost cannot return.
+
+    Args:
+        rows: Of ``attack.json``.
+        forgetting: With the original's score and the floor.
+
+    Example:
+        >>> unlearned = {"before": {"per_seed": [10.0, 10.0]}, "forget_score": {"per_seed": [50.0, 58.0]}}
+        >>> row = {"attack": "harmful", "p": 0.1, "unlearned": unlearned}
+        >>> print(relearning_evidence([row], Forgetting("probability", 90.0, 10.0, 2.0, "chance"))[0].share)
+        55 % (23 to 87 %)
+    """
+    evidence = []
+    for row in rows:
+        unlearned, oracle = row["unlearned"], row.get("oracle")
+        highest, before = unlearned["forget_score"]["per_seed"], unlearned["before"]["per_seed"]
+        others = oracle["forget_score"]["per_seed"] if oracle else [forgetting.floor] * len(highest)
+        references = [max(pair) for pair in zip(before, others, strict=True)]
+        lost = [forgetting.original - reference for reference in references]
+        # Where the attack leaves nothing to come back, nothing can be said of how much did.
+        share = Share(math.nan, -math.inf, math.inf, len(highest))
+        if min(lost) > 0:
+            came = [high - reference for high, reference in zip(highest, references, strict=True)]
+            share = share_of_seeds([one / all_ for one, all_ in zip(came, lost, strict=True)])
+        name = row["attack"].replace("_", " ")
+        size = "" if row["p"] is None else f" with {100 * row['p']:g} % of the forget set"
+        short = f"relearning, {name}" + ("" if row["p"] is None else f" {100 * row['p']:g} %")
+        beyond = "the oracle under the same attack" if oracle else "the score before it"
+        edge = (
+            ""
+            if unlearned.get("inside_grid", True)
+            else "a lower bound: the highest score lies at the edge of the grid"
+        )
+        what = f"the {name} relearning attack{size}"
+        evidence.append(Evidence("relearning", short, what, share, beyond, edge))
+    return evidence
+
+
+def undo_neurons(
+    original: str,
+    unlearned: str,
+    sites: Sequence[NeuronSite],
+    flags: Mapping[str, Sequence[SpuriousNeuron]],
+    data: UnlearningDataModule,
+    score: str,
+    where: Devices,
+) -> dict[str, Any]:
+    """Put flagged neurons back to what they were before unlearning, and to zero, beside as many random ones.
+
+    Args:
+        original: Checkpoint.
+        unlearned: Checkpoint.
+        sites: The models' sites.
+        flags: Flagged neurons by what they are flagged by, the worst first; all of them are undone, and the first
+            :data:`FEW` alone.
+        data: Whose forget set is scored.
+        score: A teacher-forced score.
+        where: Launched.
+
+    Returns:
+        ``{"score", "rows"}``; a row has ``flags`` (what they are flagged by), ``which`` (``"all"``, ``"worst"``),
+        ``variant`` (``"original"``, ``"zero"``), ``n_neurons``, ``before``, ``forget_score`` (percent) and ``control``,
+        the spread over :data:`DRAWS` draws. No rows where nothing is flagged.
+    """
+    sets: dict[tuple[str, str], list[list[Neuron]]] = {}
+    for name, flagged in flags.items():
+        neurons: list[Neuron] = [(neuron.layer, neuron.module, neuron.index) for neuron in flagged]
+        for which, chosen in (("worst", neurons[:FEW]), ("all", neurons)):
+            if chosen and (which == "all" or len(neurons) > FEW):
+                sets[name, which] = [chosen, *(control_neurons(sites, chosen, draw) for draw in range(DRAWS))]
+    rows: list[dict[str, Any]] = []
+    if sets:
+        everything = [neuron for several in sets.values() for one in several for neuron in one]
+        recording = Recording(output_columns(sites, everything))
+        with naming("original"):
+            model, tokenizer = where.load(original), load_tokenizer(original)
+        with recording.of(model.hf):
+            forget_score(model, tokenizer, data, score)
+        del model
+        with naming("unlearned"):
+            model, tokenizer = where.load(unlearned), load_tokenizer(unlearned)
+        before = forget_score(model, tokenizer, data, score)
+        cells = [(variant, *one) for variant in ("original", "zero") for one in sets.items()]
+        for variant, (name, which), several in progress(cells, "undoing neurons"):
+            values = recording if variant == "original" else None
+            scores = []
+            for one in several:
+                with patched(model.hf, output_columns(sites, one), values):
+                    scores.append(forget_score(model, tokenizer, data, score))
+            found = {"flags": name, "which": which, "variant": variant, "n_neurons": len(several[0]), "before": before}
+            rows.append(found | {"forget_score": scores[0], "control": spread(scores[1:])})
+    return {"score": score, "rows": rows}
+
+
+def neuron_evidence(ablation: Mapping[str, Any], original: float) -> list[Evidence]:
+    """The share of what was lost that comes back with the flagged neurons at zero, beyond as many random ones.
+
+    Only zero counts: it adds nothing that the unlearned model does not hold itself. The activations from before
+    unlearning carry the answers with them, and bring some back even in a model that never saw them.
+
+    Args:
+        ablation: From :func:`undo_neurons`.
+        original: The original model's forget score, percent.
+
+    Example:
+        >>> row = {"flags": "D⁻", "which": "all", "variant": "zero", "n_neurons": 2, "before": 10.0}
+        >>> row |= {"forget_score": 50.0, "control": {"per_seed": [10.0, 12.0]}}
+        >>> print(neuron_evidence({"rows": [row]}, 90.0)[0].share)
+        49 % (35 to 62 %)
+    """
+    evidence = []
+    for row in ablation["rows"]:
+        if row["variant"] != "zero" or (lost := original - row["before"]) <= 0:
+            continue
+        restored, *controls = (
+            (score - row["before"]) / lost for score in (row["forget_score"], *row["control"]["per_seed"])
+        )
+        n, which = row["n_neurons"], row["which"]
+        what = f"setting {'all' if which == 'all' else 'the worst'} {n} neurons flagged by {row['flags']} to zero"
+        share = share_above_controls(restored, controls)
+        name = f"{which} {n} by {row['flags']} to zero"
+        evidence.append(Evidence("neurons", name, what, share, "as many random neurons"))
+    return evidence

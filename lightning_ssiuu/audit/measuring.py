@@ -1,0 +1,228 @@
+"""Everything an audit measures on a model while it is loaded: each is loaded once for it, and alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.audit.diagnosis import Examined, examine_model
+from lightning_ssiuu.audit.evidence import chance_level
+from lightning_ssiuu.audit.verdict import Forgetting
+from lightning_ssiuu.callbacks.loaders import first_parts
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.devices import Devices
+from lightning_ssiuu.evaluated import Evaluated
+from lightning_ssiuu.evaluation import SCORES, untouched
+from lightning_ssiuu.functional.attribution import AttributionMethod, Target
+from lightning_ssiuu.functional.logit_lens import layer_logps, prefers_answer
+from lightning_ssiuu.functional.own_change import OwnFlag, own_change, own_flags, site_weights
+from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.ranks import gathered
+from lightning_ssiuu.runs import naming
+from lightning_ssiuu.sites import neuron_sites
+
+#: Forget examples shown with ``show_text``.
+SHOWN_EXAMPLES = 12
+
+
+@dataclass
+class Findings:
+    """What was measured.
+
+    Args:
+        examined: Scores and attributions by the model's name.
+        chance: Forget score without any knowledge, percent; of use where there is no oracle.
+        own: Flags by what the unlearned model's own changed weights cost; None: not measured.
+        lens: Of every model: per layer, mean log-probability per token of the true answer (``"answer"``) and of a wrong
+            one (``"distractor"``), nats, and how often the true one is preferred (``"accuracy"``, percent); empty where
+            the data have no distractors.
+        answers: Greedy answers to the first forget examples, by the model's name and the example's id; empty unless
+            asked for.
+    """
+
+    examined: dict[str, Examined] = field(default_factory=dict)
+    chance: float = 0.0
+    own: list[OwnFlag] | None = None
+    lens: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    answers: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    def forgetting(self, score: str) -> Forgetting:
+        """What happened to the forget score, and its floor: the oracle's score, else chance.
+
+        Args:
+            score: Its name.
+        """
+        measured = {name: one.scores["forget"][score] for name, one in self.examined.items()}
+        floor, floor_is = self.chance, "chance"
+        if "oracle" in measured:
+            floor, floor_is = measured["oracle"], "the oracle's"
+        return Forgetting(score, measured["original"], measured["unlearned"], floor, floor_is)
+
+    def examples(self, data: UnlearningDataModule) -> list[dict[str, Any]]:
+        """The shown examples with both models' answers; empty unless asked for.
+
+        Args:
+            data: The data module.
+        """
+        if not self.answers:
+            return []
+        original, unlearned = self.answers["original"], self.answers["unlearned"]
+        return [
+            {
+                "example_id": example.example_id,
+                "question": example.question,
+                "answer": example.answer,
+                "original": original[example.example_id],
+                "unlearned": unlearned[example.example_id],
+            }
+            for example in data.splits.forget
+            if example.example_id in original
+        ]
+
+
+def measure(
+    checkpoints: Mapping[str, str],
+    data: UnlearningDataModule,
+    where: Devices,
+    probe_examples: int,
+    target: Target,
+    scores: Sequence[str] | None,
+    score: str,
+    alpha: float = 1e-3,
+    own: bool = True,
+    show_text: bool = False,
+    method: AttributionMethod | None = None,
+) -> Findings:
+    """Load one model after the other and measure.
+
+    Args:
+        checkpoints: By name; ``"original"`` and ``"unlearned"`` at least.
+        data: The data module to judge by.
+        where: Launched.
+        probe_examples: Examples per set for the attribution, over all devices.
+        target: What is attributed.
+        scores: Names, None for all that need no generated text.
+        score: The forget score of the verdict, measured in any case.
+        alpha: False-positive rate of the flags by own change.
+        own: Whether to flag neurons of the unlearned model by their own change, which keeps the original's weights in
+            main memory; never done on weights that are cut over devices.
+        show_text: Whether to keep answers to forget examples.
+        method: Attribution method with its own target; None: activation × gradient of ``target``.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> models = {"original": "tiny", "unlearned": "tiny"}
+        >>> found = measure(models, Facts(), Devices("cpu"), 2, "sequence", ["first_token"], "probability")
+        >>> found.forgetting("probability").share, round(found.chance, 1)
+        (0.0, 2.3)
+    """
+    found, weights = Findings(), dict[str, Tensor]()
+    also = list(dict.fromkeys([score, forced_score(score)]))
+    for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model", disable=not where.is_first):
+        with naming(name):
+            model, tokenizer = where.load(checkpoint), load_tokenizer(checkpoint)
+            found.examined[name] = examine_model(model, tokenizer, data, probe_examples, target, scores, also, method)
+        if name == "original" and "oracle" not in checkpoints:
+            found.chance = chance_level(score, model, tokenizer, data)
+        if not where.sharded:
+            if lens := answer_lens(model, data):
+                found.lens[name] = lens
+            if own and name == "original":
+                weights = site_weights(model, neuron_sites(model.hf))
+            if own and name == "unlearned":
+                found.own = _own_change(model, weights, data, probe_examples, target, alpha)
+                weights = {}
+        if show_text and name in ("original", "unlearned"):
+            found.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, where.n_ranks))
+        del model
+    return found
+
+
+def _own_change(
+    model: AnswerModel,
+    weights: Mapping[str, Tensor],
+    data: UnlearningDataModule,
+    probe_examples: int,
+    target: Target,
+    alpha: float,
+) -> list[OwnFlag]:
+    parts = [first_parts(data.eval_dataloader(split), split, probe_examples) for split in ("forget", "retain")]
+    forget, retain = (own_change(model, weights, part, neuron_sites(model.hf), target).over_ranks() for part in parts)
+    return own_flags(forget, retain, alpha)
+
+
+def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, list[float]]:
+    """The forget answers as they stand after every layer, see :class:`Findings`; empty without distractors.
+
+    Args:
+        model: The model, whole on this process.
+        data: The data module.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> from lightning_ssiuu.models import load_model
+        >>> lens = answer_lens(AnswerModel(load_model("tiny")), Facts())
+        >>> len(lens["answer"]), lens["accuracy"][-1]
+        (4, 100.0)
+    """
+    device = next(model.parameters()).device
+    columns: list[Tensor] = []
+    for batch in data.eval_dataloader("forget"):
+        if "options" not in batch["forget"]:
+            return {}
+        options = move_data_to_device(batch["forget"]["options"], device)
+        of = options["option_of"]
+        logps = layer_logps(model, {name: options[name] for name in ("input_ids", "attention_mask", "labels")})
+        first = torch.ones_like(of, dtype=torch.bool)
+        first[1:] = of[1:] != of[:-1]
+        true = first.nonzero().flatten()
+        preferred = 100 * prefers_answer(logps, of).double()
+        columns.append(torch.stack([logps[:, true].double(), logps[:, true + 1].double(), preferred]).cpu())
+    means = torch.cat([share for rank in gathered(columns) for share in rank], 2).mean(2).tolist()
+    return dict(zip(("answer", "distractor", "accuracy"), means, strict=True))
+
+
+def forced_score(score: str) -> str:
+    """The score by which undoing neurons is judged: the verdict's, or probability where that generates text.
+
+    Example:
+        >>> forced_score("rouge_l"), forced_score("all_tokens")
+        ('probability', 'all_tokens')
+    """
+    return "probability" if SCORES[score].generates else score
+
+
+@torch.no_grad()
+def forget_answers(
+    model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule, n_examples: int
+) -> dict[int, str]:
+    """Greedy answers to the first forget questions, by example id, on every rank.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        data: The data module.
+        n_examples: How many, over all ranks.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> from lightning_ssiuu.models import load_model
+        >>> answers = forget_answers(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), Facts(), 2)
+        >>> len(answers)
+        2
+    """
+    device = next(model.parameters()).device
+    answers: dict[int, str] = {}
+    with untouched(model):
+        for batch in data.eval_dataloader("forget", data.splits.forget[:n_examples]):
+            part = move_data_to_device(batch["forget"], device)
+            texts = Evaluated(model, tokenizer, part).generations
+            answers |= dict(zip(part["example_id"].tolist(), texts, strict=True))
+    return {example: text for share in gathered(answers) for example, text in share.items()}
