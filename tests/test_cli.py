@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_ssiuu import NeuronAttributionCallback, __main__
 from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 
-
 SEEDED = (*SHORT, "--seed_everything", "3")
 
 
