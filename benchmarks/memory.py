@@ -23,7 +23,6 @@ import sys
 import tempfile
 import warnings
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from shapes import random_llama
-from timing import markdown
+from timing import allocated_peak, markdown
 
 from lightning_ssiuu import (
     AttributionRegularizer,
@@ -183,9 +182,7 @@ class _Allocated(L.Callback):
     def peak(self) -> int:
         """Bytes, the weights among them."""
         self.profiler.stop()
-        events = self.profiler.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events) if e.name() == "[memory]")
-        return self.weights + max(accumulate((size for *_, size in changes), initial=0))
+        return self.weights + allocated_peak(self.profiler)
 
 
 def _packing(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -6,7 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.reference import LiveReference
 
 Batch = dict[str, dict[str, Tensor]]
+T = TypeVar("T")
 
 
 def random_batch(vocabulary: int, batch: int, length: int, device: torch.device | str = "cpu") -> Batch:
@@ -108,12 +110,19 @@ def peak_bytes(device: torch.device, reset: bool = False) -> int | None:
     return peak
 
 
-def alternating(steps: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+def allocated_peak(profiler: torch.profiler.profile) -> int:
+    """Most bytes allocated on the CPU while torch's profiler looked (``profile_memory=True``), above its start."""
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events) if e.name() == "[memory]")
+    return max(accumulate((size for *_, size in changes), initial=0))
+
+
+def alternating(steps: Mapping[str, Callable[[], T]], repeats: int, warm_up: int = 2) -> dict[str, list[T]]:
     """Seconds of every variant, in turn, so that what else the machine does meets all of them alike."""
     for _ in range(warm_up):
         for run in steps.values():
             run()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[T]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, run in steps.items():
             times[name].append(run())

@@ -310,6 +310,8 @@ class UnlearningModule(L.LightningModule):
             return displaced_step(self, batch)
         with self._step_memory:
             losses: dict[str, Tensor] = {}
+            if self.regularizer is not None and "forget" in batch:
+                self.regularizer.before_forward(self.model, batch["forget"])
             if "forget" in batch and self.forget_weight > 0:
                 losses["forget_loss"] = self.forget_loss(batch["forget"])
             if "retain" in batch and self.retain_weight > 0:
@@ -319,6 +321,7 @@ class UnlearningModule(L.LightningModule):
             loss = sum(getattr(self, name.replace("loss", "weight")) * value for name, value in losses.items())
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
+                self.regularizer.before_backward(self.model, loss)
         self.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
         return loss
 

@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.attribution import target_logps
 from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.layer_gradients import Sums
 from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule, check_choice
 from lightning_ssiuu.regularizers.shards import (
-    chunks,
+    blocks,
     local_state,
     over_shards,
     reduced,
@@ -28,6 +30,7 @@ from lightning_ssiuu.regularizers.shards import (
     shard_like,
     trained_parameters,
 )
+from lightning_ssiuu.single_pass import NotExact, SinglePass
 from lightning_ssiuu.sites import neuron_sites, select_sites
 
 
@@ -101,9 +104,8 @@ class AttributionRegularizer(AttributionPenalty):
     """Adds ``2λ (A_t − A_anchor) g`` to the gradient of every parameter whose attribution ``A_t = φ g`` is negative.
 
     ``g = Σ_b ∂P_b/∂φ`` over the forget sequences of an optimiser step, P_b the probability of answer b; both g and A
-    are held constant (first order). The first step has no anchor and hence no penalty. g is taken by a backward pass
-    of its own through the objective's forward pass, which is right under one process, DDP and FSDP2 alike; it is
-    summed over micro-batches and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
+    are held constant (first order). The first step has no anchor and hence no penalty. g is summed over micro-batches
+    and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
 
     Args:
         weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
@@ -120,10 +122,16 @@ class AttributionRegularizer(AttributionPenalty):
             ``"adaptive"`` (with ``weight_mode: relative``) keeps the ratio of norms on average instead of in every
             step. See :class:`lightning_ssiuu.regularizers.penalty.Penalty`.
         schedule_steps: Length of the schedule in optimiser steps, ≥ 1.
+        passes: How g is taken. ``"two"``: by a backward pass of its own through the objective's forward pass, right
+            under any strategy and with any loss. ``"one"``: in the loss's backward pass, by a second product per layer
+            (:mod:`lightning_ssiuu.single_pass`), which costs about half as much. It is the same but for rounding where
+            the forget loss is a function of the answers' log-probabilities (GradientAscent, GradientDifference, NPO,
+            SimNPO, DPO, ...), whole weights or adapters train, and every trained layer is a known one. ``"auto"`` takes
+            one pass where that holds and otherwise two, with a line in the log that says why.
 
     Raises:
         UserError: If an argument is outside its range; when training starts, if ``modules`` names nothing or nothing
-            that is trained.
+            that is trained, or with ``passes: one`` if one is not the same as two.
 
     Example:
         >>> AttributionRegularizer(weight=-1.0)
@@ -132,15 +140,45 @@ class AttributionRegularizer(AttributionPenalty):
         lightning_ssiuu.errors.UserError: regularizer.weight: got -1.0, allowed: a finite number ≥ 0
     """
 
-    _gradients: list[Tensor] | None = None  # g / e^scale, summed over the micro-batches of this step
+    _gradients: list[Tensor | None] | None = None  # g / e^scale of this step so far; None where nothing was added
     _anchor: dict[str, Tensor] | None = None  # A / e^anchor_scale by parameter, a shard where that is one
+
+    def __init__(
+        self,
+        weight: float = 1e-3,
+        weight_mode: WeightMode = "absolute",
+        anchor: Literal["previous", "original"] = "previous",
+        target: Literal["sequence", "length_normalised"] = "sequence",
+        modules: list[str] | None = None,
+        weight_schedule: WeightSchedule = "constant",
+        schedule_steps: int = 10,
+        passes: Literal["auto", "one", "two"] = "auto",
+    ) -> None:
+        super().__init__(weight, weight_mode, anchor, target, modules, weight_schedule, schedule_steps)
+        check_choice("passes", passes, ("auto", "one", "two"))
+        self.passes = passes
+        self._single: SinglePass | None = None if passes == "two" else SinglePass()
+        # What the loss's backward pass is to add: the answers, and each sequence's weight of ∂log P.
+        self._pending: tuple[Answers, Tensor] | None = None
 
     def prepare(self, module: Any) -> None:
         """Refuse ``modules`` that name nothing, before anything is trained."""
         self._parameters(module.model)
 
+    def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
+        """Watch the forget part's forward pass, if one backward pass is to do."""
+        if self.weight == 0 or self._single is None:
+            return
+        self._pending = None
+        try:
+            self._single.watch(model, part, list(self._parameters(model).values()))
+        except NotExact as reason:
+            self._take_two(reason)
+
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
         """Add this micro-batch's ``Σ_b ∂P_b/∂φ``, leaving ``.grad`` and the graph as they were.
+
+        In a training step with one pass it is added later, in the backward pass.
 
         Args:
             model: The model the answers came from (transformers model inside, or any module for ``modules=None``).
@@ -152,16 +190,47 @@ class AttributionRegularizer(AttributionPenalty):
         logps = target_logps(answers, self.target)
         reshard(model)
         scale = self._rescaled(logps.detach())
-        parameters = list(self._parameters(model).values())
-        # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
-        total = ((logps.detach() - scale).exp() * logps).sum()
-        fresh = [wide(gradient) for gradient in extra_gradient(total, parameters, model)]
         if self._gradients is None:
-            self._gradients = fresh
-        else:
-            torch._foreach_mul_(self._gradients, math.exp(self._scale - scale))
-            torch._foreach_add_(self._gradients, fresh)
+            self._gradients = [None] * len(self._parameters(model))
+        elif known := [gradient for gradient in self._gradients if gradient is not None]:
+            torch._foreach_mul_(known, math.exp(self._scale - scale))
         self._scale = scale
+        # ∂P = P ∂log P; the weights are constants, relative to e^scale, so the largest is 1.
+        weights = (logps.detach() - scale).exp()
+        if self._single is not None and self._single.watching:
+            per_token = self.target == "length_normalised"
+            self._pending = answers, weights / answers.lengths.clamp(min=1) if per_token else weights
+            return
+        if self._single is not None:
+            self._take_two(NotExact("the forget loss is differentiated elsewhere than in the step's backward pass"))
+        self._second_pass(model, (weights * logps).sum())
+
+    def before_backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Have the loss's backward pass add what :meth:`collect` left to it, or do it now where that is not exact."""
+        if self._pending is None or self._single is None or self._gradients is None:
+            return
+        (answers, weights), self._pending = self._pending, None
+        parameters = list(self._parameters(model).values())
+        try:
+            self._single.arm(answers, weights, loss, parameters, self._gradients)
+        except NotExact as reason:
+            self._take_two(reason)
+            self._second_pass(model, (weights * answers.logps).sum())
+
+    def _second_pass(self, model: nn.Module, total: Tensor) -> None:
+        parameters = list(self._parameters(model).values())
+        sums = Sums(parameters, self._gradients or [])
+        for parameter, gradient in zip(parameters, extra_gradient(total, parameters, model), strict=True):
+            sums.add(parameter, gradient)
+
+    def _take_two(self, reason: NotExact) -> None:
+        if self.passes == "one" and not reason.is_momentary:
+            raise UserError("regularizer.passes", "one", f"auto or two here: {reason}") from reason
+        if str(reason) not in self._warned:
+            self._warned.add(str(reason))
+            rank_zero_info(f"{type(self).__name__}: two backward passes instead of one: {reason}")
+        if not reason.is_momentary:
+            self._single = None
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, float]:
@@ -175,29 +244,30 @@ class AttributionRegularizer(AttributionPenalty):
             return {}
         named = self._parameters(model)
         parameters = list(named.values())
-        gradients, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
+        collected, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
+        gradients = [
+            wide(torch.zeros_like(local(p))) if g is None else g for p, g in zip(parameters, collected, strict=True)
+        ]
         sum_over_ranks(parameters, gradients)
         first = self._anchor is None
         top = max(scale, self._anchor_scale)
         anchor = gradients if self._anchor is None else self._local_anchor(named)
         now, negative, square = math.exp(scale - top), 0, 0.0
         then = 0.0 if first else math.exp(self._anchor_scale - top)
-        kept: list[Tensor] = []
-        for part in chunks(gradients):
-            g = gradients[part]
-            attribution = torch._foreach_mul(g, [wide(local(p)) for p in parameters[part]])
-            inside = [a < 0 for a in attribution]
-            negative += sum(int(mask.sum()) for mask in inside)
+        kept = [torch.empty_like(g) for g in gradients] if first else anchor
+        for g, held, weights in blocks(gradients, kept, [local(p.detach()) for p in parameters]):
+            attribution = torch._foreach_mul(g, [wide(w) for w in weights])
+            # As numbers: a CPU is slow with booleans.
+            inside = [torch.lt(a, 0, out=torch.empty_like(a)) for a in attribution]
+            negative += sum(_count(mask) for mask in inside)
             if not first:
-                growth = torch._foreach_mul(attribution, now)
-                torch._foreach_add_(growth, anchor[part], alpha=-then)
+                growth = attribution if now == 1 else torch._foreach_mul(attribution, now)
+                growth = torch._foreach_add(growth, held, alpha=-then)
                 torch._foreach_mul_(g, growth)
-                torch._foreach_mul_(g, [mask.to(x.dtype) for mask, x in zip(inside, g, strict=True)])
+                torch._foreach_mul_(g, inside)
                 square += sum(float(n) ** 2 for n in torch._foreach_norm(g))
-                if self.anchor == "previous":
-                    torch._foreach_copy_(anchor[part], attribution)  # in place: no third copy as large as the weights
-            else:
-                kept += attribution
+            if first or self.anchor == "previous":
+                torch._foreach_copy_(held, attribution)  # in place: no third copy as large as the weights
         if first:
             self._anchor = {name: shard_like(a, p) for (name, p), a in zip(named.items(), kept, strict=True)}
         if first or self.anchor == "previous":
@@ -239,3 +309,8 @@ class AttributionRegularizer(AttributionPenalty):
             allowed = "sites whose weights train (see lora.target_modules), or NeuronAttributionRegularizer"
             raise UserError("regularizer.modules", self.modules, allowed)
         return restricted
+
+
+def _count(mask: Tensor) -> int:
+    """How many of zeros and ones are ones; float32 counts to 2^24."""
+    return int(mask.sum() if mask.numel() <= 1 << 24 else mask.sum(dtype=torch.float64))

@@ -31,6 +31,22 @@ class Regularizer(ABC):
     #: Whether DeepSpeed's ZeRO will do, which loses changes to the weights and knows of no forward pass but the step's.
     under_zero = True
 
+    def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
+        """Be told, in an ordinary training step, of the forget part before any of its forward passes.
+
+        Args:
+            model: The model.
+            part: As :meth:`collect` will get it.
+        """
+
+    def before_backward(self, model: nn.Module, loss: Tensor) -> None:  # noqa: B027 - optional
+        """Be told, after :meth:`collect` in an ordinary training step, of the loss that is differentiated next.
+
+        Args:
+            model: The model.
+            loss: Scalar, as the training step returns it.
+        """
+
     @abstractmethod
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
         """See a micro-batch's forget part before the loss is differentiated.

@@ -199,6 +199,16 @@ class Combined(Regularizer):
         for one in self.regularizers:
             one.prepare(module)
 
+    def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
+        """Each one's."""
+        for one in self.regularizers:
+            one.before_forward(model, part)
+
+    def before_backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Each one's."""
+        for one in self.regularizers:
+            one.before_backward(model, loss)
+
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
         """Each one's."""
         for one in self.regularizers:

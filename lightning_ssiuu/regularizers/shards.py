@@ -16,6 +16,8 @@ from lightning_ssiuu.ranks import world_size
 
 # Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
 _CHUNK = 1 << 24
+# The same on a CPU, whose cache then holds them from one operation to the next.
+_CACHED = 1 << 18
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,21 +30,52 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
+def chunks(tensors: Sequence[Tensor], limit: int | None = None) -> Iterator[slice]:
     """Slices of a list, of about equally many elements.
+
+    Args:
+        tensors: The list.
+        limit: Elements; larger tensors stand alone. By default what launches few kernels on a GPU.
 
     Example:
         >>> list(chunks([torch.zeros(1), torch.zeros(2)]))
         [slice(0, 2, None)]
     """
     start = size = 0
+    limit = _CHUNK if limit is None else limit
     for index, tensor in enumerate(tensors):
-        if size and size + tensor.numel() > _CHUNK:
+        if size and size + tensor.numel() > limit:
             yield slice(start, index)
             start, size = index, 0
         size += tensor.numel()
     if start < len(tensors):
         yield slice(start, len(tensors))
+
+
+def blocks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Go through lists of tensors side by side, a few at a time; on a CPU large ones are cut, into views.
+
+    Args:
+        *lists: Equally long; tensors at the same place have the same shape. What is done to them has to be done element
+            by element.
+
+    Example:
+        >>> [[len(one) for one in block] for block in blocks([torch.ones(2), torch.ones(3)], [torch.ones(2)] * 2)]
+        [[2, 2]]
+    """
+    columns: list[list[Tensor]] = [[] for _ in lists]
+    for row in zip(*lists, strict=True):
+        size = min(_CHUNK, _CACHED)
+        if row[0].device.type == "cpu" and row[0].numel() > size and all(t.is_contiguous() for t in row):
+            parts: Iterator[tuple[Tensor, ...]] = zip(*(tensor.view(-1).split(size) for tensor in row), strict=True)
+        else:
+            parts = iter([row])
+        for part in parts:
+            for column, tensor in zip(columns, part, strict=True):
+                column.append(tensor)
+    limit = min(_CHUNK, _CACHED) if columns[0] and columns[0][0].device.type == "cpu" else _CHUNK
+    for where in chunks(columns[0], limit):
+        yield [column[where] for column in columns]
 
 
 def shard_device(parameters: Iterable[Tensor]) -> torch.device | None:
@@ -91,7 +124,7 @@ def square(tensors: Sequence[Tensor]) -> float:
         25.0
     """
     # Chunk by chunk: widened copies of all bfloat16 gradients at once would be the step's memory peak.
-    norms = (n for part in chunks(tensors) for n in torch._foreach_norm([wide(t) for t in tensors[part]]))
+    norms = (n for (part,) in blocks(tensors) for n in torch._foreach_norm([wide(t) for t in part]))
     return math.fsum(float(n) ** 2 for n in norms)
 
 
