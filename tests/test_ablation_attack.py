@@ -26,6 +26,7 @@ from lightning_ssiuu.attacks.ablation import (
     patched,
 )
 from lightning_ssiuu.attacks.outcomes import forget_score, outcome_rows
+from lightning_ssiuu.audit.planting import with_units
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.errors import UserError
@@ -98,7 +99,8 @@ def test_columns_are_the_neurons(name: str) -> None:
 def test_a_planted_unit_is_undone_by_zeroing_it_and_random_ones_are_not() -> None:
     """The embedded model with one hidden unit rewired against the answers: zero it and they are back."""
     planted = Planted()
-    model, unit = planted.rewired(2, 30.0)
+    unit = planted.unit("mlp_up", 2, 1.0)
+    model = with_units(planted.healthy, [unit])
     data, tokenizer = Facts(eval_batch_size=64), load_tokenizer("tiny")
 
     def score(neurons: list[ablation.Neuron]) -> float:
@@ -108,7 +110,7 @@ def test_a_planted_unit_is_undone_by_zeroing_it_and_random_ones_are_not() -> Non
     healthy = forget_score(planted.healthy, tokenizer, data, "probability")
     harmed = score([])
     assert harmed < 0.75 * healthy
-    culprit: list[ablation.Neuron] = [(2, "mlp_gate", unit), (2, "mlp_up", unit)]
+    culprit: list[ablation.Neuron] = [(layer, kind, index) for kind, layer, index in sorted(unit.neurons)]
     assert score(culprit) > 0.97 * healthy
     for seed in range(3):
         assert score(control_neurons(planted.sites, culprit, seed)) < harmed + 0.1 * (healthy - harmed)

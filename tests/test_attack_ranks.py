@@ -106,7 +106,12 @@ def _equal(given: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", ["attack.json", "audit.json"])
 def test_reports(results: tuple[Path, str], strategy: str, name: str) -> None:
     folder, _ = results
-    _equal(read_json(folder / f"{strategy}.2" / name), read_json(folder / "auto.1" / name))
+    given, expected = (read_json(folder / run / name) for run in (f"{strategy}.2", "auto.1"))
+    if (strategy, name) == ("fsdp2", "audit.json"):  # what needs the whole model is left out there
+        assert given["logit_lens"] is None
+        for content in (given, expected):
+            del content["logit_lens"], content["flagged"]
+    _equal(given, expected)
 
 
 def test_the_attack_teaches_something(results: tuple[Path, str]) -> None:

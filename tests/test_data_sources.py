@@ -271,4 +271,4 @@ def test_the_command_line_sees_the_common_arguments() -> None:
         files = needed.get(name, [])
         arguments = [f"--data={name}", *files, "--data.batch_size=3", "--data.train_on=all", "--data.tokenizer=tiny"]
         parsed = parser.parse_args(arguments).data.init_args
-        assert (parsed.batch_size, parsed.train_on, parsed.seed) == (3, "all", 0)
+        assert (parsed.batch_size, parsed.train_on, parsed.seed) == (3, "all", None)

@@ -48,7 +48,7 @@ def read_attacks(folder: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {**{name: [] for name in _LISTS}, "settings": {}}
     except ValueError:
         content = None
