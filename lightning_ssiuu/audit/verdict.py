@@ -116,6 +116,17 @@ class Forgetting:
     floor_is: str
 
     @property
+    def shown(self) -> str:
+        """The score in a sentence.
+
+        Example:
+            >>> [Forgetting(name, 90.0, 30.0, 10.0, "chance").shown for name in ("probability", "all_tokens")]
+            ['forget probability', 'forget score (all tokens)']
+        """
+        name = self.score.replace("_", " ")
+        return f"forget {name}" if name == "probability" else f"forget score ({name})"
+
+    @property
     def known(self) -> bool:
         """Whether the original knew what was to be forgotten."""
         return self.original - self.floor >= LEAST_KNOWN
@@ -133,7 +144,7 @@ class Forgetting:
     def __str__(self) -> str:
         """What happened to the score."""
         return (
-            f"the forget {self.score} went from {self.original:.1f} % to {self.unlearned:.1f} %, {percent(self.share)} "
+            f"the {self.shown} went from {self.original:.1f} % to {self.unlearned:.1f} %, {percent(self.share)} "
             f"% of the way to {self.floor:.1f} % ({self.floor_is})"
         )
 
@@ -224,11 +235,11 @@ def _label(forgetting: Forgetting, evidence: Sequence[Evidence]) -> Label:
 
 
 def _sentence(label: Label, forgetting: Forgetting, evidence: Sequence[Evidence]) -> str:
-    fall = f"the forget {forgetting.score} went from {forgetting.original:.1f} % to {forgetting.unlearned:.1f} %"
+    fall = f"the {forgetting.shown} went from {forgetting.original:.1f} % to {forgetting.unlearned:.1f} %"
     if label == "not unlearned":
         if not forgetting.known:
             return (
-                f"Not unlearned: there was nothing to unlearn, the original's forget {forgetting.score} of "
+                f"Not unlearned: there was nothing to unlearn, the original's {forgetting.shown} of "
                 f"{forgetting.original:.1f} % is hardly above {forgetting.floor:.1f} % ({forgetting.floor_is})."
             )
         return f"Not unlearned: {forgetting}, less than half."
@@ -274,7 +285,7 @@ def _forgetting_ground(forgetting: Forgetting) -> dict[str, Any]:
     says = "not unlearned" if not share >= LEAST_FORGOTTEN else far
     named = {
         "what": "forgetting",
-        "name": f"forget {forgetting.score}",
+        "name": forgetting.shown,
         "text": _capital(str(forgetting)),
         "says": says,
     }
