@@ -14,8 +14,9 @@ from shapes import SHAPES
 
 #: Bytes per trained weight that the regulariser holds in float32 (attribution.md): A_{t−1} for good, g within a step.
 ANCHOR, GRADIENT = 4, 4
-#: Weights it works on together in a step, and bytes per weight of the temporaries (A_t, its growth, the mask twice).
-CHUNK, CHUNK_BYTES = 1 << 24, 13
+#: Weights it works on together in a step, on a GPU (where larger ones stand alone) and on a CPU, and bytes per weight of
+#: the temporaries (A_t, its growth twice, the mask).
+CHUNK, CHUNK_CPU, CHUNK_BYTES = 1 << 24, 1 << 18, 16
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ class Setup:
         checkpointing: Whether activations are recomputed.
         rank: Of LoRA; None trains all weights.
         frozen: With LoRA, bytes per weight of the blocks: 2, 1 (8-bit) or 0.52 (4-bit with doubly quantised constants).
+        chunk: Weights that the regulariser works on together.
     """
 
     weight: int = 2
@@ -187,6 +189,7 @@ class Setup:
     checkpointing: bool = True
     rank: int | None = None
     frozen: float = 2
+    chunk: int = CHUNK
 
 
 def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: Setup) -> dict[str, float]:
@@ -226,7 +229,8 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
         }
     anchor, gradient = ANCHOR * trained / shards, GRADIENT * trained / shards
     fresh = 0 if wide == 4 else gradients
-    chunk = min(trained / shards, max(CHUNK, model.embeddings / shards if setup.rank is None else 0))
+    largest = model.embeddings / shards if setup.rank is None and setup.chunk == CHUNK else 0
+    chunk = min(trained / shards, max(setup.chunk, largest))
     return {
         "extra": states + anchor + gradients + whole + activations + max(logits, gradient + fresh + block),
         "backward": states + anchor + gradient + whole + max(activations + logits, gradients + block, late + block),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost_model import Model, Part, Setup, activation_bytes, communicated, memory_bytes, step_flops
+from cost_model import CHUNK_CPU, Model, Part, Setup, activation_bytes, communicated, memory_bytes, step_flops
 from scaling_ranks import counted_communication
 from scipy.optimize import nnls
 from shapes import random_llama
@@ -44,7 +44,9 @@ class Stepper:
     """An objective on a random model with its optimiser, ready to step."""
 
     def __init__(self, shape: str, part: Part, ssiuu: bool, checkpointing: bool = False) -> None:
-        regularizer = AttributionRegularizer(0.1, "relative", target="length_normalised") if ssiuu else None
+        regularizer = (
+            AttributionRegularizer(0.1, "relative", target="length_normalised", passes="two") if ssiuu else None
+        )
         model = random_llama(shape)
         module = GradientDifference(regularizer=regularizer, gradient_checkpointing=checkpointing)
         self.module = adopted(module, model, load_tokenizer("tiny"))
@@ -122,7 +124,7 @@ def memory(quick: bool) -> list[dict[str, Any]]:
     for shape, sequences, length, checkpointing in MEMORY[:1] if quick else MEMORY:
         part = Part(sequences, length)
         for ssiuu in (False, True):
-            setup = Setup(weight=4, optimizer=8, checkpointing=checkpointing)
+            setup = Setup(weight=4, optimizer=8, checkpointing=checkpointing, chunk=CHUNK_CPU)
             moments = memory_bytes(Model(shape), part, part, ssiuu, setup)
             peak = allocated(lambda s=shape, p=part, r=ssiuu, c=checkpointing: Stepper(s, p, r, c))  # type: ignore[misc]
             moment = max(moments, key=lambda name: moments[name])

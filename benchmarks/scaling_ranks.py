@@ -100,7 +100,7 @@ def _case(world: int, shape: str, sequences: int, strategy: str, ssiuu: bool) ->
     model = random_llama(shape)
     if strategy == "fsdp2" and world > 1:
         shard(model, init_device_mesh("cpu", (world,)))
-    regularizer = AttributionRegularizer(0.1, "relative", target="length_normalised") if ssiuu else None
+    regularizer = AttributionRegularizer(0.1, "relative", target="length_normalised", passes="two") if ssiuu else None
     module = adopted(GradientDifference(regularizer=regularizer), model, load_tokenizer("tiny"))
     run: nn.Module = TrainingStep(module)
     if strategy == "ddp" and world > 1:

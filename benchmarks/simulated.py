@@ -74,7 +74,9 @@ def simulated_bytes(shape: str, part: Part, ssiuu: bool, setup: Setup) -> int:
         if setup.rank is not None:
             LoRA(r=setup.rank).attach(hf)
         model = AnswerModel(hf)
-        regularizer = AttributionRegularizer(0.1, "relative", target="length_normalised") if ssiuu else None
+        regularizer = (
+            AttributionRegularizer(0.1, "relative", target="length_normalised", passes="two") if ssiuu else None
+        )
         module = GradientDifference(regularizer=regularizer, gradient_checkpointing=setup.checkpointing)
         batch = random_batch(hf.config.vocab_size, part.sequences, part.length)
         with Simulation(cpu) as simulation:
