@@ -14,7 +14,7 @@ from shapes import SHAPES
 
 #: Bytes per trained weight that the regulariser holds in float32 (attribution.md): A_{t−1} for good, g within a step.
 ANCHOR, GRADIENT = 4, 4
-#: Weights it works on together in a step, on a GPU (where larger ones stand alone) and on a CPU, and bytes per weight of
+#: Weights it works on together in a step, on a GPU (where larger ones stand alone) and on a CPU; bytes per weight of
 #: the temporaries (A_t, its growth twice, the mask).
 CHUNK, CHUNK_CPU, CHUNK_BYTES = 1 << 24, 1 << 18, 16
 
