@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import io
 import json
 import os
-import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lightning_ssiuu.assets import asset_path
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 DEFAULT = RECIPES / "ssiuu.yaml"
+#: The environment variable that names the directory of all processes of a test session (conftest.py).
+SHARED = "LIGHTNING_SSIUU_TEST_SESSION"
 #: What makes a ``fit`` on the embedded model last a second or two.
 FAST = (
     *("--model.init_args.scores", "[first_token]"),
@@ -54,15 +56,16 @@ def fit(folder: Path, *args: str | Path, recipe: Path = DEFAULT) -> Result:
 
 
 @functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="lightning-ssiuu-tests-")  # removed when the process ends
-
-
-@functools.cache
 def default_run() -> tuple[Path, Result]:
-    """The whole default recipe, run once per test session."""
-    folder = Path(_scratch().name) / "default"
-    return folder, fit(folder)
+    """The whole default recipe, run once per test session: by the first process that asks, the others wait for it."""
+    shared = Path(os.environ[SHARED]) / "default"
+    shared.mkdir(exist_ok=True)
+    folder, shown = shared / "run", shared / "shown.json"
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shown.exists():
+            shown.write_text(json.dumps(asdict(fit(folder))), encoding="utf-8")
+    return folder, Result(**json.loads(shown.read_text(encoding="utf-8")))
 
 
 def read_json(path: Path) -> Any:

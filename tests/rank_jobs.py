@@ -48,7 +48,8 @@ class Job:
         module: More arguments of the objective.
         trainer: More arguments of the Trainer.
         data: Arguments of the data module.
-        dropout: Train a float32 model with dropout instead of a float64 one without.
+        model: ``"plain"``, in float64; ``"shallow"``, that with a single layer; ``"dropout"``, a single layer in
+            float32 with dropout.
         rank: Of LoRA's adapters; None for none.
         optimizer: Key of ``OPTIMIZERS``.
         steps: Where training ends.
@@ -65,7 +66,7 @@ class Job:
     module: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    dropout: bool = False
+    model: str = "plain"
     rank: int | None = None
     optimizer: str = "sgd"
     steps: int = 2
@@ -82,9 +83,12 @@ class Job:
 
 def save_models(folder: Path) -> None:
     """The checkpoints that the jobs start from."""
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    plain = {"dtype": torch.float64, "tie_word_embeddings": True}
     for name, kind, options in (
-        ("plain", "llama", {"dtype": torch.float64, "tie_word_embeddings": True}),
-        ("dropout", "gpt2", {"dtype": torch.float32, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        ("plain", "llama", plain),
+        ("shallow", "llama", {**plain, "num_hidden_layers": 1}),
+        ("dropout", "gpt2", {"dtype": torch.float32, "n_layer": 1, **dropout}),
     ):
         random_model(kind, **{"vocab_size": 260, **options}).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
@@ -119,7 +123,7 @@ class StepAtStart(L.Callback):
 
 def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     """Train; weights, figures and what the callbacks measured."""
-    checkpoint = str(folder / ("dropout" if job.dropout else "plain"))
+    checkpoint = str(folder / job.model)
     torch.manual_seed(0)  # on every rank, as the command does
     module = objectives()[job.objective](
         checkpoint=checkpoint,

@@ -24,6 +24,8 @@ from lightning_ssiuu.regularizers import AttributionRegularizer
 
 NAMES = sorted(objectives())
 every_objective = pytest.mark.parametrize("name", NAMES)
+#: One block is enough here; what spans several is tested where it is computed.
+SMALL = {"vocab_size": 260, "tie_word_embeddings": True, "num_hidden_layers": 1}
 PENALTY = {"weight": 1.0, "weight_mode": "relative", "target": "length_normalised"}
 
 
@@ -65,7 +67,7 @@ def made(name: str, **kwargs: Any) -> UnlearningModule:
 
 
 def adopted(module: UnlearningModule, dtype: torch.dtype = torch.float64, hf: Any = None) -> UnlearningModule:
-    hf = random_model("llama", dtype, vocab_size=260, tie_word_embeddings=True) if hf is None else hf
+    hf = random_model("llama", dtype, **SMALL) if hf is None else hf
     if module.lora is not None:
         torch.manual_seed(3)
         module.lora.attach(hf)
@@ -82,9 +84,14 @@ def trained(module: UnlearningModule, steps: int = 2, resume: Any = None, twice:
 
 
 @cache
+def first(name: str) -> UnlearningModule:
+    """Trained for two steps with nothing but defaults."""
+    return trained(adopted(made(name)))
+
+
 def plain(name: str) -> list[torch.Tensor]:
-    """The weights after two steps with nothing but defaults."""
-    return weights(trained(adopted(made(name))))
+    """Its weights."""
+    return weights(first(name))
 
 
 def unless_refused(arguments: set[str], run: Any) -> Any:
@@ -98,7 +105,7 @@ def unless_refused(arguments: set[str], run: Any) -> Any:
 
 
 def start(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    return weights(random_model("llama", dtype, vocab_size=260, tie_word_embeddings=True))
+    return weights(random_model("llama", dtype, **SMALL))
 
 
 @every_objective
@@ -124,7 +131,7 @@ def test_is_built_from_yaml(name: str) -> None:
 
 @every_objective
 def test_trains_and_keeps_the_model_to_itself(name: str) -> None:
-    module = trained(adopted(made(name)))
+    module = first(name)
     assert all(p.isfinite().all() for p in module.parameters())
     assert not equal(weights(module), start())
     assert [n.removeprefix("model.") for n, _ in module.named_parameters()] == [
@@ -193,7 +200,7 @@ def test_trains_adapters_or_says_why_not(name: str) -> None:
     if module is None:
         return
     frozen = {n.replace(".base_layer", ""): p for n, p in module.model.hf.named_parameters() if "lora_" not in n}
-    untouched = random_model("llama", torch.float64, vocab_size=260, tie_word_embeddings=True)
+    untouched = random_model("llama", torch.float64, **SMALL)
     assert all(torch.equal(frozen[n], p) for n, p in untouched.named_parameters())
     assert any(matrix.abs().max() > 0 for n, matrix in adapter_parameters(module.model).items() if "lora_B" in n)
 
@@ -202,7 +209,7 @@ def test_trains_adapters_or_says_why_not(name: str) -> None:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint whose rows are whole 4-bit blocks."""
     folder = tmp_path_factory.mktemp("wide")
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     random_model("llama", torch.float32, vocab_size=260, **shape).save_pretrained(folder)
     return str(folder)
 

@@ -256,11 +256,12 @@ def test_command_prints_and_neither_loads_nor_writes(tmp_path: Path, monkeypatch
     assert files(tmp_path) == set()
 
 
-def test_command_beside_an_earlier_run(tmp_path: Path) -> None:
+def test_command_beside_an_earlier_run(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
     on_two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.default_root_dir", tmp_path)
+    small = (*FAST, "--model.init_args.checkpoint", checkpoint)
     recipes = ("--config", DEFAULT, "--config", RECIPES / "scale/fsdp2.yaml")
-    result = command("fit", *recipes, *on_two, "--estimate_memory", *FAST)
+    result = command("fit", *recipes, *on_two, "--estimate_memory", *small)
     assert result.status == 0, result.err
     assert result.out.startswith("Memory per process, 2 on cpu")
     assert files(tmp_path) == {"metrics.json"}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
+import multiprocessing
 import pickle
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from forked_ranks import ranks
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -285,62 +286,54 @@ def richer_metrics() -> list[Metric]:
     return [ExtractionStrength(), ExactMemorization(), TruthRatio("forget"), TruthRatio("retain"), *others]
 
 
-def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    # In processes of its own: a process group inside pytest would outlive the test.
-    script = tmp_path / "two.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys
-        import torch
-        import torch.distributed as dist
-        from test_metrics import AnswerAccuracy, AnswerProbability, MembershipAUC, RougeLRecall
-        from test_metrics import richer_metrics, update_with_one
+def _computed(rank: int, folder: Path) -> list[float]:
+    """Every metric's value over the examples of two processes, of which this is one."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    accuracy, probability, rouge, lonely = AnswerAccuracy(), AnswerProbability(), RougeLRecall(), AnswerAccuracy()
+    probability.to(torch.bfloat16)
+    for n in range(rank, 23, 2):  # 12 examples on the one, 11 on the other
+        accuracy.update(torch.tensor([n % 3 == 0]))
+        probability.update(torch.tensor([(n + 1) / 32], dtype=torch.float64))
+        rouge.update([f"it is {n % 4}"], ["it is 0"])
+    if rank == 0:
+        lonely.update(torch.tensor([True, False]))
+    richer, lonely_auc = richer_metrics(), MembershipAUC()
+    for metric in richer:
+        update_with_one(metric, 5)
+        metric.reset()
+        torch.nn.ModuleList([metric]).to(torch.bfloat16)
+        for n in range(rank, 23, 2):
+            update_with_one(metric, n)
+    if rank == 1:  # the other has nothing to send, in the same dtype
+        lonely_auc.update(torch.tensor([2.0, 1.0, 0.1], dtype=torch.float64), True)
+        lonely_auc.update(torch.tensor([0.1, 0.1 + 1e-12], dtype=torch.float64), False)
+    for _ in range(2):  # what was joined comes apart again
+        values = [m.compute().item() for m in (accuracy, probability, rouge, lonely, lonely_auc, *richer)]
+        for metric in (lonely_auc, *richer):
+            metric._computed = None
+    dist.destroy_process_group()
+    return values
 
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-        accuracy, probability, rouge, lonely = AnswerAccuracy(), AnswerProbability(), RougeLRecall(), AnswerAccuracy()
-        probability.to(torch.bfloat16)
-        for n in range(rank, 23, 2):  # 12 examples on the one, 11 on the other
-            accuracy.update(torch.tensor([n % 3 == 0]))
-            probability.update(torch.tensor([(n + 1) / 32], dtype=torch.float64))
-            rouge.update([f"it is {n % 4}"], ["it is 0"])
-        if rank == 0:
-            lonely.update(torch.tensor([True, False]))
-        richer, lonely_auc = richer_metrics(), MembershipAUC()
-        for metric in richer:
-            update_with_one(metric, 5)
-            metric.reset()
-            torch.nn.ModuleList([metric]).to(torch.bfloat16)
-            for n in range(rank, 23, 2):
-                update_with_one(metric, n)
-        if rank == 1:  # the other has nothing to send, in the same dtype
-            lonely_auc.update(torch.tensor([2.0, 1.0, 0.1], dtype=torch.float64), True)
-            lonely_auc.update(torch.tensor([0.1, 0.1 + 1e-12], dtype=torch.float64), False)
-        for _ in range(2):  # what was joined comes apart again
-            values = [m.compute().item() for m in (accuracy, probability, rouge, lonely, lonely_auc, *richer)]
-            for metric in (lonely_auc, *richer):
-                metric._computed = None
-        print(values)
-        dist.destroy_process_group()
-        """)
-    )
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "ignore", str(script)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
+
+def _two(folder: Path) -> int:
+    """In processes of its own: a process group inside pytest would outlive the test."""
+    context = multiprocessing.get_context("fork")
+    other = context.Process(target=lambda: (folder / "1").write_text(json.dumps(_computed(1, folder))))
+    other.start()
+    (folder / "0").write_text(json.dumps(_computed(0, folder)))
+    other.join()
+    return other.exitcode or 0
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    end = ranks(partial(_two, tmp_path), tmp_path / "ranks", 100)
+    assert end.status == 0, end.err
     alone = richer_metrics()
     for metric in alone:
         for n in range(23):
             update_with_one(metric, n)
     expected = [*(expected for _, expected in CASES), 50.0, 100 * 4.5 / 6, *(m.compute().item() for m in alone)]
     assert all(math.isfinite(value) for value in expected)
-    for line in printed:
-        values = [float(value) for value in line.strip(" []\n").split(",")]
+    for rank in "01":
+        values = json.loads((tmp_path / rank).read_text(encoding="utf-8"))
         assert values == pytest.approx(expected, rel=1e-6)

@@ -6,12 +6,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from cli_tools import DEFAULT, RECIPES, SHORT, command, default_run, fit, question_rows, read_json, write_rows
+from cli_tools import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
 from cluster_toys import write_faithun
 from forked_ranks import ranks
+from model_toys import random_model
 
 from lightning_ssiuu.__main__ import main
+from lightning_ssiuu.models import load_tokenizer
 
 #: Attribution has tests of its own.
 BLIND = ("--attribution.probe_examples", "0")
@@ -125,9 +128,11 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
 def test_regularizers(recipe: Path, tmp_path: Path) -> None:
     """Each composes with an objective that has none, and with the whole default recipe, whose own it replaces."""
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["regularizer"]
+    path = "--model.init_args.regularizer.init_args.n_examples"
+    few = (path, "8") if content["class_path"].endswith("DualMask") else ()
     for base in (RECIPES / "objective" / "gradient_difference.yaml", DEFAULT):
         folder = tmp_path / base.stem
-        result = fit(folder, "--config", recipe, *SHORT, *BLIND, recipe=base)
+        result = fit(folder, "--config", recipe, *few, *SHORT, *BLIND, recipe=base)
         assert result.status == 0, result.err
         finished(folder)
         resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -172,8 +177,12 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     few = ["--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]"]
     few += {"ablation": ["--ablation.original", "tiny"], "sampling": ["--sampling.k", "1"]}.get(content["kind"], [])
-    # "tiny" answers nothing wrongly
-    model = default_run()[0] / "model" if content.get("pool") == "wrong" else "tiny"
+    model: str | Path = "tiny"
+    if content.get("pool") == "wrong":  # "tiny" answers nothing so
+        few += ["--score", "all_tokens"]
+        model = tmp_path / "random"
+        random_model("llama", torch.float32, vocab_size=1024).save_pretrained(model)
+        load_tokenizer("tiny").save_pretrained(model)
     result = command("attack", "--config", recipe, "--model", model, "--output", tmp_path / "run", *few)
     assert result.status == 0, result.err
     rows = read_json(tmp_path / "run" / "attack.json")["attacks"]

@@ -10,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_toys import examples
 from rank_jobs import Job, run, save_models, train
 
-from lightning_ssiuu.objectives import objectives
+from lightning_ssiuu.datamodules.examples import Splits
+from lightning_ssiuu.objectives import UnlearningModule, objectives
 
 PENALTY = {"weight": 1e4, "target": "length_normalised"}
 NEURONS = {"class": "NeuronAttributionRegularizer", "weight": 3e4, "target": "length_normalised"}
@@ -32,12 +34,22 @@ SEVERAL = {
         {"class": "MatchedUpdateNorm", "norm": 0.05},
     ],
 }
+
+
+def _gives_losses_alone(objective: type[UnlearningModule]) -> bool:
+    """Whether it does nothing else in a step, so that a step with a penalty holds all that one without does."""
+    known = objective.__mro__[: objective.__mro__.index(UnlearningModule)]
+    methods = {name for one in known for name, value in vars(one).items() if callable(value) and name[:2] != "__"}
+    return bool(methods) and methods <= {"forget_loss", "retain_loss", "references", "_rejection_logps"}
+
+
 #: The same global batches on any number of processes.
 JOBS = [
+    *(Job(f"{name} regularised", objective=name, regularizer=PENALTY, model="shallow") for name in objectives()),
     *(
-        Job(f"{objective} {'regularised' if regularizer else 'alone'}", objective=objective, regularizer=regularizer)
-        for objective in objectives()
-        for regularizer in (None, PENALTY)
+        Job(f"{name} alone", objective=name, model="shallow")
+        for name, objective in objectives().items()
+        if not _gives_losses_alone(objective)
     ),
     # three micro-batches per step, both sharing the sum over micro-batches and over ranks
     Job("accumulated", regularizer=PENALTY, trainer={"accumulate_grad_batches": 3}),
@@ -46,7 +58,7 @@ JOBS = [
         "looked at",
         regularizer={"weight": 1.0, "weight_mode": "relative", "anchor": "original"},
         trainer={"gradient_clip_val": 0.5},
-        data={"eval_batch_size": 2},
+        data={"eval_batch_size": 2, "splits": Splits(examples(0, 5, 2), examples(10, 4, 2), examples(20, 2, 2))},
         looking=True,
     ),
     Job(
@@ -63,14 +75,14 @@ JOBS = [
 #: Views of the communicated buffers as gradients: what stashes and restores gradients must not lose them.
 ON_TWO = [replace(job, strategy=s) for job in JOBS for s in ("ddp_views" if job.trainer else "ddp", "fsdp")]
 
-# Three batches an epoch: step 2 is in the middle of the first, step 5 in the second.
-_INTERRUPTED: dict[str, Any] = {"steps": 5, "data": {"batch_size": 2}}
+# Three batches an epoch: step 2 is in the middle of the first, step 4 in the second.
+_INTERRUPTED: dict[str, Any] = {"steps": 4, "data": {"batch_size": 2}}
 #: Every step draws random numbers, other ones on every rank.
 DRAWING = Job(
     "drawing",
     regularizer={"weight": 0.2, "weight_mode": "relative", "target": "length_normalised"},
     optimizer="adamw",
-    dropout=True,
+    model="dropout",
     save="drawing-{strategy}-{step}",
     **_INTERRUPTED,
 )
