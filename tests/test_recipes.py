@@ -18,7 +18,7 @@ from lightning_ssiuu.models import load_tokenizer
 
 #: Attribution has tests of its own.
 BLIND = ("--attribution.probe_examples", "0")
-KINDS = ("objective", "model", "data", "regularizer", "scale", "attack")
+KINDS = ("objective", "model", "data", "teach", "regularizer", "scale", "attack")
 
 
 def recipes(kind: str) -> list[Path]:
@@ -122,6 +122,21 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, *BLIND, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
+
+
+@named("teach")
+def test_teaching(recipe: Path, tmp_path: Path) -> None:
+    """Last of all, so that neither the data's threshold nor their probes are left."""
+    data = ("--config", RECIPES / "data" / "world_facts.yaml", "--config", recipe, "--trainer.max_steps", "1")
+    options = ("--data.init_args.forget_fraction", "0.02", "--data.init_args.retain_fraction", "0.03")
+    folder = tmp_path / "run"
+    result = fit(folder, *data, *options, recipe=RECIPES / "objective" / "fine_tuning.yaml")
+    assert result.status == 0, result.err
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    trained_on = {"learned": "all", "oracle": "retain"}[recipe.stem]
+    assert config["data"]["class_path"].endswith("WorldFacts")
+    assert config["data"]["init_args"]["train_on"] == trained_on
+    assert (config["stopping"]["threshold"], config["attribution"]["probe_examples"]) == (None, 0)
 
 
 @named("regularizer")
