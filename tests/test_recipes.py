@@ -127,14 +127,15 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
 @named("teach")
 def test_teaching(recipe: Path, tmp_path: Path) -> None:
     """Last of all, so that neither the data's threshold nor their probes are left."""
-    data = ("--config", RECIPES / "data" / "world_facts.yaml", "--config", recipe, "--trainer.max_steps", "1")
-    options = ("--data.init_args.forget_fraction", "0.02", "--data.init_args.retain_fraction", "0.03")
+    data = ("--config", RECIPES / "data" / "faithun.yaml", "--config", recipe, "--trainer.max_steps", "1")
+    options = ("--data.init_args.path", write_faithun(tmp_path / "data", 6), "--data.init_args.batch_size", "2")
     folder = tmp_path / "run"
-    result = fit(folder, *data, *options, recipe=RECIPES / "objective" / "fine_tuning.yaml")
+    here = ("--trainer.default_root_dir", folder)
+    result = fit(folder, *data, *options, *here, recipe=RECIPES / "objective" / "fine_tuning.yaml")
     assert result.status == 0, result.err
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     trained_on = {"learned": "all", "oracle": "retain"}[recipe.stem]
-    assert config["data"]["class_path"].endswith("WorldFacts")
+    assert config["data"]["class_path"].endswith("FaithUn")
     assert config["data"]["init_args"]["train_on"] == trained_on
     assert (config["stopping"]["threshold"], config["attribution"]["probe_examples"]) == (None, 0)
 
