@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.adapters import LoRA
+from lightning_ssiuu.attacks.outcomes import model_name
 from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, forget_score, relearn, stronger
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
@@ -34,14 +35,14 @@ class Target:
     """A model under attack: loaded when it is first needed, and as it was after every attack.
 
     Args:
-        argument: The argument it was given for, ``"model"`` or ``"oracle"``.
+        argument: The argument it was given for, ``"model"``, ``"unlearned"`` or ``"oracle"``.
         checkpoint: Where it is loaded from.
         where: Launched.
     """
 
     def __init__(self, argument: str, checkpoint: str, where: Devices) -> None:
         self.argument, self.checkpoint, self.where = argument, checkpoint, where
-        self.name = "unlearned" if argument == "model" else argument
+        self.name = model_name(argument)
         self._before: dict[tuple[int, ...], float] = {}
 
     @cached_property

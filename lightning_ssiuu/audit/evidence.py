@@ -18,13 +18,11 @@ from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons,
 from lightning_ssiuu.attacks.outcomes import forget_score
 from lightning_ssiuu.attacks.records import read_attacks
 from lightning_ssiuu.attacks.relearning import (
-    RecoveryCurve,
-    Snapshot,
     check_attack,
-    relearn,
     spread,
     table,
 )
+from lightning_ssiuu.attacks.sweep import Sweep, Target
 from lightning_ssiuu.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.devices import Devices
@@ -169,18 +167,10 @@ def probe_relearning(
     Returns:
         As :func:`recorded_relearning`, source ``"probe"``, and its options.
     """
-    curves: list[RecoveryCurve] = []
-    for name, checkpoint in models.items():
-        with naming(name):
-            model, tokenizer = where.load(checkpoint), load_tokenizer(checkpoint)
-        snapshot = Snapshot(model)
-        sweep = [(cell, learning_rate) for cell in cells for learning_rate in probe.learning_rates]
-        with _seed_kept():
-            for cell, learning_rate in progress(sweep, f"relearning, {name}"):
-                curves.append(relearn(model, tokenizer, cell, learning_rate, probe.epochs, score, name, where))
-                snapshot.restore()
-        del model, snapshot
-        gc.collect()
+    targets = [Target(name, checkpoint, where) for name, checkpoint in models.items()]
+    with _seed_kept():
+        curves = Sweep(where, score).run(targets, cells, probe.learning_rates, probe.epochs)
+    gc.collect()  # the last model, before the next one is loaded
     rows = [{"attack": "harmful", "score": score, **row} for row in table(curves)]
     options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}
     found = [{"attack": "harmful", **asdict(curve)} for curve in curves]
