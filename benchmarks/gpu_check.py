@@ -25,7 +25,7 @@ from typing import Any
 from gpu_sections import SECTIONS
 from gpu_tools import Recorder
 
-from lightning_ssiuu.files import write_json
+from lightning_ssiuu.utils.files import write_json
 
 
 def one_line(error: BaseException) -> str:

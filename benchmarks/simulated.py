@@ -20,7 +20,7 @@ from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.blueprint import blueprint, give_memory
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
 from lightning_ssiuu.sharding import shard
-from lightning_ssiuu.simulation import Simulation
+from lightning_ssiuu.utils.simulation import Simulation
 
 _WIDTHS: dict[float, Any] = {2: None, 1: "8bit", 0.52: "4bit"}
 

@@ -50,7 +50,7 @@ _EXPORTS = {
     "UNDO": "objectives.undo",
     "UnlearningDataModule": "datamodules",
     "UnlearningModule": "objectives",
-    "UserError": "errors",
+    "UserError": "utils.errors",
     "WGA": "objectives.wga",
     "WMDP": "datamodules",
     "WorldFacts": "datamodules",

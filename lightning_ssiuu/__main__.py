@@ -68,7 +68,7 @@ def _run(command: Callable[[], None]) -> int:
             return _INTERRUPTED
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:  # torch.distributed.checkpoint's is no Exception
-        from lightning_ssiuu.mistakes import user_error
+        from lightning_ssiuu.utils.messages import user_error
 
         if (mistake := user_error(error)) is None:
             raise

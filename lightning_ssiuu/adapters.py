@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.quantization import was_conv1d
 from lightning_ssiuu.sites import SITE_TABLES, neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 #: The name peft gives the only adapter there is.
 ADAPTER = "default"
@@ -48,7 +48,7 @@ class LoRA:
         >>> LoRA(r=0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: lora.r: got 0, allowed: a whole number ≥ 1
+        lightning_ssiuu.UserError: lora.r: got 0, allowed: a whole number ≥ 1
     """
 
     r: int = 16
@@ -276,7 +276,7 @@ def check_adapter_state(module: nn.Module, state: Mapping[str, Any] | None) -> N
         >>> check_adapter_state(model, {})
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: ckpt_path: got 'a checkpoint without 8 of 8 adapter matrices', allowed: one \
+        lightning_ssiuu.UserError: ckpt_path: got 'a checkpoint without 8 of 8 adapter matrices', allowed: one \
 of a run with the same lora options
     """
     if state is None:

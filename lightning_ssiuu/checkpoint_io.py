@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import clear_leftovers, written_atomically
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import clear_leftovers, written_atomically
 
 # The two files that end a distributed checkpoint: torch writes the index when all shards are there, Lightning the rest.
 _INDEX, _REST = ".metadata", "meta.pt"
@@ -163,7 +163,7 @@ def check_checkpoint(argument: str, path: str | os.PathLike[str], weights_only: 
         >>> check_checkpoint("ckpt_path", "no/such.ckpt")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: ckpt_path: got 'no/such.ckpt', allowed: an existing checkpoint
+        lightning_ssiuu.UserError: ckpt_path: got 'no/such.ckpt', allowed: an existing checkpoint
     """
     place = Path(path)
     if not _is_local(path) or (place / "checkpoint").is_dir():

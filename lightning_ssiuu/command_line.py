@@ -23,7 +23,7 @@ def run_function(function: Callable[..., object], name: str, args: list[str]) ->
     """
     from jsonargparse import ArgumentParser
 
-    from lightning_ssiuu.together import end_with_parent
+    from lightning_ssiuu.utils.processes import end_with_parent
 
     end_with_parent()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

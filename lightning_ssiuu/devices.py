@@ -16,12 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.mistakes import trainer_mistakes
 from lightning_ssiuu.models import AnswerModel, load_model
-from lightning_ssiuu.screen import quiet
 from lightning_ssiuu.sharding import load_sharded
-from lightning_ssiuu.together import EndTogether
+from lightning_ssiuu.utils.console import quiet
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.messages import trainer_mistakes
+from lightning_ssiuu.utils.processes import EndTogether
 
 Strategy = Literal["auto", "ddp", "fsdp2"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -48,7 +48,7 @@ class Devices:
         >>> Devices("cpu", 0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: devices: got 0, allowed: what this machine has (...)
+        lightning_ssiuu.UserError: devices: got 0, allowed: what this machine has (...)
     """
 
     def __init__(

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sharding import is_sharded
+from lightning_ssiuu.utils.distributed import gathered
 
 Part = Mapping[str, Tensor]
 

@@ -15,7 +15,6 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.sampling import EvalSampler
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluated import Evaluated, Part
 from lightning_ssiuu.functional.metrics import (
     answer_accuracy,
@@ -34,8 +33,9 @@ from lightning_ssiuu.metrics import (
     TruthRatio,
 )
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.progress import progress
-from lightning_ssiuu.ranks import gathered, rank, world_size
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.distributed import gathered, rank, world_size
+from lightning_ssiuu.utils.errors import UserError
 
 T = TypeVar("T")
 Split = Literal["forget", "retain", "test"]

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.adapters import ADAPTER, adapter_parameters, is_adapted, layer_delta
-from lightning_ssiuu.files import written_atomically
 from lightning_ssiuu.quantization import dequantized, is_quantized
-from lightning_ssiuu.ranks import rank
+from lightning_ssiuu.utils.distributed import rank
+from lightning_ssiuu.utils.files import written_atomically
 
 
 def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ssiuu import zero
-from lightning_ssiuu.ranks import world_size
+from lightning_ssiuu.utils.distributed import world_size
 
 
 def extra_gradient(

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.reference import Observation
 from lightning_ssiuu.sharding import transformer_blocks
+from lightning_ssiuu.utils.errors import UserError
 
 Part = Mapping[str, Tensor]
 

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
 from lightning_ssiuu.checkpoint_io import check_checkpoint, newest_checkpoint
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import refuse_existing
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import refuse_existing
 
 _FINISHED = "metrics.json"  # what a run writes last
 #: What ``fit`` writes beside the model; any of them in the way is a run that must not be overwritten unasked.
@@ -76,7 +76,7 @@ def checkpoint_mistakes(path: Any) -> Iterator[None]:
         ...     raise RuntimeError("Error(s) in loading state_dict for SSIUU: Missing key(s) ...")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: ckpt_path: got 'a.ckpt', allowed: a checkpoint of this model, optimiser and \
+        lightning_ssiuu.UserError: ckpt_path: got 'a.ckpt', allowed: a checkpoint of this model, optimiser and \
 run: Error(s) in loading state_dict for SSIUU: Missing key(s) ...
     """
     try:

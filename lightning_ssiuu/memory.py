@@ -1,7 +1,7 @@
 """What a run of ``fit`` will need per device, found out before anything is loaded.
 
-The run's own code is taken through two steps on tensors without memory (:mod:`lightning_ssiuu.simulation`): its model,
-objective, regulariser, optimiser, strategy and callbacks, with the largest batch of its own data.
+The run's own code is taken through two steps on tensors without memory (:mod:`lightning_ssiuu.utils.simulation`): its
+model, objective, regulariser, optimiser, strategy and callbacks, with the largest batch of its own data.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from lightning_ssiuu.blueprint import blueprint, give_memory, is_packed
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, SavePretrained
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, check_score, untouched
 from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.reference import LiveReference
 from lightning_ssiuu.sharding import FLOATS_ONLY, shard
-from lightning_ssiuu.simulation import Simulation
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.simulation import Simulation
 
 #: What memory is used for, in the order in which it is shown, and how that is called.
 USES = {

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import cache_directory
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import cache_directory
 
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
 _PACKAGE = "package:"
@@ -55,7 +55,7 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
         >>> resolve_checkpoint("/no/such/model")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: checkpoint: got '/no/such/model', allowed: "tiny", a transformers \
+        lightning_ssiuu.UserError: checkpoint: got '/no/such/model', allowed: "tiny", a transformers \
 directory with safetensors weights, a .gguf file, or a hub id
     """
     text = os.fspath(checkpoint)

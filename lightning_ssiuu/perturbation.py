@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.ranks import gathered, mean_over_ranks, world_size
 from lightning_ssiuu.regularizers.shards import snapshot
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, world_size
 
 if TYPE_CHECKING:
     from lightning_ssiuu.objectives.base import UnlearningModule

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 #: Parameter classes of bitsandbytes, known by name so that asking does not import it (seconds).
 _PACKED = ("Int8Params", "Params4bit")

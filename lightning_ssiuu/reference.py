@@ -27,11 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_ssiuu.adapters import adapted_layers
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import cache_directory, check_space
 from lightning_ssiuu.models import AnswerModel, evaluation_mode, frozen_reference
-from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sharding import is_sharded
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import cache_directory, check_space
 
 Part = Mapping[str, Tensor]
 #: ``(model, part) -> (values, counts)``: ``values [N, ...]`` row by row, ``counts [B]`` rows of each sequence, None for

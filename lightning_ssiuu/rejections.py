@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import IGNORE
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.utils.errors import UserError
 
 Part = Mapping[str, Tensor]
 

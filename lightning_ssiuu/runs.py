@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import load_tokenizer, resolve_checkpoint
+from lightning_ssiuu.utils.errors import UserError, naming
 
 
 def run_of(model: str) -> Path | None:
@@ -52,32 +51,13 @@ def resolve_models(models: Mapping[str, str]) -> list[str]:
         >>> resolve_models({"oracle": "/no/such/model"})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: oracle: got '/no/such/model', allowed: ...
+        lightning_ssiuu.UserError: oracle: got '/no/such/model', allowed: ...
     """
     sources = []
     for argument, checkpoint in models.items():
         with naming(argument):
             sources.append(resolve_checkpoint(checkpoint))
     return sources
-
-
-@contextmanager
-def naming(argument: str) -> Iterator[None]:
-    """Inside, what is wrong with a checkpoint is told under the name of the argument it was given for.
-
-    Example:
-        >>> with naming("oracle"):
-        ...     raise UserError("checkpoint", "a", "a model")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.errors.UserError: oracle: got 'a', allowed: a model
-    """
-    try:
-        yield
-    except UserError as error:
-        if error.argument != "checkpoint":
-            raise
-        raise UserError(argument, error.value, error.allowed) from error
 
 
 def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> None:

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import UserError
 
 FLOATS_ONLY = "null under FSDP2, which cannot cut quantised weights; strategy ddp holds them whole on every device"
 
@@ -88,7 +88,7 @@ def shard(model: AnswerModel, mesh: DeviceMesh) -> None:
         >>> shard(model, None)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: trainer.precision: got ['torch.bfloat16', 'torch.float32'], allowed: one \
+        lightning_ssiuu.UserError: trainer.precision: got ['torch.bfloat16', 'torch.float32'], allowed: one \
 type for all trained weights, or strategy ddp: FSDP2 sums the gradients of a block together
     """
     if getattr(model.hf, "is_quantized", False):

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Transform
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_ssiuu.objectives import UnlearningModule
@@ -36,7 +36,7 @@ def check_installed(given: Mapping[str, Any]) -> None:
         >>> check_installed({"precision": "transformer-engine"})
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: trainer.precision: got 'transformer-engine', allowed: 32-true, bf16-mixed \
+        lightning_ssiuu.UserError: trainer.precision: got 'transformer-engine', allowed: 32-true, bf16-mixed \
 or bf16-true; narrower weights are model.quantization
     """
     strategy = given.get("strategy")
@@ -65,7 +65,7 @@ def check_strategy(trainer: L.Trainer, module: UnlearningModule) -> None:
         >>> check_strategy(trainer, GradientDifference(regularizer=AttributionRegularizer()))
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: trainer.strategy.static_graph: got True, allowed: false with a regularizer, \
+        lightning_ssiuu.UserError: trainer.strategy.static_graph: got True, allowed: false with a regularizer, \
 whose second backward pass a static graph does not know: the ranks' weights would drift apart
     """
     strategy, regularized = trainer.strategy, module.regularizer is not None

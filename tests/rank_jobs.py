@@ -20,11 +20,11 @@ from lightning_ssiuu import regularizers
 from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
 from lightning_ssiuu.callbacks.loaders import evaluation_loaders
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import mismatched_level
 from lightning_ssiuu.export import _whole
 from lightning_ssiuu.models import load_model, load_tokenizer
 from lightning_ssiuu.objectives import base, objectives
+from lightning_ssiuu.utils.errors import UserError
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),

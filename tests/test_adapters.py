@@ -15,12 +15,12 @@ from test_regularizer import Reference, trained
 from torch import Tensor, nn
 
 from lightning_ssiuu.adapters import LoRA, adapted_layers, adapter_parameters, check_adapter_state
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.models import AnswerModel, load_model
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 KNOWN = ("llama", "gpt2", "gpt_neox", "gpt_neo")
 

@@ -24,7 +24,6 @@ from model_toys import (
 from torch import Tensor
 
 from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearning
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
@@ -36,6 +35,7 @@ from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.perturbation import displaced, neuron_rows
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 # ---- with everything else ------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from lightning_ssiuu.attacks import relearning, sweep
 from lightning_ssiuu.attacks.command import attack
 from lightning_ssiuu.attacks.records import FinishedAttacks, checkpoint_fingerprint
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
+from lightning_ssiuu.utils.errors import UserError
 
 PARTIAL = "attack.harmful.partial.jsonl"
 

@@ -24,9 +24,9 @@ from lightning_ssiuu.attacks.without_training import (
 )
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")
 

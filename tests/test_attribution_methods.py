@@ -15,7 +15,6 @@ from model_toys import answer_model, part
 from test_attribution import Broken, hooks, mixed_modes, scaled
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.ablation_attribution import ablation_attribution
 from lightning_ssiuu.functional.attribution import NeuronAttribution, neuron_attribution
 from lightning_ssiuu.functional.attribution_methods import METHODS, MethodName, attribution_method
@@ -27,6 +26,7 @@ from lightning_ssiuu.functional.integrated_gradients import (
 from lightning_ssiuu.functional.micro_batches import pass_bytes
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.sites import NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.utils.errors import UserError
 
 BATCH = part([(4, 2), (3, 1)], 3)
 
@@ -250,7 +250,7 @@ def test_by_name(llama: AnswerModel) -> None:
     [
         (lambda: attribution_method("shap", argument="attribution.method"), r"attribution\.method"),
         (lambda: attribution_method("lightning_ssiuu.nowhere.method"), "method.*import path"),
-        (lambda: attribution_method("lightning_ssiuu.errors.nothing"), "method.*import path"),
+        (lambda: attribution_method("lightning_ssiuu.utils.errors.nothing"), "method.*import path"),
         (lambda: attribution_method("ablation", "token"), "target"),  # type: ignore[arg-type]
         (lambda: attribution_method(None, memory_budget="much", argument="a.method"), r"a\.memory_budget"),
         (lambda: integrated_gradients(answer_model(), [], [], steps=0), "steps"),

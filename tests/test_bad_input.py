@@ -13,8 +13,8 @@ import torch
 from cli_tools import RECIPES, Result, command, files, fit, question_rows, write_rows
 
 from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.mistakes import trainer_mistakes, user_error
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.messages import trainer_mistakes, user_error
 
 INIT, REGULARIZER = "--model.init_args", "--model.init_args.regularizer.init_args"
 GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")

@@ -19,11 +19,11 @@ from training_toys import FewFacts, adam, fit, gpt2_with_dropout, ssiuu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import Scorer, evaluate, mismatched_level
-from lightning_ssiuu.files import written_atomically
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import written_atomically
 
 # ---- the attribution callback ------------------------------------------------------------------------------------
 

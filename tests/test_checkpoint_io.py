@@ -28,10 +28,10 @@ from test_kill import Tiny
 from lightning_ssiuu import AtomicCheckpointIO
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, KeepCheckpoints, NeuronAttributionCallback
 from lightning_ssiuu.checkpoint_io import check_checkpoint, newest_checkpoint, write_whole_checkpoints
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import clear_leftovers, disk_refusal, written_atomically
 from lightning_ssiuu.interrupted import refuse_to_lose
-from lightning_ssiuu.mistakes import user_error
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import clear_leftovers, disk_refusal, written_atomically
+from lightning_ssiuu.utils.messages import user_error
 
 PLAIN = {"loops": {}, "global_step": 3, "state_dict": {"a": torch.zeros(1 << 16)}}
 

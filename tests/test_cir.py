@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.collapse import collapsed, find_common_directions, linear_layers
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import gradient_ascent
 from lightning_ssiuu.functional.representation import CollapsedLinear, common_directions, without
 from lightning_ssiuu.models import AnswerModel
@@ -24,6 +23,7 @@ from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.objectives.rmu import RMU
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import Regularizer
+from lightning_ssiuu.utils.errors import UserError
 
 UNEQUAL = part([(3, 1), (5, 2), (2, 4)], seed=3)
 

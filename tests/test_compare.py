@@ -22,7 +22,7 @@ from lightning_ssiuu.compare.plots import panels
 from lightning_ssiuu.compare.reading import read_run, read_runs
 from lightning_ssiuu.compare.table import common_attacks, compare_runs, pareto_front
 from lightning_ssiuu.compare.writing import latex, markdown, print_comparison
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 OUTPUTS = {"compare.csv", "compare.md", "compare.tex", "plots/recovery_curves.png", "plots/pareto.png"}
 TABLES = ("compare.csv", "compare.md", "compare.tex")

@@ -16,11 +16,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from model_toys import bare_trainer, equal, random_model, weights
 
 from lightning_ssiuu.adapters import LoRA, adapter_parameters
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel, load_model
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.quantization import is_quantized
 from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.utils.errors import UserError
 
 NAMES = sorted(objectives())
 every_objective = pytest.mark.parametrize("name", NAMES)

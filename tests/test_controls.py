@@ -16,7 +16,6 @@ from model_toys import answer_model, bare_trainer, batch, distance, equal, loade
 from test_regularizer import Split, trained
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import (
@@ -30,6 +29,7 @@ from lightning_ssiuu.regularizers import (
 )
 from lightning_ssiuu.regularizers.penalty import Penalty
 from lightning_ssiuu.strategies import check_strategy
+from lightning_ssiuu.utils.errors import UserError
 
 
 class Fixed(Penalty):

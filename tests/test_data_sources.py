@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_ssiuu.datamodules import MUSE, TOFU, WMDP, CustomData, Facts, QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import read_records
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 def test_facts() -> None:

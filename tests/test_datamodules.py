@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import Encoder
 from lightning_ssiuu.datamodules.sampling import PairSampler
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 def attach(data: UnlearningDataModule, rank: int, world_size: int, **extra: object) -> UnlearningDataModule:

@@ -13,12 +13,12 @@ from model_toys import answer_model, bare_trainer, batch, distance, equal, examp
 from torch import Tensor, nn
 
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.fdcu import FDCU
 from lightning_ssiuu.objectives.gradient_ascent import GradientAscent
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.regularizers import AttributionRegularizer, Combined, DualMask, MatchedUpdateNorm
+from lightning_ssiuu.utils.errors import UserError
 
 ALPHA, BETA, LR = 7.0, 3.0, 0.05
 

@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from model_toys import answer_model, bare_trainer
 
-from lightning_ssiuu import __main__, together
+from lightning_ssiuu import __main__
 from lightning_ssiuu.callbacks import ForgetThresholdStopping
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+from lightning_ssiuu.utils import processes as together
+from lightning_ssiuu.utils.errors import UserError
 
 LIMIT = 60  # seconds in which a run of seconds must have ended, on a machine with better things to do
 

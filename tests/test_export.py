@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from lightning_ssiuu.adapters import LoRA, adapter_parameters
 from lightning_ssiuu.callbacks import SavePretrained
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.export import plain_bytes, plain_state_dict, save_adapter, save_pretrained
 from lightning_ssiuu.models import load_model, load_tokenizer
+from lightning_ssiuu.utils.errors import UserError
 
 
 def logits(model: Any) -> Tensor:

@@ -11,7 +11,7 @@ from cluster_toys import asked, entity, write_faithun
 
 from lightning_ssiuu.datamodules import FaithUn, QAExample
 from lightning_ssiuu.datamodules.clusters import parse_clusters
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 @pytest.fixture

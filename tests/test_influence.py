@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.functional.influence import (
     InfluenceVariation,
@@ -22,6 +21,7 @@ from lightning_ssiuu.functional.influence import (
 )
 from lightning_ssiuu.functional.own_change import OwnFlag
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError
 
 UP, DOWN = NeuronSite("mlp_up", 0, "up", 3), NeuronSite("mlp_down", 0, "down", 1)
 

@@ -14,7 +14,6 @@ from toy_runs import first_gradients, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, gradient_ascent, unforgotten_ascent
 from lightning_ssiuu.localization import knowledge_neurons, mismatched_parts, neuron_weights
 from lightning_ssiuu.models import AnswerModel
@@ -24,6 +23,7 @@ from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.sharding import transformer_blocks
 from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.utils.errors import UserError
 
 UNEQUAL = part([(3, 1), (5, 2), (2, 4)], seed=3)
 OPTIMIZERS: dict[str, Any] = {

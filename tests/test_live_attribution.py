@@ -14,9 +14,9 @@ from training_toys import FewFacts, fit, ssiuu
 
 from lightning_ssiuu.audit.plots import heat_map_pixels
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution_methods import attribution_method
 from lightning_ssiuu.functional.influence import module_layer_means
+from lightning_ssiuu.utils.errors import UserError
 
 
 class Writer:

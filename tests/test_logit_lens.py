@@ -7,10 +7,10 @@ import torch
 from model_toys import ARCHITECTURES, random_model
 from torch import nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.logit_lens import final_norm, layer_logps, logit_lens_accuracy, prefers_answer
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.utils.errors import UserError
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
 PART = {

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import answer_token_logps
 from lightning_ssiuu.functional.membership import (
     gradient_norm_score,
@@ -23,6 +22,7 @@ from lightning_ssiuu.functional.membership import (
     zlib_score,
 )
 from lightning_ssiuu.metrics import MembershipAUC, PrivLeak
+from lightning_ssiuu.utils.errors import UserError
 
 LENGTHS = [5, 1, 0, 10, 2, 3]
 ROWS = torch.tensor([row for row, length in enumerate(LENGTHS) for _ in range(length)])

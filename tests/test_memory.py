@@ -20,11 +20,11 @@ from training_toys import FewFacts
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference, NeuronAttributionCallback
 from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.memory import MemoryEstimate, estimate_memory, print_estimate
 from lightning_ssiuu.models import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.objectives.npo import NPO
+from lightning_ssiuu.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -17,7 +17,6 @@ from forked_ranks import ranks
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.metrics import (
     answer_accuracy,
     answer_probability,
@@ -37,6 +36,7 @@ from lightning_ssiuu.metrics import (
     RougeLRecall,
     TruthRatio,
 )
+from lightning_ssiuu.utils.errors import UserError
 
 ROWS = torch.tensor([0, 0, 0, 1, 3, 3])  # row 2 has no token
 LOGPS = torch.tensor([0.5, 0.25, 0.125, 0.9, 1.0, 0.01], dtype=torch.float64).log()

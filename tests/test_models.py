@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import (
     context_length,
     evaluation_mode,
@@ -27,6 +26,7 @@ from lightning_ssiuu.models import (
     resolve_checkpoint,
 )
 from lightning_ssiuu.sites import KINDS, SITE_TABLES, NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,13 @@ from test_regularizer import LR, Split, trained
 from torch import Tensor, nn
 
 from lightning_ssiuu.adapters import LoRA, adapter_parameters
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.models import AnswerModel, load_model
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer, NeuronAttributionRegularizer
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 WEIGHT = 3e4
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

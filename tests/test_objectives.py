@@ -23,7 +23,6 @@ from model_toys import (
 )
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, answer_nll, gradient_ascent
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives import objectives
@@ -34,6 +33,7 @@ from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer, Regularizer
 from lightning_ssiuu.sites import SITE_TABLES, neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

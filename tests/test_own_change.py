@@ -9,7 +9,6 @@ import torch
 from model_toys import ARCHITECTURES, random_model
 from torch import nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.own_change import (
     OwnChange,
     OwnFlag,
@@ -21,6 +20,7 @@ from lightning_ssiuu.functional.own_change import (
 )
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.sites import SITE_TABLES, NeuronSite, neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 KNOWN = [name for name in ARCHITECTURES if name in SITE_TABLES]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 6, 3, 4], [2, 8, 8, 5]])

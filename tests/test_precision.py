@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_ssiuu.adapters import LoRA, adapter_parameters
 from lightning_ssiuu.callbacks import SavePretrained
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import load_model
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's on checkpoints, bitsandbytes' on paging on a CPU
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from lightning_ssiuu.adapters import LoRA, adapter_parameters
 from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.models import AnswerModel, load_model
@@ -26,6 +25,7 @@ from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.quantization import check_reading, dequantized, is_quantized, was_conv1d
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 WIDTHS = ("8bit", "4bit")
 Width = Literal["8bit", "4bit"]

@@ -14,11 +14,11 @@ from model_toys import bare_trainer, equal, random_model
 from torch import Tensor
 
 from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.reference import Observation, reference_folder, reference_logits, reference_logps
+from lightning_ssiuu.utils.errors import UserError
 
 
 class Comparing(UnlearningModule):

@@ -27,12 +27,12 @@ from model_toys import (
 )
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.gradient_ascent import GradientAscent
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.utils.errors import UserError
 
 LR = 0.02
 WEIGHT = 1e4

@@ -12,7 +12,7 @@ from data_toys import Toy, byte_tokenizer, examples
 from jsonargparse import ArgumentParser
 
 from lightning_ssiuu.datamodules import Facts, QAExample, RelearnDataModule, Splits, UnlearningDataModule
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 def toy(n_forget: int = 12, **kwargs: object) -> Toy:

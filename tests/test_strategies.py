@@ -27,11 +27,11 @@ from model_toys import bare_trainer, random_model
 from rank_jobs import Job
 
 from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import load_model
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.strategies import check_installed, check_strategy
+from lightning_ssiuu.utils.errors import UserError
 
 STATIC = ["--trainer.strategy", '{"class_path": "DDPStrategy", "dict_kwargs": {"static_graph": true}}']
 RELATIVE = {"weight": 0.5, "weight_mode": "relative", "target": "length_normalised"}

@@ -25,7 +25,6 @@ from model_toys import bare_trainer, distance, equal, part, random_model, weight
 from torch import Tensor, nn
 
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import answer_nll, gradient_ascent, mean_over_answers
 from lightning_ssiuu.functional.token_losses import ceu, logit_margin_flattening, satimp, undial, wga
 from lightning_ssiuu.models import AnswerModel
@@ -35,6 +34,7 @@ from lightning_ssiuu.objectives.satimp import SatImp
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.objectives.undial import UNDIAL
 from lightning_ssiuu.objectives.wga import WGA
+from lightning_ssiuu.utils.errors import UserError
 
 FORGET = part(UNEQUAL, 7)
 

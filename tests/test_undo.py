@@ -16,11 +16,11 @@ from toy_runs import first_batch, first_gradients, toy_model, toy_run
 
 from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.objectives.undo import UNDO, shrink_and_perturb
 from lightning_ssiuu.regularizers import Regularizer
+from lightning_ssiuu.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from lightning_ssiuu.attacks.without_training import Ablation, Sampling, attack_
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.models import load_model
-from lightning_ssiuu.ranks import rank
+from lightning_ssiuu.utils.distributed import rank
 
 STRATEGIES = ("ddp", "fsdp2")
 KINDS = ("ablation", "sampling", "paraphrase")

@@ -12,7 +12,7 @@ import pytest
 from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules import WorldFacts
 from lightning_ssiuu.datamodules.world_facts import relations, world_facts
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 _NAMES = ("facts.json", "tiny", "world_facts.json")
 
@@ -29,7 +29,7 @@ def asset_path(name: str) -> Path:
         >>> asset_path("big")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: name: got 'big', allowed: facts.json, tiny, world_facts.json
+        lightning_ssiuu.UserError: name: got 'big', allowed: facts.json, tiny, world_facts.json
     """
     if name not in _NAMES:
         raise UserError("name", name, ", ".join(_NAMES))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_ssiuu.assets.facts_data import dump_world, make_world, tokenizer_corpus
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 # Renders the plain template of the data modules, so the tiny model also answers when it is asked as a chat.

@@ -19,12 +19,12 @@ from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, 
 from lightning_ssiuu.audit.diagnosis import Examined, attributions, diagnose
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import SCORES
 from lightning_ssiuu.functional.attribution import TARGETS, NeuronAttribution, Target
 from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.runs import check_tokenizers, naming, resolve_models
+from lightning_ssiuu.runs import check_tokenizers, resolve_models
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError, naming
 
 #: A neuron: layer, kind of site, place in the site.
 Neuron = tuple[int, str, int]
@@ -51,7 +51,7 @@ class Ablation:
         >>> Ablation(alpha=1.0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: ablation.alpha: got 1.0, allowed: a false-positive rate in (0, 1)
+        lightning_ssiuu.UserError: ablation.alpha: got 1.0, allowed: a false-positive rate in (0, 1)
     """
 
     original: str | None = None
@@ -86,7 +86,7 @@ def check_ablation(data: UnlearningDataModule, score: str, where: Devices, optio
         >>> check_ablation(Facts(), "rouge_l", Devices("cpu"), Ablation("tiny"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: score: got 'rouge_l', allowed: a teacher-forced score for kind ablation...
+        lightning_ssiuu.UserError: score: got 'rouge_l', allowed: a teacher-forced score for kind ablation...
     """
     if options.original is None:
         raise UserError(_ORIGINAL, None, "the model before unlearning: a directory, a hub id or another checkpoint")

@@ -39,12 +39,12 @@ from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import Kind as Relearning
 from lightning_ssiuu.devices import Devices, Precision, Strategy
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import check_space, refuse_existing
-from lightning_ssiuu.provenance import provenance
-from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
-from lightning_ssiuu.screen import hide_short_bars
+from lightning_ssiuu.utils.console import hide_short_bars
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import check_space, refuse_existing
+from lightning_ssiuu.utils.provenance import provenance
 
 
 def attack(

@@ -14,7 +14,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.runs import naming
+from lightning_ssiuu.utils.errors import naming
 
 
 @dataclass

@@ -11,10 +11,9 @@ from typing import Any
 from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 from lightning_ssiuu.quantization import loading_options
-from lightning_ssiuu.runs import naming
+from lightning_ssiuu.utils.errors import UserError, naming
 
 WIDTHS = ("8bit", "4bit")
 
@@ -29,7 +28,7 @@ def check_quantization(widths: Sequence[str], where: Devices) -> None:
         >>> check_quantization(["2bit"], Devices("cpu"))
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: quantization: got ['2bit'], allowed: some of ['8bit', '4bit']
+        lightning_ssiuu.UserError: quantization: got ['2bit'], allowed: some of ['8bit', '4bit']
     """
     if not widths or set(widths) - set(WIDTHS):
         raise UserError("quantization", list(widths), f"some of {list(WIDTHS)}")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.attacks.relearning import RecoveryCurve
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import write_json
 from lightning_ssiuu.models import plain_configuration, resolve_checkpoint
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import write_json
 
 REPORT = "attack.json"
 

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.devices import Devices, quiet_lightning
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score, evaluate
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
+from lightning_ssiuu.utils.errors import UserError
 
 
 @dataclass
@@ -173,7 +173,7 @@ def check_attack(score: str, learning_rates: Sequence[float], epochs: int, every
         >>> check_attack("probability", [0.0], 1)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: learning_rates: got 0.0, allowed: finite numbers > 0
+        lightning_ssiuu.UserError: learning_rates: got 0.0, allowed: finite numbers > 0
     """
     check_score(score, "score")
     for learning_rate in learning_rates:

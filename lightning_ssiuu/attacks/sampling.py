@@ -19,11 +19,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.evaluation import Evaluated, untouched
 from lightning_ssiuu.functional.metrics import rouge_l_recall, widest_float
-from lightning_ssiuu.progress import progress
-from lightning_ssiuu.ranks import gathered
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import UserError, check_number
 
 #: Longest continuation in tokens, as :meth:`Evaluated.continuations` has it.
 _MOST_TOKENS = 200
@@ -46,7 +46,7 @@ class Sampling:
         >>> Sampling(k=0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: sampling.k: got 0, allowed: a whole number ≥ 1
+        lightning_ssiuu.UserError: sampling.k: got 0, allowed: a whole number ≥ 1
     """
 
     k: int = 8

@@ -18,14 +18,13 @@ from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, forget_score, relearn, stronger
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluated import Evaluated
 from lightning_ssiuu.evaluation import SCORES, Scorer, untouched
 from lightning_ssiuu.export import save_pretrained
 from lightning_ssiuu.metrics import AnswerAccuracy
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.ranks import gathered
-from lightning_ssiuu.runs import naming
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import UserError, naming
 
 #: How often an attack is made stronger for one model and p.
 _MOST_WIDENINGS = 8
@@ -121,7 +120,7 @@ def check_pool(score: str) -> None:
         >>> check_pool("rouge_l")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: pool: got 'wrong', allowed: all with score 'rouge_l': ...
+        lightning_ssiuu.UserError: pool: got 'wrong', allowed: all with score 'rouge_l': ...
     """
     right_or_wrong = [name for name, one in SCORES.items() if isinstance(one.metric(), AnswerAccuracy)]
     if score not in right_or_wrong:

@@ -12,8 +12,8 @@ from lightning_ssiuu.attacks.quantization import WIDTHS, check_quantization, qua
 from lightning_ssiuu.attacks.sampling import Sampling, sampling_attack
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score
+from lightning_ssiuu.utils.errors import UserError
 
 __all__ = ["Ablation", "Outcome", "Sampling", "attack_without_training", "check_without_training", "outcome_rows"]
 
@@ -48,7 +48,7 @@ def check_without_training(
         >>> check_without_training("ablation", Facts(), "probability", Devices("cpu"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: ablation.original: got None, allowed: the model before unlearning: ...
+        lightning_ssiuu.UserError: ablation.original: got None, allowed: the model before unlearning: ...
     """
     if kind not in get_args(Kind):
         raise UserError("kind", kind, f"one of {list(get_args(Kind))}")

@@ -31,14 +31,14 @@ from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices, Strategy
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score
-from lightning_ssiuu.files import check_space, refuse_existing, write_csv, write_json, written_atomically
 from lightning_ssiuu.functional.attribution import TARGETS, Target
 from lightning_ssiuu.functional.attribution_methods import attribution_method
-from lightning_ssiuu.provenance import provenance
 from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
-from lightning_ssiuu.screen import hide_short_bars
+from lightning_ssiuu.utils.console import hide_short_bars
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import check_space, refuse_existing, write_csv, write_json, written_atomically
+from lightning_ssiuu.utils.provenance import provenance
 
 
 def audit(

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, Target, neuron_attribution
 from lightning_ssiuu.functional.influence import (
@@ -26,8 +25,9 @@ from lightning_ssiuu.functional.influence import (
 )
 from lightning_ssiuu.functional.own_change import OwnFlag
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.progress import progress
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.errors import UserError
 
 
 @dataclass

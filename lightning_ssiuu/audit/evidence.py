@@ -26,13 +26,13 @@ from lightning_ssiuu.attacks.sweep import Sweep, Target
 from lightning_ssiuu.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import mismatched_level
 from lightning_ssiuu.functional.influence import SpuriousNeuron
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.progress import progress
-from lightning_ssiuu.runs import naming, run_of
+from lightning_ssiuu.runs import run_of
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.errors import UserError, naming
 
 #: Draws of random neurons that flagged ones are compared with.
 DRAWS = 5
@@ -61,7 +61,7 @@ class RelearningProbe:
         >>> RelearningProbe(p=1.0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: probe.p: got 1.0, allowed: a fraction in (0, 1)
+        lightning_ssiuu.UserError: probe.p: got 1.0, allowed: a fraction in (0, 1)
     """
 
     p: float = 0.2

@@ -24,9 +24,9 @@ from lightning_ssiuu.functional.attribution import AttributionMethod, Target
 from lightning_ssiuu.functional.logit_lens import layer_logps, prefers_answer
 from lightning_ssiuu.functional.own_change import OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.ranks import gathered
-from lightning_ssiuu.runs import naming
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import naming
 
 #: Forget examples shown with ``show_text``.
 SHOWN_EXAMPLES = 12

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import Target, input_positions, target_logps
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.sites import Kind, NeuronSite, neuron_sites
+from lightning_ssiuu.utils.errors import UserError
 
 Part = Mapping[str, Tensor]
 #: What can be planted: a hidden unit (gate and up rows, down column), a value channel (row, attn_o columns), or

@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_ssiuu.files import written_atomically
 from lightning_ssiuu.functional.influence import InfluenceVariation, cumulative_curve, module_layer_means
 from lightning_ssiuu.sites import KINDS
+from lightning_ssiuu.utils.files import written_atomically
 
 _PLUS, _MINUS = "#1b7f79", "#b3402f"
 _PANELS = (

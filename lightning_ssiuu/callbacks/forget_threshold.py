@@ -8,8 +8,8 @@ from typing import Any, Literal
 import lightning as L
 
 from lightning_ssiuu.callbacks.loaders import Loader, split_loader
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import check_score, evaluate, mismatched_level, untouched
+from lightning_ssiuu.utils.errors import UserError
 
 
 class ForgetThresholdStopping(L.Callback):
@@ -36,7 +36,7 @@ class ForgetThresholdStopping(L.Callback):
         >>> ForgetThresholdStopping(score="probability", threshold=101.0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: stopping.threshold: got 101.0, allowed: a percentage in [0, 100), \
+        lightning_ssiuu.UserError: stopping.threshold: got 101.0, allowed: a percentage in [0, 100), \
 "mismatched" or null
     """
 

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_ssiuu.callbacks.loaders import run_directory
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 class KeepCheckpoints(Checkpoint):
@@ -30,7 +30,7 @@ class KeepCheckpoints(Checkpoint):
         >>> KeepCheckpoints(every_n_steps=0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: checkpoints.every_n_steps: got 0, allowed: a number ≥ 1, or null
+        lightning_ssiuu.UserError: checkpoints.every_n_steps: got 0, allowed: a number ≥ 1, or null
     """
 
     # Lightning puts a Checkpoint behind all other callbacks: what they do after a step is in that step's checkpoint.

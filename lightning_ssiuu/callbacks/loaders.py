@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.ranks import gathered, rank, world_size
+from lightning_ssiuu.utils.distributed import gathered, rank, world_size
+from lightning_ssiuu.utils.errors import UserError
 
 Loader = Iterable[Mapping[str, Any]]
 

@@ -13,9 +13,7 @@ import torch
 
 from lightning_ssiuu.audit.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.callbacks.loaders import first_parts, run_directory, split_loader
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.evaluation import untouched
-from lightning_ssiuu.files import write_csv
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.attribution import AttributionMethod, Target
 from lightning_ssiuu.functional.attribution_methods import attribution_method
@@ -27,9 +25,11 @@ from lightning_ssiuu.functional.influence import (
     spurious_neurons,
 )
 from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.progress import progress
-from lightning_ssiuu.ranks import rank
 from lightning_ssiuu.sites import NeuronSite, neuron_sites
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.distributed import rank
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import write_csv
 
 CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))
 
@@ -71,7 +71,7 @@ class NeuronAttributionCallback(L.Callback):
         >>> NeuronAttributionCallback(alpha=2.0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: attribution.alpha: got 2.0, allowed: a false-positive rate in (0, 1)
+        lightning_ssiuu.UserError: attribution.alpha: got 2.0, allowed: a false-positive rate in (0, 1)
     """
 
     def __init__(

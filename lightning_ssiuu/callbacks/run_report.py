@@ -14,8 +14,8 @@ from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.loaders import evaluation_loaders, run_directory
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
 from lightning_ssiuu.evaluation import evaluate
-from lightning_ssiuu.files import write_json
-from lightning_ssiuu.provenance import provenance
+from lightning_ssiuu.utils.files import write_json
+from lightning_ssiuu.utils.provenance import provenance
 
 Scores = dict[str, dict[str, float]]
 

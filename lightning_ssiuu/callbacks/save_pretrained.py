@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 
 from lightning_ssiuu.callbacks.loaders import run_directory
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.export import plain_bytes, save_adapter, save_pretrained
-from lightning_ssiuu.files import check_space
+from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.files import check_space
 
 
 class SavePretrained(L.Callback):

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_ssiuu.compare.reading import check_comparable, read_runs
 from lightning_ssiuu.compare.table import Comparison, compare_runs
 from lightning_ssiuu.compare.writing import csv_rows, latex, markdown, one_line, print_comparison
-from lightning_ssiuu.files import check_space, refuse_existing, write_csv, written_atomically
+from lightning_ssiuu.utils.files import check_space, refuse_existing, write_csv, written_atomically
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}
 _PLOTS = ("plots/recovery_curves.png", "plots/pareto.png")

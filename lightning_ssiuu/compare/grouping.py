@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lightning_ssiuu.compare.reading import Run
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 _SEEDS = ("seed", "seed_everything")
 _LONGEST, _MOST = 44, 3  # of a label, in characters and settings

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_ssiuu.compare.reading import number
 from lightning_ssiuu.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
 from lightning_ssiuu.compare.writing import one_line
-from lightning_ssiuu.files import written_atomically
+from lightning_ssiuu.utils.files import written_atomically
 
 # Okabe and Ito's, told apart by the colour-blind too; after eight the line style and the marker change.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#7f4fc9")

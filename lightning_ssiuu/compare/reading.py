@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 _PIECES = ("metrics.json", "config.yaml")
 
@@ -72,7 +72,7 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
         >>> read_runs(["no/such/run"])
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: runs: got 'no/such/run', allowed: directories that exist
+        lightning_ssiuu.UserError: runs: got 'no/such/run', allowed: directories that exist
     """
     runs: dict[Path, Run] = {}
     skipped = []

@@ -12,11 +12,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu import ranks
 from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
-from lightning_ssiuu.datamodules.examples import Given, QAExample, Splits
+from lightning_ssiuu.datamodules.examples import QAExample, Splits
 from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.distributed import rank, world_size
+from lightning_ssiuu.utils.errors import Given, UserError
 
 __all__ = ["QAExample", "Splits", "UnlearningDataModule"]
 
@@ -216,7 +216,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks that share a batch, and this one's; tensor-parallel ranks see the same data."""
         if self.trainer is None:
-            return ranks.world_size(), ranks.rank()
+            return world_size(), rank()
         shard = getattr(self.trainer, "distributed_sampler_kwargs", None)
         if shard is None:
             return self.trainer.world_size, self.trainer.global_rank

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.examples import Given
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Questions asked about a fact after unlearning: reworded, one step further, another question with the same answer.
 PROBES = ("hop1_test", "hop2_test", "same_object")
@@ -59,7 +58,7 @@ def parse_clusters(entities: Any, argument: str) -> list[Cluster]:
         >>> parse_clusters({"Q1": {"hop1_unlearn": [{"question": "Where?"}]}}, "path")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: path: got no 'answers' in entity 0, hop1_unlearn 0, allowed: FaithUn's format
+        lightning_ssiuu.UserError: path: got no 'answers' in entity 0, hop1_unlearn 0, allowed: FaithUn's format
     """
     if not isinstance(entities, dict) or not all(isinstance(entity, dict) for entity in entities.values()):
         raise UserError(argument, Given("no object of entities"), "FaithUn's format")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.examples import Given, QAExample
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.datamodules.examples import QAExample
+from lightning_ssiuu.utils.errors import Given, UserError
 
 IGNORE = -100
 DEFAULT_MAX_LENGTH = 256

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 _SHOWN = 5  # ids named in a message before the rest is only counted
 
@@ -105,7 +105,7 @@ class Splits:
             >>> Splits(forget=[], retain=[QAExample(1, "Where?", "Here")]).validate()
             Traceback (most recent call last):
             ...
-            lightning_ssiuu.errors.UserError: forget: got 0 examples, allowed: at least one example
+            lightning_ssiuu.UserError: forget: got 0 examples, allowed: at least one example
         """
         for name, examples in self.items()[:2]:
             if not examples:
@@ -131,18 +131,6 @@ class Splits:
             for earlier, ids in met.items():
                 given = Given(f"{len(ids)} questions that are also in {earlier} ({name_ids(ids)})")
                 raise UserError(name, given, f"questions disjoint from {earlier}")
-
-
-class Given(str):
-    """Text describing what was given, shown without quotation marks in a :class:`UserError`.
-
-    Example:
-        >>> Given("0 examples")
-        0 examples
-    """
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def name_ids(ids: Iterable[int]) -> str:

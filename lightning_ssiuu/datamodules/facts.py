@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 class Facts(UnlearningDataModule):

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
-from lightning_ssiuu.datamodules.examples import Given
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 
 class FaithUn(ClusterDataModule):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import SUFFIXES, Record, column, read_hub, read_records, text_lists
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 
 class PairedFiles(UnlearningDataModule):

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.datamodules.examples import Given
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 Record = dict[str, Any]
 
@@ -40,7 +39,7 @@ def read_records(source: str, argument: str) -> list[Record]:
         >>> read_records("nowhere.json", "forget")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: forget: got 'nowhere.json', allowed: an existing .json, .jsonl or .csv file...
+        lightning_ssiuu.UserError: forget: got 'nowhere.json', allowed: an existing .json, .jsonl or .csv file...
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -120,7 +119,7 @@ def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
         >>> column([{"prompt": "Who?"}], "question", "question_column")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: question_column: got 'question', allowed: prompt
+        lightning_ssiuu.UserError: question_column: got 'question', allowed: prompt
     """
     values = []
     for number, record in enumerate(records):

@@ -11,9 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import Encoder
-from lightning_ssiuu.datamodules.examples import Given
 from lightning_ssiuu.datamodules.readers import Record, column, read_records
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 Kind = Literal["harmful", "benign"]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.examples import Given
 from lightning_ssiuu.datamodules.paired import check_sizes, cut
 from lightning_ssiuu.datamodules.readers import Record, column, read_records, text_lists
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 
 class WMDP(UnlearningDataModule):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules.base import QAExample, Splits
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
-from lightning_ssiuu.errors import UserError
+from lightning_ssiuu.utils.errors import UserError
 
 _SAME_ANSWER = 2  # same-answer questions per fact at most
 _WRONG = 2  # wrong options per question: with the answer FaithUn's three

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.attribution import Target, input_positions, streamed, target_logps
 from lightning_ssiuu.functional.micro_batches import parse_bytes, pass_bytes
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError
 
 Tokens = Literal["all", "each"]
 TOKENS: tuple[Tokens, ...] = ("all", "each")

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.micro_batches import micro_batches
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError
 
 Target = Literal["sequence", "length_normalised", "log_probability"]
 TARGETS: tuple[Target, ...] = ("sequence", "length_normalised", "log_probability")

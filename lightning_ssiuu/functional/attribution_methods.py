@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.ablation_attribution import ablation_attribution
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.attribution import TARGETS, AttributionMethod, Target, neuron_attribution
@@ -17,6 +16,7 @@ from lightning_ssiuu.functional.integrated_gradients import integrated_gradients
 from lightning_ssiuu.functional.micro_batches import parse_bytes
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError
 
 MethodName = Literal[
     "gradient_x_activation", "log_probability", "integrated_gradients", "joint_integrated_gradients", "ablation"
@@ -79,7 +79,7 @@ def attribution_method(
         >>> attribution_method("shapley")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: method: got 'shapley', allowed: one of ['gradient_x_activation', \
+        lightning_ssiuu.UserError: method: got 'shapley', allowed: one of ['gradient_x_activation', \
 'log_probability', 'integrated_gradients', 'joint_integrated_gradients', 'ablation'], or the import path of a callable
     """
     if method is not None and not isinstance(method, str):

@@ -14,10 +14,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.functional.own_change import OwnFlag
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError
 
 
 @dataclass(frozen=True)

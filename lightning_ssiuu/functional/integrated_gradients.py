@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.attribution import (
     Target,
@@ -27,6 +26,7 @@ from lightning_ssiuu.functional.attribution import (
 )
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.errors import UserError
 
 Path = Literal["site", "joint"]
 PATHS: tuple[Path, ...] = ("site", "joint")

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.metrics import multiple_choice_accuracy
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
 from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.utils.errors import UserError
 
 #: Names of the final norm in the module that holds the blocks.
 _NORMS = ("norm", "final_layer_norm", "ln_f")

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import sequence_sums
 from lightning_ssiuu.functional.metrics import sequence_means, widest_float
+from lightning_ssiuu.utils.errors import UserError
 
 
 def loss_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:

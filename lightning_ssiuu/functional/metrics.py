@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import sequence_sums
+from lightning_ssiuu.utils.errors import UserError
 
 TokenAccuracy = Literal["first_token", "all_tokens"]
 

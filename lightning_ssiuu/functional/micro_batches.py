@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.ranks import gathered, world_size
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.distributed import gathered, world_size
+from lightning_ssiuu.utils.errors import UserError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", re.IGNORECASE)

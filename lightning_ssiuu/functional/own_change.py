@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.attribution import Target, target_logps
 from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.ranks import gathered, world_size
 from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.utils.distributed import gathered, world_size
+from lightning_ssiuu.utils.errors import UserError
 
 #: Kinds whose weight matrix is also read column by column: column j is what the unit j before it writes.
 WRITERS = ("attn_o", "mlp_down")

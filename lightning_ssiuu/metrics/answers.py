@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.metrics import rouge_l_recall
 from lightning_ssiuu.metrics.base import Percentage
+from lightning_ssiuu.utils.errors import UserError
 
 AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice", "choice_likelihood", "choice_generation"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.membership import membership_auc, privleak
 from lightning_ssiuu.metrics.base import KeptValues
+from lightning_ssiuu.utils.errors import UserError
 
 
 class MembershipAUC(KeptValues):

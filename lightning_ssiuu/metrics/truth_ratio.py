@@ -8,7 +8,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.truth_ratio import (
     TruthRatioKind,
     forget_quality,
@@ -17,6 +16,7 @@ from lightning_ssiuu.functional.truth_ratio import (
     truth_ratio_score,
 )
 from lightning_ssiuu.metrics.base import KeptValues, Percentage, WideMetric
+from lightning_ssiuu.utils.errors import UserError
 
 
 class TruthRatio(Percentage):

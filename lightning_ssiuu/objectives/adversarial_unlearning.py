@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
@@ -26,8 +25,9 @@ from lightning_ssiuu.perturbation import (
     rows_of,
     share_of_mean,
 )
-from lightning_ssiuu.ranks import gathered
 from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import UserError, check_number
 
 
 class AdversarialUnlearning(UnlearningModule):

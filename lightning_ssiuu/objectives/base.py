@@ -18,17 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu import zero
 from lightning_ssiuu.adapters import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.losses import Answers, answer_nll, kl_divergence
 from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
 from lightning_ssiuu.perturbation import add_gradients, complete_gradients, displaced_step
-from lightning_ssiuu.ranks import gathered, mean_over_ranks, rank, world_size
 from lightning_ssiuu.reference import LiveReference, Observation, StoredReference, find_reference, reference_logits
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.sharded_state import put_state, take_state
 from lightning_ssiuu.sharding import is_sharded, load_sharded
 from lightning_ssiuu.step_memory import Part, StepMemory
 from lightning_ssiuu.strategies import check_strategy
+from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, rank, world_size
+from lightning_ssiuu.utils.errors import UserError
 
 
 class UnlearningModule(L.LightningModule):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.functional.token_losses import ceu
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.utils.errors import UserError
 
 
 class CEU(UnlearningModule):

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.errors import check_number
 from lightning_ssiuu.functional.preference import dpo
 from lightning_ssiuu.models import AnswerModel
 from lightning_ssiuu.objectives.base import Part
 from lightning_ssiuu.reference import Observation, reference_logps
 from lightning_ssiuu.rejections import RejectingModule
+from lightning_ssiuu.utils.errors import check_number
 
 
 class DPO(RejectingModule):

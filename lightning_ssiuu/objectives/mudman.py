@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
@@ -25,6 +24,7 @@ from lightning_ssiuu.perturbation import (
 )
 from lightning_ssiuu.regularizers.shards import trained_parameters
 from lightning_ssiuu.sharded_state import put_state, take_state
+from lightning_ssiuu.utils.errors import UserError, check_number
 
 
 class MUDMAN(UnlearningModule):

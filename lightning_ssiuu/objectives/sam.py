@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.errors import check_number
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.perturbation import (
@@ -17,6 +16,7 @@ from lightning_ssiuu.perturbation import (
     rows_of,
     share_of_mean,
 )
+from lightning_ssiuu.utils.errors import check_number
 
 
 class SAM(UnlearningModule):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.errors import check_number
 from lightning_ssiuu.functional.preference import simnpo
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.utils.errors import check_number
 
 
 class SimNPO(UnlearningModule):

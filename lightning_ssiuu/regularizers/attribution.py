@@ -15,12 +15,11 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.attribution import target_logps
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.layer_gradients import Sums
-from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule, check_choice
+from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
 from lightning_ssiuu.regularizers.shards import (
     blocks,
     local_state,
@@ -32,6 +31,7 @@ from lightning_ssiuu.regularizers.shards import (
 )
 from lightning_ssiuu.single_pass import NotExact, SinglePass
 from lightning_ssiuu.sites import neuron_sites, select_sites
+from lightning_ssiuu.utils.errors import UserError, check_choice
 
 
 class AttributionPenalty(Penalty):
@@ -137,7 +137,7 @@ class AttributionRegularizer(AttributionPenalty):
         >>> AttributionRegularizer(weight=-1.0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: regularizer.weight: got -1.0, allowed: a finite number ≥ 0
+        lightning_ssiuu.UserError: regularizer.weight: got -1.0, allowed: a finite number ≥ 0
     """
 
     _gradients: list[Tensor | None] | None = None  # g / e^scale of this step so far; None where nothing was added

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule, check_choice
+from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
 from lightning_ssiuu.regularizers.shards import (
     chunks,
     local_state,
@@ -24,6 +23,7 @@ from lightning_ssiuu.regularizers.shards import (
     square,
     trained_parameters,
 )
+from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
 
 
 class L2ToStart(Penalty):

@@ -10,13 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.models import evaluation_mode
-from lightning_ssiuu.ranks import world_size
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.regularizers.penalty import check_choice
 from lightning_ssiuu.regularizers.shards import (
     chunks,
     local_state,
@@ -26,6 +23,8 @@ from lightning_ssiuu.regularizers.shards import (
     snapshot,
     trained_parameters,
 )
+from lightning_ssiuu.utils.distributed import world_size
+from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
 
 
 class DualMask(Regularizer):
@@ -58,7 +57,7 @@ class DualMask(Regularizer):
         >>> DualMask(alpha=50.0, beta=-1.0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: regularizer.beta: got -1.0, allowed: a finite number ≥ 0
+        lightning_ssiuu.UserError: regularizer.beta: got -1.0, allowed: a finite number ≥ 0
     """
 
     under_zero = False

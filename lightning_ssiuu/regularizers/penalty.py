@@ -9,26 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.errors import UserError, check_number
 from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.regularizers.base import Regularizer
 from lightning_ssiuu.regularizers.shards import over_shards, shard_device, square
+from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
 
 WeightMode = Literal["absolute", "relative"]
 WeightSchedule = Literal["constant", "warmup", "adaptive"]
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse what is not one of the allowed words.
-
-    Raises:
-        UserError: Naming ``regularizer.<name>``.
-
-    Example:
-        >>> check_choice("anchor", "previous", ["previous", "original"])
-    """
-    if value not in allowed:
-        raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")
 
 
 class Penalty(Regularizer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ssiuu.extra_gradient import local, wide
-from lightning_ssiuu.ranks import world_size
+from lightning_ssiuu.utils.distributed import world_size
 
 # Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
 _CHUNK = 1 << 24

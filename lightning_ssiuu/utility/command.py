@@ -13,11 +13,7 @@ from rich.table import Table
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.errors import UserError
-from lightning_ssiuu.files import check_space, refuse_existing, write_json
-from lightning_ssiuu.provenance import provenance
-from lightning_ssiuu.runs import naming, output_directory, resolve_models, run_data
-from lightning_ssiuu.screen import hide_short_bars
+from lightning_ssiuu.runs import output_directory, resolve_models, run_data
 from lightning_ssiuu.utility.harness import PAPER, check_harness, harness_scores
 from lightning_ssiuu.utility.offline import (
     SUITES,
@@ -27,6 +23,10 @@ from lightning_ssiuu.utility.offline import (
     suite_of,
     suite_tasks,
 )
+from lightning_ssiuu.utils.console import hide_short_bars
+from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
+from lightning_ssiuu.utils.provenance import provenance
 
 
 def utility(

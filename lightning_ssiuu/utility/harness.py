@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.examples import Given
-from lightning_ssiuu.errors import UserError, causes
 from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.utils.errors import Given, UserError, causes
 
 #: The tasks of arXiv 2509.22263 with the figure that is reported of each.
 PAPER = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_ssiuu.mistakes import user_error
+from lightning_ssiuu.utils.messages import user_error
 
 MISTAKE = 2  # exit status of a command whose user made a mistake
 # Seconds: until a process that lost one of the others is ended; until one that failed takes itself for the first.

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from lightning_ssiuu.datamodules.examples import Given
-from lightning_ssiuu.errors import UserError, causes
-from lightning_ssiuu.files import disk_refusal
+from lightning_ssiuu.utils.errors import Given, UserError, causes
+from lightning_ssiuu.utils.files import disk_refusal
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -165,7 +164,7 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         ...     raise ValueError("`devices` selected with `CPUAccelerator` should be an int > 0.")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: trainer.devices: got 0, allowed: what this machine has (`devices` selected \
+        lightning_ssiuu.UserError: trainer.devices: got 0, allowed: what this machine has (`devices` selected \
 with `CPUAccelerator` should be an int > 0.)
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException

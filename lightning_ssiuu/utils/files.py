@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.errors import UserError, causes
+from lightning_ssiuu.utils.errors import UserError, causes
 
 try:
     import fcntl

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+from lightning_ssiuu.utils.distributed import world_size
 
 # Said by libraries about themselves; nothing a user of this package did causes or could change them.
 _CHATTER = (
@@ -65,3 +71,17 @@ def hide_short_bars(*directories: str) -> None:
     ]
     if len(sizes) == len(directories) and sum(sizes) <= _SHORT:
         transformers_logging.disable_progress_bar()
+
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], description: str) -> Iterator[T]:
+    """Pass items on and show a bar once three seconds have gone by, on the first rank only; it vanishes at the end.
+
+    Example:
+        >>> list(progress([1, 2], "counting"))
+        [1, 2]
+    """
+    hidden = world_size() > 1 and dist.get_rank() > 0
+    return iter(tqdm(items, desc=description, delay=3, leave=False, disable=hidden))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -20,7 +21,7 @@ class UserError(ValueError):
         >>> raise UserError("p", 1.5, "a fraction in (0, 1)")
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: p: got 1.5, allowed: a fraction in (0, 1)
+        lightning_ssiuu.UserError: p: got 1.5, allowed: a fraction in (0, 1)
     """
 
     def __init__(self, argument: str, value: object, allowed: str) -> None:
@@ -31,6 +32,9 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         # ValueError would be rebuilt from the one-line text alone, and a spawned rank must be able to send it.
         return type(self), (self.argument, self.value, self.allowed)
+
+
+UserError.__module__ = "lightning_ssiuu"  # its public place: what a traceback shows
 
 
 def check_number(argument: str, value: float, positive: bool = False) -> None:
@@ -48,7 +52,7 @@ def check_number(argument: str, value: float, positive: bool = False) -> None:
         >>> check_number("beta", 0.0, positive=True)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.errors.UserError: beta: got 0.0, allowed: a finite number > 0
+        lightning_ssiuu.UserError: beta: got 0.0, allowed: a finite number > 0
     """
     if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
         raise UserError(argument, value, f"a finite number {'>' if positive else '≥'} 0")
@@ -71,3 +75,47 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         for failure in failures.values() if isinstance(failures, dict) else ():
             yield from causes(failure[0])
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+class Given(str):
+    """Text describing what was given, shown without quotation marks in a :class:`UserError`.
+
+    Example:
+        >>> Given("0 examples")
+        0 examples
+    """
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Inside, what is wrong with a checkpoint is told under the name of the argument it was given for.
+
+    Example:
+        >>> with naming("oracle"):
+        ...     raise UserError("checkpoint", "a", "a model")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: oracle: got 'a', allowed: a model
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.argument != "checkpoint":
+            raise
+        raise UserError(argument, error.value, error.allowed) from error
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse what is not one of the allowed words.
+
+    Raises:
+        UserError: Naming ``regularizer.<name>``.
+
+    Example:
+        >>> check_choice("anchor", "previous", ["previous", "original"])
+    """
+    if value not in allowed:
+        raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")
