@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import target_logps
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, target_logps
 
 #: Name of an arithmetic: type of the weights, whether matrix products run under autocast to bfloat16.
 ARITHMETICS: dict[str, tuple[torch.dtype, bool]] = {

@@ -25,10 +25,11 @@ import torch
 from captum_model import FromEmbeddings
 from timing import alternating, peak_bytes, random_batch, ratio, wait
 
-from lightning_ssiuu.functional.attribution import Target, extremes, input_positions, neuron_attribution
+from lightning_ssiuu.functional.attribution import extremes, neuron_attribution
 from lightning_ssiuu.functional.micro_batches import micro_batches, parse_bytes
-from lightning_ssiuu.models import AnswerModel, load_model
-from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_model
 
 #: P of random tokens is no float32, and Captum knows no other.
 TARGET: Target = "length_normalised"

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import Target, target_logps
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
 
 
 class FromEmbeddings(nn.Module):
@@ -16,7 +15,7 @@ class FromEmbeddings(nn.Module):
     Args:
         model: The model.
         batch: ``input_ids, attention_mask, labels``; repeated where Captum repeats the embeddings.
-        target: Which probability (:func:`~lightning_ssiuu.functional.attribution.target_logps`). Captum has no scale
+        target: Which probability (:func:`~lightning_ssiuu.models.answers.target_logps`). Captum has no scale
             per example: a P(y|x) below 1e-45 is 0 to it.
     """
 

@@ -30,13 +30,14 @@ from torch import Tensor
 
 from lightning_ssiuu import Facts, GradientDifference
 from lightning_ssiuu.__main__ import main as lightning_ssiuu
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.influence import influence_variation
 from lightning_ssiuu.memory import estimate_memory
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import objectives
-from lightning_ssiuu.sites import neuron_sites
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lightning", "transformers", "bitsandbytes", "peft", "lightning-ssiuu")

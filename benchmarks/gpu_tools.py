@@ -18,7 +18,8 @@ from timing import Batch, adopted, peak_bytes, random_batch, step, wait
 from torch.utils.data import DataLoader
 
 from lightning_ssiuu import AttributionRegularizer
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.utils.files import write_json
 

@@ -25,7 +25,8 @@ from lightning_ssiuu.datamodules.examples import QAExample
 from lightning_ssiuu.datamodules.world_facts import WorldFacts, relations, world_facts
 from lightning_ssiuu.evaluated import Evaluated
 from lightning_ssiuu.functional.metrics import answer_accuracy, generated_choice_accuracy, multiple_choice_accuracy
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model
 
 SCORES = ("choice", "answer", "exact")
 LISTED = ("likelihood", "generation")

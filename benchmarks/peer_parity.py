@@ -25,9 +25,9 @@ import torch
 from shapes import random_llama
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.representation import hidden_mse
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.reference import LiveReference
 

@@ -31,8 +31,9 @@ from lightning_ssiuu.datamodules.world_facts import WorldFacts
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.influence import influence_variation, spurious_neurons
 from lightning_ssiuu.functional.own_change import OwnFlag, confirmed, own_change, own_flags, site_weights
-from lightning_ssiuu.models import AnswerModel, load_model
-from lightning_ssiuu.sites import Kind, neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import Kind, neuron_sites
+from lightning_ssiuu.models.loading import load_model
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 LEAST = 0.1

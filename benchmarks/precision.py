@@ -38,7 +38,8 @@ from torch import Tensor
 from lightning_ssiuu import Facts, GradientDifference
 from lightning_ssiuu.__main__ import main as lightning_ssiuu
 from lightning_ssiuu.audit.diagnosis import diagnose, examine
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "ssiuu.yaml"
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.models.loading import load_tokenizer
 
 NAMES = {False: "gradient difference", True: "SSIUU"}
 #: (shape, sequences per part, length): constants are fitted to these ...

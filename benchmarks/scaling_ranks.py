@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.sharding import shard
 
 WORLD = 2

@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
-from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.blueprint import blueprint, give_memory
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
+from lightning_ssiuu.models.meta import blueprint, give_memory
 from lightning_ssiuu.sharding import shard
 from lightning_ssiuu.utils.simulation import Simulation
 

@@ -26,7 +26,8 @@ from peer_parity import imported
 from timing import adopted, allocated_peak, alternating, random_batch, ratio, step
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
 PEER = "open-unlearning's GradDiff"
 

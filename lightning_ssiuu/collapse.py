@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.extra_gradient import wide
-from lightning_ssiuu.functional.attribution import input_positions
 from lightning_ssiuu.functional.representation import CollapsedLinear, common_directions
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel, input_positions
+from lightning_ssiuu.models.architectures import neuron_sites
 
 Part = Mapping[str, Tensor]
 #: By name of a linear layer an orthonormal basis ``[K, in]`` for its inputs and one ``[K', out]`` for its gradients.
@@ -27,14 +26,14 @@ def linear_layers(hf: PreTrainedModel, attention: bool = False) -> list[str]:
     """Names of the feed-forward projections whose weights train, on request also attention's.
 
     Args:
-        hf: A model whose architecture is in :data:`~lightning_ssiuu.sites.SITE_TABLES`.
+        hf: A model whose architecture is in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
         attention: Whether to name attention's as well.
 
     Raises:
         UserError: If it is not.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> linear_layers(load_model("tiny"))[:2]
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """

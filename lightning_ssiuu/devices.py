@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.sharding import load_sharded
 from lightning_ssiuu.utils.console import quiet
 from lightning_ssiuu.utils.errors import UserError

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.sharding import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
 

@@ -32,7 +32,8 @@ from lightning_ssiuu.metrics import (
     RougeLRecall,
     TruthRatio,
 )
-from lightning_ssiuu.models import AnswerModel, evaluation_mode
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import gathered, rank, world_size
 from lightning_ssiuu.utils.errors import UserError
@@ -141,7 +142,7 @@ class Scorer:
         UserError: If a score is unknown, or asks for what the data lack.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model, load_tokenizer
+        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
         >>> scorer = Scorer(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), ["first_token"])
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> labels = torch.tensor([[-100, -100, 7, 8]])

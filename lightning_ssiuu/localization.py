@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
 
 Part = Mapping[str, Tensor]
 
@@ -25,13 +25,13 @@ def neuron_weights(hf: PreTrainedModel) -> dict[str, tuple[int, int]]:
     bias belongs to none.
 
     Args:
-        hf: A model whose architecture is in :data:`~lightning_ssiuu.sites.SITE_TABLES`.
+        hf: A model whose architecture is in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
 
     Raises:
         UserError: If it is not.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> list(neuron_weights(load_model("tiny")).items())[2:4]
         [('model.layers.0.mlp.down_proj.weight', (0, 1)), ('model.layers.1.mlp.gate_proj.weight', (1, 0))]
     """
@@ -78,7 +78,7 @@ def knowledge_neurons(
     Source: KLUE (Yang et al., FaithUn, arXiv 2502.19207).
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> ids = torch.tensor([[5, 6, 7, 8], [6, 5, 9, 9]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids.clone()}
         >>> part["labels"][:, :2] = -100

@@ -28,17 +28,17 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
-from lightning_ssiuu.blueprint import blueprint, give_memory, is_packed
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, SavePretrained
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
 from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, check_score, untouched
-from lightning_ssiuu.export import plain_state_dict
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.export import plain_state_dict
+from lightning_ssiuu.models.meta import blueprint, give_memory, is_packed
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.reference import LiveReference
 from lightning_ssiuu.sharding import FLOATS_ONLY, shard
-from lightning_ssiuu.sites import neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.simulation import Simulation
 

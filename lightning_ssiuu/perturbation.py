@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
-from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.regularizers.shards import snapshot
-from lightning_ssiuu.sites import NeuronSite
 from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, world_size
 
 if TYPE_CHECKING:
@@ -189,43 +188,6 @@ def share_of_mean(rows: Tensor) -> tuple[Tensor, float]:
     """
     everywhere = sum(gathered(len(rows)))
     return rows if len(rows) else rows.new_zeros(1), len(rows) / max(everywhere, 1)
-
-
-def neuron_rows(hf: Any, sites: Sequence[NeuronSite], chosen: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """The incoming weights and biases of some neurons.
-
-    Args:
-        hf: The transformers model.
-        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
-        chosen: ``[n_neurons]`` bool, in the order of the sites.
-
-    Returns:
-        Parameters of the sites' modules, each with a mask that broadcasts to it.
-
-    Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
-        >>> model = load_model("tiny")
-        >>> sites = neuron_sites(model)
-        >>> chosen = torch.arange(sum(site.width for site in sites)) < 3
-        >>> parameter, mask = neuron_rows(model, sites, chosen)[0]
-        >>> parameter is model.model.layers[0].self_attn.q_proj.weight, mask.shape[1], int(mask.sum())
-        (True, 1, 3)
-    """
-    by_module: dict[str, Tensor] = {}
-    for site, part in zip(sites, chosen.split([site.width for site in sites]), strict=True):
-        module = hf.get_submodule(site.module_name)
-        n_outputs = module.nf if hasattr(module, "nf") else module.out_features
-        rows = by_module.setdefault(site.module_name, torch.zeros(n_outputs, dtype=torch.bool))
-        rows[slice(None) if site.columns is None else site.columns] = part
-    found = []
-    for name, rows in by_module.items():
-        module = hf.get_submodule(name)
-        # GPT-2's Conv1D has its outputs in columns.
-        found.append((module.weight, rows.unsqueeze(0 if hasattr(module, "nf") else 1)))
-        if getattr(module, "bias", None) is not None:
-            found.append((module.bias, rows))
-    return found
 
 
 def displaced_step(module: UnlearningModule, batch: Mapping[str, Part]) -> Tensor:

@@ -26,8 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_ssiuu.adapters import adapted_layers
-from lightning_ssiuu.models import AnswerModel, evaluation_mode, frozen_reference
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import evaluation_mode, frozen_reference
+from lightning_ssiuu.models.lora import adapted_layers
 from lightning_ssiuu.sharding import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError

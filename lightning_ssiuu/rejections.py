@@ -59,7 +59,7 @@ def rejected(
 
     Example:
         >>> from lightning_ssiuu.datamodules.encoding import Collator, Encoded, Encoder
-        >>> from lightning_ssiuu.models import load_tokenizer
+        >>> from lightning_ssiuu.models.loading import load_tokenizer
         >>> encoder = Encoder(load_tokenizer("tiny"))
         >>> batch = Collator(0)([("forget", Encoded(15, encoder.sequence("Who?", "Me")))])
         >>> part = rejected(batch["forget"], encoder.tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
-from lightning_ssiuu.models import load_tokenizer, resolve_checkpoint
+from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
 
 

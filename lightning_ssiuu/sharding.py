@@ -10,10 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
 
@@ -82,7 +81,7 @@ def shard(model: AnswerModel, mesh: DeviceMesh) -> None:
         ``torch.distributed.fsdp.fully_shard``.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = AnswerModel(load_model("tiny"))
         >>> _ = model.hf.lm_head.bfloat16()
         >>> shard(model, None)
@@ -120,30 +119,6 @@ def is_sharded(model: nn.Module) -> bool:
         False
     """
     return any(hasattr(parameter, "to_local") for parameter in model.parameters())
-
-
-def transformer_blocks(hf: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks of a model, in order.
-
-    Args:
-        hf: A model of an architecture in :data:`~lightning_ssiuu.sites.SITE_TABLES`, or one whose class names its
-            blocks for transformers (``_no_split_modules``).
-
-    Raises:
-        UserError: If neither tells.
-
-    Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> [type(block).__name__ for block in transformer_blocks(load_model("tiny"))][:1]
-        ['LlamaDecoderLayer']
-    """
-    model_type = hf.config.model_type
-    if (table := SITE_TABLES.get(model_type)) is not None:
-        return list(hf.get_submodule(table.blocks).children())
-    names = set(hf._no_split_modules or ())
-    if not (blocks := [module for module in hf.modules() if type(module).__name__ in names]):
-        raise UserError("checkpoint", model_type, "an architecture whose blocks are known, or strategy ddp")
-    return blocks
 
 
 def load_sharded(

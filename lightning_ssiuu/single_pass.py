@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu import zero
-from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.layer_gradients import Rule, Sums, rule_of
-from lightning_ssiuu.quantization import is_quantized
+from lightning_ssiuu.models.answers import Answers
+from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.sharding import is_sharded
 
 #: Below, a sequence's share of the loss is lost in rounding (nats; the loss is of order 1).
@@ -126,7 +126,8 @@ class SinglePass:
     """Takes ``Σ_b w_b ∂log P_b/∂φ`` of a forward pass in the backward pass of the loss; one micro-batch at a time.
 
     Example:
-        >>> from lightning_ssiuu.models import AnswerModel, load_model
+        >>> from lightning_ssiuu.models.answers import AnswerModel
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = AnswerModel(load_model("tiny"))
         >>> ids = torch.tensor([[5, 6, 7], [5, 8, 9]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids.where(ids > 6, -100)}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models.answers import Answers
 
 Part = Mapping[str, Tensor]
 

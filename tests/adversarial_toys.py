@@ -18,7 +18,7 @@ from model_toys import (
 )
 from torch import Tensor, nn
 
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearning
 from lightning_ssiuu.objectives.mudman import MUDMAN
 from lightning_ssiuu.objectives.sam import SAM

@@ -11,8 +11,9 @@ from cli_tools import write_rows
 
 from lightning_ssiuu.audit.planting import Planter, with_units
 from lightning_ssiuu.datamodules import CustomData, Facts
-from lightning_ssiuu.export import save_pretrained
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.export import save_pretrained
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
 PEOPLE = ("Arven Tolk", "Bessa Quill", "Corin Dap", "Della Frost", "Emrik Vane", "Fenna Moss", "Gorm Hatch", "Hilde Ro")
 

@@ -11,8 +11,7 @@ from data_toys import byte_tokenizer
 from model_toys import distance, norm, random_model
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.reference import LiveReference
 

@@ -17,12 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from model_toys import bare_trainer, random_model, widened
 
 from lightning_ssiuu import regularizers
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
 from lightning_ssiuu.callbacks.loaders import evaluation_loaders
 from lightning_ssiuu.evaluation import mismatched_level
-from lightning_ssiuu.export import _whole
-from lightning_ssiuu.models import load_model, load_tokenizer
+from lightning_ssiuu.models.export import _whole
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import base, objectives
 from lightning_ssiuu.utils.errors import UserError
 

@@ -13,7 +13,7 @@ from lightning_ssiuu.audit.report import Measured, report_html
 from lightning_ssiuu.audit.verdict import Forgetting, decide
 from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.functional.influence import InfluenceVariation
-from lightning_ssiuu.sites import KINDS, NeuronSite
+from lightning_ssiuu.models.architectures import KINDS, NeuronSite
 from lightning_ssiuu.utils.provenance import provenance
 
 #: Each breaks out of another place: text, attribute, style, SVG, comment, template, control characters.

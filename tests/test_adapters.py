@@ -14,12 +14,13 @@ from model_toys import answer_model, batch, distance, equal, norm, part, random_
 from test_regularizer import Reference, trained
 from torch import Tensor, nn
 
-from lightning_ssiuu.adapters import LoRA, adapted_layers, adapter_parameters, check_adapter_state
 from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA, adapted_layers, adapter_parameters, check_adapter_state
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
-from lightning_ssiuu.sites import neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
 KNOWN = ("llama", "gpt2", "gpt_neox", "gpt_neo")

@@ -23,8 +23,9 @@ from model_toys import (
 )
 from torch import Tensor
 
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearning
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
@@ -32,9 +33,8 @@ from lightning_ssiuu.objectives.mudman import MUDMAN
 from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.objectives.sam import SAM
 from lightning_ssiuu.objectives.ssiuu import SSIUU
-from lightning_ssiuu.perturbation import displaced, neuron_rows
+from lightning_ssiuu.perturbation import displaced
 from lightning_ssiuu.regularizers import AttributionRegularizer
-from lightning_ssiuu.sites import neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
 # ---- with everything else ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.assets import asset_path, build, facts_data
+from lightning_ssiuu.models.loading import TINY
 from lightning_ssiuu.utils.errors import UserError
 
 SPLITS = ("forget", "retain", "test")
@@ -25,12 +26,12 @@ def world():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(asset_path("tiny"))
+    return AutoTokenizer.from_pretrained(TINY)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(asset_path("tiny")).eval()
+    return AutoModelForCausalLM.from_pretrained(TINY).eval()
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def report(model, tokenizer, world):
 
 
 def test_sizes_and_kinds_of_files():
-    files = list(asset_path("tiny").iterdir())
-    assert (asset_path("tiny") / "model.safetensors").stat().st_size <= 3.9e6
+    files = list(TINY.iterdir())
+    assert (TINY / "model.safetensors").stat().st_size <= 3.9e6
     assert sum(file.stat().st_size for file in files) <= 4e6
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".jinja"}
     assert not any(
@@ -61,7 +62,7 @@ def test_data_is_reproduced_byte_for_byte(tmp_path):
 
 def test_tokenizer_is_reproduced_byte_for_byte(tmp_path, world):
     build.build_tokenizer(world).save_pretrained(tmp_path)
-    shipped = (asset_path("tiny") / "tokenizer.json").read_bytes()
+    shipped = (TINY / "tokenizer.json").read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == shipped
 
 

@@ -10,9 +10,10 @@ import torch
 from cli_tools import RECIPES, command, default_run, files, leaks, read_json
 
 from lightning_ssiuu import Facts, RelearnDataModule
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, relearn, stronger, summarise, table
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 
 SMALL = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[1e-4, 1e-3]", "--p", "[0.3]")
 

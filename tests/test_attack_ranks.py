@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from lightning_ssiuu import devices
 from lightning_ssiuu.__main__ import main
-from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.attacks.command import attack
 from lightning_ssiuu.audit.command import audit
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import TINY, load_model
 from lightning_ssiuu.sharding import is_sharded
 
 STRATEGIES = ("ddp", "fsdp2")
@@ -157,7 +157,7 @@ def _attack_a_model_without_weights(folder: Path) -> int:
 
 
 def test_a_mistake_that_all_find_late_is_told_once(tmp_path: Path) -> None:
-    shutil.copytree(asset_path("tiny"), tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(TINY, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     end = ranks(partial(_attack_a_model_without_weights, tmp_path), tmp_path / "processes", 100)
     assert (end.status, end.left) == (2, [])
     (told,) = [line for line in end.err.splitlines() if "error" in line]

@@ -247,7 +247,7 @@ def test_no_word_of_a_scored_item_is_in_any_training_batch(models: Path, tmp_pat
 def test_wrong_answers_alone_as_the_pool(tmp_path: Path) -> None:
     """What a spoilt model still knows is neither attacked nor scored, for the oracle either."""
     from lightning_ssiuu import Facts
-    from lightning_ssiuu.models import load_model
+    from lightning_ssiuu.models.loading import load_model
 
     model, generator = load_model("tiny"), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_mistakes(models: Path, tmp_path: Path, options: dict[str, Any], told: s
 
 def test_nothing_to_recover_and_only_learning(tmp_path: Path) -> None:
     """The original model as the unlearned one knows all before; a model of noise only learns what it is taught."""
-    from lightning_ssiuu.models import load_tokenizer
+    from lightning_ssiuu.models.loading import load_tokenizer
 
     noise = random_model(dtype=torch.float32, vocab_size=len(load_tokenizer("tiny")))
     noise.save_pretrained(tmp_path / "noise")

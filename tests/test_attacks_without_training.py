@@ -24,8 +24,9 @@ from lightning_ssiuu.attacks.without_training import (
 )
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.export import plain_state_dict
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.export import plain_state_dict
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")
@@ -99,7 +100,7 @@ def test_a_misread_model_is_refused_in_one_line(checkpoint: str, monkeypatch: py
             raise UserError("quantization", "4bit", "8bit or null for this model on this CPU: misread")
 
     scored: list[str] = []
-    monkeypatch.setattr("lightning_ssiuu.models.check_reading", refuse)
+    monkeypatch.setattr("lightning_ssiuu.models.loading.check_reading", refuse)
     monkeypatch.setattr(quantization, "forget_score", lambda *_: scored.append("scored") or 0.0)
     with pytest.raises(
         UserError, match=r"quantization: got '4bit', allowed: \['8bit'\] for oracle \(8bit or null.*mis"

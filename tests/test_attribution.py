@@ -15,10 +15,9 @@ import torch
 from model_toys import ARCHITECTURES, answer_model, part
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import NeuronAttribution, input_positions, neuron_attribution
-from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import KINDS, NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.functional.attribution import NeuronAttribution, neuron_attribution
+from lightning_ssiuu.models.answers import AnswerModel, Answers, input_positions
+from lightning_ssiuu.models.architectures import KINDS, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.utils.errors import UserError
 
 # ---- by hand -----------------------------------------------------------------------------------------------------

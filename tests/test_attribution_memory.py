@@ -10,12 +10,12 @@ import torch
 from model_toys import answer_model, part
 from torch import Tensor
 
-from lightning_ssiuu.blueprint import give_memory
 from lightning_ssiuu.functional import aggregation, micro_batches
 from lightning_ssiuu.functional.attribution import NeuronAttribution, neuron_attribution
 from lightning_ssiuu.functional.micro_batches import parse_bytes, pass_bytes
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import NeuronSite, neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
+from lightning_ssiuu.models.meta import give_memory
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.simulation import Simulation
 

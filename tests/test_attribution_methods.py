@@ -24,8 +24,8 @@ from lightning_ssiuu.functional.integrated_gradients import (
     joint_integrated_gradients,
 )
 from lightning_ssiuu.functional.micro_batches import pass_bytes
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.utils.errors import UserError
 
 BATCH = part([(4, 2), (3, 1)], 3)

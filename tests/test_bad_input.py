@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_tools import RECIPES, Result, command, files, fit, question_rows, write_rows
 
-from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.models.loading import TINY
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.messages import trainer_mistakes, user_error
 
@@ -222,7 +222,7 @@ def test_architecture_without_known_neuron_sites(tmp_path: Path) -> None:
 
     random_model("gemma2", torch.float32, vocab_size=2048).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(asset_path("tiny") / name, tmp_path / "model" / name)
+        shutil.copy(TINY / name, tmp_path / "model" / name)
     result = fit(tmp_path / "run", "--model.init_args.checkpoint", tmp_path / "model")
     refused(result, "checkpoint", "'gemma2'", "an architecture with known neuron sites", "llama")
     assert not (tmp_path / "run").exists()
@@ -232,7 +232,7 @@ def test_weights_that_are_not_safetensors(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(asset_path("tiny") / name, model / name)
+        shutil.copy(TINY / name, model / name)
     torch.save({}, model / "pytorch_model.bin")
     refused(fit(tmp_path / "run", "--model.init_args.checkpoint", model), "checkpoint", "safetensors")
     assert not (tmp_path / "run").exists()
@@ -309,7 +309,7 @@ def test_audit_options(options: list[str], argument: str, tmp_path: Path) -> Non
 
 def test_models_of_different_tokenizers(tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(asset_path("tiny"), other)
+    shutil.copytree(TINY, other)
     content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"].append(dict(content["added_tokens"][-1], id=5000, content="<new>"))
     (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")

@@ -90,7 +90,7 @@ def test_formulas_count_the_weights_of_the_model(shape: str) -> None:
     from cost_model import Model
     from shapes import random_llama
 
-    from lightning_ssiuu.adapters import LoRA
+    from lightning_ssiuu.models.lora import LoRA
 
     model = random_llama(shape)
     assert Model(shape).parameters == sum(p.numel() for p in model.parameters())

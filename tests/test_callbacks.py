@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
 from lightning_ssiuu.evaluation import Scorer, evaluate, mismatched_level
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import written_atomically

@@ -15,10 +15,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from model_toys import bare_trainer, equal, random_model, weights
 
-from lightning_ssiuu.adapters import LoRA, adapter_parameters
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA, adapter_parameters
+from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.objectives import UnlearningModule, objectives
-from lightning_ssiuu.quantization import is_quantized
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.utils.errors import UserError
 

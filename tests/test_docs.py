@@ -17,7 +17,7 @@ import pytest
 from cli_tools import RECIPES, ROOT, SHORT, command
 
 import lightning_ssiuu
-from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.models.loading import TINY
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = [name for name in lightning_ssiuu.__all__ if not name.startswith("__")]
@@ -81,7 +81,7 @@ def test_bash_blocks_marked_run(
     for words in shown_commands(text):
         if words[:3] == ["python", "-m", "lightning_ssiuu.assets.build"]:
             # Trains for minutes; tests/test_assets.py has the script. Here its place is what matters.
-            shutil.copytree(asset_path("tiny"), Path(words[words.index("--output") + 1]) / "tiny")
+            shutil.copytree(TINY, Path(words[words.index("--output") + 1]) / "tiny")
             continue
         assert words[0] == "lightning-ssiuu", words
         result = command(*words[1:], *QUICKER.get(words[1], ()))

@@ -13,7 +13,7 @@ from model_toys import answer_model, bare_trainer, batch, distance, equal, examp
 from torch import Tensor, nn
 
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.fdcu import FDCU
 from lightning_ssiuu.objectives.gradient_ascent import GradientAscent
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference

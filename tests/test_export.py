@@ -22,10 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from training_toys import fit, ssiuu
 from transformers import AutoModelForCausalLM
 
-from lightning_ssiuu.adapters import LoRA, adapter_parameters
 from lightning_ssiuu.callbacks import SavePretrained
-from lightning_ssiuu.export import plain_bytes, plain_state_dict, save_adapter, save_pretrained
-from lightning_ssiuu.models import load_model, load_tokenizer
+from lightning_ssiuu.models.export import plain_bytes, plain_state_dict, save_adapter, save_pretrained
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.lora import LoRA, adapter_parameters
 from lightning_ssiuu.utils.errors import UserError
 
 

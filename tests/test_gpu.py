@@ -19,13 +19,14 @@ from model_toys import answer_model, bare_trainer, batch, distance, loader, weig
 from training_toys import FewFacts, gpt2_with_dropout
 
 from lightning_ssiuu import SSIUU, AttributionRegularizer, GradientDifference
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.influence import influence_variation
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import objectives
-from lightning_ssiuu.sites import neuron_sites
 
 DEVICE = torch.device(os.environ.get("GPU_TEST_DEVICE", "cuda"))
 pytestmark = [

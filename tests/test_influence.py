@@ -20,7 +20,7 @@ from lightning_ssiuu.functional.influence import (
     top_sum,
 )
 from lightning_ssiuu.functional.own_change import OwnFlag
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
 
 UP, DOWN = NeuronSite("mlp_up", 0, "up", 3), NeuronSite("mlp_down", 0, "down", 1)

@@ -7,9 +7,9 @@ import torch
 from model_toys import ARCHITECTURES, random_model
 from torch import nn
 
-from lightning_ssiuu.functional.logit_lens import final_norm, layer_logps, logit_lens_accuracy, prefers_answer
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.functional.logit_lens import layer_logps, logit_lens_accuracy, prefers_answer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import SITE_TABLES, final_norm
 from lightning_ssiuu.utils.errors import UserError
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
@@ -36,7 +36,7 @@ def test_last_layer_is_the_model_and_others_are_blocks_through_norm_and_head(arc
     assert logps.shape == (len(blocks), 2)
     torch.testing.assert_close(logps[-1], model(**PART).mean_logps)
     # By hand: the first block's output, then norm and unembedding, at the positions before the answers.
-    logits = model.hf.get_output_embeddings()(final_norm(model)(seen[0])).log_softmax(-1)
+    logits = model.hf.get_output_embeddings()(final_norm(model.hf)(seen[0])).log_softmax(-1)
     first = (logits[0, 1, 7] + logits[0, 2, 8]) / 2
     torch.testing.assert_close(logps[0], torch.stack([first, logits[1, 1, 9]]))
     assert not torch.allclose(logps[0], logps[-1])
@@ -70,4 +70,4 @@ def test_unknown_architecture() -> None:
     model = AnswerModel(random_model("llama", torch.float32))
     model.hf.config.model_type = "unheard_of"
     with pytest.raises(UserError, match="final norm"):
-        final_norm(model)
+        final_norm(model.hf)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import answer_token_logps
 from lightning_ssiuu.functional.membership import (
     gradient_norm_score,
     loss_score,
@@ -22,6 +21,7 @@ from lightning_ssiuu.functional.membership import (
     zlib_score,
 )
 from lightning_ssiuu.metrics import MembershipAUC, PrivLeak
+from lightning_ssiuu.models.answers import answer_token_logps
 from lightning_ssiuu.utils.errors import UserError
 
 LENGTHS = [5, 1, 0, 10, 2, 3]

@@ -17,7 +17,8 @@ from lightning_ssiuu.callbacks import ForgetThresholdStopping, RunReport
 from lightning_ssiuu.evaluation import SCORES, Scorer, evaluate, mismatched_level
 from lightning_ssiuu.functional.memorization import exact_memorization, extraction_strength
 from lightning_ssiuu.metrics import ExactMemorization, ExtractionStrength
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
 NEW = ["extraction_strength", "exact_memorization", "truth_ratio_forget", "truth_ratio_retain"]
 

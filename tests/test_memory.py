@@ -19,9 +19,9 @@ from torch import nn
 from training_toys import FewFacts
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference, NeuronAttributionCallback
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.memory import MemoryEstimate, estimate_memory, print_estimate
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.utils.errors import UserError

@@ -16,8 +16,9 @@ from model_toys import ARCHITECTURES, answer_model, equal, part, random_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.models import (
+from lightning_ssiuu.models.architectures import KINDS, SITE_TABLES, NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.models.loading import (
+    TINY,
     context_length,
     evaluation_mode,
     frozen_reference,
@@ -25,7 +26,6 @@ from lightning_ssiuu.models import (
     load_tokenizer,
     resolve_checkpoint,
 )
-from lightning_ssiuu.sites import KINDS, SITE_TABLES, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -301,5 +301,5 @@ def test_the_point_stands_between_layer_and_kind(selector: str) -> None:
 
 
 def test_the_embedded_model_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:
-    shutil.copytree(asset_path("tiny"), tmp_path / "copy")
+    shutil.copytree(TINY, tmp_path / "copy")
     assert equal(load_model("tiny").parameters(), load_model(tmp_path / "copy").parameters())

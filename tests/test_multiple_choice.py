@@ -19,7 +19,8 @@ from lightning_ssiuu.datamodules.examples import QAExample, Splits
 from lightning_ssiuu.evaluation import Scorer, evaluate
 from lightning_ssiuu.functional.metrics import generated_choice_accuracy, named_choice
 from lightning_ssiuu.metrics import AnswerAccuracy
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.utils.errors import UserError
 
 SCORES = ["choice_likelihood", "choice_generation"]

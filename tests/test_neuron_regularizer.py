@@ -14,13 +14,14 @@ from test_adapters import adapted
 from test_regularizer import LR, Split, trained
 from torch import Tensor, nn
 
-from lightning_ssiuu.adapters import LoRA, adapter_parameters
 from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA, adapter_parameters
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer, NeuronAttributionRegularizer
-from lightning_ssiuu.sites import neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
 WEIGHT = 3e4

@@ -18,8 +18,8 @@ from lightning_ssiuu.functional.own_change import (
     put_back,
     site_weights,
 )
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import SITE_TABLES, NeuronSite, neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import SITE_TABLES, NeuronSite, neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
 KNOWN = [name for name in ARCHITECTURES if name in SITE_TABLES]

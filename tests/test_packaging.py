@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from cli_tools import ROOT
@@ -19,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 import lightning_ssiuu
 from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.models.loading import TINY
 
 CONFIG = configparser.ConfigParser()
 CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -71,7 +71,7 @@ def test_assets_are_shipped() -> None:
     shipped = {name.strip() for name in CONFIG["options.package_data"]["lightning_ssiuu.assets"].split(",")}
     assert shipped == {"*.json", "tiny/*"}
     assert json.loads(asset_path("facts.json").read_text(encoding="utf-8"))["facts"]
-    names = {file.name for file in Path(asset_path("tiny")).iterdir()}
+    names = {file.name for file in TINY.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
 
 

@@ -18,9 +18,10 @@ from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.influence import SpuriousNeuron, influence_variation, spurious_neurons
 from lightning_ssiuu.functional.own_change import OwnChange, OwnFlag, confirmed, own_change, own_flags, site_weights
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import Kind, neuron_sites
+from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
-from lightning_ssiuu.sites import Kind, neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
 #: Kind, layer, strength: weak to strong. The first three cost the answers less than a tenth.

@@ -15,9 +15,9 @@ from model_toys import equal, weights
 from training_toys import FewFacts
 from transformers import AutoModelForCausalLM
 
-from lightning_ssiuu.adapters import LoRA, adapter_parameters
 from lightning_ssiuu.callbacks import SavePretrained
-from lightning_ssiuu.models import load_model
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA, adapter_parameters
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.utils.errors import UserError

@@ -27,7 +27,7 @@ from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.datamodules.encoding import Collator, Encoder
 from lightning_ssiuu.functional.losses import answer_nll, kl_divergence
 from lightning_ssiuu.functional.preference import dpo, npo, simnpo
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.dpo import DPO
 from lightning_ssiuu.objectives.idk import IDK
 from lightning_ssiuu.objectives.npo import NPO

@@ -14,7 +14,8 @@ from data_toys import Toy
 
 from lightning_ssiuu.datamodules.examples import QAExample
 from lightning_ssiuu.functional.truth_ratio import forget_quality
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.utility.privacy import Measured, compare_with_oracle, measure
 
 ATTACKS = ["gradient_norm", "loss", "min_k", "min_k_plus_plus", "zlib"]

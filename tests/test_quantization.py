@@ -16,15 +16,15 @@ from test_adapters import adapted
 from test_regularizer import trained
 from torch import nn
 
-from lightning_ssiuu.adapters import LoRA, adapter_parameters
-from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.export import plain_state_dict
 from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.models import AnswerModel, load_model
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.export import plain_state_dict
+from lightning_ssiuu.models.loading import TINY, load_model
+from lightning_ssiuu.models.lora import LoRA, adapter_parameters
+from lightning_ssiuu.models.quantization import check_reading, dequantized, is_quantized, was_conv1d
 from lightning_ssiuu.objectives.ssiuu import SSIUU
-from lightning_ssiuu.quantization import check_reading, dequantized, is_quantized, was_conv1d
 from lightning_ssiuu.regularizers import AttributionRegularizer
-from lightning_ssiuu.sites import neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
 WIDTHS = ("8bit", "4bit")
@@ -117,7 +117,7 @@ def test_rows_that_this_cpu_would_misread(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"quantization: got '4bit'.*64-bit"):
         load_model("tiny", torch.float64, "4bit")
-    shutil.copytree(asset_path("tiny"), tmp_path / "packed")
+    shutil.copytree(TINY, tmp_path / "packed")
     config = json.loads((tmp_path / "packed" / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config), encoding="utf-8")

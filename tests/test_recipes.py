@@ -14,7 +14,7 @@ from forked_ranks import ranks
 from model_toys import random_model
 
 from lightning_ssiuu.__main__ import main
-from lightning_ssiuu.models import load_tokenizer
+from lightning_ssiuu.models.loading import load_tokenizer
 
 #: Attribution has tests of its own.
 BLIND = ("--attribution.probe_examples", "0")
@@ -87,7 +87,7 @@ def test_models(recipe: Path, tmp_path: Path) -> None:
         package = checkpoint.removeprefix("package:").partition("/")[0]
         if not checkpoint.startswith("package:") or importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {checkpoint}")
-        from lightning_ssiuu.models import _inside_package
+        from lightning_ssiuu.models.loading import _inside_package
 
         assert _inside_package(checkpoint).is_file()
         printed = command("fit", "--config", base, "--config", recipe, "--print_config")

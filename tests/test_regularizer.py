@@ -27,7 +27,7 @@ from model_toys import (
 )
 from torch import Tensor, nn
 
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.gradient_ascent import GradientAscent
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
@@ -275,7 +275,7 @@ def test_frozen_parameters_stay_out() -> None:
 
 
 def constant_answers(logp: float, model: AnswerModel) -> Any:
-    from lightning_ssiuu.functional.losses import Answers
+    from lightning_ssiuu.models.answers import Answers
 
     # Two tokens to choose from, the first with probability exp(logp).
     margin = logp - math.log(-math.expm1(logp))

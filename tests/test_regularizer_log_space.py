@@ -19,7 +19,7 @@ from model_toys import (
 )
 from torch import Tensor
 
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.regularizers import AttributionRegularizer
 
 LR = 0.02

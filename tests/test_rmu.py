@@ -11,15 +11,14 @@ from model_toys import ARCHITECTURES, answer_model, distance, equal, part, weigh
 from torch import Tensor
 from toy_runs import first_gradients, toy_model, toy_run
 
-from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.representation import hidden_mse, random_direction
-from lightning_ssiuu.hidden_states import reference_hidden
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.architectures import transformer_blocks
+from lightning_ssiuu.models.hidden_states import reference_hidden
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.rmu import RMU
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.reference import LiveReference
-from lightning_ssiuu.sharding import transformer_blocks
 from lightning_ssiuu.utils.errors import UserError
 
 UNEQUAL = part([(3, 1), (5, 2), (2, 4)], seed=3)

@@ -19,7 +19,7 @@ from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sample
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import Evaluated
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")

@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from model_toys import ARCHITECTURES, answer_model, random_model
 from torch import nn
 
-from lightning_ssiuu.sharding import data_parallel, load_sharded, shard, transformer_blocks, use_all_devices
+from lightning_ssiuu.models.architectures import transformer_blocks
+from lightning_ssiuu.sharding import data_parallel, load_sharded, shard, use_all_devices
 from lightning_ssiuu.utils.errors import UserError
 
 

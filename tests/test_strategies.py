@@ -26,8 +26,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from model_toys import bare_trainer, random_model
 from rank_jobs import Job
 
-from lightning_ssiuu.adapters import LoRA
-from lightning_ssiuu.models import load_model
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.strategies import check_installed, check_strategy

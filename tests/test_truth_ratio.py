@@ -15,7 +15,8 @@ from torchmetrics import Metric
 from lightning_ssiuu.evaluation import Scorer
 from lightning_ssiuu.functional.truth_ratio import forget_quality, model_utility, truth_ratio, truth_ratio_score
 from lightning_ssiuu.metrics import ForgetQuality, ModelUtility, TruthRatio
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.utils.errors import UserError
 
 # Of each example the true answer's probability per token, then the wrong ones': 1 to 4 options, not all alike

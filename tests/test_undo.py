@@ -14,9 +14,9 @@ from model_toys import Recorder, bare_trainer, distance, equal, weights
 from torch import Tensor, nn
 from toy_runs import first_batch, first_gradients, toy_model, toy_run
 
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.objectives.undo import UNDO, shrink_and_perturb
 from lightning_ssiuu.regularizers import Regularizer

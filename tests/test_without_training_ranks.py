@@ -18,7 +18,7 @@ from lightning_ssiuu import Facts, devices
 from lightning_ssiuu.attacks.without_training import Ablation, Sampling, attack_without_training
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.models import load_model
+from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.utils.distributed import rank
 
 STRATEGIES = ("ddp", "fsdp2")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from model_toys import Recorder, answer_model, bare_trainer
 from torch import Tensor
 
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.base import UnlearningModule
 
 

@@ -20,10 +20,10 @@ from lightning_ssiuu.audit.diagnosis import Examined, attributions, diagnose
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import SCORES
-from lightning_ssiuu.functional.attribution import TARGETS, NeuronAttribution, Target
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.functional.attribution import NeuronAttribution
+from lightning_ssiuu.models.answers import TARGETS, AnswerModel, Target
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.runs import check_tokenizers, resolve_models
-from lightning_ssiuu.sites import NeuronSite
 from lightning_ssiuu.utils.errors import UserError, naming
 
 #: A neuron: layer, kind of site, place in the site.

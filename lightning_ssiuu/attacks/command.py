@@ -15,7 +15,6 @@ import torch
 import transformers
 
 import lightning_ssiuu
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.attacks.printing import print_attacks
 from lightning_ssiuu.attacks.records import (
     REPORT,
@@ -39,6 +38,7 @@ from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import Kind as Relearning
 from lightning_ssiuu.devices import Devices, Precision, Strategy
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.distributed import gathered

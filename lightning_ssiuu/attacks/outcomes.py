@@ -13,7 +13,8 @@ from lightning_ssiuu.attacks.relearning import spread
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import evaluate
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.utils.errors import naming
 
 
@@ -131,7 +132,7 @@ def forget_score(
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model, load_tokenizer
+        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
         >>> forget_score(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), Facts(), "first_token")
         100.0
     """

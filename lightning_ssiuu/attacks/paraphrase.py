@@ -14,7 +14,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.examples import QAExample
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import evaluate
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import Given, UserError
 
@@ -149,7 +149,7 @@ def mean_score(
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> data = Facts()
         >>> mean_score(AnswerModel(load_model("tiny")), data.tokenizer, data, "first_token", data.splits.forget[:1])
         100.0

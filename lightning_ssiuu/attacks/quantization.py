@@ -11,8 +11,9 @@ from typing import Any
 from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
-from lightning_ssiuu.quantization import loading_options
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.quantization import loading_options
 from lightning_ssiuu.utils.errors import UserError, naming
 
 WIDTHS = ("8bit", "4bit")
@@ -44,9 +45,9 @@ def quantization_attack(
 ) -> list[Outcome]:
     """Score the forget set with every model as it is, then with its projections in 8 and in 4 bits.
 
-    8-bit is LLM.int8(), 4-bit NF4 with doubly quantised constants (:mod:`lightning_ssiuu.quantization`); embeddings,
-    norms and the head stay as they are. LLM.int8() treats columns with outliers apart and looks for them batch by
-    batch, so an 8-bit score may move a little with the batch size and the number of ranks.
+    8-bit is LLM.int8(), 4-bit NF4 with doubly quantised constants (:mod:`lightning_ssiuu.models.quantization`);
+    embeddings, norms and the head stay as they are. LLM.int8() treats columns with outliers apart and looks for them
+    batch by batch, so an 8-bit score may move a little with the batch size and the number of ranks.
 
     Args:
         models: Checkpoint by the name of the argument it was given for.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.attacks.relearning import RecoveryCurve
-from lightning_ssiuu.models import plain_configuration, resolve_checkpoint
+from lightning_ssiuu.models.loading import plain_configuration, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import write_json
 
@@ -177,7 +177,7 @@ def checkpoint_fingerprint(checkpoint: str) -> str:
     another one that was put in its place.
 
     Args:
-        checkpoint: See :func:`~lightning_ssiuu.models.resolve_checkpoint`.
+        checkpoint: See :func:`~lightning_ssiuu.models.loading.resolve_checkpoint`.
 
     Example:
         >>> checkpoint_fingerprint("tiny") == checkpoint_fingerprint("tiny")

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.adapters import LoRA
 from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.devices import Devices, quiet_lightning
 from lightning_ssiuu.evaluation import check_score, evaluate
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.utils.errors import UserError
 
@@ -127,7 +127,7 @@ def relearn(
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model, load_tokenizer
+        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
         >>> model = AnswerModel(load_model("tiny"))
         >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.1)
         >>> curve = relearn(model, load_tokenizer("tiny"), data, learning_rate=1e-4, epochs=1)

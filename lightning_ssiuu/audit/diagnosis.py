@@ -14,7 +14,7 @@ from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import evaluate
-from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, Target, neuron_attribution
+from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, neuron_attribution
 from lightning_ssiuu.functional.influence import (
     Correlation,
     InfluenceVariation,
@@ -24,8 +24,9 @@ from lightning_ssiuu.functional.influence import (
     spurious_neurons,
 )
 from lightning_ssiuu.functional.own_change import OwnFlag
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel, Target
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError
 
@@ -59,7 +60,7 @@ def examine(
         checkpoint: Any checkpoint.
         data: The data module to judge by.
         probe_examples: Examples per set for the attribution.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         scores: Names, None for all that need no generated text.
         devices: Launched; None: the CPU.
 
@@ -95,7 +96,7 @@ def examine_model(
         tokenizer: Its tokenizer.
         data: The data module to judge by.
         probe_examples: Examples per set for the attribution.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         scores: Names, None for all that need no generated text.
         also: Names of scores to add to those.
         method: Attribution method with its own target; None: activation × gradient of ``target``.
@@ -123,7 +124,7 @@ def attributions(
         model: The model.
         data: The data module.
         probe_examples: Examples per set, over all ranks.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         method: Attribution method with its own target; None: activation × gradient of ``target``.
 
     Returns:
@@ -131,7 +132,7 @@ def attributions(
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> attributions(AnswerModel(load_model("tiny")), Facts(), probe_examples=2)["retain"].n_examples
         2
     """

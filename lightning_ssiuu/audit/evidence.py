@@ -28,9 +28,10 @@ from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import mismatched_level
 from lightning_ssiuu.functional.influence import SpuriousNeuron
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.runs import run_of
-from lightning_ssiuu.sites import NeuronSite
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError, naming
 
@@ -103,7 +104,7 @@ def chance_level(
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
         >>> round(chance_level("multiple_choice", model, tokenizer, Facts()), 1)
         33.3

@@ -20,11 +20,12 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluated import Evaluated
 from lightning_ssiuu.evaluation import SCORES, untouched
-from lightning_ssiuu.functional.attribution import AttributionMethod, Target
+from lightning_ssiuu.functional.attribution import AttributionMethod
 from lightning_ssiuu.functional.logit_lens import layer_logps, prefers_answer
 from lightning_ssiuu.functional.own_change import OwnFlag, own_change, own_flags, site_weights
-from lightning_ssiuu.models import AnswerModel, load_tokenizer
-from lightning_ssiuu.sites import neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel, Target
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import naming
 
@@ -167,7 +168,7 @@ def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, lis
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> lens = answer_lens(AnswerModel(load_model("tiny")), Facts())
         >>> len(lens["answer"]), lens["accuracy"][-1]
         (4, 100.0)
@@ -213,7 +214,7 @@ def forget_answers(
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> answers = forget_answers(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), Facts(), 2)
         >>> len(answers)
         2

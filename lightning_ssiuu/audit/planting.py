@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.attribution import Target, input_positions, target_logps
-from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.sites import Kind, NeuronSite, neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
+from lightning_ssiuu.models.architectures import Kind, NeuronSite, neuron_sites
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.errors import UserError
 
 Part = Mapping[str, Tensor]
@@ -80,7 +80,7 @@ class Planter:
         UserError: If the architecture shares one matrix between query, key and value, or has no gate.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = AnswerModel(load_model("tiny"))
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}

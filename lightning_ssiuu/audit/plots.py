@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_ssiuu.functional.influence import InfluenceVariation, cumulative_curve, module_layer_means
-from lightning_ssiuu.sites import KINDS
+from lightning_ssiuu.models.architectures import KINDS
 from lightning_ssiuu.utils.files import written_atomically
 
 _PLUS, _MINUS = "#1b7f79", "#b3402f"

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_ssiuu.audit.charts import Interval, Series, clean, heat_map, interval_plot, line_chart, scatter
 from lightning_ssiuu.audit.verdict import THRESHOLD
 from lightning_ssiuu.functional.influence import InfluenceVariation, cumulative_curve, module_layer_means
-from lightning_ssiuu.sites import KINDS
+from lightning_ssiuu.models.architectures import KINDS
 
 #: Flagged neurons and scatter points that are shown.
 SHOWN_NEURONS, SHOWN_POINTS = 50, 2000

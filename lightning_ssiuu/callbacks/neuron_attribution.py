@@ -15,7 +15,7 @@ from lightning_ssiuu.audit.plots import heat_map_pixels, save_cumulative_curves,
 from lightning_ssiuu.callbacks.loaders import first_parts, run_directory, split_loader
 from lightning_ssiuu.evaluation import untouched
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import AttributionMethod, Target
+from lightning_ssiuu.functional.attribution import AttributionMethod
 from lightning_ssiuu.functional.attribution_methods import attribution_method
 from lightning_ssiuu.functional.influence import (
     InfluenceVariation,
@@ -24,8 +24,8 @@ from lightning_ssiuu.functional.influence import (
     module_layer_means,
     spurious_neurons,
 )
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import NeuronSite, neuron_sites
+from lightning_ssiuu.models.answers import AnswerModel, Target
+from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import UserError
@@ -55,7 +55,7 @@ class NeuronAttributionCallback(L.Callback):
         every_n_steps: Also measure every so many optimiser steps; None measures only before and after.
         alpha: False-positive rate of the flags, in (0, 1).
         target: What is attributed: ``"sequence"``, ``"length_normalised"`` or ``"log_probability"``, see
-            :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+            :func:`~lightning_ssiuu.models.answers.target_logps`.
         method: Attribution method: a name of :data:`~lightning_ssiuu.functional.attribution_methods.METHODS`, or a
             callable (or its import path) with the signature of
             :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`, which has a target and a budget of its

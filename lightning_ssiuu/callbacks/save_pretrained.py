@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from lightning_ssiuu.callbacks.loaders import run_directory
-from lightning_ssiuu.export import plain_bytes, save_adapter, save_pretrained
+from lightning_ssiuu.models.export import plain_bytes, save_adapter, save_pretrained
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space
 
@@ -17,8 +17,8 @@ class SavePretrained(L.Callback):
     """Writes ``<trainer.default_root_dir>/<folder>``: safetensors weights, configuration and tokenizer.
 
     The directory is either complete or absent, and plain whatever the run was: shards are gathered, adapters merged,
-    quantised weights unpacked (:func:`lightning_ssiuu.export.save_pretrained`). Room on the disk for that is checked
-    before training starts.
+    quantised weights unpacked (:func:`lightning_ssiuu.models.export.save_pretrained`). Room on the disk for that is
+    checked before training starts.
 
     Args:
         folder: Name below ``trainer.default_root_dir``; None saves nothing.

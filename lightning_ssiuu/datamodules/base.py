@@ -137,7 +137,9 @@ class UnlearningDataModule(LightningDataModule, ABC):
         if self._encoder is None:
             tokenizer = self.tokenizer_or_name
             if isinstance(tokenizer, str):
-                from lightning_ssiuu.models import load_tokenizer  # the tokenizer's loader also brings the model's
+                from lightning_ssiuu.models.loading import (
+                    load_tokenizer,
+                )  # the tokenizer's loader also brings the model's
 
                 tokenizer = load_tokenizer(tokenizer)
             self._encoder = Encoder(tokenizer, self.template, self.max_length, self.choice_template)

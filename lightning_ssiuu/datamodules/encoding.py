@@ -76,7 +76,7 @@ class Encoder:
             beyond what the tokenizer's model takes.
 
     Example:
-        >>> from lightning_ssiuu.models import load_tokenizer
+        >>> from lightning_ssiuu.models.loading import load_tokenizer
         >>> encoder = Encoder(load_tokenizer("tiny"))
         >>> sequence = encoder.sequence("Who?", "Me")
         >>> encoder.tokenizer.decode(sequence.input_ids[: sequence.n_prompt])
@@ -164,7 +164,7 @@ class Encoder:
         run, and no place is right more often than another.
 
         Example:
-            >>> from lightning_ssiuu.models import load_tokenizer
+            >>> from lightning_ssiuu.models.loading import load_tokenizer
             >>> encoder = Encoder(load_tokenizer("tiny"), choice_template="{question}\n{options}\nThe answer:")
             >>> true, _, _ = encoder.choices(QAExample(7, "Which day?", "Monday", ("Friday", "Sunday")))
             >>> print(encoder.tokenizer.decode(true.input_ids, skip_special_tokens=True))

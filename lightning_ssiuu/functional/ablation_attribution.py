@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import Target, input_positions, streamed, target_logps
+from lightning_ssiuu.functional.attribution import streamed
 from lightning_ssiuu.functional.micro_batches import parse_bytes, pass_bytes
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
 
 Tokens = Literal["all", "each"]
@@ -43,8 +43,8 @@ def ablation_attribution(
     Args:
         model: The model.
         parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         memory_budget: Bytes a pass may take beside the weights, as a number or as ``"2GB"``: lowers ``rows``.
         tokens: ``"all"`` or ``"each"``.
         rows: Repetitions in one forward pass at most.
@@ -56,8 +56,8 @@ def ablation_attribution(
         UserError: If an argument is outside its range, or the budget too small for one example.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites, select_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
         >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
         >>> result = ablation_attribution(model, [part], select_sites(neuron_sites(model.hf), ["layer0.attn_k"]))

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.distributed import gathered, world_size
 
 # The smallest log-probability whose product with a gradient is no denormal float64; e^-745 is 0.

@@ -8,46 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.micro_batches import micro_batches
-from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.sites import NeuronSite
-from lightning_ssiuu.utils.errors import UserError
-
-Target = Literal["sequence", "length_normalised", "log_probability"]
-TARGETS: tuple[Target, ...] = ("sequence", "length_normalised", "log_probability")
-
-
-def target_logps(answers: Answers, target: Target) -> Tensor:
-    """Log of the probability that is attributed: ``[B]`` values in nats.
-
-    Every attribution of P carries the factor P. Where unlearning has pushed P to almost nothing, all attributions
-    are almost nothing, negative ones included: D⁻ then vanishes although nothing was erased. ``"log_probability"`` has
-    no such factor, but its gradient grows as P falls, also for a model that never knew the answer.
-
-    Args:
-        answers: A forward pass.
-        target: ``"sequence"`` for P(y|x), the paper's; ``"length_normalised"`` for P(y|x)^{1/T}, T the number of answer
-            tokens, comparable between lengths; ``"log_probability"`` for log P(y|x) / T.
-
-    Raises:
-        UserError: If the target is unknown.
-
-    Example:
-        >>> answers = Answers(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
-        >>> target_logps(answers, "sequence").exp(), target_logps(answers, "length_normalised").exp()
-        (tensor([0.0625]), tensor([0.2500]))
-    """
-    if target not in TARGETS:
-        raise UserError("target", target, f"one of {list(TARGETS)}")
-    return answers.logps if target == "sequence" else answers.mean_logps
-
+from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
+from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.loading import evaluation_mode
 
 #: Signature of an attribution method: model, batches (parts of a batch) and sites in, aggregated attributions out.
 AttributionMethod = Callable[[AnswerModel, Iterable[Mapping[str, Tensor]], Sequence[NeuronSite]], NeuronAttribution]
@@ -69,7 +38,7 @@ def neuron_attribution(
     Args:
         model: The model; its parameters need not require gradients.
         parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
+        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
         target: See :func:`target_logps`.
         memory_budget: Bytes a pass may take beside the weights, as a number or as ``"2GB"``: the examples are batched
             anew to fit (:func:`~lightning_ssiuu.functional.micro_batches.micro_batches`); None: the parts as they are.
@@ -82,8 +51,8 @@ def neuron_attribution(
         UserError: If the target is unknown, or the budget is no size or too small for one example.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> model = AnswerModel(load_model("tiny"))
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
@@ -117,7 +86,7 @@ def streamed(
         extra: Float32 numbers per token that the method keeps beside a pass's own.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
         >>> streamed(model, [part], [], lambda part, result: result.count(part["labels"][:, 0])).n_examples
@@ -130,18 +99,6 @@ def streamed(
             tensors = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
             attribute(tensors, result if is_real else NeuronAttribution.empty(sites, device))
     return result.on_cpu()
-
-
-def input_positions(attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Which tokens are inputs to the prediction of some answer token: ``[B, L]`` bool.
-
-    Example:
-        >>> input_positions(torch.tensor([[1, 1, 1, 0]]), torch.tensor([[-100, -100, 7, -100]]))
-        tensor([[ True,  True, False, False]])
-    """
-    answer_follows = (labels[:, 1:] != -100).flip(1).cumsum(1).flip(1) > 0
-    inside = torch.cat([answer_follows, torch.zeros_like(answer_follows[:, :1])], dim=1)
-    return inside & attention_mask.bool()
 
 
 def log_factors(logps: Tensor, target: Target) -> Tensor:
@@ -213,8 +170,8 @@ def captured(
         The list that will hold the embeddings' output, the tensor to ask the gradient of.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> model, ids, seen = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]]), []
         >>> with captured(model, neuron_sites(model.hf)[:1], lambda site, product: seen.append(product.shape)) as start:
         ...     logps = model(ids, ids * 0 + 1, ids).logps

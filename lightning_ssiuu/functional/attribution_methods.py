@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lightning_ssiuu.functional.ablation_attribution import ablation_attribution
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import TARGETS, AttributionMethod, Target, neuron_attribution
+from lightning_ssiuu.functional.attribution import AttributionMethod, neuron_attribution
 from lightning_ssiuu.functional.integrated_gradients import integrated_gradients, joint_integrated_gradients
 from lightning_ssiuu.functional.micro_batches import parse_bytes
-from lightning_ssiuu.models import AnswerModel
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.answers import TARGETS, AnswerModel, Target
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
 
 MethodName = Literal[
@@ -34,8 +34,8 @@ def log_probability_attribution(
 
     Example:
         >>> import torch
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
         >>> log_probability_attribution(model, [part], neuron_sites(model.hf)).log_scale
@@ -66,7 +66,7 @@ def attribution_method(
         method: A key of :data:`METHODS`, or a callable with the signature of
             :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`, or the import path of one; None:
             activation × gradient.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`; a callable has its own.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`; a callable has its own.
         memory_budget: Bytes a pass may take beside the weights, or ``"2GB"``; a callable has its own.
         argument: What the user calls ``method``.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.functional.own_change import OwnFlag
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -60,7 +60,7 @@ def influence_variation(before: NeuronAttribution, after: NeuronAttribution) -> 
         UserError: If the two were not measured on the same number of examples and neurons.
 
     Example:
-        >>> from lightning_ssiuu.sites import NeuronSite
+        >>> from lightning_ssiuu.models.architectures import NeuronSite
         >>> site = NeuronSite("mlp_up", 0, "up", 2)
         >>> before, after = NeuronAttribution.empty([site]), NeuronAttribution.empty([site])
         >>> before.add({site.key: torch.tensor([[0.5, 0.2]])}, {site.key: torch.tensor([[0.0, -0.1]])})
@@ -158,7 +158,7 @@ def spurious_neurons(
         UserError: If alpha is outside (0, 1).
 
     Example:
-        >>> from lightning_ssiuu.sites import NeuronSite
+        >>> from lightning_ssiuu.models.architectures import NeuronSite
         >>> site = NeuronSite("mlp_up", 0, "up", 3)
         >>> zero = NeuronAttribution.empty([site])
         >>> def variation(values):
@@ -297,7 +297,7 @@ def flag_overlap(flagged: Sequence[Collection[SpuriousNeuron]], sites: Sequence[
         Shares in [0, 1]; a pair without any flag counts 0.
 
     Example:
-        >>> from lightning_ssiuu.sites import NeuronSite
+        >>> from lightning_ssiuu.models.architectures import NeuronSite
         >>> def run(*indices):
         ...     return [SpuriousNeuron("mlp_up", 0, index, 0.0, -1.0, 1.0, 0.0, 9.0) for index in indices]
         >>> flag_overlap([run(0, 1), run(1, 2)], [NeuronSite("mlp_up", 0, "up", 8)])  # 1 of 3; 2·2/8 = 0.5 of 3.5

@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import (
-    Target,
-    captured,
-    extremes,
-    input_positions,
-    log_factors,
-    streamed,
-    target_logps,
-)
-from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.functional.attribution import captured, extremes, log_factors, streamed
+from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
+from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.errors import UserError
 
 Path = Literal["site", "joint"]
@@ -58,8 +51,8 @@ def integrated_gradients(
     Args:
         model: The model.
         parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         memory_budget: See :func:`~lightning_ssiuu.functional.attribution.neuron_attribution`.
         steps: Number of α, at least 1.
         path: ``"site"`` or ``"joint"``.
@@ -71,8 +64,8 @@ def integrated_gradients(
         UserError: If an argument is outside its range.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites, select_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
         >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
         >>> sites = select_sites(neuron_sites(model.hf), ["layer0.mlp_up"])
@@ -107,8 +100,8 @@ def joint_integrated_gradients(
     """:func:`integrated_gradients` with ``path="joint"``: all sites scaled at once, the cost of ``steps`` passes.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
         >>> joint_integrated_gradients(model, [part], neuron_sites(model.hf), steps=2).n_examples
@@ -156,7 +149,7 @@ def completeness(
         model: The model.
         part: A batch, on the model's device.
         sites: Where the neurons are.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         steps: Number of α.
         path: ``"site"`` or ``"joint"``.
 
@@ -164,8 +157,8 @@ def completeness(
         UserError: If an argument is outside its range.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites, select_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
         >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
         >>> (check,) = completeness(model, part, select_sites(neuron_sites(model.hf), ["layer3.mlp_down"]))

@@ -10,34 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.functional.metrics import multiple_choice_accuracy
-from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.architectures import final_norm
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.errors import UserError
-
-#: Names of the final norm in the module that holds the blocks.
-_NORMS = ("norm", "final_layer_norm", "ln_f")
-
-
-def final_norm(model: AnswerModel) -> nn.Module:
-    """The norm between the last block and the unembedding.
-
-    Raises:
-        UserError: If the architecture is not in :data:`~lightning_ssiuu.sites.SITE_TABLES`.
-
-    Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> type(final_norm(AnswerModel(load_model("tiny")))).__name__
-        'LlamaRMSNorm'
-    """
-    model_type = model.hf.config.model_type
-    if model_type not in SITE_TABLES:
-        raise UserError("model", model_type, f"an architecture with a known final norm: {sorted(SITE_TABLES)}")
-    base = model.hf.get_submodule(SITE_TABLES[model_type].blocks.rpartition(".")[0])
-    return next(module for name, module in base.named_children() if name in _NORMS)
 
 
 def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
@@ -54,7 +33,7 @@ def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
         UserError: See :func:`final_norm`.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = AnswerModel(load_model("tiny"))
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
@@ -65,7 +44,7 @@ def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
     labels = part["labels"]
     where = labels[:, 1:] != -100
     rows, positions = where.nonzero(as_tuple=True)
-    norm, head = final_norm(model), model.hf.get_output_embeddings()
+    norm, head = final_norm(model.hf), model.hf.get_output_embeddings()
     with torch.inference_mode(), evaluation_mode(model):
         states = model.hf.base_model(
             input_ids=part["input_ids"],
@@ -127,7 +106,7 @@ def logit_lens_accuracy(model: AnswerModel, options: Iterable[Mapping[str, Tenso
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> data = Facts(eval_batch_size=16)
         >>> batch = next(iter(data.eval_dataloader("forget")))["forget"]
         >>> accuracy = logit_lens_accuracy(AnswerModel(load_model("tiny")), [batch["options"]])

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import sequence_sums
 from lightning_ssiuu.functional.metrics import sequence_means, widest_float
+from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import sequence_sums
 from lightning_ssiuu.functional.metrics import sequence_means, widest_float
+from lightning_ssiuu.models.answers import sequence_sums
 
 
 def extraction_strength(token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:

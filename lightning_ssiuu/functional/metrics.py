@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
-from lightning_ssiuu.functional.losses import sequence_sums
+from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError
 
 TokenAccuracy = Literal["first_token", "all_tokens"]

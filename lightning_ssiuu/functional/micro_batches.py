@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.distributed import gathered, world_size
 from lightning_ssiuu.utils.errors import UserError
 
@@ -65,8 +65,8 @@ def pass_bytes(
         extra: Further float32 numbers per token that the caller keeps.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> tiny = load_model("tiny")
         >>> sites = neuron_sites(tiny)
         >>> pass_bytes(tiny, sites, 8, 16, 24) < pass_bytes(tiny, sites, 16, 16, 48) < 32_000_000
@@ -116,7 +116,7 @@ def micro_batches(
         UserError: If the budget is no size, or too small for one example.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> ids = torch.arange(12).view(4, 3)
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
         >>> [len(batch["labels"]) for batch, _ in micro_batches(load_model("tiny"), [part] * 2, [], "1MB")]

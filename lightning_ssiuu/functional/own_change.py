@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import Target, target_logps
-from lightning_ssiuu.models import AnswerModel, evaluation_mode
-from lightning_ssiuu.sites import NeuronSite
+from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
+from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.distributed import gathered, world_size
 from lightning_ssiuu.utils.errors import UserError
 
@@ -41,8 +41,8 @@ def site_weights(model: AnswerModel, sites: Sequence[NeuronSite]) -> dict[str, T
         UserError: If a site's module has no weight of its own (adapters, quantised weights).
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> model = AnswerModel(load_model("tiny"))
         >>> weights = site_weights(model, neuron_sites(model.hf))
         >>> len(weights), weights["model.layers.0.mlp.up_proj.weight"].shape
@@ -130,16 +130,16 @@ def own_change(
         model: The changed model, whole on this process.
         original: :func:`site_weights` of the original; the models' other weights are taken from ``model``.
         parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``; run through ``points`` times.
-        sites: From :func:`lightning_ssiuu.sites.neuron_sites`.
-        target: Whose logarithm is shared out, see :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
+        target: Whose logarithm is shared out, see :func:`~lightning_ssiuu.models.answers.target_logps`.
         points: Points of the midpoint rule on the line between the models.
 
     Raises:
         UserError: If the models' sites differ, there are no examples, or ``points`` is below 1.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
-        >>> from lightning_ssiuu.sites import neuron_sites
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
         >>> model = AnswerModel(load_model("tiny"))
         >>> sites = neuron_sites(model.hf)
         >>> original = site_weights(model, sites)
@@ -349,7 +349,7 @@ def confirmed(
         flags: From :func:`own_flags`.
         parts: The forget batches.
         sites: Of the model.
-        target: See :func:`~lightning_ssiuu.functional.attribution.target_logps`.
+        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
         minimum_cost: Keep a flag if ``1 − P / P(unit put back)``, P the mean over examples, is at least this.
 
     Returns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models.answers import Answers
 
 
 def npo(answers: Answers, reference_logps: Tensor, beta: float) -> Tensor:

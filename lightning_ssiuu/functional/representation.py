@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import Answers, mean_over_answers
+from lightning_ssiuu.models.answers import Answers, mean_over_answers
 
 #: Directions whose singular value is below this share of the largest are noise of the arithmetic.
 _RANK_TOLERANCE = 1e-5

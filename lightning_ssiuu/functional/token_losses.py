@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import Answers, mean_over_answers
+from lightning_ssiuu.models.answers import Answers, mean_over_answers
 
 
 def undial(answers: Answers, reference_logits: Tensor, beta: float) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import sequence_sums
 from lightning_ssiuu.functional.metrics import widest_float
+from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError
 
 TruthRatioKind = Literal["forget", "retain"]

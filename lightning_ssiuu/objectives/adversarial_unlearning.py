@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.losses import answer_nll
+from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.perturbation import (
@@ -20,12 +21,10 @@ from lightning_ssiuu.perturbation import (
     displaced,
     gradient_at,
     move,
-    neuron_rows,
     norm_over_shards,
     rows_of,
     share_of_mean,
 )
-from lightning_ssiuu.sites import neuron_sites
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, check_number
 

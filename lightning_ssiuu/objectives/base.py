@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu import zero
-from lightning_ssiuu.adapters import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
-from lightning_ssiuu.functional.losses import Answers, answer_nll, kl_divergence
-from lightning_ssiuu.models import AnswerModel, load_model, load_tokenizer
+from lightning_ssiuu.functional.losses import answer_nll, kl_divergence
+from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.perturbation import add_gradients, complete_gradients, displaced_step
 from lightning_ssiuu.reference import LiveReference, Observation, StoredReference, find_reference, reference_logits
 from lightning_ssiuu.regularizers import Regularizer
@@ -47,8 +48,8 @@ class UnlearningModule(L.LightningModule):
         forget_weight: Weight of the forget loss, ≥ 0.
         retain_weight: Weight of the retain loss, ≥ 0.
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
-        lora: Train low-rank adapters (:class:`~lightning_ssiuu.adapters.LoRA`) and freeze the weights; None trains the
-            weights.
+        lora: Train low-rank adapters (:class:`~lightning_ssiuu.models.lora.LoRA`) and freeze the weights; None trains
+            the weights.
         quantization: ``"8bit"`` or ``"4bit"`` loads frozen weights in that width (bitsandbytes); needs ``lora``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         retain: The retain loss: ``"nll"``, the negative log-likelihood, or ``"kl"``, the divergence from the original

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssiuu.functional.token_losses import logit_margin_flattening
-from lightning_ssiuu.models import evaluation_mode
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.reference import Observation, reference_logits
 from lightning_ssiuu.utils.distributed import mean_over_ranks

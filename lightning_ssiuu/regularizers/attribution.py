@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
-from lightning_ssiuu.functional.attribution import target_logps
-from lightning_ssiuu.functional.losses import Answers
 from lightning_ssiuu.layer_gradients import Sums
+from lightning_ssiuu.models.answers import Answers, target_logps
+from lightning_ssiuu.models.architectures import neuron_sites, select_sites
 from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
 from lightning_ssiuu.regularizers.shards import (
     blocks,
@@ -30,7 +30,6 @@ from lightning_ssiuu.regularizers.shards import (
     trained_parameters,
 )
 from lightning_ssiuu.single_pass import NotExact, SinglePass
-from lightning_ssiuu.sites import neuron_sites, select_sites
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
 
@@ -115,7 +114,7 @@ class AttributionRegularizer(AttributionPenalty):
         anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
             the first step, where the weights are still the original model's. Either is a value on that step's batch.
         target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
-            :func:`lightning_ssiuu.functional.attribution.target_logps`.
+            :func:`lightning_ssiuu.models.answers.target_logps`.
         modules: Restrict to the weights of these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None means every
             parameter, embeddings and norms included.
         weight_schedule: ``"constant"``; ``"warmup"`` raises λ linearly over ``schedule_steps`` optimiser steps;

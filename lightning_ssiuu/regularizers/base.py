@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models.answers import Answers
 
 
 class Regularizer(ABC):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.extra_gradient import local
-from lightning_ssiuu.functional.losses import Answers
+from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.regularizers.base import Regularizer
 from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
 from lightning_ssiuu.regularizers.shards import (

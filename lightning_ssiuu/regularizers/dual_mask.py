@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
-from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.models import evaluation_mode
+from lightning_ssiuu.models.answers import Answers
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.regularizers.base import Regularizer
 from lightning_ssiuu.regularizers.shards import (
     chunks,

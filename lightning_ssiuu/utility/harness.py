@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 
 #: The tasks of arXiv 2509.22263 with the figure that is reported of each.

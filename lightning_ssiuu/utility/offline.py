@@ -9,7 +9,7 @@ from lightning_ssiuu.datamodules import Facts, UnlearningDataModule, WorldFacts
 from lightning_ssiuu.datamodules.examples import QAExample
 from lightning_ssiuu.datamodules.world_facts import relations, world_facts
 from lightning_ssiuu.evaluation import evaluate
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 
 #: Score of each suite: whole answers where the model was trained on them, else the choice among three.
 SUITES = {"embedded": "all_tokens", "world_facts": "multiple_choice"}

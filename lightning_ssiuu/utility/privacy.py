@@ -31,7 +31,7 @@ from lightning_ssiuu.functional.membership import (
     zlib_score,
 )
 from lightning_ssiuu.functional.truth_ratio import forget_quality, truth_ratio
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data
 from lightning_ssiuu.utils.console import hide_short_bars, progress
 from lightning_ssiuu.utils.errors import UserError, naming

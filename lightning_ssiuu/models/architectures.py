@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_ssiuu.utils.errors import UserError
 
@@ -124,7 +125,7 @@ def neuron_sites(model: Any) -> list[NeuronSite]:
         UserError: If the architecture is not in the table.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> sites = neuron_sites(load_model("tiny"))
         >>> [site.kind for site in sites[:3]], sites[0].layer
         (['attn_q', 'attn_k', 'attn_v'], 0)
@@ -190,3 +191,86 @@ def select_sites(sites: Sequence[NeuronSite], selectors: Sequence[str], argument
             raise UserError(argument, selector, f"a kind of {kinds}, 'layerN' with N ≤ {layers}, or 'layerN.kind'")
         chosen |= found
     return [site for site in sites if site.key in chosen]
+
+
+def transformer_blocks(hf: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of a model, in order.
+
+    Args:
+        hf: A model of an architecture in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`, or one whose class
+            names its blocks for transformers (``_no_split_modules``).
+
+    Raises:
+        UserError: If neither tells.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> [type(block).__name__ for block in transformer_blocks(load_model("tiny"))][:1]
+        ['LlamaDecoderLayer']
+    """
+    model_type = hf.config.model_type
+    if (table := SITE_TABLES.get(model_type)) is not None:
+        return list(hf.get_submodule(table.blocks).children())
+    names = set(hf._no_split_modules or ())
+    if not (blocks := [module for module in hf.modules() if type(module).__name__ in names]):
+        raise UserError("checkpoint", model_type, "an architecture whose blocks are known, or strategy ddp")
+    return blocks
+
+
+#: Names of the final norm in the module that holds the blocks.
+_NORMS = ("norm", "final_layer_norm", "ln_f")
+
+
+def final_norm(hf: Any) -> nn.Module:
+    """The norm between the last block and the unembedding of a transformers model.
+
+    Raises:
+        UserError: If the architecture is not in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> type(final_norm(load_model("tiny"))).__name__
+        'LlamaRMSNorm'
+    """
+    model_type = hf.config.model_type
+    if model_type not in SITE_TABLES:
+        raise UserError("model", model_type, f"an architecture with a known final norm: {sorted(SITE_TABLES)}")
+    base = hf.get_submodule(SITE_TABLES[model_type].blocks.rpartition(".")[0])
+    return next(module for name, module in base.named_children() if name in _NORMS)
+
+
+def neuron_rows(hf: Any, sites: Sequence[NeuronSite], chosen: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """The incoming weights and biases of some neurons.
+
+    Args:
+        hf: The transformers model.
+        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
+        chosen: ``[n_neurons]`` bool, in the order of the sites.
+
+    Returns:
+        Parameters of the sites' modules, each with a mask that broadcasts to it.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> from lightning_ssiuu.models.architectures import neuron_sites
+        >>> model = load_model("tiny")
+        >>> sites = neuron_sites(model)
+        >>> chosen = torch.arange(sum(site.width for site in sites)) < 3
+        >>> parameter, mask = neuron_rows(model, sites, chosen)[0]
+        >>> parameter is model.model.layers[0].self_attn.q_proj.weight, mask.shape[1], int(mask.sum())
+        (True, 1, 3)
+    """
+    by_module: dict[str, Tensor] = {}
+    for site, part in zip(sites, chosen.split([site.width for site in sites]), strict=True):
+        module = hf.get_submodule(site.module_name)
+        n_outputs = module.nf if hasattr(module, "nf") else module.out_features
+        rows = by_module.setdefault(site.module_name, torch.zeros(n_outputs, dtype=torch.bool))
+        rows[slice(None) if site.columns is None else site.columns] = part
+    found = []
+    for name, rows in by_module.items():
+        module = hf.get_submodule(name)
+        # GPT-2's Conv1D has its outputs in columns.
+        found.append((module.weight, rows.unsqueeze(0 if hasattr(module, "nf") else 1)))
+        if getattr(module, "bias", None) is not None:
+            found.append((module.bias, rows))
+    return found

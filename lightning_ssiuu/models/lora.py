@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.quantization import was_conv1d
-from lightning_ssiuu.sites import SITE_TABLES, neuron_sites
+from lightning_ssiuu.models.architectures import SITE_TABLES, neuron_sites
+from lightning_ssiuu.models.quantization import was_conv1d
 from lightning_ssiuu.utils.errors import UserError
 
 #: The name peft gives the only adapter there is.
@@ -38,8 +38,8 @@ class LoRA:
         alpha: Scale of the adapters, > 0, divided by the rank.
         dropout: Probability with which an adapter's input is dropped while training, in [0, 1).
         target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]``; None takes
-            all that hold neurons (:mod:`lightning_ssiuu.sites`), for unknown architectures every linear layer but
-            the head. Experts of a mixture that are kept as one tensor are no linear layers and stay out.
+            all that hold neurons (:mod:`lightning_ssiuu.models.architectures`), for unknown architectures every linear
+            layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and stay out.
 
     Raises:
         UserError: If an option is outside its range.
@@ -81,7 +81,7 @@ class LoRA:
             UserError: If peft is missing, a target names no projection, or the model has adapters already.
 
         Example:
-            >>> from lightning_ssiuu.models import load_model
+            >>> from lightning_ssiuu.models.loading import load_model
             >>> model = load_model("tiny")
             >>> LoRA(r=2, target_modules=["mlp.up_proj"]).attach(model)
             >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]  # doctest: +NORMALIZE_WHITESPACE
@@ -112,7 +112,7 @@ class LoRA:
             model: With adapters or without.
 
         Example:
-            >>> from lightning_ssiuu.models import load_model
+            >>> from lightning_ssiuu.models.loading import load_model
             >>> model = load_model("tiny")
             >>> names = list(model.state_dict())
             >>> LoRA(r=1).attach(model)
@@ -225,7 +225,7 @@ def adapters_kept_wide(model: nn.Module) -> Iterator[None]:
     for bfloat16's eight bits, and adapters are too few for their width to matter.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = load_model("tiny")
         >>> LoRA(r=1).attach(model)
         >>> with adapters_kept_wide(model):
@@ -270,7 +270,7 @@ def check_adapter_state(module: nn.Module, state: Mapping[str, Any] | None) -> N
         UserError: If adapters are missing.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = load_model("tiny")
         >>> LoRA(r=1, target_modules=["k_proj"]).attach(model)
         >>> check_adapter_state(model, {})

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.models import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.reference import Observation
-from lightning_ssiuu.sharding import transformer_blocks
 from lightning_ssiuu.utils.errors import UserError
 
 Part = Mapping[str, Tensor]
@@ -64,7 +63,7 @@ def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAns
 
     Example:
         >>> import torch
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
         >>> answers_with_hidden(AnswerModel(load_model("tiny")), part, 1).hidden.shape
@@ -104,7 +103,7 @@ def block_number(model: AnswerModel, layer: int | None, default: int) -> int:
         UserError: If there is no such block.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> block_number(AnswerModel(load_model("tiny")), None, 7)  # of four blocks
         2
     """

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_ssiuu.adapters import ADAPTER, adapter_parameters, is_adapted, layer_delta
-from lightning_ssiuu.quantization import dequantized, is_quantized
+from lightning_ssiuu.models.lora import ADAPTER, adapter_parameters, is_adapted, layer_delta
+from lightning_ssiuu.models.quantization import dequantized, is_quantized
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.files import written_atomically
 
@@ -40,8 +40,8 @@ def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
         Weights that need no work share their memory with the model.
 
     Example:
-        >>> from lightning_ssiuu.adapters import LoRA
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.lora import LoRA
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = load_model("tiny")
         >>> before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         >>> LoRA(r=2).attach(model)
@@ -68,7 +68,7 @@ def plain_bytes(model: PreTrainedModel, adapter: bool = False) -> int:
         adapter: Count :func:`save_adapter`'s file too.
 
     Example:
-        >>> from lightning_ssiuu.models import load_model
+        >>> from lightning_ssiuu.models.loading import load_model
         >>> model = load_model("tiny")
         >>> plain_bytes(model) == 4 * sum(parameter.numel() for parameter in model.parameters())
         True
@@ -94,8 +94,8 @@ def save_pretrained(
 
     Example:
         >>> import tempfile
-        >>> from lightning_ssiuu.adapters import LoRA
-        >>> from lightning_ssiuu.models import load_model, load_tokenizer
+        >>> from lightning_ssiuu.models.lora import LoRA
+        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
         >>> model = load_model("tiny", quantization="8bit")
         >>> LoRA(r=2).attach(model)
         >>> folder = os.path.join(tempfile.mkdtemp(), "model")

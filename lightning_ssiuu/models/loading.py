@@ -12,20 +12,21 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_ssiuu.assets import asset_path
-from lightning_ssiuu.functional.losses import Answers
-from lightning_ssiuu.quantization import check_reading, loading_options, prepare_for_training
-from lightning_ssiuu.sites import SITE_TABLES
+from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
+
+#: The embedded model: a transformers directory (setuptools installs packages unzipped, so it is a real path).
+TINY = Path(str(files("lightning_ssiuu.models") / "tiny"))
 
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
 _PACKAGE = "package:"
@@ -60,7 +61,7 @@ directory with safetensors weights, a .gguf file, or a hub id
     """
     text = os.fspath(checkpoint)
     if text == "tiny":
-        return str(asset_path("tiny"))
+        return str(TINY)
     path = Path(text).expanduser()
     if text.startswith(_PACKAGE):
         path = _inside_package(text)
@@ -89,8 +90,8 @@ def load_model(
     Args:
         checkpoint: See :func:`resolve_checkpoint`.
         dtype: Type of the weights in memory; float32 is what training from 16-bit files wants by default.
-        quantization: Load the projections in this width, frozen (:mod:`lightning_ssiuu.quantization`); what is not
-            quantised is in ``dtype``.
+        quantization: Load the projections in this width, frozen (:mod:`lightning_ssiuu.models.quantization`); what is
+            not quantised is in ``dtype``.
         device: Where quantised weights go (None: the CPU). Others are loaded to the CPU, for a Trainer to move.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
@@ -188,70 +189,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-class AnswerModel(nn.Module):
-    """A causal language model that computes logits only where there are labels.
-
-    The vocabulary projection of prompt and padding positions is most of a small model's wasted work and the largest
-    tensor of a step; selecting hidden states first avoids both. It is a module of its own, not a function, so that
-    sharding strategies find one root whose ``forward`` they can hook.
-
-    Args:
-        hf: The transformers model. For architectures outside the table of :mod:`lightning_ssiuu.sites` the head may do
-            more than a projection (soft caps, scales), so their full logits are computed and then selected.
-
-    Example:
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> ids = torch.tensor([[5, 6, 7, 8]])
-        >>> labels = torch.tensor([[-100, -100, 7, 8]])
-        >>> answers = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-        >>> answers.targets.tolist(), answers.sequence_index.tolist()
-        ([7, 8], [0, 0])
-    """
-
-    def __init__(self, hf: PreTrainedModel) -> None:
-        super().__init__()
-        self.hf = hf
-        self._plain_head = hf.config.model_type in SITE_TABLES
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
-        """Run the model on one part of a batch.
-
-        Args:
-            input_ids: ``[B, L]`` token ids.
-            attention_mask: ``[B, L]`` ones on real tokens.
-            labels: ``[B, L]`` answer tokens, −100 elsewhere.
-
-        Returns:
-            Logits, targets and sequence numbers of the N labelled positions.
-        """
-        # The token at position k is predicted from position k − 1.
-        where = labels[:, 1:] != -100
-        sequence_index, position = where.nonzero(as_tuple=True)
-        targets = labels[:, 1:][where]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self._plain_head:
-            hidden = self.hf.base_model(**inputs).last_hidden_state
-            logits = self.hf.get_output_embeddings()(hidden[sequence_index, position])
-        else:
-            logits = self.hf(**inputs).logits[sequence_index, position]
-        return Answers(logits, targets, sequence_index, labels.shape[0])
-
-    def generate(self, **kwargs: Any) -> Tensor:
-        """What ``transformers``' ``generate`` gives; sharded weights are gathered for this module's methods alone.
-
-        Args:
-            **kwargs: Of ``transformers``' ``generate``.
-
-        Returns:
-            ``[B, L]`` token ids, prompt and continuation.
-
-        Example:
-            >>> AnswerModel(load_model("tiny")).generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2).shape
-            torch.Size([1, 4])
-        """
-        return self.hf.generate(**kwargs)
 
 
 def _inside_package(text: str) -> Path:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_ssiuu.models import plain_configuration
-from lightning_ssiuu.quantization import loading_options, prepare_for_training
+from lightning_ssiuu.models.loading import plain_configuration
+from lightning_ssiuu.models.quantization import loading_options, prepare_for_training
 
 _CODES_4BIT, _CODES_8BIT, _BLOCK, _OUTER_BLOCK = 16, 256, 64, 256  # of bitsandbytes' doubly quantised NF4
 
@@ -18,7 +18,7 @@ def blueprint(checkpoint: str, dtype: torch.dtype, quantization: Literal["8bit",
     """What ``load_model`` gives for the same arguments, on the meta device; only the configuration is read.
 
     Args:
-        checkpoint: See :func:`~lightning_ssiuu.models.resolve_checkpoint`.
+        checkpoint: See :func:`~lightning_ssiuu.models.loading.resolve_checkpoint`.
         dtype: Type of the weights.
         quantization: Width of the projections' weights, or None.
 

@@ -1,0 +1,1 @@
+"""Language models: loading, architectures, what a forward pass says, adapters, quantisation, export."""

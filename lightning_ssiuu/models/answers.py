@@ -1,0 +1,229 @@
+"""What a forward pass says about the answers of a batch: logits where there are labels, and log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_ssiuu.models.architectures import SITE_TABLES
+from lightning_ssiuu.utils.errors import UserError
+
+
+class AnswerModel(nn.Module):
+    """A causal language model that computes logits only where there are labels.
+
+    The vocabulary projection of prompt and padding positions is most of a small model's wasted work and the largest
+    tensor of a step; selecting hidden states first avoids both. It is a module of its own, not a function, so that
+    sharding strategies find one root whose ``forward`` they can hook.
+
+    Args:
+        hf: The transformers model. For architectures outside the table of :mod:`lightning_ssiuu.models.architectures`
+            the head may do more than a projection (soft caps, scales), so their full logits are computed and then
+            selected.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> model = AnswerModel(load_model("tiny"))
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> labels = torch.tensor([[-100, -100, 7, 8]])
+        >>> answers = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        >>> answers.targets.tolist(), answers.sequence_index.tolist()
+        ([7, 8], [0, 0])
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        self._plain_head = hf.config.model_type in SITE_TABLES
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
+        """Run the model on one part of a batch.
+
+        Args:
+            input_ids: ``[B, L]`` token ids.
+            attention_mask: ``[B, L]`` ones on real tokens.
+            labels: ``[B, L]`` answer tokens, −100 elsewhere.
+
+        Returns:
+            Logits, targets and sequence numbers of the N labelled positions.
+        """
+        # The token at position k is predicted from position k − 1.
+        where = labels[:, 1:] != -100
+        sequence_index, position = where.nonzero(as_tuple=True)
+        targets = labels[:, 1:][where]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._plain_head:
+            hidden = self.hf.base_model(**inputs).last_hidden_state
+            logits = self.hf.get_output_embeddings()(hidden[sequence_index, position])
+        else:
+            logits = self.hf(**inputs).logits[sequence_index, position]
+        return Answers(logits, targets, sequence_index, labels.shape[0])
+
+    def generate(self, **kwargs: Any) -> Tensor:
+        """What ``transformers``' ``generate`` gives; sharded weights are gathered for this module's methods alone.
+
+        Args:
+            **kwargs: Of ``transformers``' ``generate``.
+
+        Returns:
+            ``[B, L]`` token ids, prompt and continuation.
+
+        Example:
+            >>> from lightning_ssiuu.models.loading import load_model
+        >>> AnswerModel(load_model("tiny")).generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2).shape
+            torch.Size([1, 4])
+        """
+        return self.hf.generate(**kwargs)
+
+
+def answer_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each answer token, in nats.
+
+    Args:
+        logits: ``[N, V]``.
+        targets: ``[N]`` token ids.
+
+    Returns:
+        ``[N]`` values ≤ 0, in float32 or wider whatever the logits' type.
+
+    Example:
+        >>> answer_token_logps(torch.zeros(1, 4), torch.tensor([2])).exp()
+        tensor([0.2500])
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return -F.cross_entropy(wide, targets, reduction="none")
+
+
+def sequence_sums(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
+    """Sum per-token values within each sequence.
+
+    Args:
+        values: ``[N]`` one value per labelled token.
+        sequence_index: ``[N]`` the row of the batch each belongs to.
+        n_sequences: B.
+
+    Returns:
+        ``[B]``; zero for a sequence without labels.
+
+    Example:
+        >>> sequence_sums(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 2)
+        tensor([3., 5.])
+    """
+    return values.new_zeros(n_sequences).index_add(0, sequence_index, values)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a forward pass says about the answers of a batch; derived values are computed once, on demand.
+
+    Args:
+        logits: ``[N, V]`` at the labelled positions only.
+        targets: ``[N]`` the answer tokens.
+        sequence_index: ``[N]`` the row of the batch each belongs to, sorted.
+        n_sequences: B.
+
+    Example:
+        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+        >>> answers.logps.exp(), answers.lengths
+        (tensor([0.0625, 0.2500]), tensor([2., 1.]))
+    """
+
+    logits: Tensor
+    targets: Tensor
+    sequence_index: Tensor
+    n_sequences: int
+
+    @cached_property
+    def token_logps(self) -> Tensor:
+        """``[N]`` log-probabilities of the answer tokens (nats)."""
+        return answer_token_logps(self.logits, self.targets)
+
+    @cached_property
+    def logps(self) -> Tensor:
+        """``[B]`` log P(y|x), the sum over the answer's tokens (nats)."""
+        return sequence_sums(self.token_logps, self.sequence_index, self.n_sequences)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """``[B]`` number of answer tokens."""
+        ones = torch.ones_like(self.token_logps.detach())
+        return sequence_sums(ones, self.sequence_index, self.n_sequences)
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """``[B]`` mean log-probability per answer token (nats)."""
+        return self.logps / self.lengths.clamp(min=1)
+
+    @property
+    def token_correct(self) -> Tensor:
+        """``[N]`` whether greedy decoding picks the answer's token there."""
+        return self.logits.argmax(-1) == self.targets
+
+
+def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None = None) -> Tensor:
+    """Mean over sequences of the mean over each answer's tokens; a sequence with none of them adds 0 to the sum.
+
+    Args:
+        values: ``[N]`` one per labelled token.
+        answers: Whose tokens they are.
+        counted: ``[N]`` bool, the tokens that count; None for all.
+
+    Example:
+        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+        >>> mean_over_answers(torch.tensor([1.0, 2.0, 5.0]), answers)  # (1.5 + 5) / 2
+        tensor(3.2500)
+    """
+    lengths = answers.lengths
+    if counted is not None:
+        values = values.where(counted, 0.0)
+        lengths = sequence_sums(counted.to(lengths.dtype), answers.sequence_index, answers.n_sequences)
+    return (sequence_sums(values, answers.sequence_index, answers.n_sequences) / lengths.clamp(min=1)).mean()
+
+
+Target = Literal["sequence", "length_normalised", "log_probability"]
+
+
+TARGETS: tuple[Target, ...] = ("sequence", "length_normalised", "log_probability")
+
+
+def target_logps(answers: Answers, target: Target) -> Tensor:
+    """Log of the probability that is attributed: ``[B]`` values in nats.
+
+    Every attribution of P carries the factor P. Where unlearning has pushed P to almost nothing, all attributions
+    are almost nothing, negative ones included: D⁻ then vanishes although nothing was erased. ``"log_probability"`` has
+    no such factor, but its gradient grows as P falls, also for a model that never knew the answer.
+
+    Args:
+        answers: A forward pass.
+        target: ``"sequence"`` for P(y|x), the paper's; ``"length_normalised"`` for P(y|x)^{1/T}, T the number of answer
+            tokens, comparable between lengths; ``"log_probability"`` for log P(y|x) / T.
+
+    Raises:
+        UserError: If the target is unknown.
+
+    Example:
+        >>> answers = Answers(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
+        >>> target_logps(answers, "sequence").exp(), target_logps(answers, "length_normalised").exp()
+        (tensor([0.0625]), tensor([0.2500]))
+    """
+    if target not in TARGETS:
+        raise UserError("target", target, f"one of {list(TARGETS)}")
+    return answers.logps if target == "sequence" else answers.mean_logps
+
+
+def input_positions(attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Which tokens are inputs to the prediction of some answer token: ``[B, L]`` bool.
+
+    Example:
+        >>> input_positions(torch.tensor([[1, 1, 1, 0]]), torch.tensor([[-100, -100, 7, -100]]))
+        tensor([[ True,  True, False, False]])
+    """
+    answer_follows = (labels[:, 1:] != -100).flip(1).cumsum(1).flip(1) > 0
+    inside = torch.cat([answer_follows, torch.zeros_like(answer_follows[:, :1])], dim=1)
+    return inside & attention_mask.bool()
