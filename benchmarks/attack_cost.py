@@ -28,7 +28,7 @@ from lightning_ssiuu import Facts
 from lightning_ssiuu.attacks import relearning
 from lightning_ssiuu.attacks.command import attack
 from lightning_ssiuu.datamodules.sampling import ResumableLoader
-from lightning_ssiuu.devices import Devices
+from lightning_ssiuu.training.devices import Devices
 
 
 class Times(L.Callback):

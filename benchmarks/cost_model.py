@@ -247,7 +247,7 @@ def communicated(model: Model, ssiuu: bool, setup: Setup) -> dict[str, float]:
 
     DDP: gradients, and g in float32. FSDP2: every pass over a part gathers the blocks, forward and backward; the root
     stays whole between the two parts. SSIUU adds a backward pass, after which the root is gathered again. Gradients
-    are reduced in float32 (:func:`lightning_ssiuu.sharding.shard`).
+    are reduced in float32 (:func:`lightning_ssiuu.training.fsdp.shard`).
 
     Returns:
         ``all_reduce``, ``all_gather``, ``reduce_scatter``; over a ring a rank sends (R − 1)/R of them, of the first

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference
 from lightning_ssiuu.models.loading import load_tokenizer
-from lightning_ssiuu.sharding import shard
+from lightning_ssiuu.training.fsdp import shard
 
 WORLD = 2
 

@@ -20,7 +20,7 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.models.meta import blueprint, give_memory
-from lightning_ssiuu.sharding import shard
+from lightning_ssiuu.training.fsdp import shard
 from lightning_ssiuu.utils.simulation import Simulation
 
 _WIDTHS: dict[float, Any] = {2: None, 1: "8bit", 0.52: "4bit"}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
-from lightning_ssiuu.reference import LiveReference
+from lightning_ssiuu.training.reference import LiveReference
 
 Batch = dict[str, dict[str, Tensor]]
 T = TypeVar("T")

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Names are imported on first use: the command line must answer before torch is loaded.
 _EXPORTS = {
     "AdversarialUnlearning": "objectives.adversarial_unlearning",
-    "AtomicCheckpointIO": "checkpoint_io",
+    "AtomicCheckpointIO": "training.checkpoints",
     "AttributionRegularizer": "regularizers",
     "CEU": "objectives.ceu",
     "CIR": "objectives.cir",

@@ -19,14 +19,14 @@ from lightning_ssiuu.callbacks import (
     RunReport,
     SavePretrained,
 )
-from lightning_ssiuu.checkpoint_io import write_whole_checkpoints
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.interrupted import checkpoint_mistakes, checkpoint_to_go_on_from, refuse_to_lose
 from lightning_ssiuu.memory import estimate_memory, print_estimate
 from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
-from lightning_ssiuu.sharding import use_all_devices
-from lightning_ssiuu.strategies import check_installed, check_strategy
+from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
+from lightning_ssiuu.training.fsdp import use_all_devices
+from lightning_ssiuu.training.strategies import check_installed, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.files import check_space, nothing_left, written_atomically

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.extra_gradient import wide
 from lightning_ssiuu.functional.representation import CollapsedLinear, common_directions
 from lightning_ssiuu.models.answers import AnswerModel, input_positions
 from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.training.shards import wide
 
 Part = Mapping[str, Tensor]
 #: By name of a linear layer an orthonormal basis ``[K, in]`` for its inputs and one ``[K', out]`` for its gradients.

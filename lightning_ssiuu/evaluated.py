@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
-from lightning_ssiuu.sharding import is_sharded
+from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
 
 Part = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
-from lightning_ssiuu.checkpoint_io import check_checkpoint, newest_checkpoint
+from lightning_ssiuu.training.checkpoints import check_checkpoint, newest_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import refuse_existing
 

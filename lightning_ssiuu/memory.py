@@ -37,8 +37,8 @@ from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.export import plain_state_dict
 from lightning_ssiuu.models.meta import blueprint, give_memory, is_packed
 from lightning_ssiuu.objectives import UnlearningModule
-from lightning_ssiuu.reference import LiveReference
-from lightning_ssiuu.sharding import FLOATS_ONLY, shard
+from lightning_ssiuu.training.fsdp import FLOATS_ONLY, shard
+from lightning_ssiuu.training.reference import LiveReference
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.simulation import Simulation
 

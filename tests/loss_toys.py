@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.reference import LiveReference
+from lightning_ssiuu.training.reference import LiveReference
 
 #: Of one example: for each answer token the logits that predict it, and the token.
 Predictions = list[tuple[Tensor, int]]

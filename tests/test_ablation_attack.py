@@ -28,10 +28,10 @@ from lightning_ssiuu.attacks.ablation import (
 from lightning_ssiuu.attacks.outcomes import forget_score, outcome_rows
 from lightning_ssiuu.audit.planting import with_units
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
 from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 

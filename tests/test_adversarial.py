@@ -22,7 +22,7 @@ from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearn
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.mudman import MUDMAN
 from lightning_ssiuu.objectives.sam import SAM
-from lightning_ssiuu.perturbation import displaced, move
+from lightning_ssiuu.training.perturbation import displaced, move
 
 
 @pytest.mark.parametrize("adversary", ["sign", "gradient"])

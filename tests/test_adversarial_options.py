@@ -33,8 +33,8 @@ from lightning_ssiuu.objectives.mudman import MUDMAN
 from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.objectives.sam import SAM
 from lightning_ssiuu.objectives.ssiuu import SSIUU
-from lightning_ssiuu.perturbation import displaced
 from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.training.perturbation import displaced
 from lightning_ssiuu.utils.errors import UserError
 
 # ---- with everything else ------------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from forked_ranks import ranks
 from model_toys import random_model, widened
 from safetensors.torch import load_file
 
-from lightning_ssiuu import devices
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.attacks.command import attack
 from lightning_ssiuu.audit.command import audit
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import TINY, load_model
-from lightning_ssiuu.sharding import is_sharded
+from lightning_ssiuu.training import devices
+from lightning_ssiuu.training.fsdp import is_sharded
 
 STRATEGIES = ("ddp", "fsdp2")
 

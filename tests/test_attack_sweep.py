@@ -194,7 +194,7 @@ def test_attacks_share_a_report_and_replace_their_own_entries_only(models: Path,
 
 
 def test_one_load_and_one_score_before_for_each_model_and_scored_set(models: Path, tmp_path: Path) -> None:
-    from lightning_ssiuu.devices import Devices
+    from lightning_ssiuu.training.devices import Devices
 
     with counted(Devices, "load") as loads, counted(relearning, "evaluate") as evaluations:
         run(models, tmp_path, kind="benign")

@@ -23,10 +23,10 @@ from lightning_ssiuu.attacks.without_training import (
     check_without_training,
 )
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import plain_state_dict
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")

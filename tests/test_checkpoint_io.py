@@ -27,8 +27,8 @@ from test_kill import Tiny
 
 from lightning_ssiuu import AtomicCheckpointIO
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, KeepCheckpoints, NeuronAttributionCallback
-from lightning_ssiuu.checkpoint_io import check_checkpoint, newest_checkpoint, write_whole_checkpoints
 from lightning_ssiuu.interrupted import refuse_to_lose
+from lightning_ssiuu.training.checkpoints import check_checkpoint, newest_checkpoint, write_whole_checkpoints
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import clear_leftovers, disk_refusal, written_atomically
 from lightning_ssiuu.utils.messages import user_error

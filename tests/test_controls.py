@@ -28,7 +28,7 @@ from lightning_ssiuu.regularizers import (
     Regularizer,
 )
 from lightning_ssiuu.regularizers.penalty import Penalty
-from lightning_ssiuu.strategies import check_strategy
+from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.errors import UserError
 
 

@@ -21,9 +21,9 @@ from model_toys import answer_model, bare_trainer, weights
 from training_toys import adam
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, KeepCheckpoints, NeuronAttributionCallback
-from lightning_ssiuu.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 
 STEPS = 7  # three batches an epoch
 EVERY = 2  # steps between two checkpoints: some steps are lost and have to be done again

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.reference import Observation, reference_folder, reference_logits, reference_logps
+from lightning_ssiuu.training.reference import Observation, reference_folder, reference_logits, reference_logps
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -80,7 +80,7 @@ def test_every_source_tells_what_the_untouched_model_says(tmp_path: Path, option
 
 def test_a_second_run_reads_what_the_first_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = trained(tmp_path)
-    monkeypatch.setattr("lightning_ssiuu.reference.store", None)
+    monkeypatch.setattr("lightning_ssiuu.training.reference.store", None)
     second = trained(tmp_path)
     assert first.reference_key == second.reference_key
     assert equal([logps for logps, *_ in first.told], [logps for logps, *_ in second.told])

@@ -171,7 +171,7 @@ def test_gradient_equals_the_formulas_in_other_settings(case: dict[str, Any]) ->
 
 
 def test_chunks_of_parameters_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ssiuu.regularizers.shards._CHUNK", 100)
+    monkeypatch.setattr("lightning_ssiuu.training.shards._CHUNK", 100)
     errors, _ = compared()
     assert max(errors) < 1e-10
 

@@ -18,7 +18,7 @@ from lightning_ssiuu.models.hidden_states import reference_hidden
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.rmu import RMU
 from lightning_ssiuu.objectives.ssiuu import SSIUU
-from lightning_ssiuu.reference import LiveReference
+from lightning_ssiuu.training.reference import LiveReference
 from lightning_ssiuu.utils.errors import UserError
 
 UNEQUAL = part([(3, 1), (5, 2), (2, 4)], seed=3)

@@ -17,9 +17,9 @@ from lightning_ssiuu.attacks import outcomes, sampling
 from lightning_ssiuu.attacks.outcomes import outcome_rows
 from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled, sampling_attack
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import Evaluated
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")

@@ -11,7 +11,7 @@ from model_toys import ARCHITECTURES, answer_model, random_model
 from torch import nn
 
 from lightning_ssiuu.models.architectures import transformer_blocks
-from lightning_ssiuu.sharding import data_parallel, load_sharded, shard, use_all_devices
+from lightning_ssiuu.training.fsdp import data_parallel, load_sharded, shard, use_all_devices
 from lightning_ssiuu.utils.errors import UserError
 
 

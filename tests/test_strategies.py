@@ -30,7 +30,7 @@ from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.regularizers import AttributionRegularizer
-from lightning_ssiuu.strategies import check_installed, check_strategy
+from lightning_ssiuu.training.strategies import check_installed, check_strategy
 from lightning_ssiuu.utils.errors import UserError
 
 STATIC = ["--trainer.strategy", '{"class_path": "DDPStrategy", "dict_kwargs": {"static_graph": true}}']
@@ -180,11 +180,11 @@ def test_a_trainer_asks_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", SimpleNamespace(class_path="a.DeepSpeedStrategy")])
 def test_an_engine_that_is_not_there(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ssiuu.strategies.find_spec", lambda _: None)
+    monkeypatch.setattr("lightning_ssiuu.training.strategies.find_spec", lambda _: None)
     with pytest.raises(UserError) as refused:
         check_installed({"strategy": strategy})
     assert str(refused.value).endswith('allowed: ddp or FSDP2, or pip install "lightning-ssiuu[deepspeed]" first')
-    monkeypatch.setattr("lightning_ssiuu.strategies.find_spec", lambda _: object())
+    monkeypatch.setattr("lightning_ssiuu.training.strategies.find_spec", lambda _: object())
     check_installed({"strategy": strategy})
 
 

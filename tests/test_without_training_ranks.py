@@ -14,11 +14,12 @@ from data_toys import Toy, byte_tokenizer, examples
 from forked_ranks import ranks
 from model_toys import random_model, widened
 
-from lightning_ssiuu import Facts, devices
+from lightning_ssiuu import Facts
 from lightning_ssiuu.attacks.without_training import Ablation, Sampling, attack_without_training
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.training import devices
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import rank
 
 STRATEGIES = ("ddp", "fsdp2")

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.examples import QAExample
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import Given, UserError
 

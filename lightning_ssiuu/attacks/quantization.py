@@ -10,10 +10,10 @@ from typing import Any
 
 from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.quantization import loading_options
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError, naming
 
 WIDTHS = ("8bit", "4bit")

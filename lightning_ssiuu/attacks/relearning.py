@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules import RelearnDataModule
-from lightning_ssiuu.devices import Devices, quiet_lightning
 from lightning_ssiuu.evaluation import check_score, evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
+from lightning_ssiuu.training.devices import Devices, quiet_lightning
 from lightning_ssiuu.utils.errors import UserError
 
 

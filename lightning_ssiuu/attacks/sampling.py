@@ -18,9 +18,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import Evaluated, untouched
 from lightning_ssiuu.functional.metrics import rouge_l_recall, widest_float
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, check_number

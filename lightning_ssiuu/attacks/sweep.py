@@ -16,7 +16,6 @@ from lightning_ssiuu.attacks.outcomes import model_name
 from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, forget_score, relearn, stronger
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluated import Evaluated
 from lightning_ssiuu.evaluation import SCORES, Scorer, untouched
 from lightning_ssiuu.metrics import AnswerAccuracy
@@ -24,6 +23,7 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, naming
 

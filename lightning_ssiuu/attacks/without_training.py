@@ -11,8 +11,8 @@ from lightning_ssiuu.attacks.paraphrase import other_questions, paraphrase_attac
 from lightning_ssiuu.attacks.quantization import WIDTHS, check_quantization, quantization_attack
 from lightning_ssiuu.attacks.sampling import Sampling, sampling_attack
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import check_score
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 __all__ = ["Ablation", "Outcome", "Sampling", "attack_without_training", "check_without_training", "outcome_rows"]

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, neuron_attribution
 from lightning_ssiuu.functional.influence import (
@@ -27,6 +26,7 @@ from lightning_ssiuu.functional.own_change import OwnFlag
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError
 

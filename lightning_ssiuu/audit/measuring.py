@@ -17,7 +17,6 @@ from lightning_ssiuu.audit.evidence import chance_level
 from lightning_ssiuu.audit.verdict import Forgetting
 from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluated import Evaluated
 from lightning_ssiuu.evaluation import SCORES, untouched
 from lightning_ssiuu.functional.attribution import AttributionMethod
@@ -26,6 +25,7 @@ from lightning_ssiuu.functional.own_change import OwnFlag, own_change, own_flags
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import naming
 

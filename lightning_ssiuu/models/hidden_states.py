@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import transformer_blocks
-from lightning_ssiuu.reference import Observation
+from lightning_ssiuu.training.reference import Observation
 from lightning_ssiuu.utils.errors import UserError
 
 Part = Mapping[str, Tensor]

@@ -15,16 +15,8 @@ from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
-from lightning_ssiuu.perturbation import (
-    answers_of,
-    cut_like,
-    displaced,
-    gradient_at,
-    move,
-    norm_over_shards,
-    rows_of,
-    share_of_mean,
-)
+from lightning_ssiuu.training.perturbation import answers_of, displaced, gradient_at, move, rows_of, share_of_mean
+from lightning_ssiuu.training.shards import cut_like, norm_over_shards
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, check_number
 

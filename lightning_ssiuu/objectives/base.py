@@ -15,19 +15,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu import zero
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.functional.losses import answer_nll, kl_divergence
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
-from lightning_ssiuu.perturbation import add_gradients, complete_gradients, displaced_step
-from lightning_ssiuu.reference import LiveReference, Observation, StoredReference, find_reference, reference_logits
 from lightning_ssiuu.regularizers import Regularizer
-from lightning_ssiuu.sharded_state import put_state, take_state
-from lightning_ssiuu.sharding import is_sharded, load_sharded
 from lightning_ssiuu.step_memory import Part, StepMemory
-from lightning_ssiuu.strategies import check_strategy
+from lightning_ssiuu.training import deepspeed as zero
+from lightning_ssiuu.training.checkpoints import put_state, take_state
+from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
+from lightning_ssiuu.training.perturbation import add_gradients, complete_gradients, displaced_step
+from lightning_ssiuu.training.reference import (
+    LiveReference,
+    Observation,
+    StoredReference,
+    find_reference,
+    reference_logits,
+)
+from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, rank, world_size
 from lightning_ssiuu.utils.errors import UserError
 
@@ -56,7 +62,7 @@ class UnlearningModule(L.LightningModule):
             model's predictions on the retain answers (objectives with a retain loss of their own refuse the latter).
         reference: Where an objective that compares with the original model has it from: ``"cached"``, computed before
             the first step and kept on disk (with ``lora`` computed in every step by the same weights without the
-            adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.reference`.
+            adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.training.reference`.
         scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
             :mod:`lightning_ssiuu.evaluation`); None takes every score the data allows without generating text.
 
@@ -146,7 +152,7 @@ class UnlearningModule(L.LightningModule):
         return answer_nll(answers)
 
     def references(self) -> dict[str, Observation]:
-        """What the losses ask of the original model, by ``"<part>/<what>"``; see :mod:`lightning_ssiuu.reference`."""
+        """What losses ask of the original, by ``"<part>/<what>"``; see :mod:`~lightning_ssiuu.training.reference`."""
         if self._backbone:
             return self._backbone[0].references()
         return {"retain/logits": reference_logits} if self.retain == "kl" and self.retain_weight > 0 else {}
@@ -161,8 +167,8 @@ class UnlearningModule(L.LightningModule):
             batch: This rank's forget part.
 
         Returns:
-            What :func:`lightning_ssiuu.perturbation.gradient_at` gives for all trained parameters, and this rank's
-            addend of the loss (scalar).
+            What :func:`lightning_ssiuu.training.perturbation.gradient_at` gives for all trained parameters, and this
+            rank's addend of the loss (scalar).
         """
         raise NotImplementedError(f"{type(self).__name__} has to define displaced_gradient(batch)")
 

@@ -12,7 +12,7 @@ from lightning_ssiuu.evaluation import untouched
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
-from lightning_ssiuu.strategies import refuse_deepspeed
+from lightning_ssiuu.training.strategies import refuse_deepspeed
 from lightning_ssiuu.utils.errors import UserError
 
 

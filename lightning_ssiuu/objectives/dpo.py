@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_ssiuu.functional.preference import dpo
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.base import Part
-from lightning_ssiuu.reference import Observation, reference_logps
 from lightning_ssiuu.rejections import RejectingModule
+from lightning_ssiuu.training.reference import Observation, reference_logps
 from lightning_ssiuu.utils.errors import check_number
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.evaluation import untouched
-from lightning_ssiuu.extra_gradient import local, reshard
 from lightning_ssiuu.functional.losses import unforgotten_ascent
 from lightning_ssiuu.localization import knowledge_neurons, local_mask, neuron_weights
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.strategies import refuse_deepspeed
+from lightning_ssiuu.training.shards import local, reshard
+from lightning_ssiuu.training.strategies import refuse_deepspeed
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 

@@ -8,22 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
-from lightning_ssiuu.perturbation import (
+from lightning_ssiuu.training.checkpoints import put_state, take_state
+from lightning_ssiuu.training.perturbation import (
     displaced,
     gradient_at,
     move,
     n_micro_batches,
-    norm_over_shards,
     place,
     rows_of,
     share_of_mean,
 )
-from lightning_ssiuu.regularizers.shards import trained_parameters
-from lightning_ssiuu.sharded_state import put_state, take_state
+from lightning_ssiuu.training.shards import local, norm_over_shards, trained_parameters
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ssiuu.functional.preference import npo
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.reference import Observation, reference_logps
+from lightning_ssiuu.training.reference import Observation, reference_logps
 from lightning_ssiuu.utils.errors import check_number
 
 

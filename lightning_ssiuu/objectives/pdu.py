@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ssiuu.functional.token_losses import logit_margin_flattening
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.reference import Observation, reference_logits
+from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.utils.distributed import mean_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_number
 

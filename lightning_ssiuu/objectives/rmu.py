@@ -13,7 +13,7 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.models.hidden_states import HiddenAnswers, answers_with_hidden, block_number, reference_hidden
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.reference import Observation
+from lightning_ssiuu.training.reference import Observation
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 _PAPERS_LAYER = 7

@@ -8,14 +8,8 @@ from torch import Tensor
 
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
-from lightning_ssiuu.perturbation import (
-    displaced,
-    gradient_at,
-    move,
-    norm_over_shards,
-    rows_of,
-    share_of_mean,
-)
+from lightning_ssiuu.training.perturbation import displaced, gradient_at, move, rows_of, share_of_mean
+from lightning_ssiuu.training.shards import norm_over_shards
 from lightning_ssiuu.utils.errors import check_number
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_ssiuu.extra_gradient import reshard
 from lightning_ssiuu.functional.losses import kl_divergence
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
-from lightning_ssiuu.reference import Observation, reference_logits
-from lightning_ssiuu.strategies import refuse_deepspeed
+from lightning_ssiuu.training.reference import Observation, reference_logits
+from lightning_ssiuu.training.shards import reshard
+from lightning_ssiuu.training.strategies import refuse_deepspeed
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 

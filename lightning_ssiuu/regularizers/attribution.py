@@ -15,21 +15,24 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
-from lightning_ssiuu.layer_gradients import Sums
 from lightning_ssiuu.models.answers import Answers, target_logps
 from lightning_ssiuu.models.architectures import neuron_sites, select_sites
 from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
-from lightning_ssiuu.regularizers.shards import (
+from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
+from lightning_ssiuu.training.layer_gradients import Sums
+from lightning_ssiuu.training.shards import (
     blocks,
+    local,
     local_state,
     over_shards,
     reduced,
+    reshard,
     shard_device,
     shard_like,
     trained_parameters,
+    wide,
 )
-from lightning_ssiuu.single_pass import NotExact, SinglePass
+from lightning_ssiuu.training.single_pass import NotExact, SinglePass
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
 
@@ -123,10 +126,11 @@ class AttributionRegularizer(AttributionPenalty):
         schedule_steps: Length of the schedule in optimiser steps, ≥ 1.
         passes: How g is taken. ``"two"``: by a backward pass of its own through the objective's forward pass, right
             under any strategy and with any loss. ``"one"``: in the loss's backward pass, by a second product per layer
-            (:mod:`lightning_ssiuu.single_pass`), which costs about half as much. It is the same but for rounding where
-            the forget loss is a function of the answers' log-probabilities (GradientAscent, GradientDifference, NPO,
-            SimNPO, DPO, ...), whole weights or adapters train, and every trained layer is a known one. ``"auto"`` takes
-            one pass where that holds and otherwise two, with a line in the log that says why.
+            (:mod:`lightning_ssiuu.training.single_pass`), which costs about half as much. It is the same but for
+            rounding where the forget loss is a function of the answers' log-probabilities (GradientAscent,
+            GradientDifference, NPO, SimNPO, DPO, ...), whole weights or adapters train, and every trained layer is a
+            known one. ``"auto"`` takes one pass where that holds and otherwise two, with a line in the log that says
+            why.
 
     Raises:
         UserError: If an argument is outside its range; when training starts, if ``modules`` names nothing or nothing

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.regularizers.base import Regularizer
 from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
-from lightning_ssiuu.regularizers.shards import (
+from lightning_ssiuu.training.shards import (
     chunks,
+    local,
     local_state,
     over_shards,
     shard_device,

@@ -10,18 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.regularizers.shards import (
+from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
+from lightning_ssiuu.training.shards import (
     chunks,
+    local,
     local_state,
     over_shards,
+    reshard,
     shard_device,
     shard_like,
     snapshot,
     trained_parameters,
+    wide,
 )
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ssiuu.extra_gradient import extra_gradient, reshard, sum_over_ranks, wide
 from lightning_ssiuu.models.answers import Answers, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.regularizers.attribution import AttributionPenalty
-from lightning_ssiuu.regularizers.shards import trained_parameters
+from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
+from lightning_ssiuu.training.shards import reshard, trained_parameters, wide
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import UserError, check_choice
 

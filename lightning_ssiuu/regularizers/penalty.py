@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.extra_gradient import local
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.regularizers.shards import over_shards, shard_device, square
+from lightning_ssiuu.training.shards import local, over_shards, shard_device, square
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
 
 WeightMode = Literal["absolute", "relative"]
@@ -83,7 +82,7 @@ class Penalty(Regularizer):
             parameters: Those that ``gradients`` belong to.
             gradients: Of the penalty without λ and scale; this rank's shards where parameters are shards.
             log_scale: May be far outside what a float can hold the exponential of.
-            squares: :func:`~lightning_ssiuu.regularizers.shards.square` of the gradients where it is known.
+            squares: :func:`~lightning_ssiuu.training.shards.square` of the gradients where it is known.
 
         Returns:
             ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.runs import output_directory, resolve_models, run_data
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utility.harness import PAPER, check_harness, harness_scores
 from lightning_ssiuu.utility.offline import (
     SUITES,

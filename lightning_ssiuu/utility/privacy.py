@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import column, read_records
-from lightning_ssiuu.devices import Devices
 from lightning_ssiuu.evaluation import Evaluated, untouched
 from lightning_ssiuu.functional.membership import (
     gradient_norm_score,
@@ -33,6 +32,7 @@ from lightning_ssiuu.functional.membership import (
 from lightning_ssiuu.functional.truth_ratio import forget_quality, truth_ratio
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import hide_short_bars, progress
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json

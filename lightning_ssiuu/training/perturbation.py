@@ -7,19 +7,16 @@ trained weights is held meanwhile, and one gradient until the optimiser steps (u
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_ssiuu.extra_gradient import extra_gradient, local, reshard, sum_over_ranks, wide
 from lightning_ssiuu.models.answers import Answers
-from lightning_ssiuu.regularizers.shards import snapshot
+from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
+from lightning_ssiuu.training.shards import local, reshard, snapshot, wide
 from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, world_size
 
 if TYPE_CHECKING:
@@ -113,39 +110,6 @@ def gradient_at(
     reshard(model)
     sum_over_ranks(parameters, gradients)
     return gradients
-
-
-def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> float:
-    """Euclidean norm of tensors like these parameters, over all shards where they are cut; equal on all ranks.
-
-    Example:
-        >>> norm_over_shards([torch.tensor([3.0]), torch.tensor([4.0])], [nn.Parameter(torch.zeros(1))] * 2)
-        5.0
-    """
-    whole = cut = 0.0
-    for norm, parameter in zip(torch._foreach_norm(list(tensors)), parameters, strict=True):
-        if isinstance(parameter, DTensor):
-            cut += float(norm) ** 2
-        else:
-            whole += float(norm) ** 2
-    if world_size() > 1 and any(isinstance(p, DTensor) for p in parameters):
-        total = torch.tensor(cut, dtype=torch.float64, device=tensors[0].device)
-        dist.all_reduce(total)
-        cut = total.item()
-    return math.sqrt(whole + cut)
-
-
-def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor.
-
-    Example:
-        >>> cut_like(torch.ones(1), nn.Parameter(torch.zeros(1)))
-        tensor([1.])
-    """
-    if not isinstance(parameter, DTensor):
-        return whole.to(parameter.device)
-    expanded = whole.expand(parameter.shape).contiguous().to(parameter.device)
-    return local(distribute_tensor(expanded, parameter.device_mesh, parameter.placements))
 
 
 def rows_of(part: Part, rows: Tensor) -> Part:

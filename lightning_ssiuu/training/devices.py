@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
-from lightning_ssiuu.sharding import load_sharded
+from lightning_ssiuu.training.fsdp import load_sharded
 from lightning_ssiuu.utils.console import quiet
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.messages import trainer_mistakes

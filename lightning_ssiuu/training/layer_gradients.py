@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.extra_gradient import wide
+from lightning_ssiuu.training.shards import wide
 
 
 class Sums:

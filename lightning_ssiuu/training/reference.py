@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import evaluation_mode, frozen_reference
 from lightning_ssiuu.models.lora import adapted_layers
-from lightning_ssiuu.sharding import is_sharded
+from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory, check_space

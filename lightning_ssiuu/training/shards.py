@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_ssiuu.extra_gradient import local, wide
 from lightning_ssiuu.utils.distributed import world_size
+
+if TYPE_CHECKING:
+    pass
+
+
+from collections.abc import Iterable
+from typing import Any
 
 # Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
 _CHUNK = 1 << 24
@@ -164,3 +170,67 @@ def snapshot(parameters: Iterable[Tensor]) -> list[Tensor]:
         [tensor([1.])]
     """
     return [local(p.detach()).clone() for p in parameters]
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 cut its weights again; nothing for other models.
+
+    It leaves its root whole after a forward pass, under parameters that never see a reduced gradient nor a change to
+    the shards; resharded, it shows those that do. A backward pass gathers it again.
+    """
+    for module in model.modules():
+        if callable(cut := getattr(module, "reshard", None)):
+            cut()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be cut over the ranks.
+
+    Example:
+        >>> local(torch.ones(1))
+        tensor([1.])
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32, without history: differences of attributions are lost in bfloat16 (docs/precision.md).
+
+    Example:
+        >>> wide(torch.ones(1, dtype=torch.bfloat16))
+        tensor([1.])
+    """
+    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+
+
+def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> float:
+    """Euclidean norm of tensors like these parameters, over all shards where they are cut; equal on all ranks.
+
+    Example:
+        >>> norm_over_shards([torch.tensor([3.0]), torch.tensor([4.0])], [nn.Parameter(torch.zeros(1))] * 2)
+        5.0
+    """
+    whole = cut = 0.0
+    for norm, parameter in zip(torch._foreach_norm(list(tensors)), parameters, strict=True):
+        if isinstance(parameter, DTensor):
+            cut += float(norm) ** 2
+        else:
+            whole += float(norm) ** 2
+    if world_size() > 1 and any(isinstance(p, DTensor) for p in parameters):
+        total = torch.tensor(cut, dtype=torch.float64, device=tensors[0].device)
+        dist.all_reduce(total)
+        cut = total.item()
+    return math.sqrt(whole + cut)
+
+
+def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor.
+
+    Example:
+        >>> cut_like(torch.ones(1), nn.Parameter(torch.zeros(1)))
+        tensor([1.])
+    """
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    expanded = whole.expand(parameter.shape).contiguous().to(parameter.device)
+    return local(distribute_tensor(expanded, parameter.device_mesh, parameter.placements))

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ssiuu import zero
+from lightning_ssiuu.training import deepspeed as zero
+from lightning_ssiuu.training.shards import local
 from lightning_ssiuu.utils.distributed import world_size
 
 
@@ -44,17 +45,6 @@ def extra_gradient(
             parameter.grad = gradient
 
 
-def reshard(model: nn.Module) -> None:
-    """Have FSDP2 cut its weights again; nothing for other models.
-
-    It leaves its root whole after a forward pass, under parameters that never see a reduced gradient nor a change to
-    the shards; resharded, it shows those that do. A backward pass gathers it again.
-    """
-    for module in model.modules():
-        if callable(cut := getattr(module, "reshard", None)):
-            cut()
-
-
 def sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
     """Turn what :func:`extra_gradient` gave on each rank into the sum over the ranks, in place.
 
@@ -69,23 +59,3 @@ def sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tenso
             gradient.mul_(ranks)  # FSDP2 has already averaged it
         else:
             dist.all_reduce(gradient)  # DDP never saw it
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be cut over the ranks.
-
-    Example:
-        >>> local(torch.ones(1))
-        tensor([1.])
-    """
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In at least float32, without history: differences of attributions are lost in bfloat16 (docs/precision.md).
-
-    Example:
-        >>> wide(torch.ones(1, dtype=torch.bfloat16))
-        tensor([1.])
-    """
-    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()

@@ -8,7 +8,7 @@ layer, unchanged to the bit. c_b is read in the backward pass itself, so that lo
 
 What is assumed is checked on the graph of every step (:meth:`SinglePass.arm`): that the loss reaches the forward pass
 through log P alone, and that every use of a trained weight lies within a layer whose rule is known
-(:data:`lightning_ssiuu.layer_gradients.LAYERS`) and whose rows of different sequences do not meet.
+(:data:`lightning_ssiuu.training.layer_gradients.LAYERS`) and whose rows of different sequences do not meet.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu import zero
-from lightning_ssiuu.layer_gradients import Rule, Sums, rule_of
 from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.models.quantization import is_quantized
-from lightning_ssiuu.sharding import is_sharded
+from lightning_ssiuu.training import deepspeed as zero
+from lightning_ssiuu.training.fsdp import is_sharded
+from lightning_ssiuu.training.layer_gradients import Rule, Sums, rule_of
 
 #: Below, a sequence's share of the loss is lost in rounding (nats; the loss is of order 1).
 _SMALLEST = 1e-12
@@ -94,7 +94,7 @@ class _Forward:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; see :mod:`lightning_ssiuu.single_pass`."""
+    """The identity; see :mod:`lightning_ssiuu.training.single_pass`."""
 
     @staticmethod
     def forward(

@@ -1,0 +1,1 @@
+"""What a training run needs besides the losses: gradients, shards, strategies, checkpoints, reference values."""
