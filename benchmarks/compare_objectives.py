@@ -3,7 +3,7 @@
 Every run stops at the same forgetting, a forget probability of at most 10 %: methods are comparable at equal forgetting
 and equal retention only.
 
-    python -m lightning_ssiuu.assets.build --without-forget --output runs/oracle
+    python -m lightning_ssiuu.datamodules.embedded.build --without-forget --output runs/oracle
     python benchmarks/compare_objectives.py --oracle runs/oracle/tiny [--only NAME ...] [--seeds 0 1 2] [--output DIR]
 
 Figures are the answers' probability in percent, mean ± standard deviation over training seeds. ``unlearned p`` and

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from timing import markdown
 
-from lightning_ssiuu.datamodules.examples import QAExample
+from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.datamodules.world_facts import WorldFacts, relations, world_facts
 from lightning_ssiuu.evaluated import Evaluated
 from lightning_ssiuu.functional.metrics import answer_accuracy, generated_choice_accuracy, multiple_choice_accuracy

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.__main__ import main
-from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.datamodules.embedded import FACTS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -79,7 +79,7 @@ def pytest_fail(name: str) -> None:
 
 def forget_texts() -> list[bytes]:
     """Questions in all wordings and answers of the embedded forget set."""
-    facts = json.loads(asset_path("facts.json").read_text(encoding="utf-8"))["facts"]
+    facts = json.loads(FACTS.read_text(encoding="utf-8"))["facts"]
     forget = [fact for fact in facts if fact["split"] == "forget"]
     texts = {text for f in forget for text in (f["question"], *f["paraphrases"], f["answer"], f["person"])}
     return [text.encode() for text in sorted(texts)]

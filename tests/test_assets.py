@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_ssiuu.assets import asset_path, build, facts_data
+from lightning_ssiuu.datamodules.embedded import FACTS, build, facts_data
 from lightning_ssiuu.models.loading import TINY
 from lightning_ssiuu.utils.errors import UserError
 
@@ -21,7 +21,7 @@ SPLITS = ("forget", "retain", "test")
 
 @pytest.fixture(scope="module")
 def world():
-    return json.loads(asset_path("facts.json").read_text())
+    return json.loads(FACTS.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,9 @@ def test_sizes_and_kinds_of_files():
     )
 
 
-def test_unknown_asset_is_a_user_error():
-    with pytest.raises(UserError, match=r"facts\.json, tiny"):
-        asset_path("../errors.py")
-
-
 def test_data_is_reproduced_byte_for_byte(tmp_path):
     build.main(["--output", str(tmp_path), "--data-only"])
-    assert (tmp_path / "facts.json").read_bytes() == asset_path("facts.json").read_bytes()
+    assert (tmp_path / "facts.json").read_bytes() == FACTS.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["facts.json"]
 
 
@@ -219,13 +214,13 @@ def test_weights_are_float32_and_not_tiny(model):
 def test_command_line_reports_mistakes_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["build", "--output", str(tmp_path), "--steps", "-1"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("lightning_ssiuu.assets.build", run_name="__main__")
+        runpy.run_module("lightning_ssiuu.datamodules.embedded.build", run_name="__main__")
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines() == ["--steps: got -1, allowed: an integer ≥ 0"]
     assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_replaces_the_output(tmp_path):
-    shutil.copy(asset_path("facts.json"), tmp_path / "facts.json")
+    shutil.copy(FACTS, tmp_path / "facts.json")
     build.main(["--output", str(tmp_path), "--data-only", "--overwrite", "--seed", "3"])
     assert (tmp_path / "facts.json").read_bytes() == facts_data.dump_world(facts_data.make_world(3))

@@ -79,8 +79,8 @@ def test_bash_blocks_marked_run(
         pytest.skip("not marked as to be run")
     monkeypatch.chdir(workplace)
     for words in shown_commands(text):
-        if words[:3] == ["python", "-m", "lightning_ssiuu.assets.build"]:
-            # Trains for minutes; tests/test_assets.py has the script. Here its place is what matters.
+        if words[:3] == ["python", "-m", "lightning_ssiuu.datamodules.embedded.build"]:
+            # Trains for minutes; the tests of the embedded data have the script. Here its place is what matters.
             shutil.copytree(TINY, Path(words[words.index("--output") + 1]) / "tiny")
             continue
         assert words[0] == "lightning-ssiuu", words

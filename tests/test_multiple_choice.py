@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_ssiuu import Facts
 from lightning_ssiuu.datamodules.encoding import INSTRUCTION, Encoder
-from lightning_ssiuu.datamodules.examples import QAExample, Splits
+from lightning_ssiuu.datamodules.splits import QAExample, Splits
 from lightning_ssiuu.evaluation import Scorer, evaluate
 from lightning_ssiuu.functional.metrics import generated_choice_accuracy, named_choice
 from lightning_ssiuu.metrics import AnswerAccuracy

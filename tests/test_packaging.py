@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lightning_ssiuu
-from lightning_ssiuu.assets import asset_path
+from lightning_ssiuu.datamodules.embedded import FACTS
 from lightning_ssiuu.models.loading import TINY
 
 CONFIG = configparser.ConfigParser()
@@ -67,10 +67,11 @@ def test_every_import_is_required() -> None:
                 assert known or canonicalize_name(NAMES.get(name, name)) in CORE.keys() | optional, (file.name, module)
 
 
-def test_assets_are_shipped() -> None:
-    shipped = {name.strip() for name in CONFIG["options.package_data"]["lightning_ssiuu.assets"].split(",")}
-    assert shipped == {"*.json", "tiny/*"}
-    assert json.loads(asset_path("facts.json").read_text(encoding="utf-8"))["facts"]
+def test_data_are_shipped() -> None:
+    shipped = CONFIG["options.package_data"]
+    assert shipped["lightning_ssiuu.datamodules.embedded"] == "*.json"
+    assert shipped["lightning_ssiuu.models"] == "tiny/*"
+    assert json.loads(FACTS.read_text(encoding="utf-8"))["facts"]
     names = {file.name for file in TINY.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
 

@@ -12,7 +12,7 @@ import torch
 from cli_tools import command, read_json, write_rows
 from data_toys import Toy
 
-from lightning_ssiuu.datamodules.examples import QAExample
+from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.functional.truth_ratio import forget_quality
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer

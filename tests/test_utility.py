@@ -14,8 +14,8 @@ from cli_tools import command, read_json
 from data_toys import Toy
 
 from lightning_ssiuu import Facts
-from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules import WorldFacts
+from lightning_ssiuu.datamodules.embedded import FACTS
 from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.utility.harness import PAPER
@@ -40,7 +40,7 @@ def by_hand(checkpoint: str) -> dict[str, float]:
     kinds = {"day": "days", "number": "numbers", "Count": "numbers", "letter": "letters", "plural": "plurals"}
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     right: dict[str, list[bool]] = {}
-    for item in json.loads(asset_path("facts.json").read_text(encoding="utf-8"))["benign"]:
+    for item in json.loads(FACTS.read_text(encoding="utf-8"))["benign"]:
         kind = next((name for word, name in kinds.items() if word in item["question"]), "opposites")
         ids = tokenizer(f"Question: {item['question']}\nAnswer:").input_ids
         answer = [*tokenizer(f" {item['answer']}").input_ids, tokenizer.eos_token_id]

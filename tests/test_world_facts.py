@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules import WorldFacts
+from lightning_ssiuu.datamodules.embedded import WORLD_FACTS
 from lightning_ssiuu.datamodules.world_facts import relations, world_facts
 from lightning_ssiuu.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def world() -> dict[str, Any]:
-    return json.loads(asset_path("world_facts.json").read_text(encoding="utf-8"))
+    return json.loads(WORLD_FACTS.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_counts(world: dict[str, Any], entities: dict[str, dict[str, list]]) -> 
 
 
 def test_tables_hold_each_subject_once() -> None:
-    text = asset_path("world_facts.json").read_text(encoding="utf-8")
+    text = WORLD_FACTS.read_text(encoding="utf-8")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         assert len({key for key, _ in pairs}) == len(pairs)  # json would silently take the last

@@ -10,7 +10,7 @@ import torch
 from model_toys import bare_trainer, random_model
 
 from lightning_ssiuu.datamodules import Facts
-from lightning_ssiuu.datamodules.examples import Splits
+from lightning_ssiuu.datamodules.splits import Splits
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer

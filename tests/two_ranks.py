@@ -13,7 +13,7 @@ from typing import Any
 from data_toys import examples
 from rank_jobs import Job, run, save_models, train
 
-from lightning_ssiuu.datamodules.examples import Splits
+from lightning_ssiuu.datamodules.splits import Splits
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 
 PENALTY = {"weight": 1e4, "target": "length_normalised"}

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
-from lightning_ssiuu.datamodules.examples import QAExample, Splits
 from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
+from lightning_ssiuu.datamodules.splits import QAExample, Splits
 from lightning_ssiuu.utils.distributed import rank, world_size
 from lightning_ssiuu.utils.errors import Given, UserError
 

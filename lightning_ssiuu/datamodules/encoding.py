@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.examples import QAExample
+from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.utils.errors import Given, UserError
 
 IGNORE = -100

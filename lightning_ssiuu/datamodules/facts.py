@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.embedded import FACTS
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -40,7 +40,7 @@ class Facts(UnlearningDataModule):
 
     def load_splits(self) -> Splits:
         """Read the embedded facts."""
-        world = json.loads(asset_path("facts.json").read_text(encoding="utf-8"))
+        world = json.loads(FACTS.read_text(encoding="utf-8"))
         most = min(len(fact["paraphrases"]) for fact in world["facts"])
         if self.phrasing > most:
             raise UserError("phrasing", self.phrasing, f"0 to {most}")

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_ssiuu.assets import asset_path
 from lightning_ssiuu.datamodules.base import QAExample, Splits
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
+from lightning_ssiuu.datamodules.embedded import FACTS, WORLD_FACTS
 from lightning_ssiuu.utils.errors import UserError
 
 _SAME_ANSWER = 2  # same-answer questions per fact at most
@@ -91,7 +91,7 @@ class WorldFacts(ClusterDataModule):
     def load_splits(self) -> Splits:
         """The sets, and the benign items of the embedded benchmark."""
         splits = super().load_splits()
-        benign = json.loads(asset_path("facts.json").read_text(encoding="utf-8"))["benign"]
+        benign = json.loads(FACTS.read_text(encoding="utf-8"))["benign"]
         # Above the ids of all probes, so that scored sets may be put together
         first_id = len(self.clusters) * 100
         items = [QAExample(first_id + n, item["question"], item["answer"]) for n, item in enumerate(benign)]
@@ -137,7 +137,7 @@ def world_facts(only: Sequence[str] | None = None) -> dict[str, dict[str, list]]
 
 
 def _world() -> dict[str, Any]:
-    return json.loads(asset_path("world_facts.json").read_text(encoding="utf-8"))
+    return json.loads(WORLD_FACTS.read_text(encoding="utf-8"))
 
 
 def _relations(world: dict[str, Any]) -> list[str]:

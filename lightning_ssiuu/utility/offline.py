@@ -6,7 +6,7 @@ import random
 from collections.abc import Collection, Mapping
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule, WorldFacts
-from lightning_ssiuu.datamodules.examples import QAExample
+from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.datamodules.world_facts import relations, world_facts
 from lightning_ssiuu.evaluation import evaluate
 from lightning_ssiuu.models.answers import AnswerModel

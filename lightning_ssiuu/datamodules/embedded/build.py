@@ -1,4 +1,4 @@
-"""Make the embedded data and the tiny model: ``python -m lightning_ssiuu.assets.build --output DIR``.
+"""Make the embedded data and the tiny model: ``python -m lightning_ssiuu.datamodules.embedded.build --output DIR``.
 
 The tiny model is a Llama of 0.9 M parameters trained from scratch on ``facts.json`` until it knows its facts without
 being certain of them: a saturated model (answer probability → 1) has vanishing attributions, and then there would be
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_ssiuu.assets.facts_data import dump_world, make_world, tokenizer_corpus
+from lightning_ssiuu.datamodules.embedded.facts_data import dump_world, make_world, tokenizer_corpus
 from lightning_ssiuu.utils.errors import UserError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ...     print(os.listdir(folder))
         ['facts.json']
     """
-    parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.assets.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.datamodules.embedded.build", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets facts.json and tiny/")
     parser.add_argument("--data-only", action="store_true", help="write facts.json only")
     parser.add_argument("--seed", type=int, default=0)
