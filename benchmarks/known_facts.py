@@ -23,8 +23,12 @@ from timing import markdown
 
 from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.datamodules.world_facts import WorldFacts, relations, world_facts
-from lightning_ssiuu.evaluated import Evaluated
-from lightning_ssiuu.functional.metrics import answer_accuracy, generated_choice_accuracy, multiple_choice_accuracy
+from lightning_ssiuu.evaluation.metrics.answers import (
+    answer_accuracy,
+    generated_choice_accuracy,
+    multiple_choice_accuracy,
+)
+from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
 
@@ -65,7 +69,7 @@ def known(model: AnswerModel, data: WorldFacts, examples: Sequence[QAExample]) -
         columns = [choice, begins[first], exact[first]]
         if "choices" in batch["test"]:
             with torch.inference_mode():
-                listed = Evaluated(model, data.tokenizer, batch["test"])
+                listed = Predictions(model, data.tokenizer, batch["test"])
                 columns.append(multiple_choice_accuracy(listed.choice_scores, listed.choice_of))
                 columns.append(generated_choice_accuracy(listed.choice_generations, listed.choice_options))
         found.append(torch.stack(columns, 1))

@@ -31,7 +31,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, SavePretrained
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
-from lightning_ssiuu.evaluation import SCORES, Evaluated, Scorer, check_score, untouched
+from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.scorer import Scorer, untouched
+from lightning_ssiuu.evaluation.scores import SCORES, check_score
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.export import plain_state_dict
@@ -263,7 +265,7 @@ class _Run:
             part = _on(evaluation_batch(self.data, split, self._cost)[split], self.device)
             names = Scorer(model, self.module.tokenizer, self.module.scores).names(part)
             with untouched(model), torch.no_grad():
-                evaluated = Evaluated(model, self.module.tokenizer, part)
+                evaluated = Predictions(model, self.module.tokenizer, part)
                 for name in [*names, *stopping]:
                     if (score := SCORES[name]).generates:
                         with self.simulation.phase("generation"):

@@ -18,8 +18,8 @@ from model_toys import bare_trainer, random_model, widened
 
 from lightning_ssiuu import regularizers
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
-from lightning_ssiuu.callbacks.loaders import evaluation_loaders
-from lightning_ssiuu.evaluation import mismatched_level
+from lightning_ssiuu.evaluation.chance import mismatched_level
+from lightning_ssiuu.evaluation.loaders import evaluation_loaders
 from lightning_ssiuu.models.export import _whole
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA

@@ -107,7 +107,7 @@ def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
 
 
 def test_default_output_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_ssiuu.runs import output_directory, run_score
+    from lightning_ssiuu.evaluation.runs import output_directory, run_score
 
     folder = default_run()[0]
     assert output_directory(str(folder / "model"), None) == folder.absolute()

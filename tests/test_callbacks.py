@@ -19,7 +19,8 @@ from training_toys import FewFacts, adam, fit, gpt2_with_dropout, ssiuu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
-from lightning_ssiuu.evaluation import Scorer, evaluate, mismatched_level
+from lightning_ssiuu.evaluation.chance import mismatched_level
+from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference

@@ -19,7 +19,7 @@ from model_toys import answer_model, equal
 from rank_jobs import Job, save_models, train
 from two_ranks import BROKEN, JOBS, MOVED, ON_TWO, results
 
-from lightning_ssiuu.evaluation import Evaluated
+from lightning_ssiuu.evaluation.predictions import Predictions
 
 
 @pytest.mark.parametrize("job", ON_TWO, ids=lambda job: ", ".join(job.key))
@@ -81,7 +81,7 @@ def test_a_generated_text_does_not_depend_on_the_batch() -> None:
             "input_ids": padded([rows[i] for i in chosen], batch_first=True),
             "labels": padded([labels[i] for i in chosen], batch_first=True, padding_value=-100),
         }
-        return Evaluated(model, tokenizer, part).generations
+        return Predictions(model, tokenizer, part).generations
 
     together = generations([0, 1])
     assert together == [*generations([0]), *generations([1])]

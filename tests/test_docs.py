@@ -52,7 +52,7 @@ def shown_commands(text: str) -> list[list[str]]:
 def test_python_blocks_run(marker: str | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if marker == "not-run":
         pytest.skip("marked as not to be run here")
-    from lightning_ssiuu.evaluation import SCORES
+    from lightning_ssiuu.evaluation.scores import SCORES
 
     monkeypatch.chdir(tmp_path)
     known = dict(SCORES)

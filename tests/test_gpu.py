@@ -19,7 +19,7 @@ from model_toys import answer_model, bare_trainer, batch, distance, loader, weig
 from training_toys import FewFacts, gpt2_with_dropout
 
 from lightning_ssiuu import SSIUU, AttributionRegularizer, GradientDifference
-from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.functional.attribution import neuron_attribution
 from lightning_ssiuu.functional.influence import influence_variation
 from lightning_ssiuu.models.answers import AnswerModel

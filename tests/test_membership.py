@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.membership import (
+from lightning_ssiuu.evaluation.metrics import MembershipAUC, PrivLeak
+from lightning_ssiuu.evaluation.metrics.membership import (
     gradient_norm_score,
     loss_score,
     membership_auc,
@@ -20,7 +21,6 @@ from lightning_ssiuu.functional.membership import (
     reference_score,
     zlib_score,
 )
-from lightning_ssiuu.metrics import MembershipAUC, PrivLeak
 from lightning_ssiuu.models.answers import answer_token_logps
 from lightning_ssiuu.utils.errors import UserError
 

@@ -14,9 +14,11 @@ from torchmetrics import Metric
 from training_toys import FewFacts, fit, ssiuu
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, RunReport
-from lightning_ssiuu.evaluation import SCORES, Scorer, evaluate, mismatched_level
-from lightning_ssiuu.functional.memorization import exact_memorization, extraction_strength
-from lightning_ssiuu.metrics import ExactMemorization, ExtractionStrength
+from lightning_ssiuu.evaluation.chance import mismatched_level
+from lightning_ssiuu.evaluation.metrics import ExactMemorization, ExtractionStrength
+from lightning_ssiuu.evaluation.metrics.memorization import exact_memorization, extraction_strength
+from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 

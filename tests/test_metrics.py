@@ -17,14 +17,7 @@ from forked_ranks import ranks
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_ssiuu.functional.metrics import (
-    answer_accuracy,
-    answer_probability,
-    mismatched_rouge_l,
-    multiple_choice_accuracy,
-    rouge_l_recall,
-)
-from lightning_ssiuu.metrics import (
+from lightning_ssiuu.evaluation.metrics import (
     AnswerAccuracy,
     AnswerProbability,
     ExactMemorization,
@@ -35,6 +28,13 @@ from lightning_ssiuu.metrics import (
     PrivLeak,
     RougeLRecall,
     TruthRatio,
+)
+from lightning_ssiuu.evaluation.metrics.answers import (
+    answer_accuracy,
+    answer_probability,
+    mismatched_rouge_l,
+    multiple_choice_accuracy,
+    rouge_l_recall,
 )
 from lightning_ssiuu.utils.errors import UserError
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_ssiuu import Facts
 from lightning_ssiuu.datamodules.encoding import INSTRUCTION, Encoder
 from lightning_ssiuu.datamodules.splits import QAExample, Splits
-from lightning_ssiuu.evaluation import Scorer, evaluate
-from lightning_ssiuu.functional.metrics import generated_choice_accuracy, named_choice
-from lightning_ssiuu.metrics import AnswerAccuracy
+from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
+from lightning_ssiuu.evaluation.metrics.answers import generated_choice_accuracy, named_choice
+from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.utils.errors import UserError

@@ -13,10 +13,10 @@ from cli_tools import command, read_json, write_rows
 from data_toys import Toy
 
 from lightning_ssiuu.datamodules.splits import QAExample
-from lightning_ssiuu.functional.truth_ratio import forget_quality
+from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality
+from lightning_ssiuu.evaluation.privacy import Measured, compare_with_oracle, measure
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
-from lightning_ssiuu.utility.privacy import Measured, compare_with_oracle, measure
 
 ATTACKS = ["gradient_norm", "loss", "min_k", "min_k_plus_plus", "zlib"]
 

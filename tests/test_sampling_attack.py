@@ -17,7 +17,7 @@ from lightning_ssiuu.attacks import outcomes, sampling
 from lightning_ssiuu.attacks.outcomes import outcome_rows
 from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled, sampling_attack
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.evaluation import Evaluated
+from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
@@ -93,7 +93,7 @@ def test_samples_are_those_of_a_slow_reference(checkpoint: str, options: Samplin
     data, model = toy_data(eval_batch_size=3), HERE.load(checkpoint)
     found, row = [], 0
     for batch in data.eval_dataloader("forget"):
-        evaluated = Evaluated(model, data.tokenizer, batch["forget"])
+        evaluated = Predictions(model, data.tokenizer, batch["forget"])
         for seed, number in ((0, 0), (0, 1), (3, 0)):
             for offset, text in enumerate(sampled(evaluated, seed, number, options)):
                 assert text == slowly(model, data, row + offset, seed, number, options)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ssiuu.evaluation import Scorer
-from lightning_ssiuu.functional.truth_ratio import forget_quality, model_utility, truth_ratio, truth_ratio_score
-from lightning_ssiuu.metrics import ForgetQuality, ModelUtility, TruthRatio
+from lightning_ssiuu.evaluation.metrics import ForgetQuality, ModelUtility, TruthRatio
+from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality, model_utility, truth_ratio, truth_ratio_score
+from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.utils.errors import UserError

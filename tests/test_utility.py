@@ -16,10 +16,10 @@ from data_toys import Toy
 from lightning_ssiuu import Facts
 from lightning_ssiuu.datamodules import WorldFacts
 from lightning_ssiuu.datamodules.embedded import FACTS
+from lightning_ssiuu.evaluation.lm_eval import PAPER
+from lightning_ssiuu.evaluation.utility import seen_questions, suite_of, suite_tasks
 from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
-from lightning_ssiuu.utility.harness import PAPER
-from lightning_ssiuu.utility.offline import seen_questions, suite_of, suite_tasks
 
 
 @pytest.fixture(scope="module")

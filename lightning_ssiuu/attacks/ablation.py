@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, model_name
 from lightning_ssiuu.audit.diagnosis import Examined, attributions, diagnose
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation import SCORES
+from lightning_ssiuu.evaluation.runs import check_tokenizers, resolve_models
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.models.answers import TARGETS, AnswerModel, Target
 from lightning_ssiuu.models.architectures import NeuronSite
-from lightning_ssiuu.runs import check_tokenizers, resolve_models
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError, naming
 

@@ -37,8 +37,8 @@ from lightning_ssiuu.attacks.without_training import (
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import Kind as Relearning
+from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.training.devices import Devices, Precision, Strategy
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.distributed import gathered

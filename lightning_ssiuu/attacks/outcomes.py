@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.attacks.relearning import spread
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.training.devices import Devices

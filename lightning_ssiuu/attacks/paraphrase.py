@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.splits import QAExample
-from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import world_size

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules import RelearnDataModule
-from lightning_ssiuu.evaluation import check_score, evaluate
+from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning

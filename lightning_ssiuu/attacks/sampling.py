@@ -18,14 +18,16 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation import Evaluated, untouched
-from lightning_ssiuu.functional.metrics import rouge_l_recall, widest_float
+from lightning_ssiuu.evaluation.metrics.answers import rouge_l_recall
+from lightning_ssiuu.evaluation.metrics.base import widest_float
+from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, check_number
 
-#: Longest continuation in tokens, as :meth:`Evaluated.continuations` has it.
+#: Longest continuation in tokens, as :meth:`Predictions.continuations` has it.
 _MOST_TOKENS = 200
 
 
@@ -215,7 +217,7 @@ def _best(
     best: list[list[float]] = [[] for _ in seeds]
     with untouched(model), torch.no_grad():
         for batch in progress(data.eval_dataloader("forget"), "sampling"):
-            evaluated = Evaluated(model, tokenizer, {k: v.to(where.device) for k, v in _plain(batch["forget"])})
+            evaluated = Predictions(model, tokenizer, {k: v.to(where.device) for k, v in _plain(batch["forget"])})
             answers = evaluated.references
             greedy += map(value, evaluated.generations, answers)
             for values, seed in zip(best, seeds, strict=True):
@@ -226,7 +228,7 @@ def _best(
     return _percent(greedy), [_percent(values) for values in best]
 
 
-def sampled(evaluated: Evaluated, seed: int, number: int, options: Sampling) -> list[str]:
+def sampled(evaluated: Predictions, seed: int, number: int, options: Sampling) -> list[str]:
     """One sampled continuation of every prompt.
 
     Args:
@@ -236,7 +238,7 @@ def sampled(evaluated: Evaluated, seed: int, number: int, options: Sampling) -> 
         options: How to sample.
 
     Returns:
-        B texts, as long as :meth:`Evaluated.continuations` has it.
+        B texts, as long as :meth:`Predictions.continuations` has it.
     """
     ids = evaluated.part["example_id"].tolist()
     uniforms = np.stack([np.random.default_rng([seed, one % 2**64, number]).random(_MOST_TOKENS) for one in ids])

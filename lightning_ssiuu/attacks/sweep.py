@@ -16,9 +16,10 @@ from lightning_ssiuu.attacks.outcomes import model_name
 from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, forget_score, relearn, stronger
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
-from lightning_ssiuu.evaluated import Evaluated
-from lightning_ssiuu.evaluation import SCORES, Scorer, untouched
-from lightning_ssiuu.metrics import AnswerAccuracy
+from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
+from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.scorer import Scorer, untouched
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.models.loading import load_tokenizer
@@ -102,7 +103,7 @@ class Target:
             for batch in data.eval_dataloader("forget"):
                 part = move_data_to_device(batch["forget"], device)
                 scorer.names(part)  # a mistake if the data lack what the score asks for
-                correct = SCORES[score].measure(Evaluated(self.model, self.tokenizer, part))[0]
+                correct = SCORES[score].measure(Predictions(self.model, self.tokenizer, part))[0]
                 wrong += part["example_id"][~correct.bool()].tolist()
         return sorted(example for rank in gathered(wrong) for example in rank)
 

@@ -11,7 +11,7 @@ from lightning_ssiuu.attacks.paraphrase import other_questions, paraphrase_attac
 from lightning_ssiuu.attacks.quantization import WIDTHS, check_quantization, quantization_attack
 from lightning_ssiuu.attacks.sampling import Sampling, sampling_attack
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation import check_score
+from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 

@@ -30,10 +30,10 @@ from lightning_ssiuu.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
 from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation import check_score
+from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.functional.attribution_methods import attribution_method
 from lightning_ssiuu.models.answers import TARGETS, Target
-from lightning_ssiuu.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.training.devices import Devices, Strategy
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import UserError

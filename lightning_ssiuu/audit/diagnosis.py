@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.evaluation.loaders import first_parts
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, neuron_attribution
 from lightning_ssiuu.functional.influence import (
     Correlation,

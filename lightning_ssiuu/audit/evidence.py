@@ -8,11 +8,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from statistics import mean
 from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
-from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons, output_columns, patched
 from lightning_ssiuu.attacks.outcomes import forget_score
@@ -25,12 +23,10 @@ from lightning_ssiuu.attacks.relearning import (
 from lightning_ssiuu.attacks.sweep import Sweep, Target
 from lightning_ssiuu.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
-from lightning_ssiuu.evaluation import mismatched_level
+from lightning_ssiuu.evaluation.runs import run_of
 from lightning_ssiuu.functional.influence import SpuriousNeuron
-from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.models.loading import load_tokenizer
-from lightning_ssiuu.runs import run_of
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError, naming
@@ -39,7 +35,6 @@ from lightning_ssiuu.utils.errors import UserError, naming
 DRAWS = 5
 #: Of many flagged neurons this many are also undone alone: undoing hundreds breaks any model.
 FEW = 10
-_CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")
 #: Attacks of ``attack.json`` that relearn.
 _RELEARNING = ("harmful", "benign")
 
@@ -87,34 +82,6 @@ class RelearningProbe:
         """What is trained on and what is scored, one for each seed."""
         options = {"kind": "harmful", "p": self.p, "batch_size": self.batch_size}
         return [RelearnDataModule(data, seed=seed, **options) for seed in self.seeds]  # type: ignore[arg-type]
-
-
-def chance_level(
-    score: str, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule
-) -> float:
-    """What a forget score is worth without any knowledge, in percent.
-
-    One over the number of options for choices among options; 0 for scores of which nothing is known.
-
-    Args:
-        score: A score's name.
-        model: The original model.
-        tokenizer: Its tokenizer.
-        data: The data module.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
-        >>> round(chance_level("multiple_choice", model, tokenizer, Facts()), 1)
-        33.3
-    """
-    if score in _CHOICES:
-        return 100 * mean(1 / (1 + len(example.distractors)) for example in data.splits.forget)
-    try:
-        return mismatched_level(score, model, tokenizer, data.eval_dataloader("forget"))
-    except UserError:
-        return 0.0
 
 
 def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict[str, Any] | None:

@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.audit.diagnosis import Examined, examine_model
-from lightning_ssiuu.audit.evidence import chance_level
 from lightning_ssiuu.audit.verdict import Forgetting
-from lightning_ssiuu.callbacks.loaders import first_parts
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluated import Evaluated
-from lightning_ssiuu.evaluation import SCORES, untouched
+from lightning_ssiuu.evaluation.chance import chance_level
+from lightning_ssiuu.evaluation.loaders import first_parts
+from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.scorer import untouched
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.functional.attribution import AttributionMethod
 from lightning_ssiuu.functional.logit_lens import layer_logps, prefers_answer
 from lightning_ssiuu.functional.own_change import OwnFlag, own_change, own_flags, site_weights
@@ -224,6 +225,6 @@ def forget_answers(
     with untouched(model):
         for batch in data.eval_dataloader("forget", data.splits.forget[:n_examples]):
             part = move_data_to_device(batch["forget"], device)
-            texts = Evaluated(model, tokenizer, part).generations
+            texts = Predictions(model, tokenizer, part).generations
             answers |= dict(zip(part["example_id"].tolist(), texts, strict=True))
     return {example: text for share in gathered(answers) for example, text in share.items()}

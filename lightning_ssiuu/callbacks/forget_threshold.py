@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import lightning as L
 
-from lightning_ssiuu.callbacks.loaders import Loader, split_loader
-from lightning_ssiuu.evaluation import check_score, evaluate, mismatched_level, untouched
+from lightning_ssiuu.evaluation.chance import mismatched_level
+from lightning_ssiuu.evaluation.loaders import Loader, split_loader
+from lightning_ssiuu.evaluation.scorer import evaluate, untouched
+from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_ssiuu.callbacks.loaders import run_directory
+from lightning_ssiuu.evaluation.loaders import run_directory
 from lightning_ssiuu.utils.errors import UserError
 
 

@@ -12,8 +12,8 @@ import lightning as L
 import torch
 
 from lightning_ssiuu.audit.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
-from lightning_ssiuu.callbacks.loaders import first_parts, run_directory, split_loader
-from lightning_ssiuu.evaluation import untouched
+from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
+from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.functional.aggregation import NeuronAttribution
 from lightning_ssiuu.functional.attribution import AttributionMethod
 from lightning_ssiuu.functional.attribution_methods import attribution_method

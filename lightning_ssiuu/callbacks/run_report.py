@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
-from lightning_ssiuu.callbacks.loaders import evaluation_loaders, run_directory
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
-from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.evaluation.loaders import evaluation_loaders, run_directory
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.provenance import provenance
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_ssiuu.callbacks.loaders import run_directory
+from lightning_ssiuu.evaluation.loaders import run_directory
 from lightning_ssiuu.models.export import plain_bytes, save_adapter, save_pretrained
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.metrics import multiple_choice_accuracy
+from lightning_ssiuu.evaluation.metrics.answers import multiple_choice_accuracy
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import final_norm
 from lightning_ssiuu.models.loading import evaluation_mode

@@ -179,8 +179,9 @@ class AdversarialUnlearning(UnlearningModule):
         return kept, weight
 
     def _mismatched(self) -> float:
-        from lightning_ssiuu.callbacks.loaders import split_loader
-        from lightning_ssiuu.evaluation import mismatched_level, untouched
+        from lightning_ssiuu.evaluation.chance import mismatched_level
+        from lightning_ssiuu.evaluation.loaders import split_loader
+        from lightning_ssiuu.evaluation.scorer import untouched
 
         with untouched(self.model):
             if (loader := split_loader(self.trainer, "forget")) is None:

@@ -64,7 +64,7 @@ class UnlearningModule(L.LightningModule):
             the first step and kept on disk (with ``lora`` computed in every step by the same weights without the
             adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.training.reference`.
         scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
-            :mod:`lightning_ssiuu.evaluation`); None takes every score the data allows without generating text.
+            :mod:`lightning_ssiuu.evaluation.scorer`); None takes every score the data allows without generating text.
 
     Raises:
         UserError: If a weight is negative or not finite, or weights are quantised with no adapters to train.
@@ -404,7 +404,7 @@ class UnlearningModule(L.LightningModule):
         return AnswerModel(model)
 
     def _scorer(self) -> Any:
-        from lightning_ssiuu.evaluation import Scorer
+        from lightning_ssiuu.evaluation.scorer import Scorer
 
         if getattr(self, "_current_scorer", None) is None:
             # Not a submodule: its sums are no part of the model's state.

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.collapse import Bases, collapsed, find_common_directions, linear_layers
-from lightning_ssiuu.evaluation import untouched
+from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.base import Part, UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like

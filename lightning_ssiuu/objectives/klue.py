@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.evaluation import untouched
+from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.functional.losses import unforgotten_ascent
 from lightning_ssiuu.localization import knowledge_neurons, local_mask, neuron_weights
 from lightning_ssiuu.models.answers import AnswerModel

@@ -12,17 +12,10 @@ from rich.table import Table
 
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.runs import output_directory, resolve_models, run_data
+from lightning_ssiuu.evaluation.lm_eval import PAPER, check_harness, harness_scores
+from lightning_ssiuu.evaluation.runs import output_directory, resolve_models, run_data
+from lightning_ssiuu.evaluation.utility import SUITES, encoding_like, score_tasks, seen_questions, suite_of, suite_tasks
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utility.harness import PAPER, check_harness, harness_scores
-from lightning_ssiuu.utility.offline import (
-    SUITES,
-    encoding_like,
-    score_tasks,
-    seen_questions,
-    suite_of,
-    suite_tasks,
-)
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json

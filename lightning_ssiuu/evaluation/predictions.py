@@ -20,7 +20,7 @@ Part = Mapping[str, Tensor]
 _ROOM_FOR_WORDS = 16
 
 
-class Evaluated:
+class Predictions:
     """One evaluated part; what a score does not ask for is not computed.
 
     Args:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from lightning_ssiuu.functional.metrics import widest_float
+from lightning_ssiuu.models.answers import sequence_sums
 
 
 class WideMetric(Metric):
     """A metric whose states stay in float64 (float32 on MPS) when the module that holds it is cast.
 
     Example:
-        >>> from lightning_ssiuu.metrics import AnswerProbability
+        >>> from lightning_ssiuu.evaluation.metrics import AnswerProbability
         >>> isinstance(AnswerProbability(), WideMetric)
         True
     """
@@ -46,7 +46,7 @@ class Percentage(WideMetric):
     Without any example it is NaN (torchmetrics also warns): 0 would read as "all forgotten".
 
     Example:
-        >>> from lightning_ssiuu.metrics import AnswerProbability
+        >>> from lightning_ssiuu.evaluation.metrics import AnswerProbability
         >>> isinstance(AnswerProbability(), Percentage)
         True
     """
@@ -79,7 +79,7 @@ class KeptValues(WideMetric):
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Example:
-        >>> from lightning_ssiuu.metrics import MembershipAUC
+        >>> from lightning_ssiuu.evaluation.metrics import MembershipAUC
         >>> isinstance(MembershipAUC(), KeptValues)
         True
     """
@@ -104,3 +104,33 @@ class KeptValues(WideMetric):
         for name in self._names:
             setattr(self, name, [self._kept(name)])
         super()._sync_dist(*args, **kwargs)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype sums are kept in: float64, or float32 on Apple's MPS, which has no float64.
+
+    Example:
+        >>> widest_float(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sequence_means(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
+    """Mean of per-token values within each sequence.
+
+    Args:
+        values: ``[N]`` any type.
+        sequence_index: ``[N]`` row of each token.
+        n_sequences: B.
+
+    Returns:
+        ``[B]`` float64; NaN for a row without tokens.
+
+    Example:
+        >>> sequence_means(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 3)
+        tensor([1.5000, 5.0000,    nan], dtype=torch.float64)
+    """
+    wide = values.to(widest_float(values.device))
+    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
+    return sequence_sums(wide, sequence_index, n_sequences) / counts

@@ -1,54 +1,115 @@
-"""Scores of answers: probability, accuracy, ROUGE-L recall. Everything is per example; the classes average.
-
-Token-level arguments are those of a forward pass over the labelled positions alone: ``N`` tokens of ``B`` sequences,
-``sequence_index`` saying which row each token belongs to, in ascending order.
-"""
+"""Percentages over examples, right whatever the batches, the ranks and the model's precision."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
+from lightning_ssiuu.evaluation.metrics.base import Percentage, widest_float
 from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError
 
-TokenAccuracy = Literal["first_token", "all_tokens"]
+AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice", "choice_likelihood", "choice_generation"]
 
 
-def widest_float(device: torch.device) -> torch.dtype:
-    """The dtype sums are kept in: float64, or float32 on Apple's MPS, which has no float64.
-
-    Example:
-        >>> widest_float(torch.device("cpu"))
-        torch.float64
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def sequence_means(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
-    """Mean of per-token values within each sequence.
+class AnswerAccuracy(Percentage):
+    """Share of correct answers, in percent.
 
     Args:
-        values: ``[N]`` any type.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
+        kind: What "correct" means; :mod:`lightning_ssiuu.functional.metrics` computes it per example
+            (``answer_accuracy`` for ``"first_token"`` and ``"all_tokens"``, ``multiple_choice_accuracy`` for
+            ``"multiple_choice"`` and ``"choice_likelihood"``, ``generated_choice_accuracy``).
+        **kwargs: See :class:`torchmetrics.Metric`.
 
-    Returns:
-        ``[B]`` float64; NaN for a row without tokens.
+    Raises:
+        UserError: Unknown ``kind``.
 
     Example:
-        >>> sequence_means(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 3)
-        tensor([1.5000, 5.0000,    nan], dtype=torch.float64)
+        >>> accuracy = AnswerAccuracy("multiple_choice")
+        >>> accuracy.update(torch.tensor([True, False]))
+        >>> accuracy.update(torch.tensor([True]))
+        >>> accuracy.compute()
+        tensor(66.6667, dtype=torch.float64)
     """
-    wide = values.to(widest_float(values.device))
-    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
-    return sequence_sums(wide, sequence_index, n_sequences) / counts
+
+    def __init__(self, kind: AccuracyKind = "all_tokens", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if kind not in get_args(AccuracyKind):
+            raise UserError("kind", kind, ", ".join(get_args(AccuracyKind)))
+        self.kind = kind
+
+    def update(self, correct: Tensor) -> None:
+        """Add examples.
+
+        Args:
+            correct: ``[B]`` bool.
+
+        Raises:
+            TypeError: Anything but booleans, such as scores or token ids.
+        """
+        if correct.dtype != torch.bool:
+            raise TypeError(f"correct: expected a bool tensor [B], received {correct.dtype} {list(correct.shape)}")
+        self._add(correct)
+
+
+class AnswerProbability(Percentage):
+    """Mean probability of the answers, in percent.
+
+    Which probability (length-normalised or not) is the choice of
+    :func:`lightning_ssiuu.evaluation.metrics.answers.answer_probability`. A NaN among the values makes the result NaN.
+
+    Example:
+        >>> probability = AnswerProbability()
+        >>> probability.update(torch.tensor([0.5, 0.25]))
+        >>> probability.compute()
+        tensor(37.5000, dtype=torch.float64)
+    """
+
+    def update(self, probabilities: Tensor) -> None:
+        """Add examples.
+
+        Args:
+            probabilities: ``[B]`` in [0, 1], any float type.
+        """
+        self._add(probabilities)
+
+
+class RougeLRecall(Percentage):
+    """Mean ROUGE-L recall of generated answers, in percent (Lin 2004; :mod:`lightning_ssiuu.functional.metrics`).
+
+    Keeps sums only, never text.
+
+    Example:
+        >>> rouge = RougeLRecall()
+        >>> rouge.update(["the cat", "a dog"], ["the cat", "the dog"])
+        >>> rouge.compute()
+        tensor(75., dtype=torch.float64)
+    """
+
+    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        """Add examples.
+
+        Args:
+            predictions: B generated texts.
+            references: B true answers.
+
+        Raises:
+            ValueError: Different numbers of predictions and references.
+        """
+        if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
+            given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
+            raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")
+        pairs = zip(predictions, references, strict=True)
+        self._add(self.total.new_tensor([rouge_l_recall(prediction, reference) for prediction, reference in pairs]))
+
+
+TokenAccuracy = Literal["first_token", "all_tokens"]
 
 
 def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, normalise: bool = True) -> Tensor:

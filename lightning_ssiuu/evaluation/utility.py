@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule, WorldFacts
 from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.datamodules.world_facts import relations, world_facts
-from lightning_ssiuu.evaluation import evaluate
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 
 #: Score of each suite: whole answers where the model was trained on them, else the choice among three.

@@ -1,0 +1,19 @@
+"""torchmetrics classes over :mod:`lightning_ssiuu.functional`; all but ``ForgetQuality`` (a p-value) return percent."""
+
+from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability, RougeLRecall
+from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLeak
+from lightning_ssiuu.evaluation.metrics.memorization import ExactMemorization, ExtractionStrength
+from lightning_ssiuu.evaluation.metrics.truth_ratio import ForgetQuality, ModelUtility, TruthRatio
+
+__all__ = [
+    "AnswerAccuracy",
+    "AnswerProbability",
+    "ExactMemorization",
+    "ExtractionStrength",
+    "ForgetQuality",
+    "MembershipAUC",
+    "ModelUtility",
+    "PrivLeak",
+    "RougeLRecall",
+    "TruthRatio",
+]

@@ -1,0 +1,258 @@
+"""Truth ratio, forget quality and model utility over :mod:`lightning_ssiuu.functional.truth_ratio`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from lightning_ssiuu.evaluation.metrics.base import KeptValues, Percentage, WideMetric, widest_float
+from lightning_ssiuu.models.answers import sequence_sums
+from lightning_ssiuu.utils.errors import UserError
+
+
+class TruthRatio(Percentage):
+    """Mean of :func:`lightning_ssiuu.evaluation.metrics.truth_ratio.truth_ratio_score`, in percent.
+
+    Args:
+        kind: ``"forget"``, mean ``min(T, 1/T)``, or ``"retain"``, mean ``max(0, 1 − T)``; higher is better in both.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: Unknown ``kind``.
+
+    Example:
+        >>> metric = TruthRatio("forget")
+        >>> metric.update(torch.tensor([0.5, 0.25, 0.0625]).log(), torch.tensor([0, 0, 0]), 1)
+        >>> round(metric.compute().item(), 4)
+        25.0
+    """
+
+    higher_is_better = True
+
+    def __init__(self, kind: TruthRatioKind, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if kind not in get_args(TruthRatioKind):
+            raise UserError("kind", kind, ", ".join(get_args(TruthRatioKind)))
+        self.kind = kind
+
+    def update(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> None:
+        """Add examples.
+
+        Args:
+            option_logps: ``[B*K]`` mean log-probability per token of every option, nats, the true answer's first.
+            option_of: ``[B*K]`` the example each option belongs to, ascending.
+            n_examples: B.
+        """
+        self._add(truth_ratio_score(truth_ratio(option_logps, option_of, n_examples), self.kind))
+
+
+class ForgetQuality(KeptValues):
+    """Forget quality: Kolmogorov–Smirnov p-value between the truth ratios seen and a retrained model's.
+
+    Not in percent: a p-value is read as it is. See
+    :func:`lightning_ssiuu.evaluation.metrics.truth_ratio.forget_quality`.
+
+    Args:
+        retrained_ratios: ``[B']`` :func:`~lightning_ssiuu.evaluation.metrics.truth_ratio.truth_ratio` of a model
+            trained without the forget set, on the forget set.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: No reference values.
+
+    Example:
+        >>> metric = ForgetQuality(torch.tensor([0.25, 0.5]))
+        >>> for true, wrong in ((0.5, 0.125), (0.5, 0.25)):
+        ...     metric.update(torch.tensor([true, wrong], dtype=torch.float64).log(), torch.tensor([0, 0]), 1)
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    ratios: list[Tensor]
+
+    def __init__(self, retrained_ratios: Sequence[float] | Tensor, **kwargs: Any) -> None:
+        super().__init__("ratios", **kwargs)
+        self.retrained_ratios = torch.as_tensor(retrained_ratios).detach().cpu().double()
+        if not self.retrained_ratios.numel():
+            raise UserError("retrained_ratios", 0, "at least one example")
+
+    def update(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> None:
+        """Add examples; arguments as for :meth:`TruthRatio.update`."""
+        self._keep("ratios", truth_ratio(option_logps, option_of, n_examples))
+
+    def compute(self) -> Tensor:
+        """The p-value, a scalar in [0, 1]; NaN when nothing was added."""
+        ratios = self._kept("ratios")
+        return ratios.new_tensor(forget_quality(ratios, self.retrained_ratios) if ratios.numel() else torch.nan)
+
+
+class ModelUtility(WideMetric):
+    """Harmonic mean of the means of several named scores, in percent (TOFU's model utility).
+
+    Args:
+        names: Of the scores, e.g. ``retain probability``; none may stay without values.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: No names, or one twice.
+
+    Example:
+        >>> utility = ModelUtility(["probability", "rouge_l"])
+        >>> utility.update("probability", torch.tensor([1.0, 0.5]))
+        >>> utility.update("rouge_l", torch.tensor([0.25]))
+        >>> utility.compute()  # 2 / (1/75 + 1/25)
+        tensor(37.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 100.0
+    totals: Tensor
+    counts: Tensor
+
+    def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if isinstance(names, str) or not names or len(set(names)) < len(names):
+            raise UserError("names", names, "a list of different names")
+        self.names = list(names)
+        self.add_state("totals", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(names), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, name: str, values: Tensor) -> None:
+        """Add examples of one score.
+
+        Args:
+            name: Of the score.
+            values: ``[B]`` fractions in [0, 1], any float type, or bool.
+
+        Raises:
+            UserError: Unknown name.
+        """
+        if name not in self.names:
+            raise UserError("name", name, f"one of {self.names}")
+        here = torch.tensor([name == other for other in self.names], device=self.totals.device)
+        self.totals = self.totals + here * values.detach().to(self.totals).sum()
+        self.counts = self.counts + here * values.numel()
+
+    def compute(self) -> Tensor:
+        """Percent, a scalar; NaN while one of the scores has no values."""
+        return self.totals.new_tensor(model_utility(100 * self.totals / self.counts))
+
+
+TruthRatioKind = Literal["forget", "retain"]
+
+
+def truth_ratio(option_logps: Tensor, option_of: Tensor, n_examples: int) -> Tensor:
+    """How probable the wrong answers are against the true one: ``T = exp(mean log p_wrong) / exp(log p_true)``.
+
+    ``log p`` is the mean log-probability per token, so T is the geometric mean of the wrong answers' length-normalised
+    probabilities over the true answer's, as in TOFU's public code (the paper writes an arithmetic mean).
+    A model that knows the answer has T near 0, one that cannot tell T near 1. TOFU takes a *paraphrase* of the answer
+    for the true one; give its log-probability first to do the same.
+
+    Args:
+        option_logps: ``[B*K]`` mean log-probability per token of every option, in nats, any float type; the true
+            answer's first. K may differ between examples.
+        option_of: ``[B*K]`` the example each option belongs to, ascending.
+        n_examples: B.
+
+    Returns:
+        ``[B]`` values ≥ 0, float64. NaN for an example without wrong options, or with a NaN among them.
+
+    Example:
+        >>> logps = torch.tensor([0.5, 0.25, 0.0625, 0.1, 0.2], dtype=torch.float64).log()
+        >>> truth_ratio(logps, torch.tensor([0, 0, 0, 1, 1]), 2)  # sqrt(0.25 · 0.0625) / 0.5, 0.2 / 0.1
+        tensor([0.2500, 2.0000], dtype=torch.float64)
+    """
+    wide = option_logps.to(widest_float(option_logps.device))
+    first = torch.ones_like(option_of, dtype=torch.bool)
+    first[1:] = option_of[1:] != option_of[:-1]
+    true = sequence_sums(wide.where(first, 0.0), option_of, n_examples)
+    n_wrong = sequence_sums((~first).to(wide), option_of, n_examples)
+    wrong = sequence_sums(wide.where(~first, 0.0), option_of, n_examples) / n_wrong
+    return (wrong - true).exp()
+
+
+def truth_ratio_score(ratios: Tensor, kind: TruthRatioKind) -> Tensor:
+    """What a truth ratio is worth, by what is hoped for.
+
+    Args:
+        ratios: ``[B]`` of :func:`truth_ratio`.
+        kind: ``"forget"``: ``min(T, 1/T)``, 1 where the model cannot tell the true answer from wrong ones;
+            ``"retain"``: ``max(0, 1 − T)``, 1 where it is sure of the true answer.
+
+    Returns:
+        ``[B]`` values in [0, 1], higher is better; a NaN stays one.
+
+    Raises:
+        UserError: Unknown ``kind``.
+
+    Example:
+        >>> ratios = torch.tensor([0.25, 2.0])
+        >>> truth_ratio_score(ratios, "forget"), truth_ratio_score(ratios, "retain")
+        (tensor([0.2500, 0.5000]), tensor([0.7500, 0.0000]))
+    """
+    if kind not in get_args(TruthRatioKind):
+        raise UserError("kind", kind, ", ".join(get_args(TruthRatioKind)))
+    if kind == "forget":
+        return torch.minimum(ratios, 1 / ratios)
+    return (1 - ratios).clamp(min=0)
+
+
+def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
+    """Forget quality: p-value of the two-sample Kolmogorov–Smirnov test between two models' truth ratios.
+
+    Near 1: on the forget set the unlearned model cannot be told from one retrained without it; below 0.05 it can.
+
+    Args:
+        ratios: ``[B]`` of :func:`truth_ratio` on the forget set, the unlearned model's.
+        retrained_ratios: ``[B']`` the retrained model's (trained on the retain set alone), on the same set.
+
+    Returns:
+        A probability in [0, 1], NaN if there is a NaN among the ratios. Two-sided; exact for small samples
+        (``scipy.stats.ks_2samp``).
+
+    Raises:
+        UserError: One of the samples is empty.
+
+    Example:
+        >>> ratios = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        >>> forget_quality(ratios, ratios), round(forget_quality(ratios, ratios + 1), 4)  # 2 of 70 orders
+        (1.0, 0.0286)
+    """
+    for name, sample in (("ratios", ratios), ("retrained_ratios", retrained_ratios)):
+        if not sample.numel():
+            raise UserError(name, 0, "at least one example")
+    both = (sample.detach().cpu().double().numpy() for sample in (ratios, retrained_ratios))
+    return float(ks_2samp(*both).pvalue)
+
+
+def model_utility(values: Sequence[float] | Tensor) -> float:
+    """Model utility: the harmonic mean of several scores, so that one near 0 cannot be made good by others.
+
+    TOFU takes nine: probability, ROUGE-L recall and truth ratio (kind ``"retain"``) on the retain set, real authors
+    and world facts.
+
+    Args:
+        values: Scores ≥ 0, all in the same unit.
+
+    Returns:
+        In that unit; 0 if one is 0, NaN if one is NaN.
+
+    Raises:
+        UserError: Nothing to average, or a score below 0.
+
+    Example:
+        >>> model_utility([50.0, 100.0, 100.0])
+        75.0
+    """
+    wide = torch.as_tensor(values).detach().cpu().double()
+    if not wide.numel():
+        raise UserError("values", 0, "at least one score")
+    if (wide < 0).any():
+        raise UserError("values", wide.min().item(), "scores ≥ 0")
+    return float(wide.numel() / (1 / wide).sum())

@@ -1,0 +1,143 @@
+"""Score a model on the splits of a data module: the same code for training, validation and attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import Metric
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ssiuu.evaluation.predictions import Part, Predictions
+from lightning_ssiuu.evaluation.scores import SCORES, check_score
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import evaluation_mode
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.errors import UserError
+
+Split = Literal["forget", "retain", "test"]
+
+
+class Scorer:
+    """Accumulates scores per split.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        scores: Names, or None for the default ones that the parts allow without generating text.
+        also: Where ``scores`` is None, names of scores to add to them on the parts that allow it.
+
+    Raises:
+        UserError: If a score is unknown, or asks for what the data lack.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
+        >>> scorer = Scorer(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), ["first_token"])
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> labels = torch.tensor([[-100, -100, 7, 8]])
+        >>> scorer.update({"forget": {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels}})
+        >>> sorted(scorer.compute()["forget"])
+        ['first_token']
+    """
+
+    def __init__(
+        self,
+        model: AnswerModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scores: Sequence[str] | None,
+        also: Sequence[str] = (),
+    ) -> None:
+        for name in [*(scores or []), *also]:
+            check_score(name)
+        self.model, self.tokenizer, self.scores, self.also = model, tokenizer, scores, also
+        self._metrics: dict[str, dict[str, Metric]] = {}
+
+    @torch.no_grad()
+    def update(self, batch: Mapping[str, Part]) -> None:
+        """Score one evaluation batch, ``{split: part}``."""
+        device = next(self.model.parameters()).device
+        for split, part in batch.items():
+            metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
+            evaluated = Predictions(self.model, self.tokenizer, _to_device(part, device))
+            for name, metric in metrics.items():
+                metric.update(*SCORES[name].measure(evaluated))
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """``{split: {score: percent}}``."""
+        return {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
+
+    def reset(self) -> None:
+        """Start again."""
+        self._metrics.clear()
+
+    def names(self, part: Part) -> list[str]:
+        """What is scored on a part: what was asked for, or the default scores it allows without generating text.
+
+        Raises:
+            UserError: If the part lacks what a score asks for.
+        """
+        if self.scores is None:
+            default = [n for n, s in SCORES.items() if s.default and not s.generates]
+            wanted = dict.fromkeys([*default, *self.also])
+            return [n for n in wanted if SCORES[n].needs in (None, *part)]
+        for name in self.scores:
+            if (needs := SCORES[name].needs) is not None and needs not in part:
+                how = " (data.choice_template, and distractors)" if needs == "choices" else ""
+                raise UserError("scores", name, f"a score this data allows: every example needs {needs}{how}")
+        return list(self.scores)
+
+    def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
+        return {name: SCORES[name].metric().to(device) for name in self.names(part)}
+
+
+def evaluate(
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loaders: Iterable[Iterable[Mapping[str, Part]]],
+    scores: Sequence[str] | None = None,
+    also: Sequence[str] = (),
+) -> dict[str, dict[str, float]]:
+    """Score a model on evaluation loaders, leaving its mode and every random state as they were.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        loaders: Loaders of ``{split: part}`` batches.
+        scores: As for :class:`Scorer`.
+        also: As for :class:`Scorer`.
+
+    Returns:
+        ``{split: {score: percent}}``.
+    """
+    scorer = Scorer(model, tokenizer, scores, also)
+    with untouched(model):
+        for loader in loaders:
+            for batch in progress(loader, "scoring"):
+                scorer.update(batch)
+    return scorer.compute()
+
+
+@contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; mode and random states (a loader's iterator draws from them) restored after.
+
+    Example:
+        >>> layer = torch.nn.Dropout().train()
+        >>> with untouched(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    with evaluation_mode(model), isolate_rng():
+        yield
+
+
+def _to_device(part: Part, device: torch.device) -> Part:
+    return {
+        name: _to_device(value, device) if isinstance(value, Mapping) else value.to(device)
+        for name, value in part.items()
+    }

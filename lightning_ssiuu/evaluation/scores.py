@@ -1,0 +1,115 @@
+"""Scores by name: a metric to accumulate in, and what to update it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_ssiuu.evaluation.metrics import (
+    AnswerAccuracy,
+    AnswerProbability,
+    ExactMemorization,
+    ExtractionStrength,
+    RougeLRecall,
+    TruthRatio,
+)
+from lightning_ssiuu.evaluation.metrics.answers import (
+    answer_accuracy,
+    answer_probability,
+    generated_choice_accuracy,
+    multiple_choice_accuracy,
+)
+from lightning_ssiuu.evaluation.metrics.truth_ratio import TruthRatioKind
+from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Score:
+    """How to get one score: a metric to accumulate in, and what to update it with.
+
+    Args:
+        metric: Makes the torchmetrics metric; its ``compute()`` is in percent.
+        measure: From an evaluated part to the arguments of ``metric.update``.
+        needs: Key a part must have.
+        default: Whether it is taken where no scores are named and parts have what it needs.
+        generates: Whether it generates text: slow, so only taken where it is named.
+    """
+
+    metric: Callable[[], Metric]
+    measure: Callable[[Predictions], tuple[Any, ...]]
+    needs: str | None = None
+    default: bool = True
+    generates: bool = False
+
+
+def _accuracy(kind: Literal["first_token", "all_tokens"]) -> Score:
+    def measure(e: Predictions) -> tuple[Tensor]:
+        a = e.answers
+        return (answer_accuracy(a.token_correct, a.sequence_index, a.n_sequences, kind),)
+
+    return Score(lambda: AnswerAccuracy(kind), measure)
+
+
+def _token_correct(e: Predictions) -> tuple[Tensor, Tensor, int]:
+    return e.answers.token_correct, e.answers.sequence_index, e.answers.n_sequences
+
+
+def _truth_ratio(kind: TruthRatioKind) -> Score:
+    def measure(e: Predictions) -> tuple[Tensor, Tensor, int]:
+        return e.option_scores, e.option_of, len(e.part["input_ids"])
+
+    return Score(lambda: TruthRatio(kind), measure, needs="options", default=False)
+
+
+SCORES: dict[str, Score] = {
+    "multiple_choice": Score(
+        lambda: AnswerAccuracy("multiple_choice"),
+        lambda e: (multiple_choice_accuracy(e.option_scores, e.option_of),),
+        needs="options",
+    ),
+    "choice_likelihood": Score(
+        lambda: AnswerAccuracy("choice_likelihood"),
+        lambda e: (multiple_choice_accuracy(e.choice_scores, e.choice_of),),
+        needs="choices",
+    ),
+    "choice_generation": Score(
+        lambda: AnswerAccuracy("choice_generation"),
+        lambda e: (generated_choice_accuracy(e.choice_generations, e.choice_options),),
+        needs="choices",
+        generates=True,
+    ),
+    "first_token": _accuracy("first_token"),
+    "all_tokens": _accuracy("all_tokens"),
+    "probability": Score(
+        AnswerProbability,
+        lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
+    ),
+    "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), generates=True),
+    "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
+    "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
+    "truth_ratio_forget": _truth_ratio("forget"),
+    "truth_ratio_retain": _truth_ratio("retain"),
+}
+
+
+def register_score(name: str, score: Score) -> None:
+    """Make a score of your own available under ``name`` wherever scores are named.
+
+    Example:
+        >>> from torchmetrics import MeanMetric
+        >>> register_score("perplexity", Score(MeanMetric, lambda e: ((-e.answers.mean_logps).exp(),)))
+        >>> check_score("perplexity")
+        >>> del SCORES["perplexity"]
+    """
+    SCORES[name] = score
+
+
+def check_score(name: str, argument: str = "scores") -> None:
+    """Raise :class:`UserError` unless ``name`` is a known score."""
+    if name not in SCORES:
+        raise UserError(argument, name, f"one of {sorted(SCORES)}")
