@@ -25,8 +25,8 @@ import torch
 from captum_model import FromEmbeddings
 from timing import alternating, peak_bytes, random_batch, ratio, wait
 
-from lightning_ssiuu.functional.attribution import extremes, neuron_attribution
-from lightning_ssiuu.functional.micro_batches import micro_batches, parse_bytes
+from lightning_ssiuu.attribution.activation_gradient import extremes, neuron_attribution
+from lightning_ssiuu.attribution.micro_batches import micro_batches, parse_bytes
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_model

@@ -25,12 +25,12 @@ import torch
 from timing import markdown
 from torch import Tensor
 
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
+from lightning_ssiuu.attribution.influence import influence_variation, spurious_neurons
+from lightning_ssiuu.attribution.weight_change import OwnFlag, confirmed, own_change, own_flags, site_weights
 from lightning_ssiuu.audit.planting import PLANTED_KINDS, PlantedUnit, Planter, mean_probability, with_units
 from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.datamodules.world_facts import WorldFacts
-from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.functional.influence import influence_variation, spurious_neurons
-from lightning_ssiuu.functional.own_change import OwnFlag, confirmed, own_change, own_flags, site_weights
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import Kind, neuron_sites
 from lightning_ssiuu.models.loading import load_model

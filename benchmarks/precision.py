@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lightning_ssiuu import Facts, GradientDifference
 from lightning_ssiuu.__main__ import main as lightning_ssiuu
-from lightning_ssiuu.audit.diagnosis import diagnose, examine
+from lightning_ssiuu.attribution.diagnosis import diagnose, examine
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 

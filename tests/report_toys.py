@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, table
+from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
+from lightning_ssiuu.attribution.influence import InfluenceVariation
 from lightning_ssiuu.audit.evidence import neuron_evidence, relearning_evidence
 from lightning_ssiuu.audit.report import Measured, report_html
 from lightning_ssiuu.audit.verdict import Forgetting, decide
-from lightning_ssiuu.functional.attribution import NeuronAttribution
-from lightning_ssiuu.functional.influence import InfluenceVariation
 from lightning_ssiuu.models.architectures import KINDS, NeuronSite
 from lightning_ssiuu.utils.provenance import provenance
 

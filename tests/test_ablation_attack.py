@@ -191,7 +191,7 @@ def test_attack_end_to_end(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_flagged_is_what_the_diagnosis_flags(attacked: Attacked) -> None:
-    from lightning_ssiuu.audit.diagnosis import diagnose, examine
+    from lightning_ssiuu.attribution.diagnosis import diagnose, examine
 
     probes: Any = {"probe_examples": 3, "target": "log_probability"}
     pair = [examine(one, attacked.data, **probes) for one in (attacked.original, attacked.changed)]

@@ -14,7 +14,7 @@ from model_toys import answer_model, batch, distance, equal, norm, part, random_
 from test_regularizer import Reference, trained
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_model

@@ -23,7 +23,7 @@ from model_toys import (
 )
 from torch import Tensor
 
-from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearning

@@ -15,7 +15,7 @@ import torch
 from model_toys import ARCHITECTURES, answer_model, part
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import NeuronAttribution, neuron_attribution
+from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution, neuron_attribution
 from lightning_ssiuu.models.answers import AnswerModel, Answers, input_positions
 from lightning_ssiuu.models.architectures import KINDS, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.utils.errors import UserError

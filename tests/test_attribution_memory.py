@@ -10,9 +10,9 @@ import torch
 from model_toys import answer_model, part
 from torch import Tensor
 
-from lightning_ssiuu.functional import aggregation, micro_batches
-from lightning_ssiuu.functional.attribution import NeuronAttribution, neuron_attribution
-from lightning_ssiuu.functional.micro_batches import parse_bytes, pass_bytes
+from lightning_ssiuu.attribution import aggregation, micro_batches
+from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution, neuron_attribution
+from lightning_ssiuu.attribution.micro_batches import parse_bytes, pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
 from lightning_ssiuu.models.meta import give_memory

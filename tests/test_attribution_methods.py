@@ -15,15 +15,15 @@ from model_toys import answer_model, part
 from test_attribution import Broken, hooks, mixed_modes, scaled
 from torch import Tensor
 
-from lightning_ssiuu.functional.ablation_attribution import ablation_attribution
-from lightning_ssiuu.functional.attribution import NeuronAttribution, neuron_attribution
-from lightning_ssiuu.functional.attribution_methods import METHODS, MethodName, attribution_method
-from lightning_ssiuu.functional.integrated_gradients import (
+from lightning_ssiuu.attribution.ablation import ablation_attribution
+from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution, neuron_attribution
+from lightning_ssiuu.attribution.integrated_gradients import (
     completeness,
     integrated_gradients,
     joint_integrated_gradients,
 )
-from lightning_ssiuu.functional.micro_batches import pass_bytes
+from lightning_ssiuu.attribution.methods import METHODS, MethodName, attribution_method
+from lightning_ssiuu.attribution.micro_batches import pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.utils.errors import UserError

@@ -17,7 +17,7 @@ from cli_tools import DEFAULT, FAST, SHORT, command, default_run, files, fit, le
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu import NeuronAttributionCallback, __main__
-from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
+from lightning_ssiuu.attribution.influence import CSV_HEADER
 
 SEEDED = (*SHORT, "--seed_everything", "3")
 

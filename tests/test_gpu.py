@@ -19,9 +19,9 @@ from model_toys import answer_model, bare_trainer, batch, distance, loader, weig
 from training_toys import FewFacts, gpt2_with_dropout
 
 from lightning_ssiuu import SSIUU, AttributionRegularizer, GradientDifference
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
+from lightning_ssiuu.attribution.influence import influence_variation
 from lightning_ssiuu.evaluation.scorer import evaluate
-from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.functional.influence import influence_variation
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_model, load_tokenizer

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from lightning_ssiuu.functional.attribution import NeuronAttribution
-from lightning_ssiuu.functional.influence import (
+from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
+from lightning_ssiuu.attribution.influence import (
     InfluenceVariation,
     SpuriousNeuron,
     correlation_interval,
@@ -19,7 +19,7 @@ from lightning_ssiuu.functional.influence import (
     spurious_neurons,
     top_sum,
 )
-from lightning_ssiuu.functional.own_change import OwnFlag
+from lightning_ssiuu.attribution.weight_change import OwnFlag
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
 

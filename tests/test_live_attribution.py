@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import Logger
 from training_toys import FewFacts, fit, ssiuu
 
-from lightning_ssiuu.audit.plots import heat_map_pixels
+from lightning_ssiuu.attribution.influence import module_layer_means
+from lightning_ssiuu.attribution.methods import attribution_method
+from lightning_ssiuu.attribution.plots import heat_map_pixels
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
-from lightning_ssiuu.functional.attribution_methods import attribution_method
-from lightning_ssiuu.functional.influence import module_layer_means
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -140,7 +140,9 @@ def test_a_method_by_name_and_a_budget(run: Run, tmp_path: Path) -> None:
     assert other.influence()["d_minus_total"] != pytest.approx(expected["d_minus_total"], rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["ablation", "lightning_ssiuu.functional.attribution.neuron_attribution", None])
+@pytest.mark.parametrize(
+    "method", ["ablation", "lightning_ssiuu.attribution.activation_gradient.neuron_attribution", None]
+)
 def test_a_method_survives_the_configuration_file(method: str | None) -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(NeuronAttributionCallback, "attribution")

@@ -7,7 +7,7 @@ import torch
 from model_toys import ARCHITECTURES, random_model
 from torch import nn
 
-from lightning_ssiuu.functional.logit_lens import layer_logps, logit_lens_accuracy, prefers_answer
+from lightning_ssiuu.attribution.logit_lens import layer_logps, logit_lens_accuracy, prefers_answer
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import SITE_TABLES, final_norm
 from lightning_ssiuu.utils.errors import UserError

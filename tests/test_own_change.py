@@ -9,7 +9,7 @@ import torch
 from model_toys import ARCHITECTURES, random_model
 from torch import nn
 
-from lightning_ssiuu.functional.own_change import (
+from lightning_ssiuu.attribution.weight_change import (
     OwnChange,
     OwnFlag,
     confirmed,

@@ -11,13 +11,12 @@ import pytest
 import torch
 from training_toys import fit
 
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
+from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron, influence_variation, spurious_neurons
+from lightning_ssiuu.attribution.weight_change import OwnChange, OwnFlag, confirmed, own_change, own_flags, site_weights
 from lightning_ssiuu.audit.planting import PlantedUnit, Planter, found_and_right, mean_probability, with_units
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
-from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 from lightning_ssiuu.datamodules import Facts
-from lightning_ssiuu.functional.attribution import neuron_attribution
-from lightning_ssiuu.functional.influence import SpuriousNeuron, influence_variation, spurious_neurons
-from lightning_ssiuu.functional.own_change import OwnChange, OwnFlag, confirmed, own_change, own_flags, site_weights
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import Kind, neuron_sites
 from lightning_ssiuu.models.loading import load_model

@@ -16,7 +16,7 @@ from test_adapters import adapted
 from test_regularizer import trained
 from torch import nn
 
-from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.export import plain_state_dict

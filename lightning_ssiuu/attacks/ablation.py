@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, model_name
-from lightning_ssiuu.audit.diagnosis import Examined, attributions, diagnose
+from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
+from lightning_ssiuu.attribution.diagnosis import Examined, attributions, diagnose
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import check_tokenizers, resolve_models
 from lightning_ssiuu.evaluation.scores import SCORES
-from lightning_ssiuu.functional.attribution import NeuronAttribution
 from lightning_ssiuu.models.answers import TARGETS, AnswerModel, Target
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.training.devices import Devices
@@ -241,7 +241,7 @@ def ablation_attack(
 ) -> list[Outcome]:
     """Put flagged neurons back to what they were before unlearning, or to zero, and score the forget set again.
 
-    Neurons are flagged by :func:`~lightning_ssiuu.functional.influence.spurious_neurons` between ``options.original``
+    Neurons are flagged by :func:`~lightning_ssiuu.attribution.influence.spurious_neurons` between ``options.original``
     and each model. The original model's activations are recorded first, on the same tokens, for every forward pass the
     score makes; only one model is in memory at a time, the recording (flagged and control neurons × tokens of the
     forget set) in main memory.

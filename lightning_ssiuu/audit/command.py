@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ssiuu.audit.diagnosis import Diagnosis, attribution_correlation, diagnose, influences
+from lightning_ssiuu.attribution.diagnosis import Diagnosis, attribution_correlation, diagnose, influences
+from lightning_ssiuu.attribution.influence import CSV_HEADER
+from lightning_ssiuu.attribution.methods import attribution_method
+from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.audit.evidence import (
     RelearningProbe,
     neuron_evidence,
@@ -24,15 +27,12 @@ from lightning_ssiuu.audit.evidence import (
     undo_neurons,
 )
 from lightning_ssiuu.audit.measuring import forced_score, measure
-from lightning_ssiuu.audit.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.audit.report import SHOWN_NEURONS, Measured, report_html
 from lightning_ssiuu.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
-from lightning_ssiuu.callbacks.neuron_attribution import CSV_HEADER
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.functional.attribution_methods import attribution_method
 from lightning_ssiuu.models.answers import TARGETS, Target
 from lightning_ssiuu.training.devices import Devices, Strategy
 from lightning_ssiuu.utils.console import hide_short_bars
@@ -87,7 +87,7 @@ def audit(
         alpha: False-positive rate of the spurious-neuron flags, in (0, 1).
         target: ``sequence`` (the paper's P), ``length_normalised`` (P^{1/T}) or ``log_probability``.
         method: Attribution method: ``gradient_x_activation`` (the default), ``integrated_gradients`` or another of
-            :data:`~lightning_ssiuu.functional.attribution_methods.METHODS`, or the import path of a callable.
+            :data:`~lightning_ssiuu.attribution.methods.METHODS`, or the import path of a callable.
         memory_budget: Bytes an attribution pass may take beside the weights, or ``2GB``; null: batches as they come.
         scores: Scores to compare; by default all that need no generated text.
         output: Directory for the results; by default the unlearned model's run.

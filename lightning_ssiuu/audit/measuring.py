@@ -12,7 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.audit.diagnosis import Examined, examine_model
+from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
+from lightning_ssiuu.attribution.diagnosis import Examined, examine_model
+from lightning_ssiuu.attribution.logit_lens import layer_logps, prefers_answer
+from lightning_ssiuu.attribution.weight_change import OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.audit.verdict import Forgetting
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import chance_level
@@ -20,9 +23,6 @@ from lightning_ssiuu.evaluation.loaders import first_parts
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.evaluation.scores import SCORES
-from lightning_ssiuu.functional.attribution import AttributionMethod
-from lightning_ssiuu.functional.logit_lens import layer_logps, prefers_answer
-from lightning_ssiuu.functional.own_change import OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_tokenizer

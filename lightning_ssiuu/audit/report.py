@@ -15,9 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
+from lightning_ssiuu.attribution.influence import InfluenceVariation, cumulative_curve, module_layer_means
 from lightning_ssiuu.audit.charts import Interval, Series, clean, heat_map, interval_plot, line_chart, scatter
 from lightning_ssiuu.audit.verdict import THRESHOLD
-from lightning_ssiuu.functional.influence import InfluenceVariation, cumulative_curve, module_layer_means
 from lightning_ssiuu.models.architectures import KINDS
 
 #: Flagged neurons and scatter points that are shown.

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from lightning_ssiuu.audit.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
-from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
-from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import AttributionMethod
-from lightning_ssiuu.functional.attribution_methods import attribution_method
-from lightning_ssiuu.functional.influence import (
+from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
+from lightning_ssiuu.attribution.influence import (
+    CSV_HEADER,
     InfluenceVariation,
     SpuriousNeuron,
     influence_variation,
     module_layer_means,
     spurious_neurons,
 )
+from lightning_ssiuu.attribution.methods import attribution_method
+from lightning_ssiuu.attribution.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
+from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
+from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import write_csv
-
-CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))
 
 
 class NeuronAttributionCallback(L.Callback):
@@ -56,10 +55,10 @@ class NeuronAttributionCallback(L.Callback):
         alpha: False-positive rate of the flags, in (0, 1).
         target: What is attributed: ``"sequence"``, ``"length_normalised"`` or ``"log_probability"``, see
             :func:`~lightning_ssiuu.models.answers.target_logps`.
-        method: Attribution method: a name of :data:`~lightning_ssiuu.functional.attribution_methods.METHODS`, or a
+        method: Attribution method: a name of :data:`~lightning_ssiuu.attribution.methods.METHODS`, or a
             callable (or its import path) with the signature of
-            :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`, which has a target and a budget of its
-            own; None takes activation × gradient.
+            :data:`~lightning_ssiuu.attribution.activation_gradient.AttributionMethod`, which has a target and a budget
+            of its own; None takes activation × gradient.
         write: Whether to write the files.
         memory_budget: Bytes an attribution may take beside the weights, or ``"2GB"``: the probes are batched anew to
             fit. None: batches of the evaluation loaders' size.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.attribution import neuron_attribution
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.functional.losses import answer_nll
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.objectives.base import Part, UnlearningModule

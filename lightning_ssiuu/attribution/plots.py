@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_ssiuu.functional.influence import InfluenceVariation, cumulative_curve, module_layer_means
+from lightning_ssiuu.attribution.influence import InfluenceVariation, cumulative_curve, module_layer_means
 from lightning_ssiuu.models.architectures import KINDS
 from lightning_ssiuu.utils.files import written_atomically
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.micro_batches import micro_batches
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
+from lightning_ssiuu.attribution.micro_batches import micro_batches
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.models.loading import evaluation_mode
@@ -41,7 +41,7 @@ def neuron_attribution(
         sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
         target: See :func:`target_logps`.
         memory_budget: Bytes a pass may take beside the weights, as a number or as ``"2GB"``: the examples are batched
-            anew to fit (:func:`~lightning_ssiuu.functional.micro_batches.micro_batches`); None: the parts as they are.
+            anew to fit (:func:`~lightning_ssiuu.attribution.micro_batches.micro_batches`); None: the parts as they are.
 
     Returns:
         Aggregates in units of probability (P is in [0, 1]), or of nats per token for ``"log_probability"``; positive

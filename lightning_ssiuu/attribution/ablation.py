@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import streamed
-from lightning_ssiuu.functional.micro_batches import parse_bytes, pass_bytes
+from lightning_ssiuu.attribution.activation_gradient import streamed
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
+from lightning_ssiuu.attribution.micro_batches import parse_bytes, pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.loaders import first_parts
-from lightning_ssiuu.evaluation.scorer import evaluate
-from lightning_ssiuu.functional.attribution import AttributionMethod, NeuronAttribution, neuron_attribution
-from lightning_ssiuu.functional.influence import (
+from lightning_ssiuu.attribution.activation_gradient import AttributionMethod, NeuronAttribution, neuron_attribution
+from lightning_ssiuu.attribution.influence import (
     Correlation,
     InfluenceVariation,
     SpuriousNeuron,
@@ -22,7 +19,10 @@ from lightning_ssiuu.functional.influence import (
     influence_variation,
     spurious_neurons,
 )
-from lightning_ssiuu.functional.own_change import OwnFlag
+from lightning_ssiuu.attribution.weight_change import OwnFlag
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.evaluation.loaders import first_parts
+from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_tokenizer
@@ -187,7 +187,7 @@ def diagnose(
         changed: The model after.
         alpha: False-positive rate of the flags.
         own: Flags by what the neurons' own changed weights cost, if measured
-            (:mod:`~lightning_ssiuu.functional.own_change`).
+            (:mod:`~lightning_ssiuu.attribution.weight_change`).
 
     Example:
         >>> from lightning_ssiuu import Facts
@@ -213,7 +213,7 @@ def attribution_correlation(
     never returned: a model without any attribution correlates with nothing, 0.
 
     Returns:
-        ρ with the interval of :func:`~lightning_ssiuu.functional.influence.correlation_interval`.
+        ρ with the interval of :func:`~lightning_ssiuu.attribution.influence.correlation_interval`.
 
     Example:
         >>> from lightning_ssiuu import Facts

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.attribution import NeuronAttribution
-from lightning_ssiuu.functional.own_change import OwnFlag
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
+from lightning_ssiuu.attribution.weight_change import OwnFlag
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
 
@@ -315,3 +315,6 @@ def flag_overlap(flagged: Sequence[Collection[SpuriousNeuron]], sites: Sequence[
         jaccard.append(len(one & other) / max(len(one | other), 1))
         chance.append(expected / (total - expected) if total else 0.0)
     return Overlap(sum(jaccard) / len(jaccard), sum(chance) / len(chance), len(jaccard))
+
+
+CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))

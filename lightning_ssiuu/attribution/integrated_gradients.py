@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import captured, extremes, log_factors, streamed
+from lightning_ssiuu.attribution.activation_gradient import captured, extremes, log_factors, streamed
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.models.loading import evaluation_mode
@@ -46,14 +46,15 @@ def integrated_gradients(
       batch and step.
 
     The integral is Gauss and Legendre's sum over ``steps`` values of α, in log space per example as in
-    :func:`~lightning_ssiuu.functional.attribution.neuron_attribution`; :func:`completeness` says how good it is.
+    :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`; :func:`completeness` says how good it
+    is.
 
     Args:
         model: The model.
         parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
         sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
         target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        memory_budget: See :func:`~lightning_ssiuu.functional.attribution.neuron_attribution`.
+        memory_budget: See :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`.
         steps: Number of α, at least 1.
         path: ``"site"`` or ``"joint"``.
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.ablation_attribution import ablation_attribution
-from lightning_ssiuu.functional.aggregation import NeuronAttribution
-from lightning_ssiuu.functional.attribution import AttributionMethod, neuron_attribution
-from lightning_ssiuu.functional.integrated_gradients import integrated_gradients, joint_integrated_gradients
-from lightning_ssiuu.functional.micro_batches import parse_bytes
+from lightning_ssiuu.attribution.ablation import ablation_attribution
+from lightning_ssiuu.attribution.activation_gradient import AttributionMethod, neuron_attribution
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
+from lightning_ssiuu.attribution.integrated_gradients import integrated_gradients, joint_integrated_gradients
+from lightning_ssiuu.attribution.micro_batches import parse_bytes
 from lightning_ssiuu.models.answers import TARGETS, AnswerModel, Target
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.errors import UserError
@@ -64,7 +64,7 @@ def attribution_method(
 
     Args:
         method: A key of :data:`METHODS`, or a callable with the signature of
-            :data:`~lightning_ssiuu.functional.attribution.AttributionMethod`, or the import path of one; None:
+            :data:`~lightning_ssiuu.attribution.activation_gradient.AttributionMethod`, or the import path of one; None:
             activation × gradient.
         target: See :func:`~lightning_ssiuu.models.answers.target_logps`; a callable has its own.
         memory_budget: Bytes a pass may take beside the weights, or ``"2GB"``; a callable has its own.

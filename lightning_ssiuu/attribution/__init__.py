@@ -1,0 +1,1 @@
+"""Attribution methods, their variation under unlearning, and the diagnosis made of both."""
