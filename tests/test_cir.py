@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from toy_runs import first_batch, first_gradients, toy_data, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.collapse import collapsed, find_common_directions, linear_layers
-from lightning_ssiuu.functional.losses import gradient_ascent
-from lightning_ssiuu.functional.representation import CollapsedLinear, common_directions, without
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives.cir import CIR
+from lightning_ssiuu.objectives.cir import (
+    CIR,
+    CollapsedLinear,
+    collapsed,
+    common_directions,
+    find_common_directions,
+    linear_layers,
+    without,
+)
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.objectives.rmu import RMU
 from lightning_ssiuu.objectives.ssiuu import SSIUU

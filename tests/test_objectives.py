@@ -23,7 +23,6 @@ from model_toys import (
 )
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import answer_nll, gradient_ascent
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import SITE_TABLES, neuron_sites
 from lightning_ssiuu.objectives import objectives
@@ -31,6 +30,7 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.objectives.gradient_ascent import GradientAscent
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
+from lightning_ssiuu.objectives.losses import answer_nll, gradient_ascent
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer, Regularizer
 from lightning_ssiuu.utils.errors import UserError

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from model_toys import bare_trainer, equal, random_model
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.training.reference import Observation, reference_folder, reference_logits, reference_logps
 from lightning_ssiuu.utils.errors import UserError
 

@@ -11,12 +11,11 @@ from model_toys import ARCHITECTURES, answer_model, distance, equal, part, weigh
 from torch import Tensor
 from toy_runs import first_gradients, toy_model, toy_run
 
-from lightning_ssiuu.functional.representation import hidden_mse, random_direction
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import transformer_blocks
-from lightning_ssiuu.models.hidden_states import reference_hidden
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives.rmu import RMU
+from lightning_ssiuu.objectives.losses import hidden_mse, random_direction
+from lightning_ssiuu.objectives.rmu import RMU, reference_hidden
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.training.reference import LiveReference
 from lightning_ssiuu.utils.errors import UserError

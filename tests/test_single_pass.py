@@ -17,10 +17,10 @@ from model_toys import VOCAB, answer_model, bare_trainer, batch, equal, loader, 
 from rank_jobs import Job, run, save_models, train
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.preference import npo
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule, objectives
+from lightning_ssiuu.objectives.losses import npo
 from lightning_ssiuu.regularizers import AttributionRegularizer, Combined, DualMask, Regularizer
 from lightning_ssiuu.training.layer_gradients import LAYERS
 from lightning_ssiuu.training.single_pass import obstacle

@@ -25,10 +25,17 @@ from model_toys import bare_trainer, distance, equal, part, random_model, weight
 from torch import Tensor, nn
 
 from lightning_ssiuu.datamodules import Splits
-from lightning_ssiuu.functional.losses import answer_nll, gradient_ascent
-from lightning_ssiuu.functional.token_losses import ceu, logit_margin_flattening, satimp, undial, wga
 from lightning_ssiuu.models.answers import AnswerModel, mean_over_answers
 from lightning_ssiuu.objectives.ceu import CEU
+from lightning_ssiuu.objectives.losses import (
+    answer_nll,
+    ceu,
+    gradient_ascent,
+    logit_margin_flattening,
+    satimp,
+    undial,
+    wga,
+)
 from lightning_ssiuu.objectives.pdu import PDU
 from lightning_ssiuu.objectives.satimp import SatImp
 from lightning_ssiuu.objectives.ssiuu import SSIUU

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
+from lightning_ssiuu.models.answers import AnswerModel, Part, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import Kind, NeuronSite, neuron_sites
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.errors import UserError
 
-Part = Mapping[str, Tensor]
 #: What can be planted: a hidden unit (gate and up rows, down column), a value channel (row, attn_o columns), or
 #: only the incoming weights of one query, key or output neuron.
 PLANTED_KINDS: tuple[Kind, ...] = ("mlp_up", "attn_v", "attn_q", "attn_k", "attn_o", "mlp_down")

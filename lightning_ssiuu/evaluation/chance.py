@@ -16,9 +16,9 @@ from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.metrics.answers import (
     mismatched_rouge_l,
 )
-from lightning_ssiuu.evaluation.predictions import Part, Predictions
+from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.utils.distributed import gathered, rank, world_size
 from lightning_ssiuu.utils.errors import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
-
-Part = Mapping[str, Tensor]
 
 #: Tokens beyond the longest option that a model may take to name one ("The answer is ...").
 _ROOM_FOR_WORDS = 16

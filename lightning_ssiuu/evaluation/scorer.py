@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.evaluation.predictions import Part, Predictions
+from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scores import SCORES, check_score
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +14,10 @@ from transformers import PreTrainedModel
 
 from lightning_ssiuu.models.architectures import SITE_TABLES
 from lightning_ssiuu.utils.errors import UserError
+
+#: A part of a batch: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]``, ``example_id`` ``[B]``, and what else
+#: the data give.
+Part = Mapping[str, Tensor]
 
 
 class AnswerModel(nn.Module):

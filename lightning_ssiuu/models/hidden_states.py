@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import transformer_blocks
-from lightning_ssiuu.training.reference import Observation
 from lightning_ssiuu.utils.errors import UserError
-
-Part = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,20 +72,6 @@ def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAns
     rows, positions = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
     hidden = seen[0][rows, positions]
     return HiddenAnswers(answers.logits, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
-
-
-def reference_hidden(layer: int) -> Observation:
-    """Observes a block's output at the labelled positions: ``[N, H]``.
-
-    Args:
-        layer: Block number, from 0.
-    """
-
-    def observe(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
-        answers = answers_with_hidden(model, part, layer)
-        return answers.hidden, answers.lengths
-
-    return observe
 
 
 def block_number(model: AnswerModel, layer: int | None, default: int) -> int:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
-from lightning_ssiuu.functional.losses import answer_nll
+from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.perturbation import answers_of, displaced, gradient_at, move, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import cut_like, norm_over_shards
 from lightning_ssiuu.utils.distributed import gathered

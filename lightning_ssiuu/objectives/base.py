@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
-from lightning_ssiuu.functional.losses import answer_nll, kl_divergence
-from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
+from lightning_ssiuu.objectives.displaced import complete_gradients, displaced_step
+from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.regularizers import Regularizer
-from lightning_ssiuu.step_memory import Part, StepMemory
 from lightning_ssiuu.training import deepspeed as zero
 from lightning_ssiuu.training.checkpoints import put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
-from lightning_ssiuu.training.perturbation import add_gradients, complete_gradients, displaced_step
+from lightning_ssiuu.training.perturbation import add_gradients
 from lightning_ssiuu.training.reference import (
     LiveReference,
     Observation,
@@ -70,7 +70,7 @@ class UnlearningModule(L.LightningModule):
         UserError: If a weight is negative or not finite, or weights are quantised with no adapters to train.
 
     Example:
-        >>> from lightning_ssiuu.functional.losses import answer_nll
+        >>> from lightning_ssiuu.objectives.losses import answer_nll
         >>> class Ascent(UnlearningModule):
         ...     def forget_loss(self, batch):
         ...         return -answer_nll(self.answers(batch))
@@ -410,3 +410,33 @@ class UnlearningModule(L.LightningModule):
             # Not a submodule: its sums are no part of the model's state.
             object.__setattr__(self, "_current_scorer", Scorer(self.model, self.tokenizer, self.scores))
         return self._current_scorer
+
+
+class StepMemory:
+    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps.
+
+    Example:
+        >>> memory = StepMemory()
+        >>> with memory:
+        ...     part = {}
+        ...     memory.recall(part, lambda part: object()) is memory.recall(part, lambda part: object())
+        True
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Part, Answers]] | None = None
+
+    def __enter__(self) -> None:
+        self._known = {}
+
+    def __exit__(self, *_: object) -> None:
+        self._known = None
+
+    def recall(self, part: Part, run: Callable[[Part], Answers]) -> Answers:
+        """The answers to ``part``, run at most once within a step."""
+        if self._known is None:
+            return run(part)
+        # The part is kept beside its answers: an identity means nothing once its object is gone.
+        if id(part) not in self._known:
+            self._known[id(part)] = part, run(part)
+        return self._known[id(part)][1]

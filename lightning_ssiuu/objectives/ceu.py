@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.token_losses import ceu
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import ceu
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -36,5 +37,5 @@ class CEU(UnlearningModule):
         self.skip_first = int(skip_first)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.token_losses.ceu`, in nats."""
+        """:func:`~lightning_ssiuu.objectives.losses.ceu`, in nats."""
         return ceu(self.answers(batch), self.skip_first)

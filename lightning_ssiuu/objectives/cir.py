@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.collapse import Bases, collapsed, find_common_directions, linear_layers
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import AnswerModel, Part, input_positions
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.training.shards import wide
 from lightning_ssiuu.training.strategies import refuse_deepspeed
 from lightning_ssiuu.utils.errors import UserError
 
@@ -120,3 +126,225 @@ class CIR(UnlearningModule):
         if "bases" in checkpoint:
             bases, self._epoch_of_bases = checkpoint["bases"]
             self.bases = {name: (pair[0].to(self.device), pair[1].to(self.device)) for name, pair in bases.items()}
+
+
+#: Directions whose singular value is below this share of the largest are noise of the arithmetic.
+_RANK_TOLERANCE = 1e-5
+
+
+def common_directions(rows: Tensor, components: int) -> Tensor:
+    """The mean of some vectors and their leading principal components, as an orthonormal basis.
+
+    Args:
+        rows: ``[T, D]``.
+        components: How many principal components; at most a quarter of D is taken, and no more than there are. 0 gives
+            an empty basis, without the mean.
+
+    Returns:
+        ``[K, D]`` orthonormal rows, in float64; ``K ≤ components + 1``.
+
+    Source: Sondej & Yang, arXiv 2509.11816 (and its code), which projects the mean out and then one component after the
+    other; here out of the space they span together, which is the same where they are orthogonal.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 2.0, 0.0, 0.0], [1.0, -2.0, 0.0, 0.0]])
+        >>> common_directions(rows, 1).abs()  # the mean, and the one direction in which they differ
+        tensor([[1., 0., 0., 0.],
+                [0., 1., 0., 0.]], dtype=torch.float64)
+    """
+    rows = rows.double()
+    if components == 0 or not rows.any():
+        return rows.new_zeros(0, rows.shape[1])
+    mean = rows.mean(0)
+    _, size, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    counted = int((size > _RANK_TOLERANCE * rows.norm()).sum())
+    directions = directions[: min(components, counted, rows.shape[1] // 4)]
+    mean = mean - directions.T @ (directions @ mean)
+    if mean.norm() > _RANK_TOLERANCE * rows.norm() / len(rows) ** 0.5:
+        directions = torch.cat([(mean / mean.norm()).unsqueeze(0), directions])
+    return directions
+
+
+def without(rows: Tensor, basis: Tensor) -> Tensor:
+    """Vectors less their part in the space of an orthonormal basis.
+
+    Args:
+        rows: ``[T, D]``.
+        basis: ``[K, D]``.
+
+    Example:
+        >>> without(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor([[0., 4.]])
+    """
+    basis = basis.to(rows)
+    return rows - rows @ basis.T @ basis if len(basis) else rows
+
+
+class CollapsedLinear(torch.autograd.Function):
+    """``y = x Wᵀ + b`` whose weight gradient is ``Σ_t g̃_t ã_tᵀ``, without common directions; all else as usual.
+
+    As a part of autograd's own graph the changed gradient is averaged over ranks, sharded and accumulated by whoever
+    does that with the usual one.
+
+    Source: Sondej & Yang, arXiv 2509.11816: ``a`` the layer's input, ``g`` the gradient of its output, the tilde what
+    :func:`without` leaves of them.
+
+    Example:
+        >>> weight = torch.ones(1, 2, requires_grad=True)
+        >>> x, basis = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])
+        >>> CollapsedLinear.apply(x, weight, None, basis, torch.zeros(0, 1), False).sum().backward()
+        >>> weight.grad
+        tensor([[0., 4.]])
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_basis: Tensor,
+        gradient_basis: Tensor,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, input_basis, gradient_basis)
+        ctx.transposed = transposed
+        return torch.nn.functional.linear(inputs, weight.T if transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, input_basis, gradient_basis = ctx.saved_tensors
+        (gradient,) = gradients
+        of_inputs = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.T if ctx.transposed else weight
+            of_inputs = (gradient @ matrix.to(gradient.dtype)).to(inputs.dtype)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            seen = without(inputs.reshape(-1, inputs.shape[-1]).to(wide), input_basis)
+            pushed = without(rows.to(wide), gradient_basis)
+            of_weight = (seen.T @ pushed if ctx.transposed else pushed.T @ seen).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0)
+        return of_inputs, of_weight, of_bias, None, None, None
+
+
+#: By name of a linear layer an orthonormal basis ``[K, in]`` for its inputs and one ``[K', out]`` for its gradients.
+Bases = dict[str, tuple[Tensor, Tensor]]
+
+
+def linear_layers(hf: PreTrainedModel, attention: bool = False) -> list[str]:
+    """Names of the feed-forward projections whose weights train, on request also attention's.
+
+    Args:
+        hf: A model whose architecture is in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
+        attention: Whether to name attention's as well.
+
+    Raises:
+        UserError: If it is not.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> linear_layers(load_model("tiny"))[:2]
+        ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
+    """
+    sites = [site for site in neuron_sites(hf) if attention or site.kind.startswith("mlp")]
+    names = dict.fromkeys(site.module_name for site in sites)  # a fused projection has several kinds
+    return [name for name in names if cast(Tensor, hf.get_submodule(name).weight).requires_grad]
+
+
+@contextmanager
+def collapsed(hf: PreTrainedModel, bases: Bases) -> Iterator[None]:
+    """Inside, forward passes build a graph whose weight gradients leave the bases' directions out.
+
+    Nothing else about the layers changes, and nothing of it stays, also after an exception.
+
+    Args:
+        hf: The model.
+        bases: By layer.
+    """
+    layers: list[Any] = [hf.get_submodule(name) for name in bases]
+    try:
+        for layer, (of_inputs, of_gradients) in zip(layers, bases.values(), strict=True):
+            layer.forward = partial(_collapsed_forward, layer, of_inputs, of_gradients)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def find_common_directions(
+    model: AnswerModel,
+    loss: Callable[[Part], Tensor],
+    parts: Iterable[Part],
+    names: Iterable[str],
+    n_of_inputs: int,
+    n_of_gradients: int,
+) -> Bases:
+    """Means and principal components of what goes into linear layers, and of the gradients of what comes out.
+
+    Tokens that are no input to a prediction do not count; each sequence weighs the same, however the batches are cut.
+    The model's ``.grad`` fields and hooks are as before on return, also after an exception.
+
+    Args:
+        model: The model.
+        loss: Of a part, a mean over its sequences.
+        parts: All examples, in batches of ``input_ids, attention_mask, labels``.
+        names: The layers.
+        n_of_inputs: Principal components of inputs; 0 gives an empty basis.
+        n_of_gradients: Of gradients.
+
+    Returns:
+        Bases on the model's device. For the time of the call the host's memory holds all inputs and gradients.
+    """
+    names = list(names)
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    pushed: dict[str, list[Tensor]] = {name: [] for name in names}
+    for part in parts:
+        where = input_positions(part["attention_mask"], part["labels"])
+        with torch.enable_grad(), _watched(model, names, where, seen, pushed) as start:
+            total = loss(part) * len(where)
+            torch.autograd.grad(total, start)  # of the embeddings' output alone: no parameter's .grad is touched
+    device = next(model.parameters()).device
+
+    def basis(rows: list[Tensor], components: int) -> Tensor:
+        return common_directions(torch.cat(rows), components).to(device)
+
+    return {name: (basis(seen.pop(name), n_of_inputs), basis(pushed.pop(name), n_of_gradients)) for name in names}
+
+
+@contextmanager
+def _watched(
+    model: AnswerModel,
+    names: list[str],
+    where: Tensor,
+    seen: dict[str, list[Tensor]],
+    pushed: dict[str, list[Tensor]],
+) -> Iterator[list[Tensor]]:
+    start: list[Tensor] = []
+
+    def begin(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        start.append(output.detach().requires_grad_(True))
+        return start[-1]
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[name].append(wide(args[0])[where].cpu())
+            output.register_hook(lambda gradient: pushed[name].append(wide(gradient)[where].cpu()))
+
+        return hook
+
+    handles = []
+    try:
+        handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
+        handles += [model.hf.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+        yield start
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _collapsed_forward(layer: Any, of_inputs: Tensor, of_gradients: Tensor, inputs: Tensor) -> Tensor:
+    transposed = isinstance(layer, Conv1D)
+    return CollapsedLinear.apply(inputs, layer.weight, layer.bias, of_inputs, of_gradients, transposed)

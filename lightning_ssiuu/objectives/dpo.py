@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.preference import dpo
-from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.objectives.base import Part
-from lightning_ssiuu.rejections import RejectingModule
+from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.objectives.losses import dpo
+from lightning_ssiuu.objectives.rejection import RejectingModule
 from lightning_ssiuu.training.reference import Observation, reference_logps
 from lightning_ssiuu.utils.errors import check_number
 
@@ -22,7 +21,7 @@ class DPO(RejectingModule):
 
     Args:
         beta: Inverse temperature β, > 0; compared in [0.1, 0.5] by the SSIUU paper.
-        rejections: Texts to prefer; None takes :data:`~lightning_ssiuu.rejections.REJECTIONS`.
+        rejections: Texts to prefer; None takes :data:`~lightning_ssiuu.objectives.rejection.REJECTIONS`.
         **kwargs: As :class:`UnlearningModule`.
 
     Raises:
@@ -47,7 +46,7 @@ class DPO(RejectingModule):
         }
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.preference.dpo`; ``2 log(2)/β`` where the model is the original."""
+        """:func:`~lightning_ssiuu.objectives.losses.dpo`; ``2 log(2)/β`` where the model is the original."""
         return dpo(
             self.answers(self.rejected(batch)),
             self.answers(batch),

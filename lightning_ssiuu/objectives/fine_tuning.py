@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import answer_nll
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import answer_nll
 
 
 class FineTuning(UnlearningModule):

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import gradient_ascent
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import gradient_ascent
 
 
 class GradientAscent(UnlearningModule):

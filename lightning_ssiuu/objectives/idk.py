@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.losses import answer_nll
-from lightning_ssiuu.objectives.base import Part
-from lightning_ssiuu.rejections import RejectingModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.losses import answer_nll
+from lightning_ssiuu.objectives.rejection import RejectingModule
 
 
 class IDK(RejectingModule):
@@ -15,7 +15,7 @@ class IDK(RejectingModule):
     The true answers are not looked at, so nothing but the rejection's rise makes them unlikely.
 
     Args:
-        rejections: Texts to learn; None takes :data:`~lightning_ssiuu.rejections.REJECTIONS`.
+        rejections: Texts to learn; None takes :data:`~lightning_ssiuu.objectives.rejection.REJECTIONS`.
         **kwargs: As :class:`UnlearningModule`.
 
     Raises:

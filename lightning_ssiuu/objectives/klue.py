@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.functional.losses import unforgotten_ascent
-from lightning_ssiuu.localization import knowledge_neurons, local_mask, neuron_weights
-from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import unforgotten_ascent
 from lightning_ssiuu.training.shards import local, reshard
 from lightning_ssiuu.training.strategies import refuse_deepspeed
 from lightning_ssiuu.utils.errors import UserError, check_number
@@ -22,7 +26,7 @@ class KLUE(UnlearningModule):
     """Knowledge-localised unlearning (Yang et al., FaithUn, EMNLP 2025, arXiv 2502.19207).
 
     Before the first step the neurons are chosen on the whole forget set
-    (:func:`~lightning_ssiuu.localization.knowledge_neurons`); then gradient difference moves their rows and columns
+    (:func:`~lightning_ssiuu.objectives.klue.knowledge_neurons`); then gradient difference moves their rows and columns
     and nothing else: all other weights keep every bit, whatever the optimiser does (decay, momentum). The forget loss
     leaves out answers the model no longer gives.
 
@@ -139,3 +143,153 @@ class KLUE(UnlearningModule):
             everything = torch.ones(parameter.shape[dimension], dtype=torch.bool)  # where nothing was chosen yet
             masked.append((parameter, local_mask(self.neurons.get(layer, everything), parameter, dimension)))
         return masked
+
+
+def neuron_weights(hf: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The weights that belong to one feed-forward neuron each: by name the block, and the dimension of the neurons.
+
+    Neuron j of a block is the input j of its down projection: it owns row j of the gate and up projections, with their
+    biases, and column j of the down projection. (GPT-2 stores matrices the other way round.) The down projection's
+    bias belongs to none.
+
+    Args:
+        hf: A model whose architecture is in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
+
+    Raises:
+        UserError: If it is not.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> list(neuron_weights(load_model("tiny")).items())[2:4]
+        [('model.layers.0.mlp.down_proj.weight', (0, 1)), ('model.layers.1.mlp.gate_proj.weight', (1, 0))]
+    """
+    found = {}
+    for site in neuron_sites(hf):
+        if not site.kind.startswith("mlp"):
+            continue
+        module = hf.get_submodule(site.module_name)
+        comes_in = site.kind == "mlp_down"
+        found[f"{site.module_name}.weight"] = site.layer, int(comes_in != isinstance(module, Conv1D))
+        if not comes_in and getattr(module, "bias", None) is not None:
+            found[f"{site.module_name}.bias"] = site.layer, 0
+    return found
+
+
+def knowledge_neurons(
+    model: AnswerModel,
+    parts: Iterable[Part],
+    share: float,
+    regularization: float,
+    mismatched: int,
+    seed: int,
+    pad_token_id: int = 0,
+) -> dict[int, Tensor]:
+    """The feed-forward neurons most attributed to answers, less what the answers get without their questions.
+
+    The score of a neuron is the mean over examples of ``max_k A[i, k]`` (activation × gradient of P(y|x), arXiv
+    2509.22263, Eq. 1) minus ``regularization`` times the same mean over pairs of a question with an answer of another:
+    knowledge of the answer as such, "superficial" in FaithUn's words. For gated networks the attribution of the up
+    projection's output, which is used here, equals that of the neuron itself, as one is a multiple of the other.
+
+    Args:
+        model: The model; its ``.grad`` fields stay as they are.
+        parts: All examples, in batches of ``input_ids, attention_mask, labels``.
+        share: Of all neurons of all blocks together, in (0, 1]; at least one neuron.
+        regularization: α ≥ 0; 0 leaves the second term out.
+        mismatched: N, other questions per answer; fewer where there are not so many.
+        seed: Of the choice of questions.
+        pad_token_id: Fills the rows.
+
+    Returns:
+        By block ``[width]`` bool on the CPU.
+
+    Source: KLUE (Yang et al., FaithUn, arXiv 2502.19207).
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> ids = torch.tensor([[5, 6, 7, 8], [6, 5, 9, 9]])
+        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids.clone()}
+        >>> part["labels"][:, :2] = -100
+        >>> chosen = knowledge_neurons(AnswerModel(load_model("tiny")), [part], 0.1, 10.0, 1, seed=0)
+        >>> sorted(chosen), sum(int(mask.sum()) for mask in chosen.values())  # a tenth of 4 · 384
+        ([0, 1, 2, 3], 154)
+    """
+    parts = list(parts)
+    sites = [site for site in neuron_sites(model.hf) if site.kind == "mlp_up"]
+    scores = neuron_attribution(model, parts, sites).mean_maximum
+    if regularization > 0:
+        wrong = list(mismatched_parts(parts, mismatched, seed, pad_token_id))
+        if wrong:
+            scores = scores - regularization * neuron_attribution(model, wrong, sites).mean_maximum
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[scores.topk(max(1, round(share * len(scores)))).indices] = True
+    return dict(zip([s.layer for s in sites], chosen.split([s.width for s in sites]), strict=True))
+
+
+def mismatched_parts(parts: Sequence[Part], count: int, seed: int, pad_token_id: int = 0) -> Iterator[Part]:
+    """Every answer after the questions of other examples that have another answer.
+
+    Args:
+        parts: Batches of ``input_ids, attention_mask, labels``.
+        count: Questions per answer, at most; drawn without replacement.
+        seed: Of the draw.
+        pad_token_id: Fills the rows.
+
+    Returns:
+        Parts of as many rows as those given.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7], [4, 9, 0]])
+        >>> labels = torch.tensor([[-100, -100, 7], [-100, 9, -100]])
+        >>> part = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+        >>> next(mismatched_parts([part], 1, seed=0))["input_ids"].tolist()
+        [[4, 7, 0], [5, 6, 9]]
+    """
+    rows = []
+    for part in parts:
+        for ids, labels in zip(part["input_ids"], part["labels"], strict=True):
+            answered = (labels != -100).nonzero().flatten().tolist()
+            if answered:
+                rows.append((ids[: answered[0]].tolist(), labels[labels != -100].tolist()))
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for question, answer in rows:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        others = [rows[i][0] for i in order if rows[i][1] != answer and rows[i][0] != question]
+        pairs += [(other, answer) for other in others[:count]]
+    size = max((len(part["input_ids"]) for part in parts), default=1)
+    for start in range(0, len(pairs), size):
+        some = pairs[start : start + size]
+        width = max(len(question) + len(answer) for question, answer in some)
+        ids = torch.full((len(some), width), pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (question, answer) in enumerate(some):
+            n = len(question) + len(answer)
+            ids[row, :n] = torch.tensor(question + answer)
+            mask[row, :n] = 1
+            labels[row, len(question) : n] = torch.tensor(answer)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def local_mask(chosen: Tensor, parameter: nn.Parameter, dimension: int) -> Tensor:
+    """Which entries of this rank's part of a weight belong to chosen neurons, in a shape that broadcasts to it.
+
+    Args:
+        chosen: ``[width]`` bool.
+        parameter: A weight, whole or a shard.
+        dimension: Of the weight that counts neurons.
+
+    Example:
+        >>> local_mask(torch.tensor([True, False]), nn.Parameter(torch.ones(3, 2)), 1)
+        tensor([[ True, False]])
+    """
+    chosen = chosen.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        whole = DTensor.from_local(chosen, mesh, [Replicate()] * mesh.ndim)
+        # The vector's only dimension is 0; it is cut into the pieces that the weight is cut into along its own.
+        cut = [Shard(0) if place.is_shard(dimension) else Replicate() for place in parameter.placements]
+        chosen = whole.redistribute(mesh, cut).to_local()
+    shape = [1] * parameter.ndim
+    shape[dimension] = len(chosen)
+    return chosen.view(shape)

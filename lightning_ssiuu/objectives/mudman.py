@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.functional.losses import answer_nll
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.displaced import n_micro_batches
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.checkpoints import put_state, take_state
-from lightning_ssiuu.training.perturbation import (
-    displaced,
-    gradient_at,
-    move,
-    n_micro_batches,
-    place,
-    rows_of,
-    share_of_mean,
-)
+from lightning_ssiuu.training.perturbation import displaced, gradient_at, move, place, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import local, norm_over_shards, trained_parameters
 from lightning_ssiuu.utils.errors import UserError, check_number
 

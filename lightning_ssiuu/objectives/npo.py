@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.preference import npo
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import npo
 from lightning_ssiuu.training.reference import Observation, reference_logps
 from lightning_ssiuu.utils.errors import check_number
 
@@ -37,5 +38,5 @@ class NPO(UnlearningModule):
         return super().references() | {"forget/logps": reference_logps}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.preference.npo`; ``2 log(2)/β`` where the model is the original."""
+        """:func:`~lightning_ssiuu.objectives.losses.npo`; ``2 log(2)/β`` where the model is the original."""
         return npo(self.answers(batch), self.original("forget/logps", batch), self.beta)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.functional.token_losses import logit_margin_flattening
+from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.models.loading import evaluation_mode
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import logit_margin_flattening
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.utils.distributed import mean_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_number
@@ -72,7 +73,7 @@ class PDU(UnlearningModule):
         return {"retain/logits": reference_logits} if self.retain == "kl" else {}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.token_losses.logit_margin_flattening`, ≥ 0, in squared logits."""
+        """:func:`~lightning_ssiuu.objectives.losses.logit_margin_flattening`, ≥ 0, in squared logits."""
         return logit_margin_flattening(self.answers(batch))
 
     def retain_loss(self, batch: Part) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.functional.representation import hidden_mse, random_direction
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.architectures import transformer_blocks
-from lightning_ssiuu.models.hidden_states import HiddenAnswers, answers_with_hidden, block_number, reference_hidden
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.hidden_states import HiddenAnswers, answers_with_hidden, block_number
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import hidden_mse, random_direction
 from lightning_ssiuu.training.reference import Observation
 from lightning_ssiuu.utils.errors import UserError, check_number
 
@@ -119,3 +119,17 @@ def _before_blocks(model: AnswerModel, blocks: list[nn.Module]) -> list[nn.Modul
     """The base model's parts up to its blocks, in the order of its architecture: the embeddings."""
     parts = model.hf.base_model.children()
     return list(takewhile(lambda part: not any(module is blocks[0] for module in part.modules()), parts))
+
+
+def reference_hidden(layer: int) -> Observation:
+    """Observes a block's output at the labelled positions: ``[N, H]``.
+
+    Args:
+        layer: Block number, from 0.
+    """
+
+    def observe(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
+        answers = answers_with_hidden(model, part, layer)
+        return answers.hidden, answers.lengths
+
+    return observe

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.perturbation import displaced, gradient_at, move, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import norm_over_shards

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.token_losses import satimp
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import satimp
 from lightning_ssiuu.utils.errors import check_number
 
 
@@ -36,5 +37,5 @@ class SatImp(UnlearningModule):
         self.beta1, self.beta2 = beta1, beta2
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.token_losses.satimp`, in nats, ≤ 0."""
+        """:func:`~lightning_ssiuu.objectives.losses.satimp`, in nats, ≤ 0."""
         return satimp(self.answers(batch), self.beta1, self.beta2)

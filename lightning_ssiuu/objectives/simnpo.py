@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.preference import simnpo
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import simnpo
 from lightning_ssiuu.utils.errors import check_number
 
 
@@ -36,5 +37,5 @@ class SimNPO(UnlearningModule):
         self.beta, self.delta = beta, delta
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.preference.simnpo`."""
+        """:func:`~lightning_ssiuu.objectives.losses.simnpo`."""
         return simnpo(self.answers(batch), self.beta, self.delta)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.token_losses import undial
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import undial
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.utils.errors import check_number
 
@@ -41,5 +42,5 @@ class UNDIAL(UnlearningModule):
         return super().references() | {"forget/logits": reference_logits}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.token_losses.undial`, in nats; at least the target's entropy."""
+        """:func:`~lightning_ssiuu.objectives.losses.undial`, in nats; at least the target's entropy."""
         return undial(self.answers(batch), self.original("forget/logits", batch), self.beta)

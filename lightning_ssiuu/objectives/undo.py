@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_ssiuu.functional.losses import kl_divergence
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import kl_divergence
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.training.shards import reshard
 from lightning_ssiuu.training.strategies import refuse_deepspeed

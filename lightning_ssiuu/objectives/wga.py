@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.functional.token_losses import wga
-from lightning_ssiuu.objectives.base import Part, UnlearningModule
+from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.losses import wga
 from lightning_ssiuu.utils.errors import check_number
 
 
@@ -32,5 +33,5 @@ class WGA(UnlearningModule):
         self.beta = beta
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.functional.token_losses.wga`, in nats, ≤ 0."""
+        """:func:`~lightning_ssiuu.objectives.losses.wga`, in nats, ≤ 0."""
         return wga(self.answers(batch), self.beta)

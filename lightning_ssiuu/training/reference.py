@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode, frozen_reference
 from lightning_ssiuu.models.lora import adapted_layers
 from lightning_ssiuu.training.fsdp import is_sharded
@@ -34,7 +34,6 @@ from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory, check_space
 
-Part = Mapping[str, Tensor]
 #: ``(model, part) -> (values, counts)``: ``values [N, ...]`` row by row, ``counts [B]`` rows of each sequence, None for
 #: one row each.
 Observation = Callable[[AnswerModel, Part], tuple[Tensor, Tensor | None]]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import IGNORE
+from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import UserError
-
-Part = Mapping[str, Tensor]
 
 REJECTIONS: tuple[str, ...] = (
     "I can't answer the question.",
