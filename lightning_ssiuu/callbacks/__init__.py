@@ -1,7 +1,7 @@
 """Callbacks: watch attribution, stop at the threshold, keep checkpoints, save, report."""
 
+from lightning_ssiuu.callbacks.checkpoints import KeepCheckpoints
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
-from lightning_ssiuu.callbacks.keep_checkpoints import KeepCheckpoints
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
 from lightning_ssiuu.callbacks.run_report import RunReport
 from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
