@@ -25,7 +25,7 @@ from lightning_ssiuu.attacks.ablation import (
     output_columns,
     patched,
 )
-from lightning_ssiuu.attacks.outcomes import forget_score, outcome_rows
+from lightning_ssiuu.attacks.base import forget_score, outcome_rows
 from lightning_ssiuu.audit.planting import with_units
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel

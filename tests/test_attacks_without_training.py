@@ -14,14 +14,9 @@ from model_toys import random_model
 
 from lightning_ssiuu import Facts, FaithUn
 from lightning_ssiuu.attacks import quantization
-from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, outcome_rows
+from lightning_ssiuu.attacks.base import Outcome, forget_score, outcome_rows
 from lightning_ssiuu.attacks.paraphrase import mean_score, other_questions
-from lightning_ssiuu.attacks.without_training import (
-    Ablation,
-    Sampling,
-    attack_without_training,
-    check_without_training,
-)
+from lightning_ssiuu.attacks.registry import Ablation, Sampling, attack_without_training, check_without_training
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import plain_state_dict

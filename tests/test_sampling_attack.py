@@ -14,7 +14,7 @@ from tokenizers import decoders
 from transformers import TopPLogitsWarper
 
 from lightning_ssiuu.attacks import outcomes, sampling
-from lightning_ssiuu.attacks.outcomes import outcome_rows
+from lightning_ssiuu.attacks.base import outcome_rows
 from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled, sampling_attack
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.evaluation.predictions import Predictions

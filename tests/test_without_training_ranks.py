@@ -15,7 +15,7 @@ from forked_ranks import ranks
 from model_toys import random_model, widened
 
 from lightning_ssiuu import Facts
-from lightning_ssiuu.attacks.without_training import Ablation, Sampling, attack_without_training
+from lightning_ssiuu.attacks.registry import Ablation, Sampling, attack_without_training
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.training import devices

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.attacks.outcomes import Outcome, forget_score, load_alone, model_name
+from lightning_ssiuu.attacks.base import Outcome, forget_score, load_alone, model_name
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
 from lightning_ssiuu.attribution.diagnosis import Examined, attributions, diagnose
 from lightning_ssiuu.datamodules import UnlearningDataModule

@@ -25,15 +25,15 @@ from lightning_ssiuu.attacks.records import (
     merge_attacks,
     read_attacks,
 )
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, check_attack, table
-from lightning_ssiuu.attacks.sweep import Sweep, Target, check_pool
-from lightning_ssiuu.attacks.without_training import (
+from lightning_ssiuu.attacks.registry import (
     Ablation,
     Sampling,
     attack_without_training,
     check_without_training,
     outcome_rows,
 )
+from lightning_ssiuu.attacks.relearning import RecoveryCurve, check_attack, table
+from lightning_ssiuu.attacks.sweep import Sweep, Target, check_pool
 from lightning_ssiuu.command_line import run_function
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import Kind as Relearning

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
+from lightning_ssiuu.attacks.base import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.evaluation.scorer import evaluate

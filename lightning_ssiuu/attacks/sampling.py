@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lightning_ssiuu.attacks.outcomes import Outcome, load_alone, model_name
+from lightning_ssiuu.attacks.base import Outcome, load_alone, model_name
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.metrics.answers import rouge_l_recall
 from lightning_ssiuu.evaluation.metrics.base import widest_float

@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.outcomes import model_name
+from lightning_ssiuu.attacks.base import model_name
 from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, forget_score, relearn, stronger
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule

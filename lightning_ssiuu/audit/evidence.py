@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons, output_columns, patched
-from lightning_ssiuu.attacks.outcomes import forget_score
+from lightning_ssiuu.attacks.base import forget_score
 from lightning_ssiuu.attacks.records import read_attacks
 from lightning_ssiuu.attacks.relearning import (
     check_attack,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from lightning_ssiuu.attacks.ablation import Ablation, ablation_attack, check_ablation
-from lightning_ssiuu.attacks.outcomes import Outcome, outcome_rows
+from lightning_ssiuu.attacks.base import Outcome, outcome_rows
 from lightning_ssiuu.attacks.paraphrase import other_questions, paraphrase_attack
 from lightning_ssiuu.attacks.quantization import WIDTHS, check_quantization, quantization_attack
 from lightning_ssiuu.attacks.sampling import Sampling, sampling_attack
