@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from cli_tools import write_rows
+from planting import Planter, with_units
 
-from lightning_ssiuu.audit.planting import Planter, with_units
 from lightning_ssiuu.datamodules import CustomData, Facts
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import save_pretrained

@@ -10,10 +10,10 @@ import torch
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, table
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
 from lightning_ssiuu.attribution.influence import InfluenceVariation
-from lightning_ssiuu.audit.evidence import neuron_evidence, relearning_evidence
-from lightning_ssiuu.audit.report import Measured, report_html
-from lightning_ssiuu.audit.verdict import Forgetting, decide
 from lightning_ssiuu.models.architectures import KINDS, NeuronSite
+from lightning_ssiuu.reports.audit.evidence import neuron_evidence, relearning_evidence
+from lightning_ssiuu.reports.audit.page import Measured, report_html
+from lightning_ssiuu.reports.audit.verdict import Forgetting, decide
 from lightning_ssiuu.utils.provenance import provenance
 
 #: Each breaks out of another place: text, attribute, style, SVG, comment, template, control characters.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from data_toys import Toy, byte_tokenizer, examples
 from model_toys import random_model
+from planting import with_units
 from test_planted_neurons import Planted
 
 from lightning_ssiuu import Facts
@@ -26,7 +27,6 @@ from lightning_ssiuu.attacks.ablation import (
     patched,
 )
 from lightning_ssiuu.attacks.base import forget_score, outcome_rows
-from lightning_ssiuu.audit.planting import with_units
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites

@@ -13,7 +13,7 @@ from audit_toys import World, make_world, plant
 from cli_tools import command, default_run, files, leaks, read_json
 
 from lightning_ssiuu.attribution.influence import CSV_HEADER
-from lightning_ssiuu.audit.evidence import recorded_relearning
+from lightning_ssiuu.reports.audit.evidence import recorded_relearning
 
 FEW = ("--probe_examples", "8", "--scores", "[first_token, probability]")
 #: A probe of a second; the oracle's gentlest rate does it no harm.

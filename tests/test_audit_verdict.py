@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from lightning_ssiuu.audit.evidence import neuron_evidence, relearning_evidence
-from lightning_ssiuu.audit.verdict import (
+from lightning_ssiuu.reports.audit.evidence import neuron_evidence, relearning_evidence
+from lightning_ssiuu.reports.audit.verdict import (
     Evidence,
     Forgetting,
     Share,

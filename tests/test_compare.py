@@ -17,11 +17,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lightning_ssiuu.compare.command import compare
-from lightning_ssiuu.compare.grouping import group_by_seed, labels
-from lightning_ssiuu.compare.plots import panels
-from lightning_ssiuu.compare.reading import read_run, read_runs
-from lightning_ssiuu.compare.table import common_attacks, compare_runs, pareto_front
-from lightning_ssiuu.compare.writing import latex, markdown, print_comparison
+from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
+from lightning_ssiuu.reports.compare.plots import panels
+from lightning_ssiuu.reports.compare.reading import read_run, read_runs
+from lightning_ssiuu.reports.compare.table import common_attacks, compare_runs, pareto_front
+from lightning_ssiuu.reports.compare.writing import latex, markdown, print_comparison
 from lightning_ssiuu.utils.errors import UserError
 
 OUTPUTS = {"compare.csv", "compare.md", "compare.tex", "plots/recovery_curves.png", "plots/pareto.png"}

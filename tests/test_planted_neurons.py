@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from planting import PlantedUnit, Planter, found_and_right, mean_probability, with_units
 from training_toys import fit
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron, influence_variation, spurious_neurons
 from lightning_ssiuu.attribution.weight_change import OwnChange, OwnFlag, confirmed, own_change, own_flags, site_weights
-from lightning_ssiuu.audit.planting import PlantedUnit, Planter, found_and_right, mean_probability, with_units
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
 from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.models.answers import AnswerModel

@@ -10,8 +10,8 @@ from itertools import pairwise
 import pytest
 from report_toys import HOSTILE, audit_content, report, variation
 
-from lightning_ssiuu.audit.charts import Interval, Series, heat_map, interval_plot, line_chart, scatter
-from lightning_ssiuu.audit.report import Measured, report_html
+from lightning_ssiuu.reports.audit.charts import Interval, Series, heat_map, interval_plot, line_chart, scatter
+from lightning_ssiuu.reports.audit.page import Measured, report_html
 
 _VOID = {"meta", "link", "br", "img", "input", "hr"}
 

@@ -18,7 +18,12 @@ from lightning_ssiuu.attribution.diagnosis import Diagnosis, attribution_correla
 from lightning_ssiuu.attribution.influence import CSV_HEADER
 from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
-from lightning_ssiuu.audit.evidence import (
+from lightning_ssiuu.command_line import run_function
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.evaluation.scores import check_score
+from lightning_ssiuu.models.answers import TARGETS, Target
+from lightning_ssiuu.reports.audit.evidence import (
     RelearningProbe,
     neuron_evidence,
     probe_relearning,
@@ -26,14 +31,9 @@ from lightning_ssiuu.audit.evidence import (
     relearning_evidence,
     undo_neurons,
 )
-from lightning_ssiuu.audit.measuring import forced_score, measure
-from lightning_ssiuu.audit.report import SHOWN_NEURONS, Measured, report_html
-from lightning_ssiuu.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
-from lightning_ssiuu.command_line import run_function
-from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
-from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.models.answers import TARGETS, Target
+from lightning_ssiuu.reports.audit.measure import forced_score, measure
+from lightning_ssiuu.reports.audit.page import SHOWN_NEURONS, Measured, report_html
+from lightning_ssiuu.reports.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
 from lightning_ssiuu.training.devices import Devices, Strategy
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import UserError

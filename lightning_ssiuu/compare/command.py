@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_ssiuu.compare.reading import check_comparable, read_runs
-from lightning_ssiuu.compare.table import Comparison, compare_runs
-from lightning_ssiuu.compare.writing import csv_rows, latex, markdown, one_line, print_comparison
+from lightning_ssiuu.reports.compare.reading import check_comparable, read_runs
+from lightning_ssiuu.reports.compare.table import Comparison, compare_runs
+from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, one_line, print_comparison
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_csv, written_atomically
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}
@@ -55,7 +55,7 @@ def compare(
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
-    from lightning_ssiuu.compare.plots import save_pareto, save_recovery_curves  # matplotlib takes a while
+    from lightning_ssiuu.reports.compare.plots import save_pareto, save_recovery_curves  # matplotlib takes a while
 
     write_csv(folder / "compare.csv", *csv_rows(comparison))
     for name, text in _TEXTS.items():

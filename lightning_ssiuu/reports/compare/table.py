@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
-from lightning_ssiuu.compare.grouping import group_by_seed, labels
-from lightning_ssiuu.compare.reading import Run, number
+from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
+from lightning_ssiuu.reports.compare.reading import Run, number
 
 #: Attacks in the order of the table.
 ATTACKS = (

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_ssiuu.compare.reading import number
-from lightning_ssiuu.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
-from lightning_ssiuu.compare.writing import one_line
+from lightning_ssiuu.reports.compare.reading import number
+from lightning_ssiuu.reports.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
+from lightning_ssiuu.reports.compare.writing import one_line
 from lightning_ssiuu.utils.files import written_atomically
 
 # Okabe and Ito's, told apart by the colour-blind too; after eight the line style and the marker change.

@@ -16,7 +16,6 @@ from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
 from lightning_ssiuu.attribution.diagnosis import Examined, examine_model
 from lightning_ssiuu.attribution.logit_lens import layer_logps, prefers_answer
 from lightning_ssiuu.attribution.weight_change import OwnFlag, own_change, own_flags, site_weights
-from lightning_ssiuu.audit.verdict import Forgetting
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import chance_level
 from lightning_ssiuu.evaluation.loaders import first_parts
@@ -26,6 +25,7 @@ from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.reports.audit.verdict import Forgetting
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import naming

@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lightning_ssiuu.audit.verdict import percent
+from lightning_ssiuu.reports.audit.verdict import percent
 
 WIDTH = 340
 _LEFT, _RIGHT, _BOTTOM = 44, 10, 36

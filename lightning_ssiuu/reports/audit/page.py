@@ -16,9 +16,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lightning_ssiuu.attribution.influence import InfluenceVariation, cumulative_curve, module_layer_means
-from lightning_ssiuu.audit.charts import Interval, Series, clean, heat_map, interval_plot, line_chart, scatter
-from lightning_ssiuu.audit.verdict import THRESHOLD
 from lightning_ssiuu.models.architectures import KINDS
+from lightning_ssiuu.reports.audit.charts import Interval, Series, clean, heat_map, interval_plot, line_chart, scatter
+from lightning_ssiuu.reports.audit.verdict import THRESHOLD
 
 #: Flagged neurons and scatter points that are shown.
 SHOWN_NEURONS, SHOWN_POINTS = 50, 2000
@@ -105,7 +105,7 @@ def report_html(content: Mapping[str, Any], measured: Measured) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("lightning_ssiuu.audit"),
+        loader=PackageLoader("lightning_ssiuu.reports.audit"),
         autoescape=True,
         finalize=lambda value: clean(value) if type(value) is str else value,
         undefined=StrictUndefined,

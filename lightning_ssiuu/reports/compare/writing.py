@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ssiuu.compare.table import Column, Comparison, Figure, Row
+from lightning_ssiuu.reports.compare.table import Column, Comparison, Figure, Row
 
 _WIDEST_NAME = 30
 _TEX = {

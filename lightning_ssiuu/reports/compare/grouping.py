@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lightning_ssiuu.compare.reading import Run
+from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.utils.errors import UserError
 
 _SEEDS = ("seed", "seed_everything")

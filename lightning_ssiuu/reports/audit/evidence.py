@@ -22,11 +22,11 @@ from lightning_ssiuu.attacks.relearning import (
 )
 from lightning_ssiuu.attacks.sweep import Sweep, Target
 from lightning_ssiuu.attribution.influence import SpuriousNeuron
-from lightning_ssiuu.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_of
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.reports.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError, naming
