@@ -26,7 +26,7 @@ from timing import markdown, wait
 
 from lightning_ssiuu import Facts
 from lightning_ssiuu.attacks import relearning
-from lightning_ssiuu.attacks.command import attack
+from lightning_ssiuu.cli.attack import attack
 from lightning_ssiuu.datamodules.sampling import ResumableLoader
 from lightning_ssiuu.training.devices import Devices
 

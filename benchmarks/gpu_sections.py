@@ -32,7 +32,7 @@ from lightning_ssiuu import Facts, GradientDifference
 from lightning_ssiuu.__main__ import main as lightning_ssiuu
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.attribution.influence import influence_variation
-from lightning_ssiuu.memory import estimate_memory
+from lightning_ssiuu.cli.memory import estimate_memory
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.loading import load_model, load_tokenizer

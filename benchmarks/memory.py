@@ -41,8 +41,8 @@ from lightning_ssiuu import (
     UnlearningDataModule,
 )
 from lightning_ssiuu.callbacks import RunReport
+from lightning_ssiuu.cli.memory import estimate_memory
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.memory import estimate_memory
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 _COMMANDS = {
-    "fit": ("lightning_ssiuu.cli", "unlearn (or fine-tune) with a recipe: fit --config recipes/ssiuu.yaml"),
-    "validate": ("lightning_ssiuu.cli", "score a model on the forget, retain and test sets"),
-    "test": ("lightning_ssiuu.cli", "the same through Lightning's test loop"),
-    "attack": ("lightning_ssiuu.attacks.command", "relearning attacks on a saved model, beside an oracle"),
-    "audit": ("lightning_ssiuu.audit.command", "erased or hidden? compare a model before and after unlearning"),
-    "utility": ("lightning_ssiuu.utility.command", "what a model can do besides: embedded items, or lm-eval's tasks"),
-    "privacy": ("lightning_ssiuu.utility.privacy", "membership inference and forget quality, beside an oracle"),
-    "compare": ("lightning_ssiuu.compare.command", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
+    "fit": ("lightning_ssiuu.cli.fit", "unlearn (or fine-tune) with a recipe: fit --config recipes/ssiuu.yaml"),
+    "validate": ("lightning_ssiuu.cli.fit", "score a model on the forget, retain and test sets"),
+    "test": ("lightning_ssiuu.cli.fit", "the same through Lightning's test loop"),
+    "attack": ("lightning_ssiuu.cli.attack", "relearning attacks on a saved model, beside an oracle"),
+    "audit": ("lightning_ssiuu.cli.audit", "erased or hidden? compare a model before and after unlearning"),
+    "utility": ("lightning_ssiuu.cli.utility", "what a model can do besides: embedded items, or lm-eval's tasks"),
+    "privacy": ("lightning_ssiuu.cli.privacy", "membership inference and forget quality, beside an oracle"),
+    "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
 }
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in _COMMANDS:
         return _refuse(f"COMMAND: got {arguments[0]!r}, allowed: {', '.join(_COMMANDS)}")
     module, _ = _COMMANDS[arguments[0]]
-    is_trainer_command = module == "lightning_ssiuu.cli"
+    is_trainer_command = module == "lightning_ssiuu.cli.fit"
     return _run(lambda: import_module(module).run(arguments if is_trainer_command else arguments[1:]))
 
 

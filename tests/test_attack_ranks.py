@@ -17,8 +17,8 @@ from model_toys import random_model, widened
 from safetensors.torch import load_file
 
 from lightning_ssiuu.__main__ import main
-from lightning_ssiuu.attacks.command import attack
-from lightning_ssiuu.audit.command import audit
+from lightning_ssiuu.cli.attack import attack
+from lightning_ssiuu.cli.audit import audit
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import TINY, load_model

@@ -18,8 +18,8 @@ from data_toys import Toy, byte_tokenizer, examples
 from model_toys import random_model
 
 from lightning_ssiuu.attacks import relearning, sweep
-from lightning_ssiuu.attacks.command import attack
 from lightning_ssiuu.attacks.records import FinishedAttacks, checkpoint_fingerprint
+from lightning_ssiuu.cli.attack import attack
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.utils.errors import UserError

@@ -27,7 +27,7 @@ from test_kill import Tiny
 
 from lightning_ssiuu import AtomicCheckpointIO
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, KeepCheckpoints, NeuronAttributionCallback
-from lightning_ssiuu.interrupted import refuse_to_lose
+from lightning_ssiuu.cli.resume import refuse_to_lose
 from lightning_ssiuu.training.checkpoints import check_checkpoint, newest_checkpoint, write_whole_checkpoints
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import clear_leftovers, disk_refusal, written_atomically

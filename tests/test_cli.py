@@ -196,7 +196,7 @@ def test_defects_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("lightning_ssiuu.audit.command.run", broken)
+    monkeypatch.setattr("lightning_ssiuu.cli.audit.run", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         __main__.main(["audit"])
 

@@ -16,7 +16,7 @@ from cli_tools import command, files
 from rich.cells import cell_len
 from rich.console import Console
 
-from lightning_ssiuu.compare.command import compare
+from lightning_ssiuu.cli.compare import compare
 from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
 from lightning_ssiuu.reports.compare.plots import panels
 from lightning_ssiuu.reports.compare.reading import read_run, read_runs

@@ -19,7 +19,7 @@ from torch import nn
 from training_toys import FewFacts
 
 from lightning_ssiuu import AttributionRegularizer, GradientDifference, NeuronAttributionCallback
-from lightning_ssiuu.memory import MemoryEstimate, estimate_memory, print_estimate
+from lightning_ssiuu.cli.memory import MemoryEstimate, estimate_memory, print_estimate
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule

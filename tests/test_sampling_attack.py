@@ -13,7 +13,7 @@ from model_toys import random_model
 from tokenizers import decoders
 from transformers import TopPLogitsWarper
 
-from lightning_ssiuu.attacks import outcomes, sampling
+from lightning_ssiuu.attacks import base, sampling
 from lightning_ssiuu.attacks.base import outcome_rows
 from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled, sampling_attack
 from lightning_ssiuu.datamodules import QAExample, Splits
@@ -150,7 +150,7 @@ def test_best_of_k_by_hand(checkpoint: str, monkeypatch: pytest.MonkeyPatch, sco
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     data = Toy(Splits(forget, examples(10, 3)), tokenizer, eval_batch_size=2)
-    monkeypatch.setattr(outcomes, "load_tokenizer", lambda checkpoint: tokenizer)
+    monkeypatch.setattr(base, "load_tokenizer", lambda checkpoint: tokenizer)
     found = sampling_attack({"model": checkpoint, "oracle": checkpoint}, data, score, HERE, [0, 7], Sampling(k=2))
     (row,) = outcome_rows(found)
     assert row["variant"] == "k=2, temperature=1"

@@ -54,7 +54,7 @@ def check_without_training(
         raise UserError("kind", kind, f"one of {list(get_args(Kind))}")
     check_score(score, "score")
     data.setup("validate")
-    where.check_share(data)
+    data.check_share(where.n_ranks)
     if kind == "quantization":
         check_quantization(quantization, where)
     elif kind == "ablation":

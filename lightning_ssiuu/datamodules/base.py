@@ -213,6 +213,21 @@ class UnlearningDataModule(LightningDataModule, ABC):
         sampler = EvalSampler(split, len(encoded), self.eval_batch_size, rank, world_size)
         return self._loader(EncodedDataset({split: encoded}), sampler)
 
+    def check_share(self, n_ranks: int) -> None:
+        """Check that every process gets something to score of every set.
+
+        Args:
+            n_ranks: Number of processes.
+
+        Raises:
+            UserError: If there are more processes than examples.
+        """
+        sets = dict(self.splits.items())
+        for split in self.eval_splits:
+            if len(sets[split]) < n_ranks:
+                allowed = f"at most {len(sets[split])}, the number of examples to score in the {split} set"
+                raise UserError("devices", n_ranks, allowed)
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _ranks(self) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.training.fsdp import load_sharded
@@ -86,18 +85,6 @@ class Devices:
     def device(self) -> torch.device:
         """This process's device."""
         return self._fabric.device
-
-    def check_share(self, data: UnlearningDataModule) -> None:
-        """Check that every process gets something to score of every set.
-
-        Raises:
-            UserError: If there are more processes than examples.
-        """
-        sets = dict(data.splits.items())
-        for split in data.eval_splits:
-            if len(sets[split]) < self.n_ranks:
-                allowed = f"at most {len(sets[split])}, the number of examples to score in the {split} set"
-                raise UserError("devices", self.n_ranks, allowed)
 
     @contextmanager
     def launched(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.accelerators import CUDAAccelerator
@@ -14,12 +14,17 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_ssiuu.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from lightning_ssiuu.objectives import UnlearningModule
-
 _TYPES = "32-true, bf16-mixed or bf16-true; narrower weights are model.quantization"
 #: Loss scaling holds for the objective's gradient alone: the regulariser's would underflow, unseen by the scaler.
 _NO_HALF = "32-true, bf16-mixed or bf16-true with a regularizer, whose gradient is too small for float16"
+
+
+class Trained(Protocol):
+    """What a module says of itself for :func:`check_strategy`."""
+
+    regularizer: Any
+    quantization: Any
+    displaces_weights: bool
 
 
 def check_installed(given: Mapping[str, Any]) -> None:
@@ -47,7 +52,7 @@ or bf16-true; narrower weights are model.quantization
         raise UserError("trainer.precision", given["precision"], _TYPES)
 
 
-def check_strategy(trainer: L.Trainer, module: UnlearningModule) -> None:
+def check_strategy(trainer: L.Trainer, module: Trained) -> None:
     """Refuse combinations that would fail late, or train something else than asked.
 
     Args:
@@ -88,7 +93,7 @@ whose second backward pass a static graph does not know: the ranks' weights woul
         _check_deepspeed(strategy, trainer, module)
 
 
-def refuse_deepspeed(trainer: L.Trainer, module: UnlearningModule) -> None:
+def refuse_deepspeed(trainer: L.Trainer, module: Trained) -> None:
     """Raise under DeepSpeed, whose engine steps on a copy of the weights that nobody else can read or change.
 
     Args:
@@ -107,7 +112,7 @@ def refuse_deepspeed(trainer: L.Trainer, module: UnlearningModule) -> None:
         raise UserError("trainer.strategy", "DeepSpeedStrategy", allowed)
 
 
-def _check_displaced(trainer: L.Trainer, module: UnlearningModule) -> None:
+def _check_displaced(trainer: L.Trainer, module: Trained) -> None:
     strategy, name = trainer.strategy, type(module).__name__
     if isinstance(strategy, DeepSpeedStrategy):
         allowed = f"ddp or FSDP2: {name} moves the weights within a step, of which ZeRO keeps copies"
@@ -120,7 +125,7 @@ def _check_displaced(trainer: L.Trainer, module: UnlearningModule) -> None:
         raise UserError("trainer.precision", trainer.precision, allowed)
 
 
-def _check_deepspeed(strategy: DeepSpeedStrategy, trainer: L.Trainer, module: UnlearningModule) -> None:
+def _check_deepspeed(strategy: DeepSpeedStrategy, trainer: L.Trainer, module: Trained) -> None:
     # A subclass that sets its own devices up may know others than Lightning's.
     own = type(strategy).setup_environment is not DeepSpeedStrategy.setup_environment
     if not own and not isinstance(trainer.accelerator, CUDAAccelerator):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ssiuu.command_line import run_function
+from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.lm_eval import PAPER, check_harness, harness_scores
 from lightning_ssiuu.evaluation.runs import output_directory, resolve_models, run_data

@@ -18,7 +18,7 @@ from lightning_ssiuu.attribution.diagnosis import Diagnosis, attribution_correla
 from lightning_ssiuu.attribution.influence import CSV_HEADER
 from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
-from lightning_ssiuu.command_line import run_function
+from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
 from lightning_ssiuu.evaluation.scores import check_score
@@ -131,7 +131,7 @@ def audit(
     data = run_data(unlearned, data)
     data.setup("validate")
     check_tokenizers(checkpoints, data)
-    where.check_share(data)
+    data.check_share(where.n_ranks)
     if probe_examples < where.n_ranks:
         raise UserError("probe_examples", probe_examples, f"at least {where.n_ranks}, one for each device")
     relearning = recorded_relearning(unlearned, score, oracle is not None)
@@ -139,7 +139,7 @@ def audit(
     probe = probe if probe is not None else RelearningProbe()
     cells = probe.cells(data) if relearning is None and relearning_probe else []
     for cell in cells:
-        where.check_share(cell)
+        cell.check_share(where.n_ranks)
     options = [probe_examples, alpha, target, scores, precision, score, asdict(probe) if cells else None, method]
     with where.launched():
         found = measure(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lightning_ssiuu.command_line import run_function
+from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import column, read_records
 from lightning_ssiuu.evaluation.privacy import compare_with_oracle, measure

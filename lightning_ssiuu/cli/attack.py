@@ -13,9 +13,10 @@ from typing import Any, Literal, cast, get_args
 import lightning
 import torch
 import transformers
+from rich.console import Console
+from rich.table import Table
 
 import lightning_ssiuu
-from lightning_ssiuu.attacks.printing import print_attacks
 from lightning_ssiuu.attacks.records import (
     REPORT,
     FinishedAttacks,
@@ -34,7 +35,7 @@ from lightning_ssiuu.attacks.registry import (
 )
 from lightning_ssiuu.attacks.relearning import RecoveryCurve, check_attack, table
 from lightning_ssiuu.attacks.sweep import Sweep, Target, check_pool
-from lightning_ssiuu.command_line import run_function
+from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import Kind as Relearning
 from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
@@ -261,7 +262,7 @@ def _relearning(
         for one in made:
             if kind == "benign":
                 one.benign_items = made[0].benign_items  # read once
-            where.check_share(one)
+            one.check_share(where.n_ranks)
         return made
 
     # Every selection that needs no model is made and checked before one is loaded.
@@ -300,3 +301,44 @@ def run(args: list[str]) -> None:
         args: ``["--config", "recipes/attack/harmful.yaml", "--model", "runs/ssiuu/model", ...]``.
     """
     run_function(attack, "attack", args)
+
+
+def print_attacks(rows: Sequence[Mapping[str, Any]], score: str, console: Console | None = None) -> None:
+    """Print rows of ``attack.json`` as a table.
+
+    Args:
+        rows: Of one score.
+        score: Its name.
+        console: Where to.
+
+    Example:
+        >>> cell = {"before": {"mean": 5.0, "std": 0.0}, "forget_score": {"mean": 30.0, "std": 1.0}}
+        >>> row = {"attack": "harmful", "p": 0.1, "variant": None, "unlearned": {**cell, "inside_grid": True}}
+        >>> print_attacks([row], "probability", Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
+        Highest forget probability under attack, %
+        attack       model      before  highest
+        harmful 0.1  unlearned  5.0      30.0 ± 1.0
+    """
+    console = console or Console()
+    swept = any("inside_grid" in row.get("unlearned", {}) for row in rows)
+    console.print(f"{'Highest forget' if swept else 'Forget'} {score} under attack, %")
+    output = Table(box=None)
+    for column in ("attack", "model", "before", "highest" if swept else "after"):
+        output.add_column(column)
+    for row in rows:
+        detail = row["p"] if row["variant"] is None else row["variant"]
+        label = row["attack"] if detail is None else f"{row['attack']} {detail}"
+        for name in ("unlearned", "oracle"):
+            if name in row:
+                one = row[name]
+                edge = "" if one.get("inside_grid", True) else "  (at the edge of the grid)"
+                output.add_row(label, name, f"{one['before']['mean']:.1f}", f"{_shown(one['forget_score'])}{edge}")
+                if control := row.get("control") if name == "unlearned" else one.get("control"):
+                    output.add_row(label, f"{name}, control", "", _shown(control["forget_score"]))
+        if "gap" in row:
+            output.add_row(label, "gap", "", _shown(row["gap"]))
+    console.print(output)
+
+
+def _shown(spread: Mapping[str, Any]) -> str:
+    return f"{spread['mean']:.1f} ± {spread['std']:.1f}"

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
 
 from lightning_ssiuu.training.checkpoints import check_checkpoint, newest_checkpoint
@@ -119,3 +121,11 @@ def refuse_to_lose(config: Any, root: str | Path, ckpt_path: Any, text: Callable
             allowed = f"a directory without {lost}, --ckpt_path to go on with the run interrupted there, or --overwrite"
             raise UserError(argument, str(root), allowed)
     refuse_existing(argument, root, names, overwrite=False)
+
+
+def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The resolved configuration of a run, the same however often it was interrupted or begun anew."""
+    config = config.clone()
+    config["ckpt_path"], config["overwrite"] = None, False
+    config.pop("estimate_memory", None)
+    return parser.dump(config, skip_none=False)

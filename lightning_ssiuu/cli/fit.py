@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ssiuu.callbacks import (
@@ -19,9 +18,9 @@ from lightning_ssiuu.callbacks import (
     RunReport,
     SavePretrained,
 )
+from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
+from lightning_ssiuu.cli.resume import checkpoint_mistakes, checkpoint_to_go_on_from, config_text, refuse_to_lose
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.interrupted import checkpoint_mistakes, checkpoint_to_go_on_from, refuse_to_lose
-from lightning_ssiuu.memory import estimate_memory, print_estimate
 from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
@@ -57,14 +56,6 @@ class SaveConfig(SaveConfigCallback):
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
         self.text = None
-
-
-def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
-    """The resolved configuration of a run, the same however often it was interrupted or begun anew."""
-    config = config.clone()
-    config["ckpt_path"], config["overwrite"] = None, False
-    config.pop("estimate_memory", None)
-    return parser.dump(config, skip_none=False)
 
 
 class UnlearningCLI(LightningCLI):
