@@ -1,12 +1,13 @@
 """One thread (the suite shares few cores, and results then do not depend on how many there are), and no network.
 
-And a directory that all workers of a session share, and their order: what takes longest first.
+And a directory that all workers of a session share.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 
 import pytest
 
@@ -17,13 +18,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 torch.set_num_threads(1)
-
-#: Files that take longest; begun last, one would keep one worker busy while the others have nothing left to do.
-LONGEST = (
-    "distributed recipes conformance cli benchmarks memory audit attack_ranks single_pass attack_sweep regularizer "
-    "planted_neurons checkpoint_io dying_rank attack docs callbacks without_training_ranks resume kill"
-)
-
 
 _SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
@@ -41,5 +35,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    """Files with slow tests first: begun last, one would keep one worker busy while the others have nothing to do."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from toys.ranks import ranks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if "ArgumentParser(" in file.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cli_tools import RECIPES, ROOT, SHORT, command
+from toys.cli import RECIPES, ROOT, SHORT, command
 
 import lightning_ssiuu
 from lightning_ssiuu.models.loading import TINY

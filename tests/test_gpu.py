@@ -15,8 +15,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from model_toys import answer_model, bare_trainer, batch, distance, loader, weights
-from training_toys import FewFacts, gpt2_with_dropout
+from toys.models import answer_model, bare_trainer, batch, distance, loader, weights
+from toys.training import FewFacts, gpt2_with_dropout
 
 from lightning_ssiuu import SSIUU, AttributionRegularizer, GradientDifference
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution

@@ -12,9 +12,9 @@ import sys
 from importlib import metadata
 
 import pytest
-from cli_tools import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from toys.cli import ROOT
 
 import lightning_ssiuu
 from lightning_ssiuu.datamodules.embedded import FACTS

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_tools import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
-from cluster_toys import write_faithun
-from forked_ranks import ranks
-from model_toys import random_model
+from toys.cli import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+from toys.clusters import write_faithun
+from toys.models import random_model
+from toys.ranks import ranks
 
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.models.loading import load_tokenizer

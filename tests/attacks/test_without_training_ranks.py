@@ -1,0 +1,100 @@
+"""Attacks without training on two processes against one: the same outcomes, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from toys.data import Toy, byte_tokenizer, examples
+from toys.models import random_model, widened
+from toys.ranks import ranks
+
+from lightning_ssiuu import Facts
+from lightning_ssiuu.attacks.registry import Ablation, Sampling, attack_without_training
+from lightning_ssiuu.datamodules import Splits
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.training import devices
+from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.utils.distributed import rank
+
+STRATEGIES = ("ddp", "fsdp2")
+KINDS = ("ablation", "sampling", "paraphrase")
+
+
+def _odd_data() -> Toy:
+    """Sets that nothing divides, and one example with a second paraphrase: fewer than there are ranks."""
+    forget = [replace(one, answer=f"{one.example_id}") for one in examples(0, 7, 2)]
+    forget[2] = replace(forget[2], paraphrases=("SECRET first?", "SECRET second?"))
+    return Toy(Splits(forget, examples(20, 5, 2)), eval_batch_size=3)
+
+
+def _load_model(checkpoint: str, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the type that was saved, float64, which the attacks do not offer."""
+    return widened(load_model(checkpoint, "auto", *args, **kwargs))
+
+
+def _work(folder: Path, n_devices: int, *strategies: Any) -> int:
+    """Every attack under every strategy; outcomes of every rank in ``<strategy>.<devices>.<rank>``."""
+    for strategy in strategies:
+        where = Devices("cpu", n_devices, strategy)
+        models = {"model": str(folder / "unlearned")}
+        options: dict[str, Any] = {
+            "ablation": Ablation(str(folder / "original"), 5, alpha=0.1, draws=1),
+            "sampling": Sampling(k=2, top_p=0.9),
+        }
+        with where.launched():
+            found = []
+            with patch.object(devices, "load_model", _load_model):
+                for kind, score in zip(KINDS, ("truth_ratio_forget", "rouge_l", "probability"), strict=True):
+                    found += attack_without_training(kind, models, _odd_data(), score, where, (3,), **options)
+            if not where.sharded:
+                tiny = {"model": "tiny"}
+                found += attack_without_training(
+                    "quantization", tiny, Facts(), "probability", where, quantization=["4bit"]
+                )
+            text = json.dumps([asdict(one) for one in found])
+            (folder / f"{strategy}.{n_devices}.{rank()}").write_text(text, encoding="utf-8")
+    return 0
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("without")
+    for seed, name in enumerate(("original", "unlearned")):
+        random_model(seed=seed, vocab_size=260, tie_word_embeddings=True).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    _work(folder, 1, "auto")
+    end = ranks(partial(_work, folder, 2, *STRATEGIES), folder / "processes", 150)
+    assert end.status == 0, end.err[-3000:]
+    assert end.left == []
+    assert "SECRET" not in end.err
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_outcomes(results: Path, strategy: str) -> None:
+    expected = json.loads((results / "auto.1.0").read_text(encoding="utf-8"))
+    first, second = (json.loads((results / f"{strategy}.2.{n}").read_text(encoding="utf-8")) for n in (0, 1))
+    assert first == second  # both ranks know everything
+    assert {one["kind"] for one in expected} == {*KINDS, "quantization"}
+    if strategy == "fsdp2":
+        expected = [one for one in expected if one["kind"] != "quantization"]
+    assert len(first) == len(expected)
+    for given, one in zip(first, expected, strict=True):
+        for key in ("before", "forget_score"):
+            tolerance = 1e-4 if one["kind"] == "quantization" else 1e-9
+            assert given.pop(key) == pytest.approx(one.pop(key), rel=tolerance, abs=1e-12)
+        assert given == one
+
+
+def test_the_attacks_did_something(results: Path) -> None:
+    found = json.loads((results / "auto.1.0").read_text(encoding="utf-8"))
+    ablated = [one for one in found if one["kind"] == "ablation"]
+    assert all(one["n_neurons"] > 3 for one in ablated)
+    assert len({one["forget_score"] for one in ablated}) == len(ablated) == 2 * 2
+    assert all(one["forget_score"] != one["before"] for one in found if one["kind"] in ("quantization", "paraphrase"))

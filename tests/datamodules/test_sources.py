@@ -1,0 +1,274 @@
+"""The benchmarks and the readers under them: embedded facts, TOFU, own files, the hub, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+from toys.data import byte_tokenizer, examples
+
+from lightning_ssiuu.datamodules import MUSE, TOFU, WMDP, CustomData, Facts, QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules.readers import read_records
+from lightning_ssiuu.utils.errors import UserError
+
+
+def test_facts() -> None:
+    data = Facts(batch_size=4)
+    data.setup("fit")
+    people = [{example.group for example in part} for name, part in data.splits.items() if name != "benign"]
+    assert not people[0] & people[1] | people[0] & people[2] | people[1] & people[2]
+    assert data.splits.benign
+    assert all("options" in next(iter(loader))[split] for loader, split in
+               zip(data.val_dataloader(), data.eval_splits, strict=True))  # fmt: skip
+    other = Facts(phrasing=1).splits
+    for main, reworded in zip(data.splits.forget, other.forget, strict=True):
+        assert reworded.question == main.paraphrases[0]
+        assert {reworded.question, *reworded.paraphrases} == {main.question, *main.paraphrases}
+    for phrasing in (-1, 99):
+        with pytest.raises(UserError, match="phrasing"):
+            Facts(phrasing=phrasing).setup("fit")
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows(first: int, count: int, **extra: object) -> list[dict]:
+    return [{"question": e.question, "answer": e.answer, **extra} for e in examples(first, count)]
+
+
+@pytest.fixture
+def tofu(tmp_path: Path) -> str:
+    write_rows(tmp_path / "forget01.jsonl", rows(0, 4, perturbed_answer=["SECRET x", "SECRET y"]))
+    (tmp_path / "retain99.json").write_text(json.dumps(rows(4, 10, paraphrased_question="SECRET other?")))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [({}, (10, 0)), ({"retain_size": 6}, (6, 4)), ({"test_size": 3}, (7, 3)),
+     ({"retain_size": 5, "test_size": 3}, (5, 3)), ({"retain_size": 10}, (10, 0))],
+)  # fmt: skip
+def test_tofu_sizes(tofu: str, sizes: dict, expected: tuple[int, int]) -> None:
+    splits = TOFU(tofu, **sizes).splits
+    assert (len(splits.retain), len(splits.test)) == expected
+    numbers = [example.answer.split()[-1] for example in splits.retain + splits.test]
+    assert numbers == [str(n) for n in range(4, 4 + sum(expected))]  # the test set follows the retain set
+    assert splits.forget[0].distractors == ("SECRET x", "SECRET y")
+    assert splits.retain[0].paraphrases == ("SECRET other?",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ({"retain_size": 11}, "retain_size"),
+        ({"retain_size": 0}, "retain_size"),
+        ({"test_size": 10}, "test_size"),
+        ({"test_size": -1}, "test_size"),
+        ({"retain_size": 8, "test_size": 3}, "test_size"),
+        ({"forget": "forget77"}, "forget"),
+        ({"path": "/no/such/directory"}, "path"),
+        ({"path": "nowhere"}, "path"),
+    ],
+)
+def test_tofu_mistakes(tofu: str, arguments: dict, argument: str) -> None:
+    with pytest.raises(UserError) as error:
+        _ = TOFU(**({"path": tofu} | arguments)).splits
+    assert error.value.argument == argument
+
+
+def test_tofu_scores_text_unless_asked(tofu: str) -> None:
+    def first(**arguments: object) -> dict:
+        data = TOFU(tofu, tokenizer=byte_tokenizer(), batch_size=2, **arguments)
+        return next(iter(data.val_dataloader()[0]))["forget"]
+
+    assert "options" not in first()
+    assert first(multiple_choice=True)["options"]["option_of"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("below", ["", "knowmem"])
+def test_muse(tmp_path: Path, below: str) -> None:
+    folder = tmp_path / "news" / below
+    folder.mkdir(parents=True)
+    (folder / "forget_qa.json").write_text(json.dumps(rows(0, 4)))
+    (folder / "retain_qa.json").write_text(json.dumps(rows(4, 10)))
+    splits = MUSE(str(tmp_path / "news"), test_size=3).splits
+    numbers = [[int(e.answer.split()[-1]) for e in examples] for _, examples in splits.items()]
+    assert numbers == [list(range(4)), list(range(4, 11)), list(range(11, 14)), []]
+    assert [e.example_id for e in splits.forget + splits.retain + splits.test] == list(range(14))
+    for arguments, argument, told in (
+        ({"retain": "retain2_qa"}, "retain", "allowed: forget_qa, retain_qa"),
+        ({"test_size": 10}, "test_size", "no more than the 10 items"),
+        ({"path": "nowhere"}, "path", "existing directory"),
+    ):
+        with pytest.raises(UserError, match=told) as error:
+            _ = MUSE(**({"path": str(tmp_path / "news")} | arguments)).splits
+        assert error.value.argument == argument
+    (folder / "forget_qa.json").write_text(json.dumps([{"question": "SECRET?", "text": "SECRET"}]))
+    with pytest.raises(UserError, match="'answer', allowed: question, text"):
+        _ = MUSE(str(tmp_path / "news")).splits
+
+
+def choices(first: int, count: int, answer: int = 2) -> list[dict]:
+    return [
+        {"question": f"SECRET question {n}?", "choices": [f"SECRET {n}{k}" for k in "abcd"], "answer": answer}
+        for n in range(first, first + count)
+    ]
+
+
+def test_wmdp(tmp_path: Path) -> None:
+    forget, retain = tmp_path / "bio_questions.json", tmp_path / "kept.json"
+    # The same question with other choices counts once, and not at all where the forget set has it
+    forget.write_text(json.dumps([*choices(0, 4), *choices(0, 1, answer=0)]))
+    retain.write_text(json.dumps([*choices(3, 8), *choices(5, 2)]))
+    data = WMDP(str(forget), str(retain), test_size=2, batch_size=2, tokenizer=byte_tokenizer())
+    splits = data.splits
+    assert splits.forget[1] == QAExample(1, "SECRET question 1?", "SECRET 1c", ("SECRET 1a", "SECRET 1b", "SECRET 1d"))
+    assert [e.question for e in splits.forget] == [f"SECRET question {n}?" for n in range(4)]
+    assert [e.question for e in splits.retain] == [f"SECRET question {n}?" for n in range(4, 9)]
+    assert [e.question for e in splits.test] == [f"SECRET question {n}?" for n in range(9, 11)]
+    assert len(next(iter(data.val_dataloader()[0]))["forget"]["options"]["option_of"]) == 16
+    assert len(WMDP(str(forget), str(retain), forget_size=2).splits.forget) == 2
+    (tmp_path / "rows.csv").write_text('question,choices,answer\nWhich?,"[""x"", ""y""]",1\n')
+    assert WMDP(str(tmp_path / "rows.csv"), str(retain)).splits.forget == [QAExample(0, "Which?", "y", ("x",))]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"answer": 4}, "forget: got 'answer' of record 1, allowed: the place of a choice"),
+        ({"answer": -1}, "forget: got 'answer' of record 1"),
+        ({"answer": "SECRET"}, "forget: got 'answer' of record 1"),
+        ({"choices": "SECRET"}, "forget: got record 1 of 'choices'"),
+        ({"choices": None}, "forget: got 'answer' of record 1"),
+    ],
+)
+def test_wmdp_mistakes(tmp_path: Path, row: dict, told: str) -> None:
+    first, second = choices(0, 2)
+    (tmp_path / "forget.json").write_text(json.dumps([first, second | row]))
+    (tmp_path / "retain.json").write_text(json.dumps(choices(5, 3)))
+    with pytest.raises(UserError, match=told) as error:
+        _ = WMDP(str(tmp_path / "forget.json"), str(tmp_path / "retain.json")).splits
+    assert "SECRET" not in str(error.value)
+
+
+def test_wmdp_missing_columns_and_files(tmp_path: Path) -> None:
+    forget, retain = tmp_path / "forget.json", tmp_path / "retain.json"
+    retain.write_text(json.dumps(choices(5, 3)))
+    for column in ("question", "choices", "answer"):
+        forget.write_text(json.dumps([{k: v for k, v in row.items() if k != column} for row in choices(0, 2)]))
+        with pytest.raises(UserError, match=f"forget: got '{column}', allowed: "):
+            _ = WMDP(str(forget), str(retain)).splits
+    forget.write_text(json.dumps(choices(0, 2)))
+    for arguments, argument in (
+        ({"forget": "gone.json"}, "forget"),
+        ({"retain": "gone.json"}, "retain"),
+        ({"forget_size": 3}, "forget_size"),
+        ({"forget_size": 0}, "forget_size"),
+        ({"retain_size": 4}, "retain_size"),
+    ):
+        with pytest.raises(UserError) as error:
+            _ = WMDP(**({"forget": str(forget), "retain": str(retain)} | arguments)).splits
+        assert error.value.argument == argument
+
+
+def test_custom_reads_every_format(tmp_path: Path) -> None:
+    (tmp_path / "forget.json").write_text(json.dumps({"data": [{"q": "A?", "a": 7, "w": ["8"]}]}))
+    write_rows(tmp_path / "retain.jsonl", [{"q": "B?", "a": "b", "w": ["x", "y"]}])
+    (tmp_path / "test.csv").write_text('\ufeffq,a,w\n"C, d?",c,"[""z""]"\n', encoding="utf-8")
+    files = [str(tmp_path / name) for name in ("forget.json", "retain.jsonl", "test.csv")]
+    splits = CustomData(*files, question_column="q", answer_column="a", distractors_column="w").splits
+    assert splits.forget == [QAExample(0, "A?", "7", ("8",))]
+    assert splits.retain == [QAExample(1, "B?", "b", ("x", "y"))]
+    assert splits.test == [QAExample(2, "C, d?", "c", ("z",))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument", "told"),
+    [
+        ({"question_column": "prompt"}, "question_column", "allowed: answer, question"),
+        ({"answer_column": "output"}, "answer_column", "allowed: answer, question"),
+        ({"distractors_column": "wrong"}, "distractors_column", "allowed: answer, question"),
+        ({"distractors_column": "answer"}, "distractors_column", "record 0"),
+        ({"retain": "gone.jsonl"}, "retain", "existing"),
+        ({"retain": "gone"}, "retain", "existing"),
+    ],
+)
+def test_custom_mistakes(tmp_path: Path, arguments: dict, argument: str, told: str) -> None:
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", rows(first, 3)) for name, first in
+             (("forget", 0), ("retain", 5))}  # fmt: skip
+    with pytest.raises(UserError, match=told) as error:
+        _ = CustomData(**(files | arguments)).splits
+    assert error.value.argument == argument
+    assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.json", b'[{"question": "SECRET"', "valid JSON: it breaks in line 1"),
+        ("a.jsonl", b'{"question": "SECRET"}\n\nSECRET\n', "line 3"),
+        ("a.json", b'{"question": "SECRET"}', "list of records"),
+        ("a.json", b'["SECRET"]', "list of records"),
+        ("a.csv", b"question,answer\nSECRET,b,c\n", "no more cells"),
+        ("a.csv", b'question,answer\n"SECRET\n', "valid CSV"),
+        ("a.json", b"\xff\xfeSECRET", "UTF-8"),
+        ("a.txt", b"SECRET", "existing .json"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=told) as error:
+        read_records(str(tmp_path / name), "forget")
+    assert error.value.argument == "forget"
+    assert "SECRET" not in str(error.value)
+
+
+def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
+        asked.append((name, config, split))
+        if name == "no/such":
+            raise datasets.exceptions.DatasetNotFoundError("SECRET")
+        return [{"question": "Who?", "answer": "Me"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("a/b", "a/b:c", "a/b:c:d", "a/b::test"):
+        read_records(source, "forget")
+    assert asked == [("a/b", None, "train"), ("a/b", "c", "train"), ("a/b", "c", "d"), ("a/b", None, "test")]
+    asked.clear()
+    for data in (MUSE(), MUSE("muse-bench/MUSE-Books", forget="f", retain="r")):
+        with pytest.raises(UserError, match="questions"):  # the same question in both, as this hub has no other
+            _ = data.splits
+    assert asked == [
+        ("muse-bench/MUSE-News", "knowmem", "forget_qa"),
+        ("muse-bench/MUSE-News", "knowmem", "retain_qa"),
+        ("muse-bench/MUSE-Books", "knowmem", "f"),
+        ("muse-bench/MUSE-Books", "knowmem", "r"),
+    ]
+    with pytest.raises(UserError, match=r"forget: got 'no/such:train'.*DatasetNotFoundError"):
+        read_records("no/such", "forget")
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("SECRET")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match="forget: got 'locuslab/TOFU:forget01:train'"):
+        _ = TOFU().splits
+
+
+def test_the_command_line_sees_the_common_arguments() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(UnlearningDataModule, "data")
+    needed = {"CustomData": ["--data.forget=a.json", "--data.retain=b.json"], "FaithUn": ["--data.path=data"]}
+    for name in ("Facts", "TOFU", "CustomData", "FaithUn", "MUSE", "WMDP", "WorldFacts"):
+        files = needed.get(name, [])
+        arguments = [f"--data={name}", *files, "--data.batch_size=3", "--data.train_on=all", "--data.tokenizer=tiny"]
+        parsed = parser.parse_args(arguments).data.init_args
+        assert (parsed.batch_size, parsed.train_on, parsed.seed) == (3, "all", None)

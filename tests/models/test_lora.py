@@ -1,0 +1,214 @@
+"""Adapters: what they compute, which parameters they leave frozen, and that attribution and regulariser see them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from toys.cli import DEFAULT, command
+from toys.models import KNOWN, adapted, answer_model, batch, distance, equal, norm, part, random_model
+from toys.regularizers import Reference, trained
+
+from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA, adapted_layers, adapter_parameters, check_adapter_state
+from lightning_ssiuu.objectives.ssiuu import SSIUU
+from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.utils.errors import UserError
+
+
+def merged_by_hand(name: str, model: Any) -> Any:
+    """The same architecture without adapters, its weights the sums."""
+    plain = random_model(name)
+    for module_name, layer in adapted_layers(model):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        weight = plain.get_submodule(module_name).weight
+        with torch.no_grad():
+            weight += torch.einsum("or,ri->io" if name == "gpt2" else "or,ri->oi", b, a) * 2.0
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"r": 0}, "lora.r"),
+        ({"r": -3}, "lora.r"),
+        ({"r": 1.5}, "lora.r"),
+        ({"alpha": 0.0}, "lora.alpha"),
+        ({"alpha": math.inf}, "lora.alpha"),
+        ({"alpha": math.nan}, "lora.alpha"),
+        ({"dropout": 1.0}, "lora.dropout"),
+        ({"dropout": -0.1}, "lora.dropout"),
+        ({"target_modules": []}, "lora.target_modules"),
+    ],
+)
+def test_options_outside_their_ranges(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        LoRA(**options)
+    assert caught.value.argument == named
+
+
+@pytest.mark.parametrize("target", ["q_porj", "roj", "", "embed_tokens", "lm_head", "self_attn"])
+def test_targets_that_are_no_projections(target: str) -> None:
+    model = random_model()
+    with pytest.raises(UserError, match=r"lora\.target_modules.*down_proj.*gate_proj.*k_proj"):
+        LoRA(target_modules=["q_proj", target]).attach(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*KNOWN, "gemma2"])
+def test_only_adapters_train_and_nothing_else_changes(name: str) -> None:
+    model, original = (random_model(name, torch.float32) for _ in range(2))
+    LoRA(r=2).attach(model)
+    assert type(model) is type(original)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {n.replace(".weight", ".default.weight") for n in adapter_parameters(model)}
+    if name == "gemma2":  # not in the table of sites: every linear layer but the head
+        linear = {n for n, m in original.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    else:
+        linear = {site.module_name for site in neuron_sites(original)}
+        assert [(s.key, s.module_name, s.width) for s in neuron_sites(model)] == [
+            (s.key, s.module_name, s.width) for s in neuron_sites(original)
+        ]
+    assert {n for n, _ in adapted_layers(model)} == linear
+    rest = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if ".lora_" not in n}
+    assert equal(rest.values(), original.parameters())
+    assert list(rest) == [n for n, _ in original.named_parameters()]
+    ids = part([(5, 3)])["input_ids"]
+    assert torch.equal(model(ids).logits, original(ids).logits)
+
+
+def test_targets_may_be_ends_of_names_and_single_modules() -> None:
+    model = random_model()
+    LoRA(r=1, target_modules=["mlp.up_proj", "model.layers.1.self_attn.q_proj"]).attach(model)
+    chosen = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    assert [name for name, _ in adapted_layers(model)] == chosen
+
+
+def test_a_seed_gives_the_same_adapters_whatever_the_weights_are_in() -> None:
+    drawn = []
+    for dtype, quantization in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, "8bit")):
+        torch.manual_seed(3)
+        model = load_model("tiny", dtype, quantization)
+        LoRA(r=2, dropout=0.25).attach(model)
+        drawn.append(adapter_parameters(model))
+        assert {p.dtype for p in drawn[-1].values()} == {torch.float32}
+        assert {layer.lora_dropout["default"].p for _, layer in adapted_layers(model)} == {0.25}
+    assert equal(drawn[0].values(), drawn[1].values())
+    assert equal(drawn[0].values(), drawn[2].values())
+    first = next(iter(drawn[0].values()))
+    assert 0 < first.abs().max() <= 1 / math.sqrt(first.shape[1])
+    assert not any(matrix.any() for name, matrix in drawn[0].items() if "lora_B" in name)
+    torch.manual_seed(4)
+    other = load_model("tiny")
+    LoRA(r=2).attach(other)
+    assert not equal(drawn[0].values(), adapter_parameters(other).values())
+
+
+def test_a_model_without_storage() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(random_model().config)
+    state = torch.get_rng_state()
+    LoRA(r=2).attach(model)
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert {tuple(p.shape) for n, p in adapter_parameters(model).items() if "up_proj" in n} == {(2, 16), (24, 2)}
+
+
+def test_a_second_set_of_adapters_is_refused() -> None:
+    with pytest.raises(UserError, match="adapters already"):
+        LoRA().attach(adapted(random_model()))
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r'pip install "lightning-ssiuu\[lora\]"'):
+        LoRA().attach(random_model())
+
+
+def test_a_bad_option_of_a_recipe_is_one_line() -> None:
+    refused = command("fit", "--config", DEFAULT, "--model.init_args.lora", "{r: 0}")
+    assert refused.status == 2
+    assert refused.err.strip().endswith("lora.r: got 0, allowed: a whole number ≥ 1")
+
+
+def test_a_checkpoint_of_other_adapters() -> None:
+    model = adapted(random_model(), target_modules=["up_proj"])
+    state = adapted(random_model(), target_modules=["down_proj"]).state_dict()
+    check_adapter_state(model, model.state_dict())
+    check_adapter_state(model, None)
+    with pytest.raises(UserError, match=r"ckpt_path.*without 4 of 4 adapter matrices"):
+        check_adapter_state(model, state)
+
+
+# ---- what they compute -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_outputs_and_attributions_are_those_of_the_summed_weights(name: str) -> None:
+    model = adapted(random_model(name))
+    plain, some = merged_by_hand(name, model), part([(4, 2), (2, 3)])
+    ids = some["input_ids"]
+    assert (model(ids).logits - plain(ids).logits).abs().max() < 1e-10
+    assert (random_model(name)(ids).logits - plain(ids).logits).abs().max() > 0.1
+    left, right = (neuron_attribution(AnswerModel(hf), [some], neuron_sites(hf)) for hf in (model, plain))
+    for aggregate in ("maximum", "positive", "minimum"):
+        a, b = getattr(left, aggregate), getattr(right, aggregate)
+        assert b.abs().max() > 0
+        assert distance([a], [b]) < 1e-10
+
+
+def reference(model: AnswerModel, *args: Any, names: str = "") -> Reference:
+    """The regulariser's formulas, written out, over the parameters that train."""
+    slow = Reference(model.hf, *args)
+    slow.named = {name: p for name, p in slow.named.items() if p.requires_grad}
+    slow.regularized = [name for name in slow.named if names in name]
+    return slow
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "names"),
+    [("llama", None, ""), ("llama", ["mlp_up"], "up_proj"), ("gpt2", ["layer1.mlp_down"], "h.1.mlp.c_proj")],
+)
+def test_the_regulariser_acts_on_adapters_as_its_formulas_say(name: str, modules: Any, names: str) -> None:
+    model = AnswerModel(adapted(random_model(name)))
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    slow = reference(model, 0.7, "relative", "previous", "length_normalised", names=names)
+    batches = [batch(n) for n in range(6)]
+    module = SSIUU(regularizer=AttributionRegularizer(0.7, "relative", "previous", "length_normalised", modules))
+    log = trained(module, model, batches, 3, accumulate_grad_batches=2)
+    for number, gradients in enumerate(log):
+        penalty, total = slow.step(batches[2 * number : 2 * number + 2])
+        assert distance(gradients, total) < 1e-10
+        assert number == 0 or norm(penalty) > 0.1 * norm(total)
+    assert equal(frozen, [p for p in model.parameters() if not p.requires_grad])
+
+
+def test_a_regulariser_for_modules_without_adapters() -> None:
+    model = AnswerModel(adapted(random_model(), target_modules=["q_proj"]))
+    module = SSIUU(regularizer=AttributionRegularizer(0.7, modules=["mlp_up"]))
+    with pytest.raises(UserError, match=r"regularizer\.modules"):
+        trained(module, model, [batch(0)], 1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_change_nothing(dropout: float) -> None:
+    """Embeddings are frozen, the extra gradient needs a second backward pass, steps are accumulated."""
+    logs: list[list[list[Tensor]]] = []
+    for checkpointing in (False, True):
+        model = answer_model()
+        adapted(model.hf, dropout=dropout)
+        regularizer = AttributionRegularizer(0.7, "relative", target="length_normalised")
+        module = SSIUU(regularizer=regularizer, gradient_checkpointing=checkpointing)
+        torch.manual_seed(0)
+        logs.append(trained(module, model, [batch(n) for n in range(6)], 3, accumulate_grad_batches=2))
+        assert model.hf.is_gradient_checkpointing is checkpointing
+    assert all(norm([gradient]) > 0 for gradient in logs[0][2])
+    assert max(distance(a, b) for a, b in zip(*logs, strict=True)) < 1e-10

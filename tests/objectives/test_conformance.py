@@ -1,0 +1,247 @@
+"""What every objective has to do, whoever wrote it: all that the registry finds are put through the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toys.data import Toy, byte_tokenizer
+from toys.models import bare_trainer, equal, random_model, weights
+
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA, adapter_parameters
+from lightning_ssiuu.models.quantization import is_quantized
+from lightning_ssiuu.objectives import UnlearningModule, objectives
+from lightning_ssiuu.regularizers import AttributionRegularizer
+from lightning_ssiuu.utils.errors import UserError
+
+NAMES = sorted(objectives())
+every_objective = pytest.mark.parametrize("name", NAMES)
+#: One block is enough here; what spans several is tested where it is computed.
+SMALL = {"vocab_size": 260, "tie_word_embeddings": True, "num_hidden_layers": 1}
+PENALTY = {"weight": 1.0, "weight_mode": "relative", "target": "length_normalised"}
+
+
+class Twice:
+    """The training loader, every batch two times in a row."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.dataset, self.collate_fn = loader, loader.dataset, loader.collate_fn
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            yield batch
+
+    def __len__(self) -> int:
+        return 2 * len(self.loader)
+
+
+class Data(Toy):
+    """Six forget examples in batches of four, so that a step looks across the seam of two epochs."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__(batch_size=4)
+        self.twice = twice
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        return Twice(loader) if self.twice else loader
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_SSIUU_CACHE", str(tmp_path / "cache"))
+
+
+def made(name: str, **kwargs: Any) -> UnlearningModule:
+    options = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5)} | kwargs
+    return objectives()[name](**options)
+
+
+def adopted(module: UnlearningModule, dtype: torch.dtype = torch.float64, hf: Any = None) -> UnlearningModule:
+    hf = random_model("llama", dtype, **SMALL) if hf is None else hf
+    if module.lora is not None:
+        torch.manual_seed(3)
+        module.lora.attach(hf)
+    module.adopt(AnswerModel(hf), byte_tokenizer())
+    return module
+
+
+def trained(module: UnlearningModule, steps: int = 2, resume: Any = None, twice: bool = False, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    trainer = bare_trainer(steps, **({"accumulate_grad_batches": 2} if twice else {}), **kwargs)
+    trainer.fit(module, Data(twice), ckpt_path=resume)
+    assert trainer.global_step == steps
+    return module
+
+
+@cache
+def first(name: str) -> UnlearningModule:
+    """Trained for two steps with nothing but defaults."""
+    return trained(adopted(made(name)))
+
+
+def plain(name: str) -> list[torch.Tensor]:
+    """Its weights."""
+    return weights(first(name))
+
+
+def unless_refused(arguments: set[str], run: Any) -> Any:
+    """What ``run`` gives, or None if it says that one of these arguments is not for this objective."""
+    try:
+        return run()
+    except UserError as error:
+        if error.argument not in arguments:
+            raise
+        return None
+
+
+def start(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    return weights(random_model("llama", dtype, **SMALL))
+
+
+@every_objective
+def test_says_where_it_is_from_and_what_its_options_are(name: str) -> None:
+    kind = objectives()[name]
+    text = inspect.getdoc(kind) or ""
+    assert "arXiv" in text or name == "FineTuning"
+    shared = inspect.signature(UnlearningModule.__init__).parameters
+    for option, parameter in inspect.signature(kind.__init__).parameters.items():
+        if option not in shared and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            assert f"{option}:" in text, option
+
+
+@every_objective
+def test_is_built_from_yaml(name: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(UnlearningModule, "model")
+    text = f"model: {{class_path: {name}, init_args: {{checkpoint: tiny, scores: [probability]}}}}"
+    built = parser.instantiate_classes(parser.parse_string(text)).model
+    assert type(built) is objectives()[name]
+    assert built.scores == ["probability"]
+
+
+@every_objective
+def test_trains_and_keeps_the_model_to_itself(name: str) -> None:
+    module = first(name)
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert not equal(weights(module), start())
+    assert [n.removeprefix("model.") for n, _ in module.named_parameters()] == [
+        n for n, _ in module.model.named_parameters()
+    ]
+    assert not module.model.hf.base_model._forward_hooks
+    assert not any(m._forward_hooks or m._backward_hooks for m in module.modules())
+
+
+@every_objective
+def test_the_same_seed_gives_the_same_bits(name: str) -> None:
+    assert equal(weights(trained(adopted(made(name)))), plain(name))
+
+
+@every_objective
+def test_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"regularizer": AttributionRegularizer(**PENALTY)}
+    whole = trained(adopted(made(name, **options)), 3, callbacks=[keep], enable_checkpointing=True)
+    torch.load(tmp_path / "step=2.ckpt", weights_only=True)  # plain values and tensors
+    options = {"regularizer": AttributionRegularizer(**PENALTY)}
+    again = trained(adopted(made(name, **options)), 3, resume=str(tmp_path / "step=2.ckpt"))
+    assert equal(weights(again), weights(whole))
+
+
+@every_objective
+def test_a_batch_seen_twice_before_a_step_is_that_batch(name: str) -> None:
+    twice = trained(adopted(made(name)), twice=True)
+    for a, b in zip(plain(name), twice.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@every_objective
+def test_a_penalty_of_weight_zero_changes_no_bit_and_another_does(name: str) -> None:
+    # SSIUU's own default has a penalty; FDCU's a mask: given one of weight 0, they are their backbone's
+    zero, one = (
+        weights(trained(adopted(made(name, regularizer=AttributionRegularizer(**PENALTY | {"weight": weight})))))
+        for weight in (0.0, 1.0)
+    )
+    assert not equal(zero, one)
+    if made(name).regularizer is None:
+        assert equal(zero, plain(name))
+
+
+@every_objective
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_trains_in_bfloat16(name: str, precision: str) -> None:
+    module = adopted(made(name), torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    trained(module, precision=precision)
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@every_objective
+def test_recomputed_activations_change_nothing(name: str) -> None:
+    options: dict[str, Any] = {"gradient_checkpointing": True}
+    module = unless_refused(set(options), lambda: trained(adopted(made(name, **options))))
+    if module is None:
+        return
+    for a, b in zip(module.parameters(), plain(name), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@every_objective
+def test_trains_adapters_or_says_why_not(name: str) -> None:
+    module = unless_refused({"lora"}, lambda: trained(adopted(made(name, lora=LoRA(r=2)))))
+    if module is None:
+        return
+    frozen = {n.replace(".base_layer", ""): p for n, p in module.model.hf.named_parameters() if "lora_" not in n}
+    untouched = random_model("llama", torch.float64, **SMALL)
+    assert all(torch.equal(frozen[n], p) for n, p in untouched.named_parameters())
+    assert any(matrix.abs().max() > 0 for n, matrix in adapter_parameters(module.model).items() if "lora_B" in n)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint whose rows are whole 4-bit blocks."""
+    folder = tmp_path_factory.mktemp("wide")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    random_model("llama", torch.float32, vocab_size=260, **shape).save_pretrained(folder)
+    return str(folder)
+
+
+@every_objective
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_trains_adapters_on_a_quantised_base_or_says_why_not(name: str, quantization: Any, wide: str) -> None:
+    hf = load_model(wide, quantization=quantization)
+    layers = [m for m in hf.modules() if is_quantized(m)]
+    packed = [layer.weight.data.clone() for layer in layers]
+    options: dict[str, Any] = {"lora": LoRA(r=2), "quantization": quantization}
+    module = unless_refused(set(options), lambda: trained(adopted(made(name, **options), hf=hf)))
+    if module is None:
+        return
+    assert equal(packed, [layer.weight.data for layer in layers])
+    assert any(matrix.abs().max() > 0 for n, matrix in adapter_parameters(module.model).items() if "lora_B" in n)
+
+
+@every_objective
+def test_a_quantised_base_without_adapters_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="quantization: got '8bit', allowed: null without lora"):
+        made(name, quantization="8bit")
+
+
+@every_objective
+def test_retain_weight_zero_never_asks_for_the_retain_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = unless_refused({"retain_weight"}, lambda: adopted(made(name, retain_weight=0.0)))
+    if module is None or name == "FineTuning":  # nothing would be left to train on
+        return
+    if name == "PDU":  # measures the retain loss all the same: λ may rise again
+        return
+    monkeypatch.setattr(module, "retain_loss", None)
+    if module.forget_weight > 0:
+        trained(module, 1)
