@@ -1,0 +1,1 @@
+"""Attacks on a finished model: what relearns, and what asks differently."""

@@ -1,0 +1,1 @@
+"""The audit: what is measured, the verdict it leads to, and the page that shows both."""
