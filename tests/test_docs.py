@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
-import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +18,12 @@ import pytest
 from toys.cli import RECIPES, ROOT, SHORT, command
 
 import lightning_ssiuu
+from lightning_ssiuu.cli.fit import UnlearningCLI
 from lightning_ssiuu.models.loading import TINY
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = [name for name in lightning_ssiuu.__all__ if not name.startswith("__")]
+BASH = shutil.which("bash") or "bash"
 _BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Options that make a shown command quick; they change how much is done, not how it is asked for.
 QUICKER = {
@@ -30,22 +33,28 @@ QUICKER = {
 }
 
 
-def blocks(language: str) -> list[Any]:
-    """(marker, text) of the fenced blocks in one language, named by page and line."""
+def blocks(language: str, marked: str | None = None) -> list[Any]:
+    """(marker, text) of the fenced blocks in one language (all, or those with a mark), named by page and line."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in _BLOCK.finditer(text):
-            if match[2] == language:
+            if match[2] == language and marked in (None, match[1]):
                 line = text.count("\n", 0, match.start(3))
                 found.append(pytest.param(match[1], match[3], id=f"{page.name}:{line}"))
     return found
 
 
 def shown_commands(text: str) -> list[list[str]]:
-    """Command lines of a bash block, continued lines joined, comments dropped."""
-    joined = text.replace("\\\n", " ")
-    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+    """The commands of a bash block as bash would start them: loops and variables expanded, nothing started."""
+    script = """
+    lightning-ssiuu() { printf '%s\\0' lightning-ssiuu "$@"; echo; }
+    python() { printf '%s\\0' python "$@"; echo; }
+    """
+    # Without a PATH there is nothing else that could be started.
+    options: Any = {"env": {"PATH": ""}, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([BASH, "-c", script + text.replace("<name>", "npo")], **options)
+    return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(("marker", "text"), blocks("python"))
@@ -71,12 +80,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("marker", "text"), blocks("bash"))
+@pytest.mark.parametrize(("marker", "text"), blocks("bash", marked="run"))
 def test_bash_blocks_marked_run(
     marker: str | None, text: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if marker != "run":
-        pytest.skip("not marked as to be run")
     monkeypatch.chdir(workplace)
     for words in shown_commands(text):
         if words[:3] == ["python", "-m", "lightning_ssiuu.datamodules.embedded.build"]:
@@ -86,6 +93,23 @@ def test_bash_blocks_marked_run(
         assert words[0] == "lightning-ssiuu", words
         result = command(*words[1:], *QUICKER.get(words[1], ()))
         assert result.status == 0, result.err
+
+
+@pytest.mark.parametrize(("marker", "text"), blocks("bash"))
+def test_options_of_shown_commands_exist(
+    marker: str | None, text: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not a block is run, every command in it is parsed, with its recipes."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(UnlearningCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(UnlearningCLI, "_run_subcommand", lambda self, subcommand: None)
+    for name in ("attack", "audit", "compare", "privacy", "utility"):
+        function = getattr(importlib.import_module(f"lightning_ssiuu.cli.{name}"), name)
+        monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: None))
+    for words in shown_commands(text):
+        if words[0] == "lightning-ssiuu":
+            result = command(*words[1:])
+            assert result.status == 0, result.err
 
 
 @pytest.mark.parametrize(("marker", "text"), blocks("bash"))
