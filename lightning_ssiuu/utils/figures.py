@@ -1,16 +1,14 @@
-"""Every picture of this package, drawn once with matplotlib: as a PNG file, and as inline SVG in ``report.html``.
+"""Every picture of this package, drawn once with matplotlib, for PNG files and for ``report.html``.
 
 Each panel is 340 units wide: a phone shows it at about its size, a desktop two beside each other.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
 import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,9 +43,11 @@ PALETTE = {
     "undecided": ("#8a5a00", "#e0aa4a"),
 }
 COLOURS = {name: light for name, (light, _) in PALETTE.items()}
+#: Before an artist's id that a page shows as text under the pointer.
+HOVER = "hover: "
 DASHED, DOTTED = (0, (3, 1.5)), (0, (1, 1.5))
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "axes.titlesize": 11},
     **{"text.usetex": False, "text.parse_math": False, "path.simplify": False},
     **{"svg.fonttype": "none", "svg.hashsalt": "lightning-ssiuu", "axes.titlelocation": "left"},
@@ -55,13 +55,16 @@ _STYLE: dict[str, Any] = {
     **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
     **{f"{axis}tick.{key}": value for axis in "xy" for key, value in (("color", COLOURS["soft"]), ("major.size", 0))},
     **{"text.color": COLOURS["soft"], "axes.labelcolor": COLOURS["soft"], "lines.linewidth": 2},
-    **{"legend.frameon": False, "legend.handlelength": 2, "legend.columnspacing": 1.2, "figure.constrained_layout.use": 1},
+    **{
+        "legend.frameon": False,
+        "legend.handlelength": 2,
+        "legend.columnspacing": 1.2,
+        "figure.constrained_layout.use": 1,
+    },
 }
 # What XML knows no way to write; browsers would show them as boxes.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_HOVER = "hover: "  # before the text that a page shows under the pointer
-_SVG = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
+_STEPS = (1, 2, 2.5, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def line_chart(
     ys = [low, *(y for line in series for _, y in line.points if math.isfinite(y))]
     ys += [edge for line in series for _, *edges in line.band for edge in edges if math.isfinite(edge)]
     top = max(ys) if max(ys) > min(ys) else min(ys) + 1.0
-    axes.set_ylim(min(ys), MaxNLocator(5).tick_values(min(ys), top)[-1] if high is None else high)
+    axes.set_ylim(min(ys), MaxNLocator(5, steps=_STEPS).tick_values(min(ys), top)[-1] if high is None else high)
     axes.set_xlabel(fitted(x_label, 44))
     axes.set_title(fitted(y_label, 48))
     legend(figure, [_handle(line) for line in series if line.name])
@@ -159,9 +162,9 @@ def draw_lines(axes: Axes, series: Sequence[Series]) -> None:
         drawn = axes.plot(*np.reshape(points, (-1, 2)).T, color=line.colour, linestyle=line.dash, zorder=3)
         _hover(drawn[0], line.name)
     axes.margins(x=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=all(x == round(x) for x in xs)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=all(x == round(x) for x in xs)))
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
@@ -170,6 +173,7 @@ def heat_map_figure(maps: Sequence[HeatMap]) -> Figure:
     """Heat maps of the same rows and layers beside each other, each with its scale below."""
     rows = maps[0].rows
     n_layers = 1 + max((layer for one in maps for layer, _ in one.values), default=0)
+    gap = min(0.1, n_layers / 200)
     figure = _figure(22 * len(rows) + 62 + 20 * any(one.title for one in maps), len(maps))
     ratios = (22 * max(len(rows), 1), 8)
     grid = figure.subplots(2, len(maps), squeeze=False, gridspec_kw={"height_ratios": ratios})
@@ -179,9 +183,9 @@ def heat_map_figure(maps: Sequence[HeatMap]) -> Figure:
             shade = min(value / one.highest, 1.0) if one.highest > 0 else 0.0
             hover = f"layer {layer}, {row}: {value:.3g}"
             if math.isfinite(value):
-                _cell(axes, place, 0.94, COLOURS["faint"], 1.0, "" if shade > 0 else hover)
+                _cell(axes, place, 1 - gap, COLOURS["faint"], 1.0, "" if shade > 0 else hover)
             if shade > 0:
-                _cell(axes, place, 0.94, one.colour, shade, hover)
+                _cell(axes, place, 1 - gap, one.colour, shade, hover)
         axes.set(xlim=(-0.5, n_layers - 0.5), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel="layer")
         axes.set_title(fitted(one.title, 48))
         axes.set_xticks(range(0, n_layers, 1 + n_layers // 12))
@@ -214,7 +218,7 @@ def scatter(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -
     axes.set(xlim=(-size, size), ylim=(-size, size), xlabel=fitted(x_label, 44))
     axes.set_title(fitted(y_label, 48))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure
 
@@ -241,14 +245,14 @@ def interval_plot(intervals: Sequence[Interval], threshold: float, x_label: str)
         _hover(guide[0], "threshold")
         if not math.isfinite(one.value):
             continue
-        shown = {"ha": "right", "weight": "bold", "color": COLOURS["ink"]}
+        shown: Any = {"ha": "right", "weight": "bold", "color": COLOURS["ink"]}
         axes.text(right, row + 0.36, f"{round(100 * one.value)} %", **shown)
         known = math.isfinite(one.low)
         ends = [min(max(bound, left), right) for bound in (one.low, one.high)]
         axes.plot(ends, (middle, middle), "-" if known else ":", color=one.colour, linewidth=3, solid_capstyle="round")
         point = axes.plot(min(max(one.value, left), right), middle, "o", color=one.colour, markersize=9)
         _hover(point[0], one.name)
-    axes.set(xlim=(left, right), ylim=(len(intervals), 0), yticks=[], xlabel=x_label)
+    axes.set(xlim=(left, right), ylim=(len(intervals), 0), yticks=[], xlabel=fitted(x_label, 48))
     axes.set_xticks(np.arange(left, 1.1, 0.2), [f"{tick:.0f}" for tick in range(-20, 101, 20)])
     axes.grid(visible=False)
     return figure
@@ -258,7 +262,7 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Below the panels, in as many columns as fit."""
     if handles:
         widest = max(len(str(handle.get_label())) for handle in handles)
-        columns = max(1, min(len(handles), int(72 * figure.get_figwidth() / (40 + 6.6 * widest))))
+        columns = max(1, min(len(handles), int(72 * figure.get_figwidth() / (38 + 6.3 * widest))))
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
 
 
@@ -297,77 +301,6 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` for the inside of a page, whose colours are the page's ``var(--name)`` by :data:`PALETTE`.
-
-    It has no id, style sheet, link or background of its own, its texts are text, and it takes the page's font.
-
-    Args:
-        figure: From this module.
-        description: Read out instead of the picture.
-
-    Example:
-        >>> picture = svg(line_chart([Series("a <b> $", [(0, 1.0), (1, 2.0)])], "epoch", "%"), "scores")
-        >>> "a &lt;b&gt; $</text>" in picture, "<b>" in picture, "var(--unlearned)" in picture
-        (True, False, True)
-    """
-    buffer = io.BytesIO()
-    with style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    written = ET.fromstring(buffer.getvalue())
-    shapes = {f"#{element.get('id')}": element for element in written.iter(f"{_SVG}path") if element.get("id")}
-    attributes = {"viewBox": written.get("viewBox", ""), "role": "img", "aria-label": clean(description)}
-    picture = ET.Element("svg", attributes)
-    picture.extend(_inlined(written, shapes))
-    return ET.tostring(picture, encoding="unicode")
-
-
-def _inlined(parent: ET.Element, shapes: Mapping[str, ET.Element]) -> list[ET.Element]:
-    """What a page needs of matplotlib's elements: paths and texts, those used from elsewhere put in their place."""
-    kept: list[ET.Element] = []
-    for element in parent:
-        tag = element.tag.removeprefix(_SVG)
-        if tag == "g":
-            inner = _inlined(element, shapes)
-            hover = element.get("id", "")
-            if hover.startswith(_HOVER) and inner:
-                ET.SubElement(inner[0], "title").text = hover.removeprefix(_HOVER)
-            kept += inner
-        elif tag == "text":
-            kept.append(ET.Element("text", _attributes(element, "x", "y", "transform")))
-            kept[-1].text = element.text
-        elif tag == "path":
-            kept.append(ET.Element("path", _attributes(element, "d")))
-        elif tag == "use":
-            kept.append(ET.Element("path", _attributes(shapes[element.get(_LINK, "")], "d")))
-            x, y = (element.get(name, "0") for name in "xy")
-            kept[-1].attrib |= _attributes(element) | {"transform": _rounded(f"translate({x} {y})")}
-    return [element for element in kept if element.tag == "text" or not _invisible(element)]
-
-
-def _invisible(element: ET.Element) -> bool:
-    style = element.get("style", "")
-    return "stroke:" not in style and ("fill:none" in style or "fill:" not in style)
-
-
-def _attributes(element: ET.Element, *names: str) -> dict[str, str]:
-    values = {name: _rounded(element.get(name, "")) for name in names}
-    if values.get("transform", "").startswith("rotate(-0 "):
-        del values["transform"]
-    declared = dict(part.split(": ") for part in element.get("style", "").split("; ") if ": " in part)
-    for name in ("font-size", "font-family", "stroke-dashoffset", "stroke-linejoin"):
-        declared.pop(name, None)
-    variables = {light: f"var(--{name})" for name, light in COLOURS.items()}
-    shown = (f"{name}:{variables.get(value, value)}" for name, value in declared.items())
-    return values | {"style": ";".join(shown)}
-
-
-def _rounded(numbers: str) -> str:
-    text = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), numbers)
-    text = re.sub(r" ?([A-Za-z]) ?", r"\1", " ".join(text.split()))
-    return re.sub(r"M(\S+ \S+)L\1(?=M|$)", r"M\1h0", text)  # the shortest of strokes
-
-
 def _figure(height: float, panels: int = 1) -> Figure:
     return Figure(figsize=(WIDTH * panels / 72, height / 72), layout="constrained")
 
@@ -377,7 +310,13 @@ def _handle(line: Series) -> Line2D:
 
 
 def _cell(
-    axes: Axes, place: tuple[float, float], width: float, colour: str, alpha: float, hover: str = "", height: float = 0.94
+    axes: Axes,
+    place: tuple[float, float],
+    width: float,
+    colour: str,
+    alpha: float,
+    hover: str = "",
+    height: float = 0.94,
 ) -> None:
     patch = Rectangle(place, width, height, facecolor=colour, alpha=alpha, linewidth=0)
     _hover(axes.add_patch(patch), hover)
@@ -385,7 +324,7 @@ def _cell(
 
 def _hover(artist: Artist, text: str) -> None:
     if text:
-        artist.set_gid(_HOVER + clean(text))
+        artist.set_gid(HOVER + clean(text))
 
 
 def _short(value: float) -> str:

@@ -31,8 +31,8 @@ from lightning_ssiuu.utils.figures import (
     interval_plot,
     line_chart,
     scatter,
-    svg,
 )
+from lightning_ssiuu.utils.svg import svg
 
 #: Flagged neurons and scatter points that are shown.
 SHOWN_NEURONS, SHOWN_POINTS = 50, 2000

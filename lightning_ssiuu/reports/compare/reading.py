@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,18 +99,6 @@ def read_run(path: Path) -> Run:
     attack = {"attacks": [], "curves": []} | _json(path / "attack.json", _check_attack)
     utility, audit = _json(path / "utility.json", _check_utility), _json(path / "audit.json", _check_audit)
     return Run(path, metrics, config, attack, utility, audit)
-
-
-def number(value: Any) -> float | None:
-    """A finite number as it is, anything else (a diverged run's null) as None.
-
-    Example:
-        >>> number(1), number(None), number(float("nan"))
-        (1.0, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:

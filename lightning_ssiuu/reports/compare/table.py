@@ -8,7 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
-from lightning_ssiuu.reports.compare.reading import Run, number
+from lightning_ssiuu.reports.compare.reading import Run
+from lightning_ssiuu.reports.curves import number
 
 #: Attacks in the order of the table.
 ATTACKS = (
