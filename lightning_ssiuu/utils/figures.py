@@ -237,7 +237,7 @@ def interval_plot(intervals: Sequence[Interval], threshold: float, x_label: str)
     left, right = -0.2, 1.0
     for row, one in enumerate(intervals):
         top, bottom, middle = row + 0.42, row + 0.95, row + 0.69
-        axes.text(left + 0.01, row + 0.36, fitted(one.name, 42), color=COLOURS["ink"])
+        axes.text(left + 0.01, row + 0.36, fitted(one.name, 42), color=COLOURS["ink"], in_layout=False)
         _cell(axes, (left, top), threshold - left, COLOURS["faint"], 1.0, height=bottom - top)
         for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
             axes.plot((tick, tick), (top, bottom), color=COLOURS["rule" if tick else "soft"], linewidth=1)
@@ -252,7 +252,7 @@ def interval_plot(intervals: Sequence[Interval], threshold: float, x_label: str)
         axes.plot(ends, (middle, middle), "-" if known else ":", color=one.colour, linewidth=3, solid_capstyle="round")
         point = axes.plot(min(max(one.value, left), right), middle, "o", color=one.colour, markersize=9)
         _hover(point[0], one.name)
-    axes.set(xlim=(left, right), ylim=(len(intervals), 0), yticks=[], xlabel=fitted(x_label, 48))
+    axes.set(xlim=(left, right), ylim=(len(intervals), 0), yticks=[], xlabel=fitted(x_label, 44))
     axes.set_xticks(np.arange(left, 1.1, 0.2), [f"{tick:.0f}" for tick in range(-20, 101, 20)])
     axes.grid(visible=False)
     return figure
