@@ -23,8 +23,8 @@ from lightning_ssiuu.utils.figures import (
 )
 
 _SIGNS = (
-    ("d_plus", "D⁺", "positive influence lost", COLOURS["erased"]),
-    ("d_minus", "D⁻", "negative influence gained", COLOURS["hidden"]),
+    ("d_plus", "D⁺", "positive influence lost (erased)", COLOURS["erased"]),
+    ("d_minus", "D⁻", "negative influence gained (hidden)", COLOURS["hidden"]),
 )
 _POINTS = 150  # of a curve, which show the shape of half a million
 
