@@ -11,12 +11,7 @@ Curve = Mapping[str, Any]
 
 
 def number(value: Any) -> float | None:
-    """A finite number as it is, anything else (a diverged run's null) as None.
-
-    Example:
-        >>> number(1), number(None), number(float("nan"))
-        (1.0, None, None)
-    """
+    """A finite number as it is, anything else (a diverged run's null) as None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None

@@ -53,12 +53,6 @@ class Share:
         return "hidden" if self.low > THRESHOLD else "erased" if self.high < THRESHOLD else "undecided"
 
     def __str__(self) -> str:
-        """The share in percent.
-
-        Example:
-            >>> print(Share(0.3, 0.2, 0.4, 3), "or", Share(0.3, -math.inf, math.inf, 1))
-            30 % (20 to 40 %) or 30 % (spread unknown)
-        """
         if math.isinf(self.low):
             return f"{percent(self.value)} % (spread unknown)"
         return f"{percent(self.value)} % ({percent(self.low)} to {percent(self.high)} %)"
@@ -66,9 +60,6 @@ class Share:
 
 def share_of_seeds(values: Sequence[float]) -> Share:
     """The mean over seeds with Student's t bounds; one seed has no spread, and hence no bounds.
-
-    Args:
-        values: One share per seed.
 
     Example:
         >>> print(share_of_seeds([0.30, 0.34, 0.38]), "or", share_of_seeds([0.0, 0.0]))
@@ -133,16 +124,10 @@ class Forgetting:
 
     @property
     def share(self) -> float:
-        """Share of the way from the original's score to the floor.
-
-        Example:
-            >>> Forgetting("probability", 90.0, 30.0, 10.0, "chance").share
-            0.75
-        """
+        """Share of the way from the original's score to the floor."""
         return (self.original - self.unlearned) / (self.original - self.floor) if self.known else 0.0
 
     def __str__(self) -> str:
-        """What happened to the score."""
         return (
             f"the {self.shown} went from {self.original:.1f} % to {self.unlearned:.1f} %, {percent(self.share)} "
             f"% of the way to {self.floor:.1f} % ({self.floor_is})"
@@ -170,7 +155,6 @@ class Evidence:
     note: str = ""
 
     def __str__(self) -> str:
-        """One sentence without a full stop, and without the note."""
         return f"{self.what} brings back {self.share} of what was lost, beyond {self.beyond}"
 
 

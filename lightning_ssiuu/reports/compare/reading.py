@@ -84,8 +84,11 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
         else:
             skipped.append(str(given))
     if not runs:
-        found = skipped[0] if len(skipped) == 1 else skipped
-        raise UserError("runs", found, "run directories written by fit (with metrics.json and config.yaml)")
+        raise UserError(
+            "runs",
+            skipped[0] if len(skipped) == 1 else skipped,
+            "run directories written by fit (with metrics.json and config.yaml)",
+        )
     return list(runs.values()), skipped
 
 
@@ -127,8 +130,8 @@ def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
         return score
     for run in runs:
         if run.metrics["score"] != runs[0].metrics["score"]:
-            found, other = run.metrics["score"], runs[0].metrics["score"]
-            allowed = f"runs with the score of {runs[0].path} ({other}, not {found}), or --score and one that all have"
+            own, first_of = run.metrics["score"], runs[0].metrics["score"]
+            allowed = f"runs with the score of {runs[0].path} ({first_of}, not {own}), or --score and one that all have"
             raise UserError("runs", str(run.path), " ".join(allowed.split()))
     return str(runs[0].metrics["score"])
 
