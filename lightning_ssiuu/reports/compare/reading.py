@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,9 @@ _PIECES = ("metrics.json", "config.yaml")
 
 @dataclass
 class Run:
-    """A finished run.
+    """A finished run: its directory as it was given, and the contents of its files.
 
-    Args:
-        path: Its directory, as it was given.
-        metrics: ``metrics.json``.
-        config: ``config.yaml``.
-        attack: ``attack.json``; ``{"attacks": [], "curves": []}`` where there is none. ``utility`` and ``audit`` are
-            ``{}`` then.
-        utility: ``utility.json``.
-        audit: ``audit.json``.
+    Where there is no such file ``attack`` is ``{"attacks": [], "curves": []}``, ``utility`` and ``audit`` are ``{}``.
     """
 
     path: Path
@@ -93,11 +87,7 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
 
 
 def read_run(path: Path) -> Run:
-    """Read one run directory.
-
-    Raises:
-        UserError: Naming the file that cannot be read or is not what it should be.
-    """
+    """Read one run directory; a :class:`UserError` names the file that is not what it should be."""
     metrics, config = _json(path / "metrics.json", _check_metrics), _config(path / "config.yaml")
     attack = {"attacks": [], "curves": []} | _json(path / "attack.json", _check_attack)
     utility, audit = _json(path / "utility.json", _check_utility), _json(path / "audit.json", _check_audit)
@@ -149,14 +139,27 @@ def _check_attack_scores(runs: Sequence[Run]) -> None:
 def _json(path: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
+    with _readable(path, f"the {path.name} that this version writes"):
         content = json.loads(path.read_text(encoding="utf-8"))
         check(content)
+    return content
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with _readable(path, "valid YAML, as fit writes it"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _only(dict, content)
+    return content
+
+
+@contextmanager
+def _readable(path: Path, allowed: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError("runs", str(path), f"the {path.name} that this version writes") from error
-    return content
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError("runs", str(path), allowed) from error
 
 
 def _check_metrics(content: Mapping[str, Any]) -> None:
@@ -200,15 +203,3 @@ def _only(kind: type | tuple[type, ...], *values: object) -> None:
     for value in values:
         if not isinstance(value, kind):
             raise TypeError(f"expected {kind}, got {type(value)}")
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError("runs", str(path), "valid YAML, as fit writes it") from error
-    if not isinstance(content, dict):
-        raise UserError("runs", str(path), "valid YAML, as fit writes it")
-    return content

@@ -23,13 +23,13 @@ Spread = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell.
+    """One cell: the mean of ``n`` training seeds.
 
     Args:
-        mean: Over training seeds.
+        mean: In the column's unit.
         std: Over training seeds, n − 1; None for one.
         attack_std: Over the seeds of the attack, the mean of the runs'; None where nothing was attacked.
-        n: Training seeds it is from.
+        n: Training seeds.
         edge: Whether the highest score of any of them lies at the edge of what the attack tried.
     """
 
@@ -47,14 +47,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """A column: ``key`` is its name in ``compare.csv``, ``title`` in print, ``form`` percent, count or influence.
 
-    Args:
-        key: Its name in ``compare.csv``.
-        title: Its name in print.
-        form: ``percent``, ``count`` or ``influence``.
-        attacked: Whether its figures come of an attack.
-        relearned: Whether of one that has a grid, whose edge they can lie at.
+    ``attacked`` says whether its figures come from an attack, ``relearned`` whether from one that has a grid.
     """
 
     key: str
