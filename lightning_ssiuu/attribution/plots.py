@@ -3,100 +3,77 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from lightning_ssiuu.attribution.influence import InfluenceVariation, cumulative_curve, module_layer_means
 from lightning_ssiuu.models.architectures import KINDS
-from lightning_ssiuu.utils.files import written_atomically
-
-_PLUS, _MINUS = "#1b7f79", "#b3402f"
-_PANELS = (
-    ("d_plus", "D⁺: positive influence lost (erased)", "GnBu"),
-    ("d_minus", "D⁻: negative influence gained (hidden)", "OrRd"),
+from lightning_ssiuu.utils.figures import (
+    COLOURS,
+    DASHED,
+    DOTTED,
+    HeatMap,
+    Series,
+    heat_map_figure,
+    line_chart,
+    pixels,
+    save_png,
 )
+
+_SIGNS = (
+    ("d_plus", "D⁺", "positive influence lost (erased)", COLOURS["erased"]),
+    ("d_minus", "D⁻", "negative influence gained (hidden)", COLOURS["hidden"]),
+)
+_POINTS = 150  # of a curve, which show the shape of half a million
 
 
 def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, top: int = 100) -> None:
     """Draw D⁺ and D⁻ as module × layer heat maps of the mean over each module's ``top`` neurons (shared colour scale).
 
     Args:
-        path: PNG, SVG or PDF file.
+        path: PNG file.
         variation: On the forget set.
         top: Neurons averaged per module and layer.
     """
-    _save(heat_map_figure(variation, top), path)
+    save_png(heat_map_figure(heat_maps(variation, top)), path)
 
 
 def heat_map_pixels(variation: InfluenceVariation, top: int = 100) -> np.ndarray:
-    """The picture of :func:`save_heat_maps` as ``[height, width, 3]`` bytes, for a logger that takes images.
-
-    Args:
-        variation: On the forget set.
-        top: Neurons averaged per module and layer.
-    """
-    canvas = FigureCanvasAgg(heat_map_figure(variation, top))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    """The picture of :func:`save_heat_maps` as ``[height, width, 3]`` bytes, for a logger that takes images."""
+    return pixels(heat_map_figure(heat_maps(variation, top)))
 
 
-def heat_map_figure(variation: InfluenceVariation, top: int = 100) -> Figure:
-    """The figure behind :func:`save_heat_maps`.
-
-    Args:
-        variation: On the forget set.
-        top: Neurons averaged per module and layer.
-    """
-    sites = variation.before.sites
-    kinds: list[str] = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
-    n_layers = 1 + max(site.layer for site in sites)
-    means = {n: module_layer_means(variation.before.by_site(getattr(variation, n)), top) for n, _, _ in _PANELS}
-    highest = max(max(values.values()) for values in means.values()) or 1.0
-    figure = Figure(figsize=(6.4 + 0.35 * n_layers, 3.2), layout="constrained")
-    for axes, (name, title, colours) in zip(figure.subplots(1, 2, sharey=True), _PANELS, strict=True):
-        grid = np.full((len(kinds), n_layers), np.nan)
-        for (layer, kind), value in means[name].items():
-            grid[kinds.index(kind), layer] = value
-        image = axes.imshow(grid, cmap=colours, vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
-        axes.set(title=title, xlabel="layer", xticks=range(0, n_layers, 1 + n_layers // 12))
-        axes.set_yticks(range(len(kinds)), kinds)
-        axes.title.set_fontsize(9)
-        figure.colorbar(image, ax=axes)
-    return figure
+def heat_maps(variation: InfluenceVariation, top: int = 100) -> tuple[HeatMap, HeatMap]:
+    """D⁺ and D⁻ on one scale, see :func:`save_heat_maps`."""
+    kinds = [kind for kind in KINDS if any(site.kind == kind for site in variation.before.sites)]
+    means = [module_layer_means(variation.before.by_site(getattr(variation, sign[0])), top) for sign in _SIGNS]
+    highest = max(value for values in means for value in values.values())
+    plus, minus = (
+        HeatMap(f"{symbol}: {meaning}", values, kinds, highest, colour)
+        for (_, symbol, meaning, colour), values in zip(_SIGNS, means, strict=True)
+    )
+    return plus, minus
 
 
 def save_cumulative_curves(path: str | os.PathLike[str], variations: Mapping[str, InfluenceVariation]) -> None:
     """Draw the cumulative D⁺ and D⁻ over neurons sorted by each, one pair of curves per named model.
 
     Args:
-        path: PNG, SVG or PDF file.
+        path: PNG file.
         variations: By the model's name; the first is drawn solid, the next dashed, and so on.
     """
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    styles: Sequence[str] = ("-", "--", "-.", ":")
+    save_png(cumulative_figure(variations), path)
+
+
+def cumulative_figure(variations: Mapping[str, InfluenceVariation]) -> Figure:
+    """The figure of :func:`save_cumulative_curves`."""
+    lines = []
     for index, (name, variation) in enumerate(variations.items()):
-        style = styles[index % len(styles)]
-        _curve(axes, variation.d_plus, _PLUS, style, f"D⁺ {name}".strip())
-        _curve(axes, variation.d_minus, _MINUS, style, f"D⁻ {name}".strip())
-    axes.set(xlabel="neurons, sorted", ylabel="cumulative influence variation", ylim=(0, None))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    _save(figure, path)
-
-
-def _curve(axes: Axes, values: Tensor, colour: str, style: str, label: str) -> None:
-    curve = cumulative_curve(values).numpy()
-    # A few hundred points show the shape of half a million.
-    points = np.unique(np.linspace(0, len(curve) - 1, 400).astype(int))
-    axes.plot(points + 1, curve[points], style, color=colour, label=label)
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with written_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        for attribute, symbol, _, colour in _SIGNS:
+            curve = cumulative_curve(getattr(variation, attribute)).tolist()
+            places = sorted({round(place) for place in np.linspace(0, len(curve) - 1, _POINTS)})
+            points = [(place + 1, curve[place]) for place in places]
+            lines.append(Series(f"{symbol} {name}".strip(), points, colour, ("-", DASHED, "-.", DOTTED)[index % 4]))
+    return line_chart(lines, "neurons, largest first", "sum of D, units of the target")

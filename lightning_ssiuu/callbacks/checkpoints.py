@@ -43,14 +43,12 @@ class KeepCheckpoints(Checkpoint):
         self._begins = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether the run begins anew, and at which step."""
         self._saved_step = trainer.global_step
         self._begins = trainer.ckpt_path is None and self.every_n_steps is not None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, and remove the checkpoint before; after the first batch every check has been passed."""
         if self._begins:
             self._begins = False
             self._remove(trainer, but=None)

@@ -62,7 +62,6 @@ class ForgetThresholdStopping(L.Callback):
         self._looked_at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Work out the threshold and refuse a run that has nothing to do."""
         if self.threshold is None:
             return
         model: Any = pl_module.model
@@ -83,7 +82,6 @@ class ForgetThresholdStopping(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look every ``every_n_steps`` optimiser steps."""
         step = trainer.global_step
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
@@ -95,18 +93,15 @@ class ForgetThresholdStopping(L.Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say when the steps ran out first."""
         if self.level is not None and not self.stopped:
             reached = "not measured" if self.value is None else f"{self.value:.4g} %"
             text = f"training ended before {self.score} fell to {self.level:.4g} % (last: {reached})"
             warnings.warn(f"ForgetThresholdStopping: {text}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The threshold and the last look."""
         return {"value": self.value, "level": self.level, "stopped": self.stopped, "looked_at": self._looked_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take an interrupted run up."""
         self.value, self.level, self.stopped = state_dict["value"], state_dict["level"], state_dict["stopped"]
         self._looked_at = state_dict["looked_at"]
 

@@ -101,7 +101,6 @@ class NeuronAttributionCallback(L.Callback):
         self._measured_step = 0  # nothing has moved before the first step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fix the probes and attribute the original model."""
         if self.probe_examples == 0:
             return
         model = _answer_model(pl_module)
@@ -119,13 +118,11 @@ class NeuronAttributionCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure and log every ``every_n_steps`` optimiser steps."""
         step = trainer.global_step
         if self._before and self.every_n_steps and step % self.every_n_steps == 0 and step != self._measured_step:
             self._measure(trainer, _answer_model(pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the unlearned model, flag spurious neurons, write the table and the plots."""
         if not self._before:
             return
         model = _answer_model(pl_module)
@@ -148,7 +145,6 @@ class NeuronAttributionCallback(L.Callback):
         return self.variation.summary() | {"n_spurious": len(self.flagged)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the original model's attributions and the history so far."""
         before = {
             split: [a.maximum, a.positive, a.minimum, a.n_examples, a.log_probabilities, a.highest_log]
             for split, a in self._before.items()
@@ -156,7 +152,6 @@ class NeuronAttributionCallback(L.Callback):
         return {"before": before, "history": self.history, "measured_step": self._measured_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take an interrupted run up; the sites are found again at its start."""
         self.history, self._measured_step = state_dict["history"], state_dict["measured_step"]
         self._before = {split: NeuronAttribution([], *values) for split, values in state_dict["before"].items()}
 

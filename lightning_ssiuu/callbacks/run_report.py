@@ -48,13 +48,11 @@ class RunReport(L.Callback):
         self._start = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Score the original model (a resumed run brings its scores along)."""
         self._start = time.monotonic()
         if not self.before:
             self.before = self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Score the trained model and report."""
         self.after = self._evaluate(trainer, pl_module)
         content = self._content(trainer, pl_module)
         if trainer.is_global_zero:
@@ -63,11 +61,9 @@ class RunReport(L.Callback):
                 print_before_after(content)
 
     def state_dict(self) -> dict[str, Any]:
-        """The original model's scores."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take an interrupted run up."""
         self.before = state_dict["before"]
 
     def _evaluate(self, trainer: Any, pl_module: Any) -> Scores:

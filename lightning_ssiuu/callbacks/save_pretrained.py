@@ -36,18 +36,15 @@ class SavePretrained(L.Callback):
         self.folder, self.adapter = folder, adapter
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse to look for adapters where there will be none."""
         if self.adapter and getattr(pl_module, "lora", None) is None:
             raise UserError("saving.adapter", True, "false without lora: there are no adapters")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse to train what could not be saved."""
         if self.folder is not None:
             needed = plain_bytes(pl_module.model.hf, self.adapter)
             check_space("trainer.default_root_dir", run_directory(trainer), needed)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save; all ranks gather the weights, the first one writes."""
         if self.folder is None:
             return
         root, hf = Path(run_directory(trainer)), pl_module.model.hf

@@ -56,14 +56,7 @@ def quiet() -> Iterator[None]:
 
 
 def hide_short_bars(*directories: str) -> None:
-    """Switch transformers' loading and saving bars off where all models are so small that a bar would only flash.
-
-    Args:
-        directories: Local model directories; anything else counts as large.
-
-    Example:
-        >>> hide_short_bars("tiny")  # no directory of that name: the bars stay
-    """
+    """Switch transformers' loading and saving bars off where all models are so small that a bar would only flash."""
     from transformers.utils import logging as transformers_logging
 
     sizes = [
@@ -77,11 +70,6 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], description: str) -> Iterator[T]:
-    """Pass items on and show a bar once three seconds have gone by, on the first rank only; it vanishes at the end.
-
-    Example:
-        >>> list(progress([1, 2], "counting"))
-        [1, 2]
-    """
+    """Pass items on and show a bar once three seconds have gone by, on the first rank only; it vanishes at the end."""
     hidden = world_size() > 1 and dist.get_rank() > 0
     return iter(tqdm(items, desc=description, delay=3, leave=False, disable=hidden))

@@ -13,32 +13,17 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of processes in the run.
-
-    Example:
-        >>> world_size()
-        1
-    """
+    """Number of processes in the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0.
-
-    Example:
-        >>> rank()
-        0
-    """
+    """Number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars on one device, averaged over the ranks in one go; each rank must call it.
-
-    Example:
-        >>> mean_over_ranks({"loss": torch.tensor(2.0)})
-        {'loss': tensor(2.)}
-    """
+    """Scalars on one device, averaged over the ranks in one go; each rank must call it."""
     if world_size() == 1 or not values:
         return {name: value.detach() for name, value in values.items()}
     stacked = torch.stack([value.detach() for value in values.values()])
@@ -47,12 +32,7 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; each rank must call it.
-
-    Example:
-        >>> gathered("mine")
-        ['mine']
-    """
+    """Every rank's value, in the order of the ranks; each rank must call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

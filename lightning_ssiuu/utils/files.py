@@ -127,15 +127,7 @@ def _lock(folder: Path, wait: bool) -> int | None:
 
 
 def clear_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what a killed process left half written in ``folder``; finish what it was about to rename.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> (folder / ".lightning-ssiuu-partial-x").mkdir()
-        >>> clear_leftovers(folder)
-        >>> os.listdir(folder)
-        []
-    """
+    """Remove what a killed process left half written in ``folder``; finish what it was about to rename."""
     for leftover in Path(folder).glob(f"{_PREFIX}*"):
         with suppress(OSError):  # gone in the meantime, or not ours
             if (lock := _lock(leftover, wait=False)) is None:
@@ -223,16 +215,6 @@ def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
     """When a mistake or an exit ends the block, the empty directories it made in ``folder`` are removed again.
 
     Loggers make their directories before the data and the model have been checked.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp()) / "run"
-        >>> try:
-        ...     with nothing_left(folder):
-        ...         (folder / "logs" / "version_0").mkdir(parents=True)
-        ...         raise UserError("threshold", 1, "more")
-        ... except UserError:
-        ...     print(folder.exists())
-        False
     """
     root = Path(folder).absolute()
     missing = [root, *(parent for parent in root.parents if not parent.exists())] if not root.exists() else []
@@ -263,10 +245,5 @@ def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> N
 
 
 def cache_directory() -> Path:
-    """Where what can be made again is kept: ``LIGHTNING_SSIUU_CACHE``, or ``~/.cache/lightning_ssiuu``.
-
-    Example:
-        >>> cache_directory().is_absolute() or "LIGHTNING_SSIUU_CACHE" in os.environ
-        True
-    """
+    """Where what can be made again is kept: ``LIGHTNING_SSIUU_CACHE``, or ``~/.cache/lightning_ssiuu``."""
     return Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()

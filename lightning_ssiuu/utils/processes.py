@@ -45,11 +45,6 @@ class EndTogether(L.Callback):
     """In the process that started the others: ends it, and them, when one of them dies, with that one's exit status.
 
     Takes the place of Lightning's observer, which kills this process outright, status and message included.
-
-    Example:
-        >>> trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, barebones=True)
-        >>> with EndTogether.around(trainer):
-        ...     pass
     """
 
     def __init__(self) -> None:
@@ -82,7 +77,6 @@ class EndTogether(L.Callback):
             self._over.set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over from Lightning's observer as soon as all processes are there."""
         self.take_over(trainer.strategy.launcher)
 
     def take_over(self, launcher: Any) -> None:
@@ -100,7 +94,7 @@ class EndTogether(L.Callback):
             if any(process.poll() for process in self._others):
                 # Usually this process's next communication fails at once, and it ends by itself.
                 if not self._over.wait(_NOTICING):
-                    status = _told(self._others) or 1
+                    status = _status(self._others) or 1
                     if status != MISTAKE:
                         print(f"lightning-ssiuu: error: {_deaths(self._others)}", file=sys.stderr, flush=True)
                     _kill(self._others)
@@ -114,14 +108,14 @@ class EndTogether(L.Callback):
             last = time.monotonic() + _DYING
             while self._others and time.monotonic() < last and all(p.poll() is None for p in self._others):
                 time.sleep(0.05)
-        told = _told(self._others) == MISTAKE
+        mistake = _status(self._others) == MISTAKE
         if deaths := _deaths(self._others):
             error.add_note(f"{deaths}; what it said stands above")
         _kill(self._others)
-        return told
+        return mistake
 
 
-def _told(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _status(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """The highest exit status of those that ended by themselves; 0 if there is none."""
     return max((p.returncode for p in processes if p.poll() and p.returncode > 0), default=0)
 

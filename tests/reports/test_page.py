@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import matplotlib
 import pytest
 from toys.reports import HOSTILE, audit_content, report, variation
 
-from lightning_ssiuu.reports.audit.charts import Interval, Series, heat_map, interval_plot, line_chart, scatter
 from lightning_ssiuu.reports.audit.page import Measured, report_html
+from lightning_ssiuu.utils.figures import (
+    COLOURS,
+    DASHED,
+    PALETTE,
+    HeatMap,
+    Interval,
+    Series,
+    heat_map_figure,
+    interval_plot,
+    line_chart,
+    scatter,
+)
+from lightning_ssiuu.utils.svg import svg
 
 _VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -123,33 +137,97 @@ def test_a_report_of_the_least() -> None:
     assert not re.search(r"\bnan\b", shown)
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_charts_are_well_formed(hostile: str) -> None:
-    charts = [
-        line_chart(hostile, [Series(hostile, [(0, 1.0), (1, float("nan"))], band=[(0, 0.5, 1.5)])], hostile, hostile),
-        line_chart(hostile, [], "", ""),
-        heat_map(hostile, {(0, hostile): 1.0, (1, hostile): 0.0}, [hostile], 1.0, "plus"),
-        heat_map(hostile, {}, [], 0.0, "minus"),
-        scatter(hostile, [(1.0, -2.0)], hostile, hostile),
-        scatter(hostile, [], "", ""),
-        interval_plot(hostile, [Interval(hostile, 0.5, float("-inf"), float("inf"), "undecided")], 0.1),
+@pytest.mark.parametrize("hostile", [*HOSTILE, "$\\frac$ 50 $", "_hidden", "語 ق", ""])
+def test_pictures_are_well_formed_and_their_names_text(hostile: str) -> None:
+    band = [(0, 0.5, 1.5), (1, 1.0, 2.0)]
+    figures = [
+        line_chart([Series(hostile, [(0, 1.0), (1, float("nan"))], band=band)], hostile, hostile),
+        line_chart([], "", ""),
+        heat_map_figure([HeatMap(hostile, {(0, hostile): 1.0, (1, hostile): 0.0}, [hostile], 1.0, COLOURS["erased"])]),
+        heat_map_figure([HeatMap("", {}, [], 0.0, COLOURS["hidden"])]),
+        scatter([(1.0, -2.0)], hostile, hostile),
+        scatter([], "", ""),
+        interval_plot([Interval(hostile, 0.5, float("-inf"), float("inf"), COLOURS["undecided"])], 0.1, hostile),
     ]
-    for chart in charts:
-        tree = ET.fromstring(chart)
-        assert tree.tag == "svg"
-        numbers = [value for element in tree.iter() for value in element.attrib.values() if value in ("nan", "inf")]
-        assert numbers == []
+    for figure in figures:
+        tree = ET.fromstring(picture := svg(figure, hostile))
+        assert {element.tag for element in tree.iter()} <= {"svg", "path", "text", "title"}
+        allowed = {"viewBox", "role", "aria-label", "d", "style", "transform", "x", "y"}
+        assert {name for element in tree.iter() for name in element.attrib} <= allowed
+        drawn = " ".join(value for element in tree.iter() for name, value in element.items() if name != "aria-label")
+        assert not re.search(r"nan|inf|url|#", drawn)  # every colour is one of the page's
+        assert picture == svg(figure, hostile)
+    shown = hostile.translate({0: "\ufffd", 0x1B: "\ufffd"})
+    for figure in (figures[0], figures[2], figures[4], figures[6]):
+        texts = [text.text or "" for text in ET.fromstring(svg(figure, "")).iter("text")]
+        assert any(text.strip() and shown.startswith(text.strip().removesuffix("…")) for text in texts) or not hostile
+        assert max(map(len, texts)) <= 48
 
 
 def test_a_heat_map_is_darkest_where_the_value_is_highest() -> None:
-    tree = ET.fromstring(heat_map("", {(0, "mlp_up"): 0.1, (1, "mlp_up"): 0.4}, ["mlp_up"], 0.4, "plus"))
-    shades = {rect[0].text: float(rect.get("fill-opacity", "0")) for rect in tree.iter("rect") if len(rect)}
-    assert shades == {"layer 0, mlp_up: 0.1": 0.25, "layer 1, mlp_up: 0.4": 1.0}
+    values = {(0, "mlp_up"): 0.1, (1, "mlp_up"): 0.4, (2, "mlp_up"): 0.0}
+    tree = ET.fromstring(svg(heat_map_figure([HeatMap("", values, ["mlp_up"], 0.4, COLOURS["erased"])]), ""))
+    shades = {cell[0].text: cell.get("style") for cell in tree.iter("path") if len(cell)}
+    assert shades == {
+        "layer 0, mlp_up: 0.1": "fill:var(--erased);opacity:0.25",
+        "layer 1, mlp_up: 0.4": "fill:var(--erased)",
+        "layer 2, mlp_up: 0": "fill:var(--faint)",
+    }
 
 
-def test_lines_go_where_their_values_are() -> None:
-    tree = ET.fromstring(line_chart("", [Series("", [(0, 0.0), (10, 100.0)])], "", ""))
-    (line,) = tree.iter("polyline")
-    start, end = ([float(one) for one in point.split(",")] for point in line.get("points", "").split())
-    assert (start[0], end[0]) == (44, 330)
-    assert (start[1], end[1]) == (200, 20)
+def test_lines_go_where_their_values_are_and_differ_without_colour() -> None:
+    series = [
+        Series("a", [(0, 0.0), (10, 100.0)], COLOURS["unlearned"]),
+        Series("b", [(0, 100.0), (10, 0.0)], COLOURS["oracle"], DASHED),
+    ]
+    tree = ET.fromstring(svg(line_chart(series, "epoch", "%"), ""))
+    lines = {line[0].text: line for line in tree.iter("path") if len(line)}
+    ends = {
+        name: [[float(number) for number in point.split()] for point in line.get("d", "").strip("M").split("L")]
+        for name, line in lines.items()
+    }
+    labels = {text.text: text for text in tree.iter("text")}
+    (left, bottom), (right, top) = ends["a"]
+    assert ends["b"] == [[left, top], [right, bottom]]
+    assert [float(labels[tick].get("y", 0)) - y for tick, y in (("0", bottom), ("100", top))] == [
+        pytest.approx(4, abs=1)
+    ] * 2
+    assert float(labels["10"].get("x", 0)) == pytest.approx(right, abs=0.2)
+    assert "stroke-dasharray" not in lines["a"].get("style", "")
+    assert "stroke-dasharray" in lines["b"].get("style", "")
+    assert sum("stroke-dasharray" in path.get("style", "") for path in tree.iter("path")) == 2  # in the legend, too
+
+
+def test_bounds_stand_where_their_values_are() -> None:
+    unknown_bounds = (float("-inf"), float("inf"))
+    intervals = [
+        Interval("known", 0.5, 0.2, 0.8, COLOURS["hidden"]),
+        Interval("one", 0.0, *unknown_bounds, COLOURS["erased"]),
+    ]
+    tree = ET.fromstring(svg(interval_plot(intervals, 0.1, "%"), ""))
+    places = {text.text: float(text.get("x", 0)) for text in tree.iter("text")}
+    assert {"50 %", "0 %"} <= set(places)
+    known, unknown = (path for path in tree.iter("path") if "stroke-width:3" in path.get("style", ""))
+    for path, ends in ((known, ("20", "80")), (unknown, ("-20", "100"))):
+        drawn = [float(point.split()[0]) for point in path.get("d", "").strip("M").split("L")]
+        assert drawn == pytest.approx([places[end] for end in ends], abs=0.2)
+    assert "dasharray" not in known.get("style", "")
+    assert "dasharray" in unknown.get("style", "")
+
+
+def test_a_page_finds_every_colour_of_a_figure() -> None:
+    assert len({light for light, _ in PALETTE.values()}) == len(PALETTE)
+    plain = report(hostile=False)
+    used = set(re.findall(r"var\(--([\w]+)\)", plain))
+    for name in used - {"tone", "ink", "soft", "rule"}:
+        assert len(re.findall(rf"--{name}: #", plain)) == 3, name  # light, dark, print
+
+
+def test_figures_leave_matplotlib_as_it_was() -> None:
+    """No window system, no figure kept open, and the user's own configuration neither heeded nor changed."""
+    figure = line_chart([Series("a $ b", [(0, 1.0)])], "x", "y")
+    usual = svg(figure, "")
+    with matplotlib.rc_context({"text.usetex": True, "svg.fonttype": "path", "font.size": 30}):
+        assert svg(line_chart([Series("a $ b", [(0, 1.0)])], "x", "y"), "") == usual
+        assert matplotlib.rcParams["font.size"] == 30
+    assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []

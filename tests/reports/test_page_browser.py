@@ -1,4 +1,4 @@
-"""``report.html`` in a real browser: nothing runs, nothing is loaded, nothing sticks out. Needs ``[browser-test]``.
+"""``report.html`` in a real browser: nothing runs, nothing is loaded, nothing sticks out.
 
 Skipped where there is no Chromium with its driver. To look at the pages oneself: set ``LIGHTNING_SSIUU_SCREENSHOTS`` to
 a directory, which gets a PNG of each.
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from toys.reports import report
 
-webdriver = pytest.importorskip("selenium.webdriver")
+webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: it is in the extra [test]")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SIZES = {"phone": (375, 812), "desktop": (1280, 900)}
@@ -28,7 +28,7 @@ def browser() -> Iterator[Any]:
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
-        pytest.skip("no Chromium with its driver")
+        pytest.skip("no browser: Chromium with its driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):

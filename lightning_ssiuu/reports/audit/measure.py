@@ -56,11 +56,7 @@ class Findings:
     answers: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def forgetting(self, score: str) -> Forgetting:
-        """What happened to the forget score, and its floor: the oracle's score, else chance.
-
-        Args:
-            score: Its name.
-        """
+        """What happened to the forget score, and its floor: the oracle's score, else chance."""
         measured = {name: one.scores["forget"][score] for name, one in self.examined.items()}
         floor, floor_is = self.chance, "chance"
         if "oracle" in measured:
@@ -68,11 +64,7 @@ class Findings:
         return Forgetting(score, measured["original"], measured["unlearned"], floor, floor_is)
 
     def examples(self, data: UnlearningDataModule) -> list[dict[str, Any]]:
-        """The shown examples with both models' answers; empty unless asked for.
-
-        Args:
-            data: The data module.
-        """
+        """The shown examples with both models' answers; empty unless asked for."""
         if not self.answers:
             return []
         original, unlearned = self.answers["original"], self.answers["unlearned"]
@@ -92,7 +84,7 @@ class Findings:
 def measure(
     checkpoints: Mapping[str, str],
     data: UnlearningDataModule,
-    where: Devices,
+    devices: Devices,
     probe_examples: int,
     target: Target,
     scores: Sequence[str] | None,
@@ -107,7 +99,7 @@ def measure(
     Args:
         checkpoints: By name; ``"original"`` and ``"unlearned"`` at least.
         data: The data module to judge by.
-        where: Launched.
+        devices: Launched.
         probe_examples: Examples per set for the attribution, over all devices.
         target: What is attributed.
         scores: Names, None for all that need no generated text.
@@ -117,34 +109,29 @@ def measure(
             main memory; never done on weights that are cut over devices.
         show_text: Whether to keep answers to forget examples.
         method: Attribution method with its own target; None: activation × gradient of ``target``.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> models = {"original": "tiny", "unlearned": "tiny"}
-        >>> found = measure(models, Facts(), Devices("cpu"), 2, "sequence", ["first_token"], "probability")
-        >>> found.forgetting("probability").share, round(found.chance, 1)
-        (0.0, 2.3)
     """
-    found, weights = Findings(), dict[str, Tensor]()
+    findings, weights = Findings(), dict[str, Tensor]()
     also = list(dict.fromkeys([score, forced_score(score)]))
-    for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model", disable=not where.is_first):
+    for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model", disable=not devices.is_first):
         with naming(name):
-            model, tokenizer = where.load(checkpoint), load_tokenizer(checkpoint)
-            found.examined[name] = examine_model(model, tokenizer, data, probe_examples, target, scores, also, method)
+            model, tokenizer = devices.load(checkpoint), load_tokenizer(checkpoint)
+            findings.examined[name] = examine_model(
+                model, tokenizer, data, probe_examples, target, scores, also, method
+            )
         if name == "original" and "oracle" not in checkpoints:
-            found.chance = chance_level(score, model, tokenizer, data)
-        if not where.sharded:
+            findings.chance = chance_level(score, model, tokenizer, data)
+        if not devices.sharded:
             if lens := answer_lens(model, data):
-                found.lens[name] = lens
+                findings.lens[name] = lens
             if own and name == "original":
                 weights = site_weights(model, neuron_sites(model.hf))
             if own and name == "unlearned":
-                found.own = _own_change(model, weights, data, probe_examples, target, alpha)
+                findings.own = _own_change(model, weights, data, probe_examples, target, alpha)
                 weights = {}
         if show_text and name in ("original", "unlearned"):
-            found.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, where.n_ranks))
+            findings.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, devices.n_ranks))
         del model
-    return found
+    return findings
 
 
 def _own_change(
@@ -161,19 +148,7 @@ def _own_change(
 
 
 def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, list[float]]:
-    """The forget answers as they stand after every layer, see :class:`Findings`; empty without distractors.
-
-    Args:
-        model: The model, whole on this process.
-        data: The data module.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> lens = answer_lens(AnswerModel(load_model("tiny")), Facts())
-        >>> len(lens["answer"]), lens["accuracy"][-1]
-        (4, 100.0)
-    """
+    """The forget answers as they stand after every layer, see :class:`Findings`; empty without distractors."""
     device = next(model.parameters()).device
     columns: list[Tensor] = []
     for batch in data.eval_dataloader("forget"):
@@ -205,21 +180,7 @@ def forced_score(score: str) -> str:
 def forget_answers(
     model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule, n_examples: int
 ) -> dict[int, str]:
-    """Greedy answers to the first forget questions, by example id, on every rank.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        data: The data module.
-        n_examples: How many, over all ranks.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> answers = forget_answers(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), Facts(), 2)
-        >>> len(answers)
-        2
-    """
+    """Greedy answers to the first forget questions, by example id, on every rank."""
     device = next(model.parameters()).device
     answers: dict[int, str] = {}
     with untouched(model):

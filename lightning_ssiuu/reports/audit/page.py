@@ -5,25 +5,38 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import mean
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_ssiuu.attribution.influence import InfluenceVariation, cumulative_curve, module_layer_means
-from lightning_ssiuu.models.architectures import KINDS
-from lightning_ssiuu.reports.audit.charts import Interval, Series, clean, heat_map, interval_plot, line_chart, scatter
+from lightning_ssiuu.attribution.influence import InfluenceVariation
+from lightning_ssiuu.attribution.plots import cumulative_figure, heat_maps
 from lightning_ssiuu.reports.audit.verdict import THRESHOLD
+from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
+from lightning_ssiuu.utils.figures import (
+    COLOURS,
+    DASHED,
+    DOTTED,
+    PALETTE,
+    Interval,
+    Series,
+    clean,
+    heat_map_figure,
+    interval_plot,
+    line_chart,
+    scatter,
+)
+from lightning_ssiuu.utils.svg import svg
 
 #: Flagged neurons and scatter points that are shown.
 SHOWN_NEURONS, SHOWN_POINTS = 50, 2000
-_STYLES = {"original": "s0", "unlearned": "s1", "oracle": "s2", "after_attack": "s3"}
-_DASHES = {"original": "", "unlearned": "", "oracle": "6 3", "after_attack": "2 3"}
+_DASHES = {"oracle": DASHED, "after_attack": DOTTED}
 #: What a piece of evidence says is not yet the verdict.
 _SAYS = {"hidden": "comes back", "erased": "stays away", "undecided": "unclear"}
 _FIGURES = {
@@ -80,13 +93,11 @@ def report_html(content: Mapping[str, Any], measured: Measured) -> str:
             target=content["target"],
             method=content["method"],
             alpha=content["alpha"],
-            heat_maps=_heat_maps(measured.variations),
-            cumulative=_cumulative(measured.variations),
-            scatter=scatter(
-                f"{len(points)} attributions after the attack over those before it", points, "before", "after"
-            )
-            if points
-            else None,
+            heat_maps=[_heat_maps(name, variation) for name, variation in measured.variations.items()],
+            cumulative=_picture(
+                cumulative_figure(measured.variations), "Cumulative D⁺ and D⁻ over neurons, largest first"
+            ),
+            scatter=_scatter(points),
             correlation={**(content.get("correlation") or {}), "shown": len(points)},
             recovery=_recovery(content["relearning"]),
             relearning_source=_source(content["relearning"]),
@@ -97,6 +108,7 @@ def report_html(content: Mapping[str, Any], measured: Measured) -> str:
             ablation=content["ablation"],
             n_flagged=measured.n_flagged,
             examples=[{name: clean(str(value)) for name, value in one.items()} for one in measured.examples],
+            palette=PALETTE,
             provenance=_provenance(content["provenance"]),
         )
     )
@@ -124,22 +136,27 @@ def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def _picture(figure: Figure, description: str) -> Markup:
+    return Markup(svg(figure, description))
+
+
 def _intervals(grounds: Sequence[Mapping[str, Any]]) -> Markup | None:
     intervals = [
         Interval(
-            one["name"],
-            one["share"],
-            -math.inf if one["low"] is None else one["low"],
-            math.inf if one["high"] is None else one["high"],
-            one["says"],
+            ground["name"],
+            ground["share"],
+            -math.inf if ground["low"] is None else ground["low"],
+            math.inf if ground["high"] is None else ground["high"],
+            COLOURS[ground["says"]],
         )
-        for one in grounds
-        if one["what"] != "forgetting"
+        for ground in grounds
+        if ground["what"] != "forgetting"
     ]
     if not intervals:
         return None
-    shown = ", ".join(f"{one.name}: {100 * one.value:.0f} %" for one in intervals)
-    return interval_plot(f"Share of what was lost that comes back. {shown}", intervals, THRESHOLD)
+    shown = ", ".join(f"{interval.name}: {100 * interval.value:.0f} %" for interval in intervals)
+    figure = interval_plot(intervals, THRESHOLD, "% of what was lost that comes back")
+    return _picture(figure, f"Share of what was lost that comes back. {shown}")
 
 
 def _score_rows(scores: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -159,34 +176,13 @@ def _influence_rows(influence: Mapping[str, Mapping[str, float]]) -> dict[str, A
     return {"names": names, "rows": rows}
 
 
-def _heat_maps(variations: Mapping[str, InfluenceVariation]) -> list[dict[str, Any]]:
-    maps = []
-    for name, variation in variations.items():
-        sites = variation.before.sites
-        kinds: list[str] = [kind for kind in KINDS if any(site.kind == kind for site in sites)]
-        plus, minus = (
-            module_layer_means(variation.before.by_site(values), 100)
-            for values in (variation.d_plus, variation.d_minus)
-        )
-        highest = max([*plus.values(), *minus.values()])
-        pictures: dict[str, Any] = {"name": name}
-        for style, symbol, means in (("plus", "D⁺", plus), ("minus", "D⁻", minus)):
-            layer, kind = max(means, key=means.__getitem__)
-            label = f"{symbol} of the model {name} by module and layer, largest in layer {layer}, {kind}"
-            pictures[style] = heat_map(label, means, kinds, highest, style)
-        maps.append(pictures)
-    return maps
-
-
-def _cumulative(variations: Mapping[str, InfluenceVariation]) -> Markup:
-    lines = []
-    for (name, variation), dash in zip(variations.items(), ("", "6 3"), strict=False):
-        for style, symbol, values in (("plus", "D⁺", variation.d_plus), ("minus", "D⁻", variation.d_minus)):
-            curve = cumulative_curve(values).tolist()
-            places = sorted({round(place) for place in np.linspace(0, len(curve) - 1, 150)})
-            lines.append(Series(f"{symbol} {name}", [(place + 1, curve[place]) for place in places], style, dash))
-    label = "Cumulative D⁺ and D⁻ over neurons, largest first"
-    return line_chart(label, lines, "neurons", "sum of D, units of the target")
+def _heat_maps(name: str, variation: InfluenceVariation) -> dict[str, Any]:
+    pictures: dict[str, Any] = {"name": name}
+    for key, symbol, heat_map in zip(("plus", "minus"), ("D⁺", "D⁻"), heat_maps(variation), strict=True):
+        layer, kind = max(heat_map.values, key=heat_map.values.__getitem__)
+        description = f"{symbol} of the model {name} by module and layer, largest in layer {layer}, {kind}"
+        pictures[key] = _picture(heat_map_figure([replace(heat_map, title="")]), description)
+    return pictures
 
 
 def _points(influences: tuple[Tensor, Tensor] | None) -> list[tuple[float, float]]:
@@ -200,36 +196,39 @@ def _points(influences: tuple[Tensor, Tensor] | None) -> list[tuple[float, float
     return head + rest[::step]
 
 
+def _scatter(points: Sequence[tuple[float, float]]) -> Markup | None:
+    if not points:
+        return None
+    description = f"{len(points)} attributions after the attack over those before it"
+    return _picture(scatter(points, "before", "after"), description)
+
+
 def _recovery(relearning: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if not relearning:
         return []
-    figures = []
-    curves = relearning["curves"]
+    panels: dict[tuple[str, float | None], dict[str, list[Curve]]] = {}
+    for curve in relearning["curves"]:
+        panels.setdefault((curve["attack"], curve["p"]), {}).setdefault(curve["model"], []).append(curve)
     score = relearning["score"].replace("_", " ")
-    for attack, p in dict.fromkeys((curve["attack"], curve["p"]) for curve in curves):
-        mine = [curve for curve in curves if (curve["attack"], curve["p"]) == (attack, p)]
-        lines = []
-        for name in dict.fromkeys(curve["model"] for curve in mine):
-            lines.append(_recovery_line(name, [curve for curve in mine if curve["model"] == name]))
+    figures = []
+    for (attack, p), models in panels.items():
+        lines = [_recovery_line(name, strongest(curves)) for name, curves in models.items()]
         title = _attack_title(attack, p)
-        ends = ", ".join(f"{line.name} ends at {line.points[-1][1]:.1f} %" for line in lines)
-        label = f"Forget {score} during the {title}: {ends}"
-        picture = line_chart(label, lines, "epochs of the attack", f"forget {score}, %")
-        figures.append({"title": title, "picture": picture})
+        ends = ", ".join(f"{line.name} ends at {line.points[-1][1]:.1f} %" for line in lines if line.points)
+        chart = line_chart(lines, "epochs of the attack", f"forget {score}, %")
+        figures.append({"title": title, "picture": _picture(chart, f"Forget {score} during the {title}: {ends}")})
     return figures
 
 
-def _recovery_line(name: str, curves: Sequence[Mapping[str, Any]]) -> Series:
-    rates = sorted({curve["learning_rate"] for curve in curves})
-    best = max(rates, key=lambda rate: mean(max(c["forget_scores"]) for c in curves if c["learning_rate"] == rate))
-    chosen = [curve for curve in curves if curve["learning_rate"] == best]
-    by_epoch = {
-        epoch: [c["forget_scores"][c["epochs"].index(epoch)] for c in chosen if epoch in c["epochs"]]
-        for epoch in chosen[0]["epochs"]
-    }
-    points = [(float(epoch), mean(scores)) for epoch, scores in by_epoch.items()]
-    band = [(float(epoch), min(scores), max(scores)) for epoch, scores in by_epoch.items()] if len(chosen) > 1 else []
-    return Series(f"{name}, lr {best:g}", points, _STYLES.get(name, "s3"), _DASHES.get(name, ""), band)
+def _recovery_line(name: str, curves: Sequence[Curve]) -> Series:
+    scores = by_epoch(curves)
+    points = [(float(epoch), mean(values)) for epoch, values in scores.items()]
+    band = [(float(epoch), min(values), max(values)) for epoch, values in scores.items()] if len(curves) > 1 else []
+    return _line(name, f"{name}, lr {curves[0]['learning_rate']:g}", points, band)
+
+
+def _line(model: str, name: str, points: Sequence[tuple[float, float]], band: Sequence[Any] = ()) -> Series:
+    return Series(name, points, COLOURS.get(model, COLOURS["after_attack"]), _DASHES.get(model, "-"), band)
 
 
 def _attack_title(attack: str, p: float | None) -> str:
@@ -264,24 +263,20 @@ def _attack_rows(relearning: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _lens(lens: Mapping[str, Mapping[str, Sequence[float]]] | None) -> list[dict[str, Any]]:
     if not lens:
         return []
-    preferred = [
-        Series(name, list(enumerate(one["accuracy"])), _STYLES.get(name, "s3"), _DASHES.get(name, ""))
-        for name, one in lens.items()
-    ]
+    preferred = [_line(name, name, list(enumerate(values["accuracy"]))) for name, values in lens.items()]
     ends = ", ".join(f"{line.name} {line.points[-1][1]:.0f} %" for line in preferred)
-    label = f"How often the true answer is preferred to a wrong one, by layer; after the last one: {ends}"
-    picture = line_chart(label, preferred, "layer", "true answer preferred, %", 100.0)
-    figures = [{"title": "All models: chance is 50 %", "picture": picture}]
-    low = min(value for one in lens.values() for name in ("answer", "distractor") for value in one[name])
-    for name, one in lens.items():
-        lines = [
-            Series(title, list(enumerate(one[key])), _STYLES.get(name, "s3"), dash)
-            for title, key, dash in (("true answer", "answer", ""), ("wrong answer", "distractor", "6 3"))
-        ]
+    description = f"How often the true answer is preferred to a wrong one, by layer; after the last one: {ends}"
+    chart = line_chart(preferred, "layer", "true answer preferred, %", high=100.0)
+    figures = [{"title": "All models: chance is 50 %", "picture": _picture(chart, description)}]
+    low = min(value for values in lens.values() for key in ("answer", "distractor") for value in values[key])
+    for name, values in lens.items():
+        answer, distractor = (list(enumerate(values[key])) for key in ("answer", "distractor"))
+        lines = [_line(name, "true answer", answer), replace(_line(name, "wrong answer", distractor), dash=DASHED)]
+        lines[0] = replace(lines[0], dash="-")
         ends = ", ".join(f"{line.name} {line.points[-1][1]:.2f}" for line in lines)
-        label = f"Logit lens of the model {name}, nats per token after the last layer: {ends}"
-        picture = line_chart(label, lines, "layer", "mean log-probability per token, nats", 0.0, low)
-        figures.append({"title": f"{name}: true and wrong answer", "picture": picture})
+        description = f"Logit lens of the model {name}, nats per token after the last layer: {ends}"
+        chart = line_chart(lines, "layer", "mean log-probability per token, nats", low, 0.0)
+        figures.append({"title": f"{name}: true and wrong answer", "picture": _picture(chart, description)})
     return figures
 
 

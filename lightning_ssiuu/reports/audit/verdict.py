@@ -28,13 +28,9 @@ LEAST_KNOWN = 5.0
 
 @dataclass(frozen=True)
 class Share:
-    """A share with the bounds of its interval; infinite bounds where its spread is unknown.
+    """A share of what was lost (1: all of it; it may be negative) with one-sided bounds at :data:`CONFIDENCE`.
 
-    Args:
-        value: Best estimate; 1 is all of what was lost. It may be negative.
-        low: Lower bound, one-sided confidence :data:`CONFIDENCE`.
-        high: Upper bound, the same.
-        n: Seeds or draws that the spread comes from.
+    The bounds are infinite where the spread over the ``n`` seeds or draws is unknown.
     """
 
     value: float
@@ -53,12 +49,6 @@ class Share:
         return "hidden" if self.low > THRESHOLD else "erased" if self.high < THRESHOLD else "undecided"
 
     def __str__(self) -> str:
-        """The share in percent.
-
-        Example:
-            >>> print(Share(0.3, 0.2, 0.4, 3), "or", Share(0.3, -math.inf, math.inf, 1))
-            30 % (20 to 40 %) or 30 % (spread unknown)
-        """
         if math.isinf(self.low):
             return f"{percent(self.value)} % (spread unknown)"
         return f"{percent(self.value)} % ({percent(self.low)} to {percent(self.high)} %)"
@@ -66,9 +56,6 @@ class Share:
 
 def share_of_seeds(values: Sequence[float]) -> Share:
     """The mean over seeds with Student's t bounds; one seed has no spread, and hence no bounds.
-
-    Args:
-        values: One share per seed.
 
     Example:
         >>> print(share_of_seeds([0.30, 0.34, 0.38]), "or", share_of_seeds([0.0, 0.0]))
@@ -79,10 +66,6 @@ def share_of_seeds(values: Sequence[float]) -> Share:
 
 def share_above_controls(value: float, controls: Sequence[float]) -> Share:
     """How far a share lies above that of random draws; the bounds are those of one more draw (prediction interval).
-
-    Args:
-        value: The share the flagged neurons restore.
-        controls: One share per draw of random neurons.
 
     Example:
         >>> print(share_above_controls(0.5, [0.01, 0.03]))
@@ -99,14 +82,9 @@ def _bounded(value: float, sample: Sequence[float], factor: float) -> Share:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """The forget score before and after unlearning, and where it would stand had nothing been known.
+    """The forget score before and after unlearning and its floor (the oracle's score, else chance), in percent.
 
-    Args:
-        score: The score's name.
-        original: Percent.
-        unlearned: Percent.
-        floor: Percent: the oracle's score, else chance.
-        floor_is: What the floor is, in words.
+    ``floor_is`` says in words what the floor is.
     """
 
     score: str
@@ -117,12 +95,7 @@ class Forgetting:
 
     @property
     def shown(self) -> str:
-        """The score in a sentence.
-
-        Example:
-            >>> [Forgetting(name, 90.0, 30.0, 10.0, "chance").shown for name in ("probability", "all_tokens")]
-            ['forget probability', 'forget score (all tokens)']
-        """
+        """The score in a sentence: ``"forget probability"``, ``"forget score (all tokens)"``."""
         name = self.score.replace("_", " ")
         return f"forget {name}" if name == "probability" else f"forget score ({name})"
 
@@ -133,16 +106,10 @@ class Forgetting:
 
     @property
     def share(self) -> float:
-        """Share of the way from the original's score to the floor.
-
-        Example:
-            >>> Forgetting("probability", 90.0, 30.0, 10.0, "chance").share
-            0.75
-        """
+        """Share of the way from the original's score to the floor."""
         return (self.original - self.unlearned) / (self.original - self.floor) if self.known else 0.0
 
     def __str__(self) -> str:
-        """What happened to the score."""
         return (
             f"the {self.shown} went from {self.original:.1f} % to {self.unlearned:.1f} %, {percent(self.share)} "
             f"% of the way to {self.floor:.1f} % ({self.floor_is})"
@@ -151,15 +118,10 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A share of what was lost that came back.
+    """A share of what was lost that came back by relearning, or by undoing the flagged neurons.
 
-    Args:
-        kind: ``"relearning"``, or ``"neurons"`` for undoing the flagged ones.
-        name: A short name, for pictures.
-        what: What was done, in words.
-        share: How much came back, beyond the reference.
-        beyond: The reference, in words.
-        note: What else the reader must know, e.g. that it is a lower bound.
+    ``name`` is short, for pictures; ``what`` was done ``beyond`` which reference, in words; ``note`` is what else the
+    reader must know, e.g. that the share is a lower bound.
     """
 
     kind: Literal["relearning", "neurons"]
@@ -170,7 +132,6 @@ class Evidence:
     note: str = ""
 
     def __str__(self) -> str:
-        """One sentence without a full stop, and without the note."""
         return f"{self.what} brings back {self.share} of what was lost, beyond {self.beyond}"
 
 
@@ -204,10 +165,6 @@ def decide(forgetting: Forgetting, evidence: Sequence[Evidence] = ()) -> Verdict
     2. Any piece of evidence clearly above the threshold: *hidden*.
     3. *Erased* if there is an attack, all evidence lies clearly below it, and the score went most of the way.
     4. Else *mixed*. Without an attack nothing is called erased: flagged neurons can convict, not acquit.
-
-    Args:
-        forgetting: What happened to the forget score.
-        evidence: What came back, by relearning and by undoing neurons.
 
     Example:
         >>> fallen = Forgetting("probability", 90.0, 10.0, 8.0, "the oracle's")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,9 @@ _PIECES = ("metrics.json", "config.yaml")
 
 @dataclass
 class Run:
-    """A finished run.
+    """A finished run: its directory as it was given, and the contents of its files.
 
-    Args:
-        path: Its directory, as it was given.
-        metrics: ``metrics.json``.
-        config: ``config.yaml``.
-        attack: ``attack.json``; ``{"attacks": [], "curves": []}`` where there is none. ``utility`` and ``audit`` are
-            ``{}`` then.
-        utility: ``utility.json``.
-        audit: ``audit.json``.
+    Where there is no such file ``attack`` is ``{"attacks": [], "curves": []}``, ``utility`` and ``audit`` are ``{}``.
     """
 
     path: Path
@@ -85,33 +78,20 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
         else:
             skipped.append(str(given))
     if not runs:
-        found = skipped[0] if len(skipped) == 1 else skipped
-        raise UserError("runs", found, "run directories written by fit (with metrics.json and config.yaml)")
+        raise UserError(
+            "runs",
+            skipped[0] if len(skipped) == 1 else skipped,
+            "run directories written by fit (with metrics.json and config.yaml)",
+        )
     return list(runs.values()), skipped
 
 
 def read_run(path: Path) -> Run:
-    """Read one run directory.
-
-    Raises:
-        UserError: Naming the file that cannot be read or is not what it should be.
-    """
+    """Read one run directory; a :class:`UserError` names the file that is not what it should be."""
     metrics, config = _json(path / "metrics.json", _check_metrics), _config(path / "config.yaml")
     attack = {"attacks": [], "curves": []} | _json(path / "attack.json", _check_attack)
     utility, audit = _json(path / "utility.json", _check_utility), _json(path / "audit.json", _check_audit)
     return Run(path, metrics, config, attack, utility, audit)
-
-
-def number(value: Any) -> float | None:
-    """A finite number as it is, anything else (a diverged run's null) as None.
-
-    Example:
-        >>> number(1), number(None), number(float("nan"))
-        (1.0, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
@@ -140,8 +120,8 @@ def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
         return score
     for run in runs:
         if run.metrics["score"] != runs[0].metrics["score"]:
-            found, other = run.metrics["score"], runs[0].metrics["score"]
-            allowed = f"runs with the score of {runs[0].path} ({other}, not {found}), or --score and one that all have"
+            own, first_of = run.metrics["score"], runs[0].metrics["score"]
+            allowed = f"runs with the score of {runs[0].path} ({first_of}, not {own}), or --score and one that all have"
             raise UserError("runs", str(run.path), " ".join(allowed.split()))
     return str(runs[0].metrics["score"])
 
@@ -159,14 +139,27 @@ def _check_attack_scores(runs: Sequence[Run]) -> None:
 def _json(path: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
+    with _readable(path, f"the {path.name} that this version writes"):
         content = json.loads(path.read_text(encoding="utf-8"))
         check(content)
+    return content
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with _readable(path, "valid YAML, as fit writes it"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _only(dict, content)
+    return content
+
+
+@contextmanager
+def _readable(path: Path, allowed: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError("runs", str(path), f"the {path.name} that this version writes") from error
-    return content
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError("runs", str(path), allowed) from error
 
 
 def _check_metrics(content: Mapping[str, Any]) -> None:
@@ -210,15 +203,3 @@ def _only(kind: type | tuple[type, ...], *values: object) -> None:
     for value in values:
         if not isinstance(value, kind):
             raise TypeError(f"expected {kind}, got {type(value)}")
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError("runs", str(path), "valid YAML, as fit writes it") from error
-    if not isinstance(content, dict):
-        raise UserError("runs", str(path), "valid YAML, as fit writes it")
-    return content

@@ -8,7 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
-from lightning_ssiuu.reports.compare.reading import Run, number
+from lightning_ssiuu.reports.compare.reading import Run
+from lightning_ssiuu.reports.curves import number
 
 #: Attacks in the order of the table.
 ATTACKS = (
@@ -22,13 +23,13 @@ Spread = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell.
+    """One cell: the mean of ``n`` training seeds.
 
     Args:
-        mean: Over training seeds.
+        mean: In the column's unit.
         std: Over training seeds, n − 1; None for one.
         attack_std: Over the seeds of the attack, the mean of the runs'; None where nothing was attacked.
-        n: Training seeds it is from.
+        n: Training seeds.
         edge: Whether the highest score of any of them lies at the edge of what the attack tried.
     """
 
@@ -46,14 +47,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """A column: ``key`` is its name in ``compare.csv``, ``title`` in print, ``form`` percent, count or influence.
 
-    Args:
-        key: Its name in ``compare.csv``.
-        title: Its name in print.
-        form: ``percent``, ``count`` or ``influence``.
-        attacked: Whether its figures come of an attack.
-        relearned: Whether of one that has a grid, whose edge they can lie at.
+    ``attacked`` says whether its figures come from an attack, ``relearned`` whether from one that has a grid.
     """
 
     key: str
@@ -96,14 +92,15 @@ def pool(figures: Iterable[Figure]) -> Figure:
         >>> pool([Figure(1.0, attack_std=0.5), Figure(3.0, attack_std=1.5, edge=True)])
         Figure(mean=2.0, std=1.4142135623730951, attack_std=1.0, n=2, edge=True)
     """
-    found = list(figures)
-    values, spreads = [one.mean for one in found], [one.attack_std for one in found if one.attack_std is not None]
+    figures = list(figures)
+    values = [figure.mean for figure in figures]
+    spreads = [figure.attack_std for figure in figures if figure.attack_std is not None]
     return Figure(
         mean(values),
         stdev(values) if len(values) > 1 else None,
         mean(spreads) if spreads else None,
         len(values),
-        any(one.edge for one in found),
+        any(figure.edge for figure in figures),
     )
 
 
@@ -135,9 +132,9 @@ def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
     order = {name: index for index, name in enumerate(ATTACKS)}
     columns = []
     for attack, p, variant in sorted(names, key=lambda n: (order.get(n[0], len(order)), n[0], n[1] or 0.0, n[2] or "")):
-        mine = [row for row in rows if (row["attack"], row["p"], row["variant"]) == (attack, p, variant)]
-        parts = [part for part in ("control", "gap") if any(row.get(part) for row in mine)]
-        other = "" if mine[0]["score"] == score else f" ({mine[0]['score']})"
+        same = [row for row in rows if (row["attack"], row["p"], row["variant"]) == (attack, p, variant)]
+        parts = [part for part in ("control", "gap") if any(row.get(part) for row in same)]
+        other = "" if same[0]["score"] == score else f" ({same[0]['score']})"
         first = attack_column(attack, p, variant)
         columns.append(replace(first, title=first.title + other))
         columns += [attack_column(attack, p, variant, part) for part in parts]
@@ -235,9 +232,9 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
         beside.append({k: Figure(v) for k, v in values.items() if v is not None} | _attacked(run, "oracle"))
     cells = {}
     for key in dict.fromkeys(key for one in beside for key in one):
-        found = [one[key] for one in beside if key in one]
+        figures = [one[key] for one in beside if key in one]
         # One oracle, put beside several runs, is one figure.
-        cells[key] = found[0] if len(set(found)) == 1 else pool(found)
+        cells[key] = figures[0] if len(set(figures)) == 1 else pool(figures)
     own = _row("oracle", oracle_runs, [run_figures(run, score) for run in oracle_runs], "oracle")
     not_its_own = {"d_plus_total", "d_minus_total", "n_spurious"}  # against the model its fine-tuning began with
     of_runs = {k: figure for k, figure in own.cells.items() if k not in not_its_own and not k.endswith("_gap")}
@@ -247,8 +244,8 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
 
 
 def _gaps_in(row: Row, columns: Sequence[Column]) -> list[str]:
-    told = [(column, row.cells[column.key].n) for column in columns if column.key in row.cells and not column.is_gap]
-    return [f"{row.label}: {column.title} is from {n} of {row.n} runs" for column, n in told if n != row.n]
+    counts = [(column, row.cells[column.key].n) for column in columns if column.key in row.cells and not column.is_gap]
+    return [f"{row.label}: {column.title} is from {n} of {row.n} runs" for column, n in counts if n != row.n]
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:

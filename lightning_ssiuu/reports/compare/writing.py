@@ -89,23 +89,25 @@ def columns_with_figures(comparison: Comparison) -> list[Column]:
 def caption(comparison: Comparison) -> str:
     """What the columns mean, in as many sentences as the table needs."""
     keys = {column.key for column in columns_with_figures(comparison)}
-    told = [f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."]
+    sentences = [f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."]
     if "utility_score" in keys:
-        told.append("US: utility score.")
+        sentences.append("US: utility score.")
     if any(column.attacked for column in comparison.columns):
-        told.append("Attacks: the highest forget score; gap: minus the oracle's, seed by seed.")
-        told.append("±: standard deviation over training seeds, of a single run over the attack's seeds.")
+        sentences.append("Attacks: the highest forget score; gap: minus the oracle's, seed by seed.")
+        sentences.append("±: standard deviation over training seeds, of a single run over the attack's seeds.")
     else:
-        told.append("±: standard deviation over training seeds.")
+        sentences.append("±: standard deviation over training seeds.")
     if any(key.endswith("_control") for key in keys):
-        told.append("control: as many random neurons.")
+        sentences.append("control: as many random neurons.")
     if any(figure.edge for row in comparison.rows for figure in row.cells.values()):
-        told.append("(edge): found at the largest learning rate or in the last epoch; a stronger attack may find more.")
+        sentences.append(
+            "(edge): found at the largest learning rate or in the last epoch; a stronger attack may find more."
+        )
     if "d_plus_total" in keys:
-        told.append("D⁺, D⁻: influence erased and hidden; spurious: neurons flagged.")
+        sentences.append("D⁺, D⁻: influence erased and hidden; spurious: neurons flagged.")
     if "attribution_correlation" in keys:
-        told.append("corr.: of attributions before and after the attack.")
-    return " ".join(told)
+        sentences.append("corr.: of attributions before and after the attack.")
+    return " ".join(sentences)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
