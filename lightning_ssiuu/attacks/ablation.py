@@ -232,9 +232,7 @@ class Ablation(Attack):
         resolve_models({_ORIGINAL: self.original})
         check_tokenizers({_ORIGINAL: self.original}, data)
 
-    def run(
-        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> list[Outcome]:
+    def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
         """For each model and each variant, ``"original"`` and ``"zero"``: the flagged neurons, and a control per draw.
 
         Where nothing is flagged nothing is changed, and every score is the one before.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.curves import gap, spread
+from lightning_ssiuu.attacks.curves import RecoveryCurve, gap, spread
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import check_score
@@ -149,7 +149,7 @@ class Attack(ABC):
     @abstractmethod
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> Iterable[Outcome]:
+    ) -> Iterable[Outcome | RecoveryCurve]:
         """Attack; the weights on disk and the data stay as they are.
 
         Args:
@@ -159,7 +159,7 @@ class Attack(ABC):
             devices: Launched; each rank scores its share of the questions and gets the outcome of all.
 
         Returns:
-            An outcome for each model, variant and seed.
+            An outcome for each model, variant and seed; of relearning a curve for each attack.
         """
 
     def outcome(

@@ -58,9 +58,7 @@ class Quantization(Attack):
             options: Any = (width, devices.dtype, devices.device)
             loading_options(*options)
 
-    def run(
-        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> list[Outcome]:
+    def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
         """One outcome for each model and width."""
         outcomes = []
         for target in targets:

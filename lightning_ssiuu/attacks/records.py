@@ -53,8 +53,7 @@ def merge_attacks(
     attack: str,
     rows: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
-    curves: Sequence[RecoveryCurve] = (),
-    outcomes: Sequence[Outcome] = (),
+    results: Sequence[RecoveryCurve | Outcome],
 ) -> None:
     """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay.
 
@@ -63,12 +62,12 @@ def merge_attacks(
         attack: Its name.
         rows: Of the table.
         settings: How it was made.
-        curves: Of a relearning attack.
-        outcomes: Of an attack without training.
+        results: What the rows sum up.
     """
     content = read_attacks(folder)
-    added = {"attacks": rows, "curves": list(map(asdict, curves)), "outcomes": list(map(asdict, outcomes))}
-    for name, entries in added.items():
+    curves = [asdict(result) for result in results if isinstance(result, RecoveryCurve)]
+    outcomes = [asdict(result) for result in results if isinstance(result, Outcome)]
+    for name, entries in {"attacks": rows, "curves": curves, "outcomes": outcomes}.items():
         kept = [entry for entry in content[name] if entry["attack"] != attack]
         content[name] = kept + [{"attack": attack, **entry} for entry in entries]
     content["settings"][attack] = settings

@@ -119,9 +119,11 @@ class Relearning(Attack):
         """
         try:
             cells = [
-                RelearnDataModule(data, self.kind, p, pool=pool, selection=self.select, **options)
+                RelearnDataModule(
+                    data, self.kind, p, pool=pool, batch_size=self.batch_size, seed=seed, selection=self.select
+                )
                 for p in self.fractions
-                for options in ({"batch_size": self.batch_size, "seed": seed} for seed in self.seeds)
+                for seed in self.seeds
             ]
             for cell in cells:
                 _ = cell.splits
@@ -144,7 +146,7 @@ class Relearning(Attack):
 
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> list[RecoveryCurve]:  # type: ignore[override]
+    ) -> list[RecoveryCurve]:
         """Sweep over fractions, seeds and learning rates, model by model."""
         return self.sweep(targets, data, score, devices)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -90,8 +88,8 @@ def attack(
         rows = method.rows(results, score)
         if devices.is_first:
             settings = {"score": score, "precision": devices.precision, **method.settings()}
-            told = settings | {"provenance": report.provenance(settings)}
-            merge_attacks(report.folder, method.name, rows, told, **{"curves" if sweep else "outcomes": results})
+            settings["provenance"] = report.provenance(settings)
+            merge_attacks(report.folder, method.name, rows, settings, results)
             print_attacks(rows, rows[0]["score"])
             if sweep:
                 sweep.log.remove()

@@ -43,7 +43,8 @@ def run_function(
     if devices:
         parser.add_class_arguments(Devices)
     parser.set_defaults(dict(defaults or {}))
-    config = parser.instantiate_classes(parser.parse_args(_spelled(args, {n for n, hint in hints.items() if hint is bool})))
+    flags = {option for option, hint in hints.items() if hint is bool}
+    config = parser.instantiate_classes(parser.parse_args(_spelled(args, flags)))
     config.pop("config", None)
     options = config.as_dict()
     if devices:

@@ -107,9 +107,7 @@ def pool(figures: Iterable[Figure]) -> Figure:
     )
 
 
-def attack_column(
-    attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False
-) -> Column:
+def attack_column(attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False) -> Column:
     """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons).
 
     Example:
