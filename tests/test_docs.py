@@ -25,7 +25,10 @@ _BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTIL
 #: Options that make a shown command quick; they change how much is done, not how it is asked for.
 QUICKER = {
     "fit": SHORT,
-    "attack": ("--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]", "--p", "[0.3]"),
+    "attack": (
+        *("--attack.epochs", "1", "--attack.seeds", "[0]"),
+        *("--attack.learning_rates", "[1e-4]", "--attack.p", "[0.3]"),
+    ),
     "audit": ("--probe_examples", "4", "--scores", "[first_token]"),
 }
 

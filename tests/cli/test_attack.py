@@ -10,12 +10,22 @@ import torch
 from toys.cli import RECIPES, command, default_run, files, leaks, read_json
 
 from lightning_ssiuu import Facts, RelearnDataModule
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, relearn, stronger, summarise, table
+from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger, summarise, table
+from lightning_ssiuu.attacks.finetune import Snapshot, relearn
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 
-SMALL = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[1e-4, 1e-3]", "--p", "[0.3]")
+SMALL = (
+    "--attack.seeds",
+    "[0, 1]",
+    "--attack.epochs",
+    "1",
+    "--attack.learning_rates",
+    "[1e-4, 1e-3]",
+    "--attack.p",
+    "[0.3]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +104,16 @@ def test_results_are_not_overwritten_unasked(attacked: Path) -> None:
 
 def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
     recipe = RECIPES / "attack" / "benign.yaml"
-    few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[1e-4]", "--benign_size", "8")
+    few = (
+        "--attack.seeds",
+        "[0]",
+        "--attack.epochs",
+        "1",
+        "--attack.learning_rates",
+        "[1e-4]",
+        "--attack.benign_size",
+        "8",
+    )
     result = command(
         "attack", "--config", recipe, "--model", "tiny", "--output", tmp_path, *few, "--score", "first_token"
     )
@@ -159,7 +178,17 @@ def test_what_is_tried_next() -> None:
 
 
 def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -> None:
-    few = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[3e-4]", "--p", "[0.3]", "--until_saturated")
+    few = (
+        "--attack.seeds",
+        "[0, 1]",
+        "--attack.epochs",
+        "1",
+        "--attack.learning_rates",
+        "[3e-4]",
+        "--attack.p",
+        "[0.3]",
+        "--attack.until_saturated",
+    )
     model = default_run()[0] / "model"
     result = command("attack", "--model", model, "--output", tmp_path, *few, "--score", "probability")
     assert result.status == 0, result.err
@@ -173,12 +202,30 @@ def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -
 
 
 def test_adapters_attack_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
-    options = ("--lora.r", "8", "--lora.dropout", "0.05", "--lora.target_modules", "[q_proj, v_proj]", "--overwrite")
-    few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[3e-3, 1e-2]", "--p", "[0.3]", "--save_attacked")
+    options = (
+        "--attack.lora.r",
+        "8",
+        "--attack.lora.dropout",
+        "0.05",
+        "--attack.lora.target_modules",
+        "[q_proj, v_proj]",
+        "--overwrite",
+    )
+    few = (
+        "--attack.seeds",
+        "[0]",
+        "--attack.epochs",
+        "1",
+        "--attack.learning_rates",
+        "[3e-3, 1e-2]",
+        "--attack.p",
+        "[0.3]",
+        "--save_attacked",
+    )
     model = default_run()[0] / "model"
     curves = []
     for _ in range(2):
-        result = command("attack", "--model", model, "--output", tmp_path, *few, *options)
+        result = command("attack", "--model", model, "--output", tmp_path, *few, "--save_attacked", "--overwrite")
         assert result.status == 0, result.err
         content = read_json(tmp_path / "attack.json")
         assert content["settings"]["harmful_lora"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
@@ -207,10 +254,10 @@ def test_adapters_are_taken_out_again() -> None:
 
 
 def test_adapters_are_not_for_sharded_weights(tmp_path: Path) -> None:
-    args = ("attack", "--model", "tiny", "--output", tmp_path, "--lora.r", "2", "--strategy", "fsdp2")
+    args = ("attack", "--model", "tiny", "--output", tmp_path, "--attack.lora.r", "2", "--strategy", "fsdp2")
     result = command(*args, "--accelerator", "cpu", "--devices", "2")
     assert result.status == 2
-    assert "lora: got 'adapters', allowed: null with strategy fsdp2" in result.err
+    assert "attack.lora: got 'adapters', allowed: null with strategy fsdp2" in result.err
     assert files(tmp_path) == set()
 
 

@@ -137,7 +137,16 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the default run with an attack beside it."""
     run = tmp_path_factory.mktemp("attacked") / "run"
     shutil.copytree(default_run()[0], run)
-    rate = ("--p", "[0.1]", "--learning_rates", "[1e-3]", "--seeds", "[0, 1]", "--epochs", "1")
+    rate = (
+        "--attack.p",
+        "[0.1]",
+        "--attack.learning_rates",
+        "[1e-3]",
+        "--attack.seeds",
+        "[0, 1]",
+        "--attack.epochs",
+        "1",
+    )
     assert command("attack", "--model", run / "model", "--score", "probability", *rate).status == 0
     return run
 
