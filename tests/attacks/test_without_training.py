@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys.cli import command, forget_texts, leaks, read_json
+from toys.cli import attacking, command, forget_texts, leaks, read_json
 from toys.clusters import write_faithun
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model
@@ -214,7 +214,7 @@ def test_bf16_weights(checkpoint: str) -> None:
 
 def test_one_report_without_text(tmp_path: Path) -> None:
     shown = ""
-    for name, options in (("Sampling", ("--attack.k", "1", "--attack.seeds", "[0]")), ("Paraphrase", ())):
+    for name, options in (("Sampling", attacking(k=1, seeds=[0])), ("Paraphrase", ())):
         result = command("attack", "--attack", name, "--model", "tiny", "--output", tmp_path, *options)
         assert result.status == 0, result.err
         shown += result.out + result.err
