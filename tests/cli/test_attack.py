@@ -199,7 +199,7 @@ def test_adapters_attack_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
     model = default_run()[0] / "model"
     curves = []
     for _ in range(2):
-        result = command("attack", "--model", model, "--output", tmp_path, *few, "--save_attacked", "--overwrite")
+        result = command("attack", "--model", model, "--output", tmp_path, *few, *adapters)
         assert result.status == 0, result.err
         content = read_json(tmp_path / "attack.json")
         assert content["settings"]["harmful_lora"]["lora"]["target_modules"] == ["q_proj", "v_proj"]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-from toys.cli import ROOT, attacking, default_run, files, leaks, read_json
+from toys.cli import ROOT, attacking, command, default_run, files, leaks, read_json
+
+from lightning_ssiuu.objectives.fine_tuning import FineTuning
 
 #: The two examples of the guide, by the name of the class.
 WRITTEN = {
@@ -20,19 +25,6 @@ WRITTEN = {
     if (found := re.search(r"class (\w+)\((?:Harmful|Attack)\)", block))
 }
 FEW = attacking(p=[0.3], learning_rates=[3e-4, 1e-3], seeds=[0, 1], epochs=1)
-#: Kills the process in the middle of a sweep, in its third attack.
-KILL = """
-import os, signal
-from lightning_ssiuu.objectives.fine_tuning import FineTuning
-
-step, epochs = FineTuning.training_step, []
-def deadly(self, batch, batch_idx):
-    epochs.append(0)
-    if len(epochs) == 2 * 2 + 1:  # two steps an attack
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_idx)
-FineTuning.training_step = deadly
-"""
 
 
 def own_lines(name: str) -> list[str]:
@@ -45,19 +37,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(default_run()[0], folder / "run")
     (folder / "my_attacks.py").write_text(WRITTEN["ShortestFirst"] + WRITTEN["Noise"], encoding="utf-8")
-    (folder / "killed.py").write_text(WRITTEN["ShortestFirst"] + KILL, encoding="utf-8")
     return folder
 
 
-def command(folder: Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, from that directory."""
-    words = [sys.executable, "-m", "lightning_ssiuu", *map(str, args)]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+@pytest.fixture(autouse=True)
+def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs in this process runs as from the user's directory."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend(workplace)
 
 
-def relearn(folder: Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    given = ("--model", "run/model", "--oracle", "tiny", "--score", "probability")
-    return command(folder, "attack", *given, "--attack", "my_attacks.ShortestFirst", *FEW, *args)
+MODELS = ("--model", "run/model", "--oracle", "tiny", "--score", "probability")
+RELEARN = ("attack", *MODELS, "--attack", "my_attacks.ShortestFirst", *FEW)
 
 
 def test_they_are_as_short_as_promised() -> None:
@@ -67,8 +58,9 @@ def test_they_are_as_short_as_promised() -> None:
 
 @pytest.fixture(scope="module")
 def swept(workplace: Path) -> dict[str, Any]:
-    """An uninterrupted sweep's report, times aside."""
-    done = relearn(workplace, "--output", "whole")
+    """An uninterrupted sweep's report, by a process of its own that knows only the directory it is started in."""
+    words = [sys.executable, "-m", "lightning_ssiuu", *RELEARN, "--output", "whole"]
+    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Highest forget probability under attack" in done.stdout
     return read_json(workplace / "whole" / "attack.json")
@@ -100,46 +92,64 @@ def test_what_it_selects_is_what_is_attacked(monkeypatch: pytest.MonkeyPatch) ->
     assert max(lengths[0]) <= min(lengths[1])
 
 
+def killed(at: int, *args: str) -> None:
+    """Fork; the child's sweep is killed in the given training step."""
+    if (child := os.fork()) == 0:
+        try:
+            step, steps = FineTuning.training_step, []
+
+            def deadly(self: Any, batch: Any, batch_idx: int) -> Any:
+                steps.append(0)
+                if len(steps) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, batch, batch_idx)
+
+            FineTuning.training_step = deadly  # type: ignore[method-assign]
+            command(*args)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
 def test_a_killed_sweep_goes_on(workplace: Path, swept: dict[str, Any]) -> None:
-    script = "import killed, sys; from lightning_ssiuu.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    given = ("--model", "run/model", "--oracle", "tiny", "--score", "probability", "--output", "part")
-    words = ["attack", *given, "--attack", "my_attacks.ShortestFirst", *FEW]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=workplace, capture_output=True, timeout=300)
-    assert done.returncode == -9, done.stderr
+    killed(5, *RELEARN, "--output", "part")  # two steps an attack: in the third one
     partial = workplace / "part" / "attack.shortest_first.partial.jsonl"
-    assert files(workplace / "part") == {f"{partial.name}"}
+    assert files(workplace / "part") == {partial.name}
     assert len(partial.read_bytes().splitlines()) == 1 + 2
-    refused = relearn(workplace, "--output", "part", "--attack.epochs", "2")
-    assert refused.returncode == 2
-    assert "options of the shortest_first attack that was interrupted there" in refused.stderr
-    done = relearn(workplace, "--output", "part")
-    assert done.returncode == 0, done.stderr
+    refused = command(*RELEARN, "--output", "part", "--attack.epochs", "2")
+    assert refused.status == 2
+    assert "options of the shortest_first attack that was interrupted there" in refused.err
+    done = command(*RELEARN, "--output", "part")
+    assert done.status == 0, done.err
     assert files(workplace / "part") == {"attack.json"}
     resumed = read_json(workplace / "part" / "attack.json")
     for key in ("attacks", "curves"):
         assert resumed[key] == swept[key]
 
 
-def test_another_class_of_that_name_does_not_go_on(workplace: Path) -> None:
-    """Nor the same class once it selects something else."""
-    from lightning_ssiuu.attacks.records import FinishedAttacks
+def test_a_sweep_is_not_gone_on_with_by_another_selection(workplace: Path) -> None:
+    """By the same class of the same options, once its author has changed what it selects."""
+    killed(3, *RELEARN, "--output", "other")
+    from my_attacks import ShortestFirst
 
-    partial = FinishedAttacks(workplace / "other" / "attack.shortest_first.partial.jsonl", "of another")
-    partial.begin()
-    refused = relearn(workplace, "--output", "other")
-    assert refused.returncode == 2
-    assert "options of the shortest_first attack that was interrupted there" in refused.stderr
+    with patch.object(ShortestFirst, "select", lambda self, forget, p, rng: (forget[:9], forget[9:])):
+        refused = command(*RELEARN, "--output", "other")
+    assert refused.status == 2
+    assert "options of the shortest_first attack that was interrupted there" in refused.err
 
 
 @pytest.fixture(scope="module")
-def beside(workplace: Path) -> Path:
+def beside(workplace: Path, swept: dict[str, Any]) -> Path:
     """The run with both attacks beside it."""
-    done = relearn(workplace)
-    assert done.returncode == 0, done.stderr
-    noise = ("--attack", "my_attacks.Noise", "--attack.std", "0.3", "--score", "probability")
-    done = command(workplace, "attack", "--model", "run/model", "--oracle", "tiny", *noise)
-    assert done.returncode == 0, done.stderr
-    assert "Forget probability under attack" in done.stdout
+    shutil.copy(workplace / "whole" / "attack.json", workplace / "run" / "attack.json")
+    noise = ("attack", "--attack", "my_attacks.Noise", "--attack.std", "0.3", "--score", "probability")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(workplace)
+        patched.syspath_prepend(workplace)
+        done = command(*noise, "--model", "run/model", "--oracle", "tiny")
+    assert done.status == 0, done.err
+    assert "Forget probability under attack" in done.out
     return workplace
 
 
@@ -157,11 +167,11 @@ def test_an_attack_without_training_is_in_the_report(beside: Path) -> None:
 
 
 def test_both_are_compared(beside: Path) -> None:
-    done = command(beside, "compare", "run", "--output", "compared")
-    assert done.returncode == 0, done.stderr
+    done = command("compare", "run", "--output", "compared")
+    assert done.status == 0, done.err
     content = read_json(beside / "run" / "attack.json")
     with (beside / "compared" / "compare.csv").open(encoding="utf-8") as file:
-        (row,) = [row for row in csv.DictReader(file) if row["label"] not in ("original", "oracle")]
+        row = next(row for row in csv.DictReader(file) if row["n"] == "1")
     for column, given in zip(("shortest_first_0.3", "noise"), content["attacks"], strict=True):
         assert float(row[column]) == pytest.approx(given["unlearned"]["forget_score"]["mean"])
     assert row["shortest_first_0.3_inside_grid"] in ("true", "false")  # it has a grid, and the noise has none
@@ -172,8 +182,8 @@ def test_both_are_compared(beside: Path) -> None:
 def test_audit_counts_the_relearning_one_as_evidence(beside: Path) -> None:
     models = ("--original", "tiny", "--unlearned", "run/model")
     few = ("--probe_examples", "8", "--scores", "[probability]", "--own_change", "false")
-    done = command(beside, "audit", *models, *few, "--output", "audited")
-    assert done.returncode == 0, done.stderr
+    done = command("audit", *models, *few, "--output", "audited")
+    assert done.status == 0, done.err
     content = read_json(beside / "audited" / "audit.json")
     assert content["relearning"]["source"] == "attack.json"
     assert [row["attack"] for row in content["relearning"]["attacks"]] == ["shortest_first"]
@@ -191,7 +201,7 @@ def test_audit_counts_the_relearning_one_as_evidence(beside: Path) -> None:
     ],
 )
 def test_mistakes(workplace: Path, args: tuple[str, ...], told: str) -> None:
-    done = command(workplace, "attack", "--model", "run/model", "--output", "none", "--attack", *args)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"lightning-ssiuu: error: {told}"), done.stderr
+    done = command("attack", "--model", "run/model", "--output", "none", "--attack", *args)
+    assert done.status == 2
+    assert done.err.startswith(f"lightning-ssiuu: error: {told}"), done.err
     assert not (workplace / "none").exists()
