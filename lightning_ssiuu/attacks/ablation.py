@@ -176,7 +176,8 @@ class Ablation(Attack):
     Neurons are flagged by :func:`~lightning_ssiuu.attribution.influence.spurious_neurons` between ``original`` and each
     model. The original model's activations are recorded first, on the same tokens, for every forward pass the score
     makes; only one model is in memory at a time, the recording (flagged and control neurons × tokens of the forget set)
-    in main memory.
+    in main memory. The outcomes are those of the flagged neurons and of as many random ones per draw; where nothing is
+    flagged nothing is changed, and every score is the one before.
 
     Args:
         original: The model before unlearning; needed.
@@ -210,7 +211,6 @@ class Ablation(Attack):
     target: TargetOfAttribution = "length_normalised"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name, value in (("probe_examples", self.probe_examples), ("draws", self.draws)):
             if not (isinstance(value, int) and value >= 1):
                 raise UserError(f"attack.{name}", value, "a whole number ≥ 1")
@@ -220,7 +220,6 @@ class Ablation(Attack):
             raise UserError("attack.target", self.target, f"one of {list(TARGETS)}")
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Also the original model, that the score generates no text, and that each device has a probe example."""
         super().check(data, score, devices)
         if self.original is None:
             raise UserError(_ORIGINAL, None, "the model before unlearning: a directory, a hub id or another checkpoint")
@@ -233,10 +232,6 @@ class Ablation(Attack):
         check_tokenizers({_ORIGINAL: self.original}, data)
 
     def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
-        """For each model and each variant, ``"original"`` and ``"zero"``: the flagged neurons, and a control per draw.
-
-        Where nothing is flagged nothing is changed, and every score is the one before.
-        """
         original = Target(_ORIGINAL, str(self.original), devices)
         reference, _ = self._examined(original, data)
         plans = [self._plan(target, reference, data, score) for target in targets]

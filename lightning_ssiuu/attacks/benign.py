@@ -18,14 +18,9 @@ from lightning_ssiuu.utils.errors import UserError
 class Benign(Relearning):
     """Train on harmless instruction data and score the whole forget set.
 
+    Its other options are those of :class:`~lightning_ssiuu.Relearning`.
+
     Args:
-        learning_rates: See :class:`~lightning_ssiuu.Relearning`, also for the next six.
-        seeds: Of the selection and the order.
-        epochs: Passes over the attacked examples.
-        every_n_epochs: Epochs from one score to the next.
-        batch_size: Attacked sequences per step, over all devices.
-        lora: Fine-tune adapters instead of the weights; null for the weights.
-        until_saturated: Attack more and more strongly until the highest score lies inside what was tried.
         benign_path: Instruction data (file or hub id); by default the data module's own harmless items, or where it
             has none ``tatsu-lab/alpaca`` of the hub.
         benign_size: Number of items at most, a random choice where there are more.
@@ -45,14 +40,12 @@ class Benign(Relearning):
     benign_size: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         if self.benign_size < 1:
             raise UserError("attack.benign_size", self.benign_size, "at least 1")
         self._items: HarmlessItems | None = None
 
     def cells(self, data: UnlearningDataModule, pool: Collection[int] | None = None) -> list[RelearnDataModule]:
-        """One for each seed; the harmless items are read once."""
         if self._items is None or self._items.source is not data:
             self._items = HarmlessItems(data, self.benign_path, self.benign_size)
         return super().cells(data, pool)
@@ -60,6 +53,5 @@ class Benign(Relearning):
     def select(
         self, forget: list[QAExample], p: float | None, rng: np.random.Generator
     ) -> tuple[list[QAExample], list[QAExample]]:
-        """Harmless items, and the whole forget set."""
         assert self._items is not None
         return self._items.draw(rng), forget

@@ -33,7 +33,6 @@ class Recorder(L.Callback):
         self.score, self.curve, self.every_n_epochs = score, curve, every_n_epochs
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the model after an epoch."""
         epoch = trainer.current_epoch + 1
         if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
             attacked: Any = pl_module
@@ -43,14 +42,7 @@ class Recorder(L.Callback):
 
 
 def attack_score(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: RelearnDataModule, score: str) -> float:
-    """A model's score on what an attack is scored on, in percent.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        data: Of the attack.
-        score: A score's name.
-    """
+    """A model's score on what an attack is scored on, in percent."""
     return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
 
 

@@ -24,14 +24,9 @@ Pool = Literal["all", "wrong"]
 class Harmful(Relearning):
     """Train on a random fraction p of the forget set and score the rest.
 
+    Its other options are those of :class:`~lightning_ssiuu.Relearning`.
+
     Args:
-        learning_rates: See :class:`~lightning_ssiuu.Relearning`, also for the next six.
-        seeds: Of the selection and the order.
-        epochs: Passes over the attacked examples.
-        every_n_epochs: Epochs from one score to the next.
-        batch_size: Attacked sequences per step, over all devices.
-        lora: Fine-tune adapters instead of the weights; null for the weights.
-        until_saturated: Attack more and more strongly until the highest score lies inside what was tried.
         p: Fractions of the forget set.
         pool: Train on and score ``all`` forget examples, or those alone that the unlearned model answers ``wrong``
             under the score (as in FaithUn: the score before the attack is 0). The oracle is attacked on the same ones.
@@ -49,7 +44,6 @@ class Harmful(Relearning):
     pool: Pool = "all"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         if not self.p:
             raise UserError("attack.p", list(self.p), "at least one value")
@@ -61,23 +55,19 @@ class Harmful(Relearning):
 
     @property
     def fractions(self) -> Sequence[float | None]:
-        """``p``."""
         return self.p
 
     @property
     def needs_model(self) -> bool:
-        """Whether the unlearned model has to say what it answers wrongly."""
         return self.pool == "wrong"
 
     def select(
         self, forget: list[QAExample], p: float | None, rng: np.random.Generator
     ) -> tuple[list[QAExample], list[QAExample]]:
-        """A random fraction, and the rest."""
         assert p is not None
         return random_fraction(forget, p, rng)
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Also that the score can tell wrong answers, where the pool is of those."""
         super().check(data, score, devices)
         telling = [name for name, given in SCORES.items() if isinstance(given.metric(), AnswerAccuracy)]
         if self.pool == "wrong" and score not in telling:

@@ -119,14 +119,12 @@ class Paraphrase(Attack):
     """
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Also that there is something to ask, and nothing of it too long."""
         super().check(data, score, devices)
         other_questions(data)
 
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
     ) -> Iterator[Outcome]:
-        """One outcome for each model and variant."""
         variants = other_questions(data)
         for target in targets:
             model, tokenizer = target.load()

@@ -45,12 +45,10 @@ class Quantization(Attack):
     widths: Sequence[str] = WIDTHS
 
     def __post_init__(self) -> None:
-        """Check the widths."""
         if not self.widths or set(self.widths) - set(WIDTHS):
             raise UserError("attack.widths", list(self.widths), f"some of {list(WIDTHS)}")
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Also that weights are not cut over the ranks, and that bitsandbytes is there."""
         super().check(data, score, devices)
         if devices.sharded:
             raise UserError("strategy", "fsdp2", "auto or ddp: quantised weights cannot be cut over devices")
@@ -59,7 +57,6 @@ class Quantization(Attack):
             loading_options(*options)
 
     def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
-        """One outcome for each model and width."""
         outcomes = []
         for target in targets:
             # 4-bit first: where it is refused nothing was scored in vain.

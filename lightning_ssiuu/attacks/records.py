@@ -55,15 +55,7 @@ def merge_attacks(
     settings: Mapping[str, Any],
     results: Sequence[RecoveryCurve | Outcome],
 ) -> None:
-    """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay.
-
-    Args:
-        folder: Where it is kept.
-        attack: Its name.
-        rows: Of the table.
-        settings: How it was made.
-        results: What the rows sum up.
-    """
+    """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay."""
     content = read_attacks(folder)
     curves = [asdict(result) for result in results if isinstance(result, RecoveryCurve)]
     outcomes = [asdict(result) for result in results if isinstance(result, Outcome)]

@@ -69,7 +69,6 @@ class Relearning(Attack):
     until_saturated: bool = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
             if not values:
                 raise UserError(f"attack.{name}", list(values), "at least one value")
@@ -82,7 +81,6 @@ class Relearning(Attack):
 
     @property
     def name(self) -> str:
-        """The name of its entries in ``attack.json``; adapters make an attack of its own."""
         return self.kind if self.lora is None else f"{self.kind}_lora"
 
     @property
@@ -135,7 +133,6 @@ class Relearning(Attack):
         return cells
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Check the score, the adapters and every selection that needs no model."""
         check_score(score, "score")
         if self.lora is not None and devices.sharded:
             allowed = "null with strategy fsdp2, which cuts the weights before adapters are there"
@@ -147,7 +144,6 @@ class Relearning(Attack):
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
     ) -> list[RecoveryCurve]:
-        """Sweep over fractions, seeds and learning rates, model by model."""
         return self.sweep(targets, data, score, devices)
 
     def sweep(
@@ -182,6 +178,5 @@ class Relearning(Attack):
         return None
 
     def rows(self, results: Sequence[RecoveryCurve], score: str) -> list[dict[str, Any]]:
-        """One row for each fraction."""
         first = {"attack": self.name, "kind": self.kind, "p": None, "variant": None, "score": score}
         return [first | row for row in table(results)]

@@ -70,7 +70,6 @@ class Sampling(Attack):
     seeds: Sequence[int] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if not (isinstance(self.k, int) and self.k >= 1):
             raise UserError("attack.k", self.k, "a whole number ≥ 1")
         check_number("attack.temperature", self.temperature)
@@ -93,7 +92,6 @@ class Sampling(Attack):
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
     ) -> Iterator[Outcome]:
-        """One outcome for each model and seed."""
         measured = "rouge_l" if score == "rouge_l" else "answer_given"
         for target in targets:
             before, after = self._best(target, data, score)

@@ -55,7 +55,7 @@ def run_function(
 def _spelled(args: list[str], flags: set[str]) -> list[str]:
     """Bare flags, also of nested options, with the value that jsonargparse asks for."""
     spelled = []
-    for arg, after in zip(args, [*args[1:], "--"], strict=True):
+    for arg, after in zip(args, [*args[1:], "--"], strict=False):
         nested = re.fullmatch(r"--\w+(\.\w+)+", arg) and not arg.endswith(".help") and after.startswith("--")
         bare = arg.removeprefix("--") in flags and arg.startswith("--") and after not in ("true", "false")
         spelled.append(f"{arg}=true" if nested or bare else arg)
