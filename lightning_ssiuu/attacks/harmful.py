@@ -55,11 +55,8 @@ class Harmful(Relearning):
 
     @property
     def fractions(self) -> Sequence[float | None]:
+        """Those given as ``p``."""
         return self.p
-
-    @property
-    def needs_model(self) -> bool:
-        return self.pool == "wrong"
 
     def select(
         self, forget: list[QAExample], p: float | None, rng: np.random.Generator

@@ -81,17 +81,13 @@ class Relearning(Attack):
 
     @property
     def name(self) -> str:
+        """The name of its entries in ``attack.json``: with adapters it is an attack of its own."""
         return self.kind if self.lora is None else f"{self.kind}_lora"
 
     @property
     def fractions(self) -> Sequence[float | None]:
         """What ``p`` is swept over; None alone where the attack has no such option."""
         return [None]
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether what may be selected depends on the unlearned model."""
-        return False
 
     @abstractmethod
     def select(
@@ -137,9 +133,8 @@ class Relearning(Attack):
         if self.lora is not None and devices.sharded:
             allowed = "null with strategy fsdp2, which cuts the weights before adapters are there"
             raise UserError("attack.lora", "adapters", allowed)
-        if not self.needs_model:
-            for cell in self.cells(data):
-                cell.check_share(devices.n_ranks)
+        for cell in self.cells(data):
+            cell.check_share(devices.n_ranks)
 
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices

@@ -85,6 +85,8 @@ def attack(
     sweep = _Sweep(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
     with devices.launched():
         results = list(sweep.run(targets) if sweep else method.run(targets, report.data, score, devices))
+        if not results:
+            raise UserError("attack", method.name, "an attack that gives at least one outcome")
         rows = method.rows(results, score)
         if devices.is_first:
             settings = {"score": score, "precision": devices.precision, **method.settings()}
@@ -116,12 +118,12 @@ class _Sweep:
     def _determined(self) -> dict[str, Any]:
         """Everything that determines the curves."""
         attack, report, data, devices = self.attack, self.report, self.report.data, self.report.devices
-        encoder, selected = data.encoder, [] if attack.needs_model else attack.cells(data)
+        encoder = data.encoder
         return {
             "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
             "score": self.score,
             "data": report.data_sha256,
-            "selected": [cell.content_sha256() for cell in selected],
+            "selected": [cell.content_sha256() for cell in attack.cells(data)],
             "encoding": [encoder.template, encoder.choice_template, encoder.max_length, data.multiple_choice],
             "eval_batch_size": data.eval_batch_size,
             "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
