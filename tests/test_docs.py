@@ -60,7 +60,7 @@ def test_python_blocks_run(marker: str | None, text: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     known = dict(SCORES)
     try:
-        exec(compile(text, "<docs>", "exec"), {"__name__": "__docs__"})
+        exec(compile(text, "<docs>", "exec", dont_inherit=True), {"__name__": "__docs__"})
     finally:
         SCORES.clear()
         SCORES.update(known)
