@@ -31,11 +31,7 @@ _MOST_WIDENINGS = 8
 
 
 class SweptModel:
-    """A model under attack: loaded when it is first needed, and as it was after every attack.
-
-    Args:
-        target: Which.
-    """
+    """A model under attack: loaded when it is first needed, and as it was after every attack."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.name = target, target.name
@@ -87,12 +83,7 @@ class SweptModel:
 
     @torch.no_grad()
     def wrong_ids(self, data: UnlearningDataModule, score: str) -> list[int]:
-        """Ids of the forget examples it answers wrongly; all ranks' together, on every rank.
-
-        Args:
-            data: With the forget set.
-            score: One that says right or wrong of each example.
-        """
+        """Ids of the forget examples it answers wrongly, all ranks' on every rank; the score says right or wrong."""
         device = next(self.model.parameters()).device
         wrong: list[int] = []
         scorer = Scorer(self.model, self.tokenizer, [score])

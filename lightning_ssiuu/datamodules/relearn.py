@@ -170,12 +170,7 @@ class RelearnDataModule(UnlearningDataModule):
 def random_fraction(
     forget: list[QAExample], p: float, rng: np.random.Generator
 ) -> tuple[list[QAExample], list[QAExample]]:
-    """``round(p * n)`` random examples, and the rest without the questions that stand among them.
-
-    Args:
-        forget: n examples.
-        p: In (0, 1).
-        rng: What is drawn from.
+    """``round(p * n)`` random examples of n, and the rest without the questions that stand among them.
 
     Raises:
         UserError: If nothing is drawn or nothing left.
@@ -205,12 +200,7 @@ class HarmlessItems:
         size: Number of items at most.
 
     Raises:
-        UserError: ``size`` below 1.
-
-    Example:
-        >>> from lightning_ssiuu.datamodules import Facts
-        >>> len(HarmlessItems(Facts(), size=5).draw(np.random.default_rng(0)))
-        5
+        UserError: ``size`` below 1; later if there are no items, or none that fits.
     """
 
     def __init__(self, source: UnlearningDataModule, path: str | None = None, size: int = 1000) -> None:
@@ -220,11 +210,7 @@ class HarmlessItems:
 
     @cached_property
     def items(self) -> list[QAExample]:
-        """All there are, read on first use.
-
-        Raises:
-            UserError: If there are none, or they cannot be read.
-        """
+        """All there are, read on first use."""
         own = self.source.splits.benign if self.path is None else []
         items = own or self._read(self.path or ALPACA)
         if not items:
@@ -232,14 +218,7 @@ class HarmlessItems:
         return items
 
     def draw(self, rng: np.random.Generator) -> list[QAExample]:
-        """A random choice of those that ``max_length`` lets in; how many it does not is logged.
-
-        Args:
-            rng: What is drawn from.
-
-        Raises:
-            UserError: If none fits.
-        """
+        """A random choice of those that ``max_length`` lets in; how many it does not is logged."""
         encoder = self.source.encoder
         chosen: list[QAExample] = []
         n_long = 0
