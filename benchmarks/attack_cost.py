@@ -25,7 +25,7 @@ import lightning as L
 from timing import markdown, wait
 
 from lightning_ssiuu import Facts
-from lightning_ssiuu.attacks import relearning
+from lightning_ssiuu.attacks import Harmful, finetune
 from lightning_ssiuu.cli.attack import attack
 from lightning_ssiuu.datamodules.sampling import ResumableLoader
 from lightning_ssiuu.training.devices import Devices
@@ -69,7 +69,7 @@ class Times(L.Callback):
         return scores
 
 
-_evaluate, _trainer, _batches = relearning.evaluate, Devices.trainer, ResumableLoader.__iter__
+_evaluate, _trainer, _batches = finetune.evaluate, Devices.trainer, ResumableLoader.__iter__
 clock: Callable[[], float] = time.perf_counter
 
 
@@ -83,15 +83,14 @@ def sweep(checkpoint: str, p: list[float], runs: int, epochs: int, score: str, a
         return _trainer(self, epochs, [times, *callbacks])
 
     with ExitStack() as clocks:
-        clocks.enter_context(patch.object(relearning, "evaluate", times.evaluate))
+        clocks.enter_context(patch.object(finetune, "evaluate", times.evaluate))
         clocks.enter_context(patch.object(Devices, "trainer", trainer))
         clocks.enter_context(patch.object(ResumableLoader, "__iter__", lambda loader: times.batches(loader)))
         folder = clocks.enter_context(tempfile.TemporaryDirectory())
         begin = clock()
-        options: dict[str, Any] = {"p": p, "seeds": [0], "learning_rates": rates, "epochs": epochs}
-        attack(
-            checkpoint, data=Facts(tokenizer=checkpoint), score=score, output=folder, accelerator=accelerator, **options
-        )
+        method = Harmful(p=p, seeds=[0], learning_rates=rates, epochs=epochs)
+        options: dict[str, Any] = {"output": folder, "devices": Devices(accelerator)}
+        attack(checkpoint, attack=method, data=Facts(tokenizer=checkpoint), score=score, **options)
         whole = clock() - begin
     work = times.steps + times.evaluations
     lone = times.steps + times.evaluations * runs * (epochs + 1) / times.n_evaluations

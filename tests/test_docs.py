@@ -28,7 +28,10 @@ _BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTIL
 #: Options that make a shown command quick; they change how much is done, not how it is asked for.
 QUICKER = {
     "fit": SHORT,
-    "attack": ("--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]", "--p", "[0.3]"),
+    "attack": (
+        *("--attack.epochs", "1", "--attack.seeds", "[0]"),
+        *("--attack.learning_rates", "[1e-4]", "--attack.p", "[0.3]"),
+    ),
     "audit": ("--probe_examples", "4", "--scores", "[first_token]"),
 }
 
@@ -66,7 +69,7 @@ def test_python_blocks_run(marker: str | None, text: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     known = dict(SCORES)
     try:
-        exec(compile(text, "<docs>", "exec"), {"__name__": "__docs__"})
+        exec(compile(text, "<docs>", "exec", dont_inherit=True), {"__name__": "__docs__"})
     finally:
         SCORES.clear()
         SCORES.update(known)

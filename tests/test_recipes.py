@@ -190,17 +190,19 @@ def test_scale(recipe: Path, tmp_path: Path) -> None:
 
 @named("attack")
 def test_attacks(recipe: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    few = ["--epochs", "1", "--seeds", "[0]", "--learning_rates", "[1e-4]"]
-    few += {"ablation": ["--ablation.original", "tiny"], "sampling": ["--sampling.k", "1"]}.get(content["kind"], [])
+    given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["attack"]
+    name, options = (given, {}) if isinstance(given, str) else (given["class_path"], given["init_args"])
+    quick = ["--attack.epochs", "1", "--attack.seeds", "[0]", "--attack.learning_rates", "[1e-4]"]
+    quicker = {"Ablation": ["--attack.original", "tiny"], "Sampling": ["--attack.k", "1"]}
+    few = quick if "epochs" in options else quicker.get(name, [])
     model: str | Path = "tiny"
-    if content.get("pool") == "wrong":  # "tiny" answers nothing so
-        few += ["--score", "all_tokens"]
+    if options.get("pool") == "wrong":  # "tiny" answers nothing so
+        few = [*few, "--score", "all_tokens"]
         model = tmp_path / "random"
         random_model("llama", torch.float32, vocab_size=1024).save_pretrained(model)
         load_tokenizer("tiny").save_pretrained(model)
     result = command("attack", "--config", recipe, "--model", model, "--output", tmp_path / "run", *few)
     assert result.status == 0, result.err
     rows = read_json(tmp_path / "run" / "attack.json")["attacks"]
-    n_variants = 2 if content["kind"] in ("quantization", "ablation") else 1
-    assert [row["kind"] for row in rows] == [content["kind"]] * len(content.get("p", [None])) * n_variants
+    n_variants = 2 if name in ("Quantization", "Ablation") else 1
+    assert [row["kind"] for row in rows] == [name.lower()] * len(options.get("p", [None])) * n_variants

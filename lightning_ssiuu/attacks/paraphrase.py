@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.base import Outcome, load_alone, model_name
+from lightning_ssiuu.attacks.base import Attack, Outcome, Target
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.evaluation.scorer import evaluate
@@ -82,62 +82,6 @@ def _wordings(examples: Sequence[QAExample]) -> list[tuple[float, list[QAExample
     return groups
 
 
-def paraphrase_attack(
-    models: Mapping[str, str], data: UnlearningDataModule, score: str, where: Devices
-) -> list[Outcome]:
-    """Score other questions about what was to be forgotten, see :func:`other_questions`.
-
-    ``"reworded"`` is the mean over an example's paraphrases, then over examples. ``before`` is the score on the base
-    questions: of the examples that have paraphrases, or of the whole forget set for the other variants.
-
-    Args:
-        models: Checkpoint by the name of the argument it was given for.
-        data: The data module.
-        score: A score's name.
-        where: Launched devices.
-
-    Returns:
-        One outcome for each model and variant.
-
-    Raises:
-        UserError: What :func:`other_questions` and loading raise.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> (found,) = paraphrase_attack({"model": "tiny"}, Facts(), "first_token", Devices("cpu"))
-        >>> found.variant, found.n_scored, found.before
-        ('reworded', 144, 100.0)
-    """
-    variants = other_questions(data)
-    return [
-        outcome
-        for argument, checkpoint in models.items()
-        for outcome in _asked(argument, checkpoint, variants, data, score, where)
-    ]
-
-
-def _asked(
-    argument: str,
-    checkpoint: str,
-    variants: Mapping[str, Questions],
-    data: UnlearningDataModule,
-    score: str,
-    where: Devices,
-) -> list[Outcome]:
-    model, tokenizer = load_alone(argument, checkpoint, where)
-    known: dict[int, float] = {}  # base questions that several variants share are scored once
-    outcomes = []
-    for variant, questions in variants.items():
-        n_base = len(questions.base)
-        if n_base not in known:
-            known[n_base] = mean_score(model, tokenizer, data, score, questions.base)
-        scores = [(weight, mean_score(model, tokenizer, data, score, group)) for weight, group in questions.groups]
-        after = math.fsum(weight * value for weight, value in scores) / math.fsum(weight for weight, _ in scores)
-        name = model_name(argument)
-        outcomes.append(Outcome(name, "paraphrase", variant, 0, len(questions), known[n_base], after, score=score))
-    return outcomes
-
-
 def mean_score(
     model: AnswerModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -157,3 +101,39 @@ def mean_score(
     # Every rank needs an example; asking all of them equally often leaves the mean as it is.
     enough = list(examples) * math.ceil(world_size() / len(examples))
     return evaluate(model, tokenizer, [data.eval_dataloader("forget", enough)], [score])["forget"][score]
+
+
+@dataclass
+class Paraphrase(Attack):
+    """Score other questions about what was to be forgotten, see :func:`other_questions`.
+
+    ``"reworded"`` is the mean over an example's paraphrases, then over examples. ``before`` is the score on the base
+    questions: of the examples that have paraphrases, or of the whole forget set for the other variants.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> here = Devices("cpu")
+        >>> (outcome,) = Paraphrase().run([Target("model", "tiny", here)], Facts(), "first_token", here)
+        >>> outcome.variant, outcome.n_scored, outcome.before
+        ('reworded', 144, 100.0)
+    """
+
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        super().check(data, score, devices)
+        other_questions(data)
+
+    def run(
+        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
+    ) -> Iterator[Outcome]:
+        variants = other_questions(data)
+        for target in targets:
+            model, tokenizer = target.load()
+            known: dict[int, float] = {}  # base questions that several variants share are scored once
+            for variant, questions in variants.items():
+                n_base = len(questions.base)
+                if n_base not in known:
+                    known[n_base] = mean_score(model, tokenizer, data, score, questions.base)
+                scores = [(w, mean_score(model, tokenizer, data, score, group)) for w, group in questions.groups]
+                after = math.fsum(w * value for w, value in scores) / math.fsum(w for w, _ in scores)
+                yield self.outcome(target, data, score, known[n_base], after, variant, n_scored=len(questions))
+            del model  # before the next one is loaded

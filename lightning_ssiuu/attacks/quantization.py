@@ -5,10 +5,11 @@ Source: arXiv 2410.16454 ("Catastrophic Failure of LLM Unlearning via Quantizati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_ssiuu.attacks.base import Outcome, forget_score, load_alone, model_name
+from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
@@ -19,30 +20,8 @@ from lightning_ssiuu.utils.errors import UserError, naming
 WIDTHS = ("8bit", "4bit")
 
 
-def check_quantization(widths: Sequence[str], where: Devices) -> None:
-    """Check the widths, and that bitsandbytes is there, before a model is loaded.
-
-    Raises:
-        UserError: No width or an unknown one, weights cut over the ranks, or a missing bitsandbytes.
-
-    Example:
-        >>> check_quantization(["2bit"], Devices("cpu"))
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: quantization: got ['2bit'], allowed: some of ['8bit', '4bit']
-    """
-    if not widths or set(widths) - set(WIDTHS):
-        raise UserError("quantization", list(widths), f"some of {list(WIDTHS)}")
-    if where.sharded:
-        raise UserError("strategy", "fsdp2", "auto or ddp: quantised weights cannot be cut over devices")
-    for width in widths:
-        options: Any = (width, where.dtype, where.device)
-        loading_options(*options)
-
-
-def quantization_attack(
-    models: Mapping[str, str], data: UnlearningDataModule, score: str, where: Devices, widths: Sequence[str] = WIDTHS
-) -> list[Outcome]:
+@dataclass
+class Quantization(Attack):
     """Score the forget set with every model as it is, then with its projections in 8 and in 4 bits.
 
     8-bit is LLM.int8(), 4-bit NF4 with doubly quantised constants (:mod:`lightning_ssiuu.models.quantization`);
@@ -50,49 +29,57 @@ def quantization_attack(
     batch by batch, so an 8-bit score may move a little with the batch size and the number of ranks.
 
     Args:
-        models: Checkpoint by the name of the argument it was given for.
-        data: Whose forget set is scored.
-        score: A score's name.
-        where: Launched devices.
         widths: ``"8bit"``, ``"4bit"``.
 
-    Returns:
-        One outcome for each model and width.
-
     Raises:
-        UserError: What :func:`check_quantization` and loading raise, and a 4-bit model that this CPU would misread.
+        UserError: No width or an unknown one; when it runs, a 4-bit model that this CPU would misread.
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> (found,) = quantization_attack({"model": "tiny"}, Facts(), "first_token", Devices("cpu"), ["8bit"])
-        >>> found.variant, found.n_scored, found.before, found.forget_score
+        >>> here = Devices("cpu")
+        >>> (outcome,) = Quantization(["8bit"]).run([Target("model", "tiny", here)], Facts(), "first_token", here)
+        >>> outcome.variant, outcome.n_scored, outcome.before, outcome.forget_score
         ('8bit', 36, 100.0, 100.0)
     """
-    check_quantization(widths, where)
-    outcomes, n_scored = [], len(data.splits.forget)
-    for argument, checkpoint in models.items():
-        # 4-bit first: where it is refused nothing was scored in vain.
-        scores = {w: _scored(argument, checkpoint, data, score, where, w) for w in (*sorted(set(widths)), None)}
-        for width in dict.fromkeys(widths):
-            figures = (n_scored, scores[None], scores[width])
-            outcomes.append(Outcome(model_name(argument), "quantization", width, 0, *figures, score=score))
-    return outcomes
+
+    widths: Sequence[str] = WIDTHS
+
+    def __post_init__(self) -> None:
+        if not self.widths or set(self.widths) - set(WIDTHS):
+            raise UserError("attack.widths", list(self.widths), f"some of {list(WIDTHS)}")
+
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        super().check(data, score, devices)
+        if devices.sharded:
+            raise UserError("strategy", "fsdp2", "auto or ddp: quantised weights cannot be cut over devices")
+        for width in self.widths:
+            options: Any = (width, devices.dtype, devices.device)
+            loading_options(*options)
+
+    def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
+        outcomes = []
+        for target in targets:
+            # 4-bit first: where it is refused nothing was scored in vain.
+            scores = {width: _scored(target, data, score, width) for width in (*sorted(set(self.widths)), None)}
+            outcomes += [
+                self.outcome(target, data, score, scores[None], scores[width], width)
+                for width in dict.fromkeys(self.widths)
+            ]
+        return outcomes
 
 
-def _scored(
-    argument: str, checkpoint: str, data: UnlearningDataModule, score: str, where: Devices, width: Any
-) -> float:
+def _scored(target: Target, data: UnlearningDataModule, score: str, width: Any) -> float:
     # A function of its own, so that a model is gone before the next one is loaded.
+    if width is None:
+        return forget_score(*target.load(), data, score)
+    devices, checkpoint = target.devices, target.checkpoint
     try:
-        with naming(argument):
-            if width is None:
-                model, tokenizer = load_alone(argument, checkpoint, where)
-            else:
-                model = AnswerModel(load_model(checkpoint, where.dtype, width, where.device))
-                tokenizer = load_tokenizer(checkpoint)
+        with naming(target.argument):
+            model = AnswerModel(load_model(checkpoint, devices.dtype, width, devices.device))
+            tokenizer = load_tokenizer(checkpoint)
     except UserError as error:
         if error.argument != "quantization":
             raise
-        allowed = f"{[other for other in WIDTHS if other != width]} for {argument} ({error.allowed})"
-        raise UserError("quantization", width, allowed) from error
+        allowed = f"{[other for other in WIDTHS if other != width]} for {target.argument} ({error.allowed})"
+        raise UserError("attack.widths", width, allowed) from error
     return forget_score(model, tokenizer, data, score)

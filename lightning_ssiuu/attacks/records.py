@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.attacks.relearning import RecoveryCurve
+from lightning_ssiuu.attacks.base import Outcome
+from lightning_ssiuu.attacks.curves import RecoveryCurve
 from lightning_ssiuu.models.loading import plain_configuration, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import write_json
@@ -21,16 +22,6 @@ REPORT = "attack.json"
 _LISTS = ("attacks", "curves", "outcomes")
 #: What tells the attacks of one sweep apart: model, p, seed, learning rate, epochs.
 Cell = tuple[str, float | None, int, float, int]
-
-
-def attack_name(kind: str, adapters: bool) -> str:
-    """The name an attack has in ``attack.json``.
-
-    Example:
-        >>> attack_name("harmful", adapters=True)
-        'harmful_lora'
-    """
-    return f"{kind}_lora" if adapters else kind
 
 
 def read_attacks(folder: Path) -> dict[str, Any]:
@@ -62,22 +53,13 @@ def merge_attacks(
     attack: str,
     rows: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
-    curves: Sequence[RecoveryCurve] = (),
-    outcomes: Sequence[Mapping[str, Any]] = (),
+    results: Sequence[RecoveryCurve | Outcome],
 ) -> None:
-    """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay.
-
-    Args:
-        folder: Where it is kept.
-        attack: From :func:`attack_name`.
-        rows: Of the table.
-        settings: How it was made.
-        curves: Of a relearning attack.
-        outcomes: Of an attack without training.
-    """
+    """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay."""
     content = read_attacks(folder)
-    added = {"attacks": rows, "curves": [asdict(curve) for curve in curves], "outcomes": outcomes}
-    for name, entries in added.items():
+    curves = [asdict(result) for result in results if isinstance(result, RecoveryCurve)]
+    outcomes = [asdict(result) for result in results if isinstance(result, Outcome)]
+    for name, entries in {"attacks": rows, "curves": curves, "outcomes": outcomes}.items():
         kept = [entry for entry in content[name] if entry["attack"] != attack]
         content[name] = kept + [{"attack": attack, **entry} for entry in entries]
     content["settings"][attack] = settings

@@ -1,312 +1,177 @@
 """Relearning attacks: fine-tune the unlearned model a little and see whether the secret comes back.
 
-Protocol: arXiv 2509.22263, Sec. 4: the score is the highest forget score seen during the attack, over learning rates,
-on examples the attack did not train on; mean over seeds.
+Source: arXiv 2509.22263, Sec. 4.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import mean, stdev
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
-from lightning_ssiuu.datamodules import RelearnDataModule
-from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.attacks.base import Attack, Target
+from lightning_ssiuu.attacks.curves import RecoveryCurve, table
+from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
+from lightning_ssiuu.attacks.sweep import Sweep, SweptModel
+from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives.fine_tuning import FineTuning
-from lightning_ssiuu.training.devices import Devices, quiet_lightning
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 
 @dataclass
-class RecoveryCurve:
-    """The forget score along one attack: before it, and after each epoch.
+class Relearning(Attack):
+    """An attack that fine-tunes: over learning rates and seeds, the score is the highest one seen.
+
+    A subclass chooses what is trained on and what is scored (:meth:`select`), and is then swept, resumed, compared and
+    audited as :class:`~lightning_ssiuu.Harmful` and :class:`~lightning_ssiuu.Benign` are.
 
     Args:
-        model: ``"unlearned"`` or ``"oracle"``.
-        kind: ``"harmful"`` or ``"benign"``.
-        p: Attacked fraction of the forget set; None for benign attacks.
-        learning_rate: AdamW's.
-        seed: Of the selection and the order.
-        n_attack: Examples trained on.
-        n_scored: Examples scored.
-        epochs: When the model was scored: 0 is before the attack.
-        forget_scores: Percent, one for each of ``epochs``.
-    """
-
-    model: str
-    kind: str
-    p: float | None
-    learning_rate: float
-    seed: int
-    n_attack: int
-    n_scored: int
-    epochs: list[int] = field(default_factory=list)
-    forget_scores: list[float] = field(default_factory=list)
-
-
-class Recorder(L.Callback):
-    """Scores the attacked model after every so many epochs and after the last.
-
-    Args:
-        score: A score's name.
-        curve: Receives the scores.
-        every_n_epochs: Epochs from one score to the next.
-    """
-
-    def __init__(self, score: str, curve: RecoveryCurve, every_n_epochs: int = 1) -> None:
-        self.score, self.curve, self.every_n_epochs = score, curve, every_n_epochs
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the model after an epoch."""
-        epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
-            attacked: Any = pl_module
-            score = forget_score(attacked.model, attacked.tokenizer, trainer.datamodule, self.score)  # type: ignore[attr-defined]
-            self.curve.epochs.append(epoch)
-            self.curve.forget_scores.append(score)
-
-
-def forget_score(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: RelearnDataModule, score: str) -> float:
-    """A model's score on what an attack is scored on, in percent.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        data: Of the attack.
-        score: A score's name.
-    """
-    return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
-
-
-def relearn(
-    model: AnswerModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: RelearnDataModule,
-    learning_rate: float,
-    epochs: int,
-    score: str = "probability",
-    name: str = "unlearned",
-    devices: Devices | None = None,
-    every_n_epochs: int = 1,
-    lora: LoRA | None = None,
-    before: float | None = None,
-) -> RecoveryCurve:
-    """Attack a model in memory once; its weights are the attacked ones afterwards, or its adapters are.
-
-    The curve is the same on any number of ranks, but for rounding.
-
-    Args:
-        model: The model to attack.
-        tokenizer: Its tokenizer.
-        data: What to train on and what to score.
-        learning_rate: AdamW's, > 0.
-        epochs: Passes over the attack set, ≥ 1.
-        score: A score's name.
-        name: Written into the curve.
-        devices: Launched; None: one device.
-        every_n_epochs: Epochs from one score to the next; scoring can cost more than the attack.
-        lora: Train adapters instead of the weights; they stay in the model until ``LoRA.detach``.
-        before: The score before the attack, where it is known: all attacks on a model begin with the same one.
-
-    Returns:
-        The recovery curve.
+        learning_rates: AdamW's; the default is the paper's harmful grid for 3B models. Small models need larger ones:
+            widen until ``inside_grid`` is true.
+        seeds: Of the selection and the order.
+        epochs: Passes over the attacked examples.
+        every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
+            attack itself.
+        batch_size: Attacked sequences per step, over all devices.
+        lora: Fine-tune adapters instead of the weights; None for the weights. The attack's name then ends in ``_lora``.
+        until_saturated: Where the highest score lies at the largest learning rate or in the last epoch, go on with
+            larger rates, then with twice the epochs, until it lies inside (at most 8 times for a model and p).
 
     Raises:
-        UserError: If an argument is outside its range.
+        UserError: If an option is outside its range.
 
     Example:
+        >>> class Half(Relearning):
+        ...     def select(self, forget, p, rng):
+        ...         return forget[::2], forget[1::2]
         >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.1)
-        >>> curve = relearn(model, load_tokenizer("tiny"), data, learning_rate=1e-4, epochs=1)
-        >>> len(curve.forget_scores), curve.n_attack, curve.n_scored
-        (2, 4, 32)
-    """
-    check_attack(score, [learning_rate], epochs, every_n_epochs)
-    splits = data.splits
-    p = data.p if data.kind == "harmful" else None
-    curve = RecoveryCurve(name, data.kind, p, learning_rate, data.seed, len(splits.retain), len(splits.forget), [0])
-    curve.forget_scores.append(forget_score(model, tokenizer, data, score) if before is None else before)
-    module = FineTuning(
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0), lora=lora
-    )
-    devices = devices if devices is not None else Devices()
-    with quiet_lightning():
-        L.seed_everything(data.seed, verbose=False)
-        if lora is not None:
-            lora.attach(model.hf)
-        module.adopt(model.train(), tokenizer)
-        trainer = devices.trainer(epochs, [Recorder(score, curve, every_n_epochs)])
-        trainer.fit(module, datamodule=data)
-    _release(trainer, module, data)
-    if devices.n_ranks > 1:
-        gc.collect()  # DistributedDataParallel and its buckets of gradients
-    return curve
-
-
-def _release(trainer: Any, module: Any, data: RelearnDataModule) -> None:
-    """Take apart what refers to each other: a sweep would hold several runs' optimiser states.
-
-    Collecting garbage instead takes a fifth of a second, which on a small model is a third of an attack.
-    """
-    trainer.strategy.optimizers = []
-    trainer.strategy._lightning_module = trainer.strategy.model = None
-    module._trainer = data.trainer = None
-
-
-def check_attack(score: str, learning_rates: Sequence[float], epochs: int, every_n_epochs: int = 1) -> None:
-    """Raise :class:`UserError` unless the options of an attack are within their ranges.
-
-    Example:
-        >>> check_attack("probability", [0.0], 1)
+        >>> [(len(cell.attacked), len(cell.scored)) for cell in Half(seeds=[0, 1]).cells(Facts())]
+        [(18, 18), (18, 18)]
+        >>> Half(learning_rates=[0.0])
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.UserError: learning_rates: got 0.0, allowed: finite numbers > 0
-    """
-    check_score(score, "score")
-    for learning_rate in learning_rates:
-        if not 0 < learning_rate < math.inf:
-            raise UserError("learning_rates", learning_rate, "finite numbers > 0")
-    for name, value in (("epochs", epochs), ("every_n_epochs", every_n_epochs)):
-        if value < 1:
-            raise UserError(name, value, "a number ≥ 1")
-
-
-class Snapshot:
-    """A model's weights in main memory, to be put back after each attack: one load serves a whole sweep.
-
-    Of weights that are cut over the ranks, each rank keeps its shard.
-
-    Example:
-        >>> layer = torch.nn.Linear(1, 1)
-        >>> snapshot = Snapshot(layer)
-        >>> _ = layer.weight.data.add_(1.0)
-        >>> snapshot.restore()
-        >>> bool((layer.weight == snapshot.tensors["weight"]).all())
-        True
+        lightning_ssiuu.UserError: attack.learning_rates: got 0.0, allowed: finite numbers > 0
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-        self.tensors = {name: _local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
+    learning_rates: Sequence[float] = (1e-5, 5e-6, 1e-6)
+    seeds: Sequence[int] = (0, 1, 2)
+    epochs: int = 10
+    every_n_epochs: int = 1
+    batch_size: int = 8
+    lora: LoRA | None = None
+    until_saturated: bool = False
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the weights back and drop the gradients."""
-        for name, tensor in self.model.state_dict().items():
-            _local(tensor).copy_(self.tensors[name])
-        for parameter in self.model.parameters():
-            parameter.grad = None
+    def __post_init__(self) -> None:
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
+            if not values:
+                raise UserError(f"attack.{name}", list(values), "at least one value")
+        for learning_rate in self.learning_rates:
+            if not 0 < learning_rate < math.inf:
+                raise UserError("attack.learning_rates", learning_rate, "finite numbers > 0")
+        for name, value in (("epochs", self.epochs), ("every_n_epochs", self.every_n_epochs)):
+            if value < 1:
+                raise UserError(f"attack.{name}", value, "a number ≥ 1")
 
+    @property
+    def name(self) -> str:
+        """The name of its entries in ``attack.json``: with adapters it is an attack of its own."""
+        return self.kind if self.lora is None else f"{self.kind}_lora"
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    @property
+    def fractions(self) -> Sequence[float | None]:
+        """What ``p`` is swept over; None alone where the attack has no such option."""
+        return [None]
 
+    @abstractmethod
+    def select(
+        self, forget: list[QAExample], p: float | None, rng: np.random.Generator
+    ) -> tuple[list[QAExample], list[QAExample]]:
+        """Choose what is trained on and what is scored.
 
-def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
-    """Score of one attack on one model: per seed the highest forget score over learning rates and epochs.
+        Args:
+            forget: The forget set.
+            p: One of :attr:`fractions`.
+            rng: Random numbers that depend on the seed alone.
 
-    Args:
-        curves: All learning rates and seeds of one kind and p, of one model.
+        Returns:
+            Attacked and scored examples: neither empty, no question in both.
+        """
 
-    Returns:
-        ``before`` and ``forget_score`` as ``{mean, std, per_seed}`` in percent (std over seeds, n − 1; 0 for one seed),
-        ``best`` (learning rate and epoch of the highest score of all), ``inside_grid``: whether neither lies at the
-        upper end of what was tried, in which case a stronger attack may find more.
+    def cells(self, data: UnlearningDataModule, pool: Collection[int] | None = None) -> list[RelearnDataModule]:
+        """What is attacked and what is scored, for every fraction and seed.
 
-    Example:
-        >>> curves = [RecoveryCurve("unlearned", "harmful", 0.1, rate, 0, 4, 36, [0, 1, 2], scores)
-        ...           for rate, scores in ((1e-5, [5.0, 6.0, 6.0]), (1e-4, [5.0, 20.0, 18.0]), (1e-3, [5.0, 9.0, 2.0]))]
-        >>> summary = summarise(curves)
-        >>> summary["forget_score"]["mean"], summary["best"], summary["inside_grid"]
-        (20.0, {'learning_rate': 0.0001, 'epoch': 1}, True)
-    """
-    seeds = sorted({curve.seed for curve in curves})
-    highest = [max(max(c.forget_scores) for c in curves if c.seed == seed) for seed in seeds]
-    before = [next(c.forget_scores[0] for c in curves if c.seed == seed) for seed in seeds]
-    # Of equals the gentlest: an attack that finds nothing does not ask for a stronger one.
-    best = max(sorted(curves, key=lambda curve: curve.learning_rate), key=lambda curve: max(curve.forget_scores))
-    epoch = best.epochs[max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)]
-    inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < best.epochs[-1]
-    return {
-        "before": spread(before),
-        "forget_score": spread(highest),
-        "best": {"learning_rate": best.learning_rate, "epoch": epoch},
-        "inside_grid": inside,
-    }
+        Args:
+            data: The data module.
+            pool: Ids of the forget examples that may be selected; None: all.
+        """
+        try:
+            cells = [
+                RelearnDataModule(
+                    data, self.kind, p, pool=pool, batch_size=self.batch_size, seed=seed, selection=self.select
+                )
+                for p in self.fractions
+                for seed in self.seeds
+            ]
+            for cell in cells:
+                _ = cell.splits
+        except UserError as error:
+            name = "seeds" if error.argument == "seed" else error.argument
+            if name not in self.options():
+                raise
+            raise UserError(f"attack.{name}", error.value, error.allowed) from error
+        return cells
 
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        check_score(score, "score")
+        if self.lora is not None and devices.sharded:
+            allowed = "null with strategy fsdp2, which cuts the weights before adapters are there"
+            raise UserError("attack.lora", "adapters", allowed)
+        for cell in self.cells(data):
+            cell.check_share(devices.n_ranks)
 
-def stronger(curves: Sequence[RecoveryCurve]) -> tuple[float, int] | None:
-    """The next attack to try where the highest score lies at the edge of what was tried.
+    def run(
+        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
+    ) -> list[RecoveryCurve]:
+        return self.sweep(targets, data, score, devices)
 
-    Args:
-        curves: All learning rates and seeds of one kind and p, of one model.
+    def sweep(
+        self,
+        targets: Sequence[Target],
+        data: UnlearningDataModule,
+        score: str,
+        devices: Devices,
+        log: FinishedAttacks | None = None,
+        finished: Mapping[Cell, RecoveryCurve] | None = None,
+        saved: Path | None = None,
+    ) -> list[RecoveryCurve]:
+        """:meth:`run`, without the attacks that an interrupted sweep had finished.
 
-    Returns:
-        Learning rate and epochs: a larger rate (by the ratio of the two largest, at least 2) if the best one is the
-        largest, else the best one for twice the epochs; None if the best lies inside.
+        Args:
+            targets: The models; each is loaded once, only one is in memory at a time.
+            data: The data module.
+            score: The forget score's name.
+            devices: Launched.
+            log: Keeps every finished curve; None keeps none.
+            finished: What the log held, the same on every rank.
+            saved: Where the attacked unlearned model with the highest score goes; None saves none.
+        """
+        models = [SweptModel(target) for target in targets]
+        cells = self.cells(data, self._pool(models[0], data, score))
+        for cell in cells:
+            cell.check_share(devices.n_ranks)
+        sweep = Sweep(devices, score, self.every_n_epochs, self.lora, log, finished, saved)
+        return sweep.run(models, cells, self.learning_rates, self.epochs, self.until_saturated)
 
-    Example:
-        >>> stronger([RecoveryCurve("unlearned", "harmful", 0.1, 1e-4, 0, 4, 36, [0, 1], [5.0, 9.0])])
-        (0.0003, 1)
-    """
-    summary = summarise(curves)
-    if summary["inside_grid"]:
+    def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:
         return None
-    rates = sorted({curve.learning_rate for curve in curves})
-    best, epochs = summary["best"], max(curve.epochs[-1] for curve in curves)
-    if best["learning_rate"] == rates[-1]:
-        factor = max(2.0, rates[-1] / rates[-2]) if len(rates) > 1 else 3.0
-        return float(f"{rates[-1] * factor:.3g}"), epochs
-    return best["learning_rate"], 2 * epochs
 
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """``{mean, std, per_seed}``, std with n − 1.
-
-    Example:
-        >>> spread([1.0, 3.0])
-        {'mean': 2.0, 'std': 1.4142135623730951, 'per_seed': [1.0, 3.0]}
-    """
-    return {
-        "mean": mean(values),
-        "std": stdev(values) if len(values) > 1 else 0.0,
-        "per_seed": list(values),
-    }
-
-
-def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
-    """One row per attack: the unlearned model's summary, the oracle's, and the gap seed by seed.
-
-    Example:
-        >>> curves = [RecoveryCurve(model, "harmful", 0.1, 1e-4, 0, 4, 36, [0, 1], [5.0, top])
-        ...           for model, top in (("unlearned", 30.0), ("oracle", 12.0))]
-        >>> table(curves)[0]["gap"]["mean"]
-        18.0
-    """
-    rows = []
-    for kind, p in dict.fromkeys((curve.kind, curve.p) for curve in curves):
-        mine = [curve for curve in curves if (curve.kind, curve.p) == (kind, p)]
-        row: dict[str, Any] = {"kind": kind, "p": p, "n_attack": mine[0].n_attack, "n_scored": mine[0].n_scored}
-        for name in dict.fromkeys(curve.model for curve in mine):
-            row[name] = summarise([curve for curve in mine if curve.model == name])
-        if "oracle" in row and "unlearned" in row:
-            pairs = zip(
-                row["unlearned"]["forget_score"]["per_seed"], row["oracle"]["forget_score"]["per_seed"], strict=True
-            )
-            row["gap"] = spread([ours - oracle for ours, oracle in pairs])
-        rows.append(row)
-    return rows
+    def rows(self, results: Sequence[RecoveryCurve], score: str) -> list[dict[str, Any]]:
+        first = {"attack": self.name, "kind": self.kind, "p": None, "variant": None, "score": score}
+        return [first | row for row in table(results)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lightning_ssiuu.attacks.base import Outcome, load_alone, model_name
+from lightning_ssiuu.attacks.base import Attack, Outcome, Target
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.metrics.answers import rouge_l_recall
 from lightning_ssiuu.evaluation.metrics.base import widest_float
@@ -32,36 +32,51 @@ _MOST_TOKENS = 200
 
 
 @dataclass
-class Sampling:
-    """Options of the sampling attack.
+class Sampling(Attack):
+    """Draw k continuations of every forget question and keep the best.
+
+    With ``rouge_l`` an example counts the highest ROUGE-L recall among its samples. With every other score it counts
+    whether any sample begins with the true answer (:func:`begins_with`), since teacher-forced scores have nothing to
+    sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy continuation.
+
+    An example's samples depend on seed, example id and number of the sample alone: not on its batch or on the number
+    of ranks, but for rounding.
 
     Args:
         k: Samples per question, ≥ 1.
         temperature: Divides the logits, ≥ 0; 0 is greedy decoding.
         top_p: Sample from the smallest set of tokens whose probabilities sum to at least this, in (0, 1]; None: from
             all tokens.
+        seeds: One outcome for each.
 
     Raises:
         UserError: If an option is outside its range.
 
     Example:
+        >>> from lightning_ssiuu import Facts
+        >>> here, few = Devices("cpu"), Sampling(k=1, temperature=0.0, seeds=[0])
+        >>> (outcome,) = few.run([Target("model", "tiny", here)], Facts(), "rouge_l", here)
+        >>> outcome.variant, outcome.forget_score == outcome.before
+        ('k=1, temperature=0', True)
         >>> Sampling(k=0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.UserError: sampling.k: got 0, allowed: a whole number ≥ 1
+        lightning_ssiuu.UserError: attack.k: got 0, allowed: a whole number ≥ 1
     """
 
     k: int = 8
     temperature: float = 1.0
     top_p: float | None = None
+    seeds: Sequence[int] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if not (isinstance(self.k, int) and self.k >= 1):
-            raise UserError("sampling.k", self.k, "a whole number ≥ 1")
-        check_number("sampling.temperature", self.temperature)
+            raise UserError("attack.k", self.k, "a whole number ≥ 1")
+        check_number("attack.temperature", self.temperature)
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError("sampling.top_p", self.top_p, "null, or a probability in (0, 1]")
+            raise UserError("attack.top_p", self.top_p, "null, or a probability in (0, 1]")
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError("attack.seeds", list(self.seeds), "at least one, all ≥ 0")
 
     @property
     def variant(self) -> str:
@@ -73,6 +88,35 @@ class Sampling:
         """
         nucleus = "" if self.top_p is None else f", top_p={self.top_p:g}"
         return f"k={self.k}, temperature={self.temperature:g}{nucleus}"
+
+    def run(
+        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
+    ) -> Iterator[Outcome]:
+        measured = "rouge_l" if score == "rouge_l" else "answer_given"
+        for target in targets:
+            before, after = self._best(target, data, score)
+            for seed, value in zip(self.seeds, after, strict=True):
+                yield self.outcome(target, data, measured, before, value, self.variant, seed=seed)
+
+    def _best(self, target: Target, data: UnlearningDataModule, score: str) -> tuple[float, list[float]]:
+        """The greedy value, and for each seed the value of the best of k, in percent."""
+        model, tokenizer = target.load()
+        value: Callable[[str, str], float] = rouge_l_recall if score == "rouge_l" else begins_with
+        greedy: list[float] = []
+        best: list[list[float]] = [[] for _ in self.seeds]
+        with untouched(model), torch.no_grad():
+            for batch in progress(data.eval_dataloader("forget"), "sampling"):
+                part = {name: given.to(target.devices.device) for name, given in _tensors(batch["forget"])}
+                predictions = Predictions(model, tokenizer, part)
+                answers = predictions.references
+                greedy += map(value, predictions.generations, answers)
+                for values, seed in zip(best, self.seeds, strict=True):
+                    samples = [sampled(predictions, seed, number, self) for number in range(self.k)]
+                    values += [
+                        max(value(text, answer) for text in texts)
+                        for *texts, answer in zip(*samples, answers, strict=True)
+                    ]
+        return _percent(greedy), [_percent(values) for values in best]
 
 
 class Drawn(LogitsProcessor):
@@ -155,79 +199,6 @@ def begins_with(text: str, answer: str) -> bool:
     return words[: len(wanted)] == wanted
 
 
-def sampling_attack(
-    models: Mapping[str, str],
-    data: UnlearningDataModule,
-    score: str,
-    where: Devices,
-    seeds: Sequence[int] = (0, 1, 2),
-    options: Sampling | None = None,
-) -> list[Outcome]:
-    """Draw k continuations of every forget question and keep the best.
-
-    With ``rouge_l`` an example counts the highest ROUGE-L recall among its samples. With every other score it counts
-    whether any sample begins with the true answer (:func:`begins_with`), since teacher-forced scores have nothing to
-    sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy continuation.
-
-    An example's samples depend on seed, example id and number of the sample alone: not on its batch or on the number
-    of ranks, but for rounding.
-
-    Args:
-        models: Checkpoint by the name of the argument it was given for.
-        data: Whose forget set is asked.
-        score: A score's name.
-        where: Launched devices.
-        seeds: One outcome for each.
-        options: How to sample; None: the default.
-
-    Returns:
-        One outcome for each model and seed.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> few = Sampling(k=1, temperature=0.0)
-        >>> (found,) = sampling_attack({"model": "tiny"}, Facts(), "rouge_l", Devices("cpu"), [0], few)
-        >>> found.variant, found.forget_score == found.before
-        ('k=1, temperature=0', True)
-    """
-    options = options if options is not None else Sampling()
-    outcomes = []
-    for argument, checkpoint in models.items():
-        before, after = _best(argument, checkpoint, data, score, where, seeds, options)
-        for seed, value in zip(seeds, after, strict=True):
-            name, measured = model_name(argument), "rouge_l" if score == "rouge_l" else "answer_given"
-            n_scored = len(data.splits.forget)
-            outcomes.append(Outcome(name, "sampling", options.variant, seed, n_scored, before, value, score=measured))
-    return outcomes
-
-
-def _best(
-    argument: str,
-    checkpoint: str,
-    data: UnlearningDataModule,
-    score: str,
-    where: Devices,
-    seeds: Sequence[int],
-    options: Sampling,
-) -> tuple[float, list[float]]:
-    """The greedy value, and for each seed the value of the best of k, in percent."""
-    model, tokenizer = load_alone(argument, checkpoint, where)
-    value: Callable[[str, str], float] = rouge_l_recall if score == "rouge_l" else begins_with
-    greedy: list[float] = []
-    best: list[list[float]] = [[] for _ in seeds]
-    with untouched(model), torch.no_grad():
-        for batch in progress(data.eval_dataloader("forget"), "sampling"):
-            evaluated = Predictions(model, tokenizer, {k: v.to(where.device) for k, v in _plain(batch["forget"])})
-            answers = evaluated.references
-            greedy += map(value, evaluated.generations, answers)
-            for values, seed in zip(best, seeds, strict=True):
-                samples = [sampled(evaluated, seed, number, options) for number in range(options.k)]
-                values += [
-                    max(value(text, answer) for text in texts) for *texts, answer in zip(*samples, answers, strict=True)
-                ]
-    return _percent(greedy), [_percent(values) for values in best]
-
-
 def sampled(evaluated: Predictions, seed: int, number: int, options: Sampling) -> list[str]:
     """One sampled continuation of every prompt.
 
@@ -246,7 +217,7 @@ def sampled(evaluated: Predictions, seed: int, number: int, options: Sampling) -
     return evaluated.continuations(logits_processor=LogitsProcessorList([processor]))
 
 
-def _plain(part: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _tensors(part: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in part.items() if isinstance(value, Tensor)]
 
 

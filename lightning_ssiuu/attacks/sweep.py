@@ -12,51 +12,44 @@ from lightning.fabric.utilities import move_data_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.base import model_name
+from lightning_ssiuu.attacks.base import Target
+from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger
+from lightning_ssiuu.attacks.finetune import Snapshot, attack_score, relearn
 from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, forget_score, relearn, stronger
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
-from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import save_pretrained
-from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
-from lightning_ssiuu.utils.errors import UserError, naming
 
 #: How often an attack is made stronger for one model and p.
 _MOST_WIDENINGS = 8
 
 
-class Target:
-    """A model under attack: loaded when it is first needed, and as it was after every attack.
+class SweptModel:
+    """A model under attack: loaded when it is first needed, and as it was after every attack."""
 
-    Args:
-        argument: The argument it was given for, ``"model"``, ``"unlearned"`` or ``"oracle"``.
-        checkpoint: Where it is loaded from.
-        where: Launched.
-    """
-
-    def __init__(self, argument: str, checkpoint: str, where: Devices) -> None:
-        self.argument, self.checkpoint, self.where = argument, checkpoint, where
-        self.name = model_name(argument)
+    def __init__(self, target: Target) -> None:
+        self.target, self.name = target, target.name
         self._before: dict[tuple[int, ...], float] = {}
 
     @cached_property
+    def _loaded(self) -> tuple[AnswerModel, PreTrainedTokenizerBase]:
+        return self.target.load()
+
+    @property
     def model(self) -> AnswerModel:
         """The model."""
-        with naming(self.argument):
-            return self.where.load(self.checkpoint)
+        return self._loaded[0]
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        with naming(self.argument):
-            return load_tokenizer(self.checkpoint)
+        return self._loaded[1]
 
     @cached_property
     def _snapshot(self) -> Snapshot:
@@ -64,9 +57,9 @@ class Target:
 
     def score_before(self, data: Sequence[RelearnDataModule], score: str) -> None:
         """Score the model on what attacks will be scored on, every set once, before the first attack."""
-        for one in data:
-            if (scored := _scored(one)) not in self._before:
-                self._before[scored] = forget_score(self.model, self.tokenizer, one, score)
+        for cell in data:
+            if (scored := _scored(cell)) not in self._before:
+                self._before[scored] = attack_score(self.model, self.tokenizer, cell, score)
 
     def attack(
         self, data: RelearnDataModule, learning_rate: float, epochs: int, score: str, every: int, lora: LoRA | None
@@ -77,7 +70,7 @@ class Target:
         return relearn(
             *(self.model, self.tokenizer, data, learning_rate, epochs, score),
             name=self.name,
-            devices=self.where,
+            devices=self.target.devices,
             every_n_epochs=every,
             lora=lora,
             before=before,
@@ -90,12 +83,7 @@ class Target:
 
     @torch.no_grad()
     def wrong_ids(self, data: UnlearningDataModule, score: str) -> list[int]:
-        """Ids of the forget examples it answers wrongly; all ranks' together, on every rank.
-
-        Args:
-            data: With the forget set.
-            score: One that :func:`check_pool` allows.
-        """
+        """Ids of the forget examples it answers wrongly, all ranks' on every rank; the score says right or wrong."""
         device = next(self.model.parameters()).device
         wrong: list[int] = []
         scorer = Scorer(self.model, self.tokenizer, [score])
@@ -109,32 +97,14 @@ class Target:
 
 
 def _scored(data: RelearnDataModule) -> tuple[int, ...]:
-    return tuple(example.example_id for example in data.splits.forget)
-
-
-def check_pool(score: str) -> None:
-    """Raise unless a score says of each example whether it is answered rightly.
-
-    Raises:
-        UserError: If it does not.
-
-    Example:
-        >>> check_pool("rouge_l")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: pool: got 'wrong', allowed: all with score 'rouge_l': ...
-    """
-    right_or_wrong = [name for name, one in SCORES.items() if isinstance(one.metric(), AnswerAccuracy)]
-    if score not in right_or_wrong:
-        allowed = f"all with score {score!r}: wrong answers are told by {', '.join(right_or_wrong)}"
-        raise UserError("pool", "wrong", allowed)
+    return tuple(example.example_id for example in data.scored)
 
 
 class Sweep:
     """Attacks on models, one after another, without those that an interrupted sweep had finished.
 
     Args:
-        where: Launched.
+        devices: Launched.
         score: The forget score.
         every_n_epochs: Epochs from one score to the next.
         lora: Train adapters instead of the weights.
@@ -145,7 +115,7 @@ class Sweep:
 
     def __init__(
         self,
-        where: Devices,
+        devices: Devices,
         score: str,
         every_n_epochs: int = 1,
         lora: LoRA | None = None,
@@ -153,13 +123,13 @@ class Sweep:
         finished: Mapping[Cell, RecoveryCurve] | None = None,
         saved: Path | None = None,
     ) -> None:
-        self.where, self.score, self.every_n_epochs, self.lora = where, score, every_n_epochs, lora
+        self.devices, self.score, self.every_n_epochs, self.lora = devices, score, every_n_epochs, lora
         self.log, self.finished, self.saved = log, finished or {}, saved
         self._highest = -1.0
 
     def run(
         self,
-        targets: list[Target],
+        models: list[SweptModel],
         data: Sequence[RelearnDataModule],
         learning_rates: Sequence[float],
         epochs: int,
@@ -168,42 +138,42 @@ class Sweep:
         """All curves, model by model.
 
         Args:
-            targets: The models; each is let go once it was attacked.
+            models: Each is let go once it was attacked.
             data: What to train on and what to score, by p and seed.
             learning_rates: AdamW's.
             epochs: Passes over the attack set.
             until_saturated: Make the attack stronger while the highest score lies at the edge of what was tried.
         """
         curves = []
-        total = len(targets) * len(data) * len(learning_rates)
-        with tqdm(total=total, desc=f"{data[0].kind} attack", unit="run", disable=not self.where.is_first) as self._bar:
-            while targets:
-                target = targets.pop(0)
-                found = [(one, self._curve(target, data, one, rate, epochs)) for one in data for rate in learning_rates]
+        shown = {"desc": f"{data[0].kind} attack", "unit": "run", "disable": not self.devices.is_first}
+        with tqdm(total=len(models) * len(data) * len(learning_rates), **shown) as self._bar:
+            while models:
+                target = models.pop(0)
+                every = [(cell, rate) for cell in data for rate in learning_rates]
+                found = [(cell, self._curve(target, data, cell, rate, epochs)) for cell, rate in every]
                 if until_saturated:
-                    for p in dict.fromkeys(one.p for one in data):
-                        self._saturate(target, data, found, [one for one in data if one.p == p])
+                    for p in dict.fromkeys(cell.p for cell in data):
+                        self._saturate(target, data, found, [cell for cell in data if cell.p == p])
                 curves += [curve for _, curve in found]
                 del target
-                if targets:
+                if models:
                     gc.collect()  # two models at once may not fit
         return curves
 
     def _curve(
         self,
-        target: Target,
+        target: SweptModel,
         data: Sequence[RelearnDataModule],
-        one: RelearnDataModule,
+        cell: RelearnDataModule,
         learning_rate: float,
         epochs: int,
     ) -> RecoveryCurve:
-        p = one.p if one.kind == "harmful" else None
-        curve = self.finished.get((target.name, p, one.seed, learning_rate, epochs))
+        curve = self.finished.get((target.name, cell.p, cell.seed, learning_rate, epochs))
         if attacked := curve is None:
             target.score_before(data, self.score)
-            if self.log is not None and self.where.is_first:
+            if self.log is not None and self.devices.is_first:
                 self.log.begin()  # no sooner: until a model is there, a mistake leaves nothing behind
-            curve = target.attack(one, learning_rate, epochs, self.score, self.every_n_epochs, self.lora)
+            curve = target.attack(cell, learning_rate, epochs, self.score, self.every_n_epochs, self.lora)
         assert curve is not None
         if target.name == "unlearned" and max(curve.forget_scores) > self._highest:
             self._highest = max(curve.forget_scores)
@@ -211,21 +181,21 @@ class Sweep:
                 save_pretrained(target.model.hf, target.tokenizer, self.saved)
         if attacked:
             target.restore()
-            if self.log is not None and self.where.is_first:
+            if self.log is not None and self.devices.is_first:
                 self.log.add(curve)  # after the model was saved: what counts as finished is whole
         self._bar.update()
         return curve
 
     def _saturate(
         self,
-        target: Target,
+        target: SweptModel,
         data: Sequence[RelearnDataModule],
         found: list[tuple[RelearnDataModule, RecoveryCurve]],
         cells: Sequence[RelearnDataModule],
     ) -> None:
         """Attack more and more strongly until the highest score of these cells lies inside what was tried."""
         for _ in range(_MOST_WIDENINGS):
-            if (attack := stronger([curve for one, curve in found if one in cells])) is None:
+            if (attack := stronger([curve for cell, curve in found if cell in cells])) is None:
                 return
             rate, epochs = attack
             for cell in cells:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from lightning_ssiuu.attribution.diagnosis import Diagnosis, attribution_correlation, diagnose, influences
+from lightning_ssiuu.attribution.diagnosis import Diagnosis, Examined, attribution_correlation, diagnose, influences
 from lightning_ssiuu.attribution.influence import CSV_HEADER
 from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.cli.parsing import run_function
+from lightning_ssiuu.cli.report import Report
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import TARGETS, Target
 from lightning_ssiuu.reports.audit.evidence import (
@@ -34,11 +34,9 @@ from lightning_ssiuu.reports.audit.evidence import (
 from lightning_ssiuu.reports.audit.measure import forced_score, measure
 from lightning_ssiuu.reports.audit.page import SHOWN_NEURONS, Measured, report_html
 from lightning_ssiuu.reports.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
-from lightning_ssiuu.training.devices import Devices, Strategy
-from lightning_ssiuu.utils.console import hide_short_bars
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import check_space, refuse_existing, write_csv, write_json, written_atomically
-from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.files import write_csv, write_json, written_atomically
 
 
 def audit(
@@ -59,10 +57,7 @@ def audit(
     memory_budget: int | str | None = None,
     scores: Sequence[str] | None = None,
     output: str | None = None,
-    accelerator: str = "auto",
-    devices: int | Literal["auto"] = 1,
-    strategy: Strategy = "auto",
-    precision: Literal["32-true", "bf16-true"] = "32-true",
+    devices: Devices | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Judge a model before and after unlearning: ``audit.json``, ``report.html``, a table of neurons, and plots.
@@ -91,11 +86,8 @@ def audit(
         memory_budget: Bytes an attribution pass may take beside the weights, or ``2GB``; null: batches as they come.
         scores: Scores to compare; by default all that need no generated text.
         output: Directory for the results; by default the unlearned model's run.
-        accelerator: Lightning's.
-        devices: How many, one process each; ``auto``: all GPUs, or one process on the CPU. The figures do not depend
-            on it, but for rounding.
-        strategy: ``ddp``: the whole model on every device; ``fsdp2``: its weights cut over them.
-        precision: Of the weights; attributions are taken in float32 at least.
+        devices: Where to run; nothing is trained, so not in ``bf16-mixed``. The figures do not depend on it, but for
+            rounding; attributions are taken in float32 at least.
         overwrite: Replace an earlier audit.
 
     Returns:
@@ -104,98 +96,92 @@ def audit(
     Raises:
         UserError: If an argument is outside its range, before anything is written.
     """
-    start = time.monotonic()
+    devices = devices if devices is not None else Devices()
+    _check_options(probe_examples, alpha, target, devices)
+    for name in scores or []:
+        check_score(name)
+    if score is not None:
+        check_score(score, "score")
+    attribute = attribution_method(method, target, memory_budget)
+    given = {"original": original, "unlearned": unlearned, "oracle": oracle, "after_attack": after_attack}
+    report = Report(given, data, devices, output, ["audit.json"], overwrite, "unlearned", needed=1 << 23)
+    data, models = report.data, report.models
+    data.setup("validate")
+    data.check_share(devices.n_ranks)
+    if probe_examples < devices.n_ranks:
+        raise UserError("probe_examples", probe_examples, f"at least {devices.n_ranks}, one for each device")
+    relearning = recorded_relearning(unlearned, score, oracle is not None)
+    score = score or (relearning["score"] if relearning else run_score(unlearned))
+    probe = (probe or RelearningProbe()) if relearning is None and relearning_probe else None
+    if probe is not None:
+        probe.check(data, score, devices)
+    attacked = None if probe is None else asdict(probe)
+    options = [probe_examples, alpha, target, scores, devices.precision, score, attacked, method]
+    with devices.launched():
+        measured = measure(
+            *(models, data, devices, probe_examples, target, scores, score, alpha, own_change, show_text),
+            method=attribute,
+        )
+        examined = measured.examined
+        changed: list[str] = [name for name in ("unlearned", "oracle") if name in examined]
+        diagnoses = {
+            name: diagnose(examined["original"], examined[name], alpha, measured.own if name == "unlearned" else None)
+            for name in changed
+        }
+        forgetting = measured.forgetting(score)
+        evidence: list[Evidence] = []
+        ablation: dict[str, Any] | None = None
+        # What was not unlearned needs no attack to be seen.
+        if forgetting.share >= LEAST_FORGOTTEN:
+            if probe is not None:
+                relearning = probe_relearning({name: models[name] for name in changed}, data, probe, score, devices)
+            evidence += relearning_evidence(relearning["attacks"], forgetting) if relearning else []
+            forced = forced_score(score)
+            sites = examined["original"].attribution["forget"].sites
+            flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
+            ablation = undo_neurons(original, unlearned, sites, flags, data, forced, devices)
+            evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
+        content: dict[str, Any] = {
+            "verdict": decide(forgetting, evidence).content(),
+            "scores": {name: model.scores for name, model in examined.items()},
+            "influence": {name: diagnosis.figures() for name, diagnosis in diagnoses.items()},
+            "flagged": [asdict(neuron) for neuron in diagnoses["unlearned"].table[:SHOWN_NEURONS]],
+            "relearning": relearning,
+            "ablation": ablation,
+            "logit_lens": measured.lens or None,
+            "target": target,
+            "method": method or "gradient_x_activation",
+            "alpha": alpha,
+        }
+        moved = _moved(examined, content)
+        content["provenance"] = report.provenance(options)
+        if devices.is_first:
+            chosen = {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
+            shown = _command(models, chosen, show_text)
+            _write(report.folder, content, diagnoses, Measured(models, shown, {}, moved, 0, measured.examples(data)))
+            print_audit(content)
+    return content
+
+
+def _check_options(probe_examples: int, alpha: float, target: str, devices: Devices) -> None:
     if probe_examples < 1:
         raise UserError("probe_examples", probe_examples, "a number ≥ 1")
     if not 0 < alpha < 1:
         raise UserError("alpha", alpha, "a false-positive rate in (0, 1)")
     if target not in TARGETS:
         raise UserError("target", target, f"one of {list(TARGETS)}")
-    attribute = attribution_method(method, target, memory_budget)
-    for name in scores or []:
-        check_score(name)
-    if score is not None:
-        check_score(score, "score")
-    given: dict[str, str | None] = {
-        "original": original,
-        "unlearned": unlearned,
-        "oracle": oracle,
-        "after_attack": after_attack,
-    }
-    checkpoints = {name: checkpoint for name, checkpoint in given.items() if checkpoint is not None}
-    hide_short_bars(*resolve_models(checkpoints))
-    where = Devices(accelerator, devices, strategy, precision)
-    folder = output_directory(unlearned, output)
-    refuse_existing("output", folder, ["audit.json"], overwrite)
-    check_space("output", folder, 1 << 23)
-    data = run_data(unlearned, data)
-    data.setup("validate")
-    check_tokenizers(checkpoints, data)
-    data.check_share(where.n_ranks)
-    if probe_examples < where.n_ranks:
-        raise UserError("probe_examples", probe_examples, f"at least {where.n_ranks}, one for each device")
-    relearning = recorded_relearning(unlearned, score, oracle is not None)
-    score = score or (relearning["score"] if relearning else run_score(unlearned))
-    probe = probe if probe is not None else RelearningProbe()
-    cells = probe.cells(data) if relearning is None and relearning_probe else []
-    for cell in cells:
-        cell.check_share(where.n_ranks)
-    options = [probe_examples, alpha, target, scores, precision, score, asdict(probe) if cells else None, method]
-    with where.launched():
-        found = measure(
-            *(checkpoints, data, where, probe_examples, target, scores, score, alpha, own_change, show_text),
-            method=attribute,
-        )
-        examined = found.examined
-        changed: list[str] = [name for name in ("unlearned", "oracle") if name in examined]
-        diagnoses = {
-            name: diagnose(examined["original"], examined[name], alpha, found.own if name == "unlearned" else None)
-            for name in changed
-        }
-        forgetting = found.forgetting(score)
-        evidence: list[Evidence] = []
-        ablation: dict[str, Any] | None = None
-        # What was not unlearned needs no attack to be seen.
-        if forgetting.share >= LEAST_FORGOTTEN:
-            if cells:
-                attacked = {name: checkpoints[name] for name in changed}
-                relearning = probe_relearning(attacked, cells, probe, score, where)
-            evidence += relearning_evidence(relearning["attacks"], forgetting) if relearning else []
-            forced = forced_score(score)
-            sites = examined["original"].attribution["forget"].sites
-            flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
-            ablation = undo_neurons(original, unlearned, sites, flags, data, forced, where)
-            evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
-        verdict = decide(forgetting, evidence)
-        content: dict[str, Any] = {
-            "verdict": verdict.content(),
-            "scores": {name: one.scores for name, one in examined.items()},
-            "influence": {name: diagnosis.figures() for name, diagnosis in diagnoses.items()},
-            "flagged": [asdict(neuron) for neuron in diagnoses["unlearned"].table[:SHOWN_NEURONS]],
-            "relearning": relearning,
-            "ablation": ablation,
-            "logit_lens": found.lens or None,
-            "target": target,
-            "method": method or "gradient_x_activation",
-            "alpha": alpha,
-        }
-        moved = None
-        if "after_attack" in examined:
-            before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
-            moved = (influences(before["forget"]), influences(after["forget"]))
-            content["correlation"] = asdict(attribution_correlation(before, after))
-            content["attribution_correlation"] = content["correlation"]["rho"]
-        seconds = time.monotonic() - start
-        content["provenance"] = provenance(seconds, where.device, json.dumps(options), data.content_sha256())
-        if where.is_first:
-            shown = _command(
-                checkpoints,
-                {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {}),
-                show_text,
-            )
-            _write(folder, content, diagnoses, Measured(checkpoints, shown, {}, moved, 0, found.examples(data)))
-            print_audit(content)
-    return content
+    if devices.precision == "bf16-mixed":
+        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
+
+
+def _moved(examined: Mapping[str, Examined], content: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Influences before and after the attack; puts the correlation of attributions into the content."""
+    if "after_attack" not in examined:
+        return None
+    before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
+    content["correlation"] = asdict(attribution_correlation(before, after))
+    content["attribution_correlation"] = content["correlation"]["rho"]
+    return influences(before["forget"]), influences(after["forget"])
 
 
 def _write(folder: Path, content: Mapping[str, Any], diagnoses: Mapping[str, Diagnosis], measured: Measured) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, get_args, get_type_hints
 
 
-def run_function(function: Callable[..., object], name: str, args: list[str]) -> None:
+def run_function(
+    function: Callable[..., object], name: str, args: list[str], defaults: Mapping[str, Any] | None = None
+) -> None:
     """Run a function as a command: its parameters are the options, its docstring the help, ``--config`` reads YAML.
 
     Args:
-        function: The command; parameters annotated ``bool`` may be given as bare flags.
+        function: The command. Parameters annotated ``bool``, and those of the classes it takes, may be given as bare
+            flags; one annotated ``Devices`` becomes ``--accelerator``, ``--devices``, ``--strategy`` and
+            ``--precision``.
         name: The command's name.
         args: Command-line arguments after the name.
+        defaults: Of the command line, where a function's own are null: the class of an object it makes by itself.
 
     Example:
         >>> def greet(name: str, loud: bool = False):
@@ -23,19 +30,33 @@ def run_function(function: Callable[..., object], name: str, args: list[str]) ->
     """
     from jsonargparse import ArgumentParser
 
+    from lightning_ssiuu.training.devices import Devices
     from lightning_ssiuu.utils.processes import end_with_parent
 
     end_with_parent()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")
-    parser.add_function_arguments(function, as_positional=False)
-    flags = {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.annotation in (bool, "bool")}
-    following = [*args[1:], "--"]
-    spelled = [
-        f"{arg}=true" if arg in flags and after not in ("true", "false") else arg
-        for arg, after in zip(args, following, strict=False)
-    ]
-    config = parser.instantiate_classes(parser.parse_args(spelled))
+    hints = get_type_hints(function)
+    devices = next((option for option, hint in hints.items() if Devices in (hint, *get_args(hint))), None)
+    parser.add_function_arguments(function, as_positional=False, skip={devices} if devices else None)
+    if devices:
+        parser.add_class_arguments(Devices)
+    parser.set_defaults(dict(defaults or {}))
+    flags = {option for option, hint in hints.items() if hint is bool}
+    config = parser.instantiate_classes(parser.parse_args(_spelled(args, flags)))
     config.pop("config", None)
-    function(**config.as_dict())
+    options = config.as_dict()
+    if devices:
+        options[devices] = Devices(**{option: options.pop(option) for option in inspect.signature(Devices).parameters})
+    function(**options)
+
+
+def _spelled(args: list[str], flags: set[str]) -> list[str]:
+    """Bare flags, also of nested options, with the value that jsonargparse asks for."""
+    spelled = []
+    for arg, after in zip(args, [*args[1:], "--"], strict=False):
+        nested = re.fullmatch(r"--\w+(\.\w+)+", arg) and not arg.endswith(".help") and after.startswith("--")
+        bare = arg.removeprefix("--") in flags and arg.startswith("--") and after not in ("true", "false")
+        spelled.append(f"{arg}=true" if nested or bare else arg)
+    return spelled

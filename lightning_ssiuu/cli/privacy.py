@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_ssiuu.cli.parsing import run_function
+from lightning_ssiuu.cli.report import Report
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import column, read_records
 from lightning_ssiuu.evaluation.privacy import compare_with_oracle, measure
-from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import UserError, naming
-from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
-from lightning_ssiuu.utils.provenance import provenance
 
 
 def privacy(
@@ -56,24 +51,18 @@ def privacy(
     Raises:
         UserError: If an argument is outside its range, or there is nothing to compare the forget set with.
     """
-    start = time.monotonic()
     if not 0 < k <= 1:
         raise UserError("k", k, "a fraction in (0, 1]")
-    models = {"model": model} | ({"oracle": oracle} if oracle else {})
-    hide_short_bars(*resolve_models(models))
-    where = Devices(accelerator, 1, precision=precision)
-    folder = output_directory(model, output)
-    refuse_existing("output", folder, ["privacy.json"], overwrite)
-    check_space("output", folder, 1 << 20)
-    data = run_data(model, data)
+    devices = Devices(accelerator, 1, precision=precision)
+    report = Report({"model": model, "oracle": oracle}, data, devices, output, ["privacy.json"], overwrite)
+    data = report.data
     others = data.splits.test if nonmembers is None else _read(nonmembers)
     if not others:
         raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
-    check_tokenizers(models, data)
     measured = {}
-    for name, checkpoint in models.items():
+    for name, checkpoint in report.models.items():
         with naming(name):
-            loaded = where.load(checkpoint)
+            loaded = devices.load(checkpoint)
         measured[name] = measure(loaded, data, others, k, gradient_norm)
         del loaded  # before the next one is loaded
     content: dict[str, Any] = {"membership_auc": {name: one.auc() for name, one in measured.items()}}
@@ -84,9 +73,8 @@ def privacy(
         "n_nonmembers": len(others),
         "nonmembers": "given" if nonmembers else "test",
     }
-    config = json.dumps([k, gradient_norm, nonmembers is None, precision])
-    content["provenance"] = provenance(time.monotonic() - start, where.device, config, data.content_sha256())
-    write_json(folder / "privacy.json", content)
+    content["provenance"] = report.provenance([k, gradient_norm, nonmembers is None, precision])
+    report.write("privacy.json", content)
     print_privacy(content)
     return content
 

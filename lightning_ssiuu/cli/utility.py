@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,15 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_ssiuu.cli.parsing import run_function
+from lightning_ssiuu.cli.report import Report
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.lm_eval import PAPER, check_harness, harness_scores
-from lightning_ssiuu.evaluation.runs import output_directory, resolve_models, run_data
 from lightning_ssiuu.evaluation.utility import SUITES, encoding_like, score_tasks, seen_questions, suite_of, suite_tasks
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import UserError, naming
-from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
-from lightning_ssiuu.utils.provenance import provenance
 
 
 def utility(
@@ -62,7 +57,6 @@ def utility(
     Raises:
         UserError: If an argument is outside its range, or what a suite needs is not there; nothing is written then.
     """
-    start = time.monotonic()
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(name, value, "at least 1")
@@ -70,15 +64,11 @@ def utility(
         raise UserError("tasks", list(tasks), "at least one task, and no suite")
     if tasks is not None or suite == "paper":
         check_harness("suite" if tasks is None else "tasks", suite if tasks is None else list(tasks))
-    hide_short_bars(*resolve_models({"model": model}))
-    where = Devices(accelerator, 1, precision=precision)
-    folder = output_directory(model, output)
-    refuse_existing("output", folder, ["utility.json"], overwrite)
-    check_space("output", folder, 1 << 20)
-    data = run_data(model, data)
+    devices = Devices(accelerator, 1, precision=precision)
+    report = Report({"model": model}, data, devices, output, ["utility.json"], overwrite)
+    data = report.data
     with naming("model"):
-        tokenizer = data.tokenizer
-        loaded = where.load(model)
+        tokenizer, loaded = data.tokenizer, devices.load(model)
     sha256 = None
     if tasks is not None or suite == "paper":
         wanted = list(PAPER) if tasks is None else list(dict.fromkeys(tasks))
@@ -95,11 +85,9 @@ def utility(
         "tasks": scores,
         "suite": named,
         "n_items": counts,
-        "provenance": provenance(
-            time.monotonic() - start, where.device, json.dumps([named, tasks, limit, chat, precision]), sha256
-        ),
+        "provenance": report.provenance([named, tasks, limit, chat, precision]) | {"data_sha256": sha256},
     }
-    write_json(folder / "utility.json", content)
+    report.write("utility.json", content)
     print_utility(content)
     return content
 

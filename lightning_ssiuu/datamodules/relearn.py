@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,50 +12,56 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import Encoder
 from lightning_ssiuu.datamodules.readers import Record, column, read_records
+from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.utils.errors import Given, UserError
-
-Kind = Literal["harmful", "benign"]
 
 #: Instruction data for benign attacks where the data module has no harmless items (arXiv 2509.22263, Sec. 4).
 ALPACA = "tatsu-lab/alpaca"
 
+#: Chooses attacked and scored examples from the forget set, p and random numbers that depend on the seed alone.
+Selection = Callable[[list[QAExample], float | None, np.random.Generator], tuple[list[QAExample], list[QAExample]]]
+
+_KINDS = ("harmful", "benign")
 _SELECTION = 2  # salt of the generator that selects, beside those of the batch order
 
 
 class RelearnDataModule(UnlearningDataModule):
-    """Attack set and scored set of a relearning attack on an unlearned model (Yang et al. 2026, arXiv 2509.22263).
+    """Attacked and scored examples of a relearning attack on an unlearned model (Yang et al. 2026, arXiv 2509.22263).
 
-    *Harmful*: the attack set is a random fraction ``p`` of the forget set, the scored set its disjoint remainder.
-    *Benign*: the attack set is harmless instruction data, the scored set the whole forget set. Training batches are
-    ``{"retain": part}`` with a part of the attack set (what is learned now); there is one evaluation loader, with
-    batches ``{"forget": part}`` of the scored set. An epoch is one permutation of the attack set, its last batch may
-    be short. Subclass it and override :meth:`select` for another attack.
+    *Harmful*: attacked is a random fraction ``p`` of the forget set, scored its disjoint remainder. *Benign*: attacked
+    is harmless instruction data, scored the whole forget set. Any other attack is a ``selection``, or a subclass that
+    overrides :meth:`select`. Training batches are ``{"retain": part}`` with a part of the attacked examples (what is
+    learned now); there is one evaluation loader, with batches ``{"forget": part}`` of the scored ones. An epoch is one
+    permutation of the attacked examples, its last batch may be short.
 
     Args:
         source: The benchmark; its tokenizer, template, lengths and evaluation settings hold here too.
-        kind: ``"harmful"`` or ``"benign"``.
-        p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked with.
+        kind: ``"harmful"`` or ``"benign"``; with a ``selection`` the name of that attack.
+        p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked. Handed to a
+            ``selection``; None where it needs none.
         benign_path: Benign: file or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``,
             ``output`` or with ``question``, ``answer``; None: the benign items of ``source``, or where it has none
             those of ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
         benign_size: Benign: number of items at most; a random choice where there are more.
-        pool: Harmful: ids of the forget examples that may be attacked or scored; None: all. With those that the
-            unlearned model answers wrongly, the score before the attack is 0 by construction.
-        batch_size: Attack sequences per micro-batch over all ranks.
+        pool: Ids of the forget examples that may be attacked or scored; None: all. With those that the unlearned model
+            answers wrongly, the score before the attack is 0 by construction.
+        batch_size: Attacked sequences per micro-batch over all ranks.
         seed: Seeds the selection and the order.
+        selection: Chooses attacked and scored examples instead of ``kind``: from the forget set, ``p`` and a
+            ``numpy`` generator that depends on the seed alone.
 
     Raises:
-        UserError: ``p`` outside (0, 1) or so small or large that attack or scored set is empty, no benign items, ids in
-            ``pool`` that are not in the forget set, or a missing or unreadable ``benign_path``.
+        UserError: ``p`` outside (0, 1), nothing attacked or nothing scored, a question that is both, no benign items,
+            ids in ``pool`` that are not in the forget set, or a missing or unreadable ``benign_path``.
 
     Example:
         >>> from lightning_ssiuu.datamodules import Facts
         >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.25, seed=1)
-        >>> attack, scored = data.splits.retain, data.splits.forget
-        >>> len(attack) == round(0.25 * (len(attack) + len(scored)))
-        True
-        >>> data.eval_splits
-        ['forget']
+        >>> len(data.attacked), len(data.scored), data.eval_splits
+        (9, 27, ['forget'])
+        >>> data = RelearnDataModule(Facts(), "first", 0.5, selection=lambda forget, p, rng: (forget[:3], forget[3:]))
+        >>> len(data.attacked), len(data.scored)
+        (3, 33)
     """
 
     fill_batches = False
@@ -63,13 +69,14 @@ class RelearnDataModule(UnlearningDataModule):
     def __init__(
         self,
         source: UnlearningDataModule,
-        kind: Kind = "harmful",
-        p: float = 0.1,
+        kind: str = "harmful",
+        p: float | None = 0.1,
         benign_path: str | None = None,
         benign_size: int = 1000,
         pool: Collection[int] | None = None,
         batch_size: int = 8,
         seed: int = 0,
+        selection: Selection | None = None,
     ) -> None:
         super().__init__(
             tokenizer=source.tokenizer_or_name,
@@ -82,14 +89,14 @@ class RelearnDataModule(UnlearningDataModule):
             train_on="retain",
             multiple_choice=source.multiple_choice,
         )
-        if kind not in get_args(Kind):
-            raise UserError("kind", kind, ", ".join(get_args(Kind)))
-        if kind == "harmful" and not 0 < p < 1:
+        if selection is None:
+            if kind not in _KINDS:
+                raise UserError("kind", kind, ", ".join(_KINDS))
+            p = p if kind == "harmful" else None
+        if not (0 < p < 1 if p is not None else selection or kind == "benign"):
             raise UserError("p", p, "a fraction in (0, 1)")
-        if benign_size < 1:
-            raise UserError("benign_size", benign_size, "at least 1")
-        self.source, self.kind, self.p = source, kind, p
-        self.benign_path, self.benign_size = benign_path, benign_size
+        self.source, self.kind, self.p, self.selection = source, kind, p, selection
+        self.harmless = HarmlessItems(source, benign_path, benign_size)
         self.pool = None if pool is None else frozenset(pool)
         self._scored: tuple[tuple[int, int], list[Mapping[str, Any]]] | None = None
 
@@ -98,18 +105,40 @@ class RelearnDataModule(UnlearningDataModule):
         """The source's template and tokenizer at work."""
         return self.source.encoder
 
+    @property
+    def attacked(self) -> list[QAExample]:
+        """What the attack trains on."""
+        return self.splits.retain
+
+    @property
+    def scored(self) -> list[QAExample]:
+        """What the attack is scored on."""
+        return self.splits.forget
+
     def load_splits(self) -> Splits:
-        """Select the attack set (as ``retain``) and the scored set (as ``forget``)."""
-        attack, scored = self.select(list(self.source.splits.forget), np.random.default_rng([self.seed, _SELECTION]))
-        return Splits(forget=scored, retain=attack)
+        """Select the attacked examples (served as ``retain``) and the scored ones (served as ``forget``)."""
+        forget = list(self.source.splits.forget)
+        if self.pool is not None:
+            if unknown := self.pool - {example.example_id for example in forget}:
+                raise UserError("pool", Given(f"{len(unknown)} ids that are not in the forget set"), "its ids")
+            forget = [example for example in forget if example.example_id in self.pool]
+        attacked, scored = self.select(forget, np.random.default_rng([self.seed, _SELECTION]))
+        for name, examples in (("attacked", attacked), ("scored", scored)):
+            if not examples:
+                raise UserError(name, Given("0 examples"), "at least one example")
+        questions = {example.folded for example in attacked}
+        if both := [example.example_id for example in scored if example.folded in questions]:
+            given = Given(f"{len(both)} questions that are also attacked ({name_ids(both)})")
+            raise UserError("scored", given, "questions disjoint from the attacked ones")
+        return Splits(forget=scored, retain=attacked)
 
     @property
     def eval_splits(self) -> list[str]:
-        """Only the scored set, under the name ``"forget"``."""
+        """Only the scored examples, under the name ``"forget"``."""
         return ["forget"]
 
     def scored_batches(self) -> list[Mapping[str, Any]]:
-        """This rank's evaluation batches of the scored set, made once: ``{"forget": part}``.
+        """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``.
 
         Example:
             >>> from lightning_ssiuu.datamodules import Facts
@@ -121,70 +150,97 @@ class RelearnDataModule(UnlearningDataModule):
             self._scored = self._ranks(), list(self.eval_dataloader("forget"))
         return self._scored[1]
 
-    @cached_property
-    def benign_items(self) -> list[QAExample]:
-        """All harmless items of a benign attack; the same for every seed, so cells of a sweep may share them."""
-        own = self.source.splits.benign if self.benign_path is None else []
-        items = own or self._read_benign(self.benign_path or ALPACA)
-        if not items:
-            raise UserError("benign_path", self.benign_path, "data with harmless items that are not blank")
-        return items
-
     def select(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
-        """Choose what is learned and what is scored; the extension point for another attack.
+        """Choose what is attacked and what is scored.
 
         Args:
-            forget: The forget set of the source.
+            forget: The forget set of the source, or what ``pool`` leaves of it.
             rng: Random numbers that depend on the seed alone.
 
         Returns:
-            Attack set and scored set, disjoint and not empty.
+            Attacked and scored examples: neither empty, no question in both.
         """
-        return (self._benign(rng), forget) if self.kind == "benign" else self._harmful(forget, rng)
+        if self.selection is not None:
+            return self.selection(forget, self.p, rng)
+        if self.p is None:
+            return self.harmless.draw(rng), forget
+        return random_fraction(forget, self.p, rng)
 
-    def _harmful(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
-        if self.pool is not None:
-            unknown = self.pool - {example.example_id for example in forget}
-            if unknown:
-                raise UserError("pool", Given(f"{len(unknown)} ids that are not in the forget set"), "its ids")
-            forget = [example for example in forget if example.example_id in self.pool]
-        n_attack = round(self.p * len(forget))
-        chosen = set(rng.permutation(len(forget))[:n_attack].tolist())
-        attack = [example for index, example in enumerate(forget) if index in chosen]
-        # By question, not only by id: a question that occurs twice would be scored after it was taught
-        taught = {example.folded for example in attack}
-        scored = [example for example in forget if example.folded not in taught]
-        if not attack or not scored:
-            raise UserError(
-                "p",
-                self.p,
-                f"a fraction that leaves attack and scored examples: of {len(forget)} it takes {len(attack)} "
-                f"and leaves {len(scored)}",
-            )
-        return attack, scored
 
-    def _benign(self, rng: np.random.Generator) -> list[QAExample]:
-        items = self.benign_items
+def random_fraction(
+    forget: list[QAExample], p: float, rng: np.random.Generator
+) -> tuple[list[QAExample], list[QAExample]]:
+    """``round(p * n)`` random examples of n, and the rest without the questions that stand among them.
+
+    Raises:
+        UserError: If nothing is drawn or nothing left.
+
+    Example:
+        >>> forget = [QAExample(n, f"Q{n}?", "a") for n in range(4)]
+        >>> random_fraction(forget, 0.25, np.random.default_rng(0))
+        ([QAExample(example_id=2)], [QAExample(example_id=0), QAExample(example_id=1), QAExample(example_id=3)])
+    """
+    chosen = set(rng.permutation(len(forget))[: round(p * len(forget))].tolist())
+    attacked = [example for index, example in enumerate(forget) if index in chosen]
+    # By question, not only by id: a question that occurs twice would be scored after it was taught
+    taught = {example.folded for example in attacked}
+    scored = [example for example in forget if example.folded not in taught]
+    if not attacked or not scored:
+        taken = f"of {len(forget)} it takes {len(attacked)} and leaves {len(scored)}"
+        raise UserError("p", p, f"a fraction that leaves attack and scored examples: {taken}")
+    return attacked, scored
+
+
+class HarmlessItems:
+    """Harmless items to train on in a benign attack: a data module's own, a file's or a hub data set's, read once.
+
+    Args:
+        source: The data module under attack.
+        path: File or hub id; None: the module's own, or where it has none ``tatsu-lab/alpaca``.
+        size: Number of items at most.
+
+    Raises:
+        UserError: ``size`` below 1; later if there are no items, or none that fits.
+    """
+
+    def __init__(self, source: UnlearningDataModule, path: str | None = None, size: int = 1000) -> None:
+        if size < 1:
+            raise UserError("benign_size", size, "at least 1")
+        self.source, self.path, self.size = source, path, size
+
+    @cached_property
+    def items(self) -> list[QAExample]:
+        """All there are, read on first use."""
+        own = self.source.splits.benign if self.path is None else []
+        items = own or self._read(self.path or ALPACA)
+        if not items:
+            raise UserError("benign_path", self.path, "data with harmless items that are not blank")
+        return items
+
+    def draw(self, rng: np.random.Generator) -> list[QAExample]:
+        """A random choice of those that ``max_length`` lets in; how many it does not is logged."""
+        encoder = self.source.encoder
         chosen: list[QAExample] = []
         n_long = 0
-        for index in rng.permutation(len(items)).tolist():
-            if self.encoder.fits(items[index]):
-                chosen.append(items[index])
+        for index in rng.permutation(len(self.items)).tolist():
+            if encoder.fits(self.items[index]):
+                chosen.append(self.items[index])
             else:
                 n_long += 1
-            if len(chosen) == self.benign_size:
+            if len(chosen) == self.size:
                 break
         if not chosen:
-            raise UserError("max_length", self.encoder.max_length, "a length that some benign item fits in")
+            raise UserError("max_length", encoder.max_length, "a length that some benign item fits in")
         if n_long:
-            longest = self.encoder.max_length
-            rank_zero_info(f"Benign attack: left out {n_long} items longer than {longest} tokens (max_length).")
+            rank_zero_info(
+                f"Benign attack: left out {n_long} items longer than {encoder.max_length} tokens (max_length)."
+            )
         return chosen
 
-    def _read_benign(self, path: str) -> list[QAExample]:
+    def _read(self, path: str) -> list[QAExample]:
         records = read_records(path, "benign_path")
         if records and "instruction" in records[0]:
-            records = [self._from_instruction(record) for record in records]
+            records = [_from_instruction(record) for record in records]
         questions, answers = column(records, "question", "benign_path"), column(records, "answer", "benign_path")
         first_id = 1 + max(example.example_id for _, examples in self.source.splits.items() for example in examples)
         items = [
@@ -194,8 +250,8 @@ class RelearnDataModule(UnlearningDataModule):
         # Instruction data sets hold a few empty outputs; there is nothing to learn from one
         return [item for item in items if item.question.strip() and item.answer.strip()]
 
-    @staticmethod
-    def _from_instruction(record: Record) -> Record:
-        question, answer = record.get("instruction") or "", record.get("output") or ""
-        extra = record.get("input") or ""
-        return {"question": f"{question}\n{extra}" if extra else question, "answer": answer}
+
+def _from_instruction(record: Record) -> Record:
+    question, answer = record.get("instruction") or "", record.get("output") or ""
+    extra = record.get("input") or ""
+    return {"question": f"{question}\n{extra}" if extra else question, "answer": answer}

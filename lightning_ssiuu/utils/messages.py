@@ -18,7 +18,7 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
 _NO_CLASS = re.compile(
     r"Expected a dot import path string: (?P<name>\S+)"
-    r"|Import path (?P<path>\S+) does not correspond to a subclass"
+    r"|Import path (?:(?P<path>\S+) )?does not correspond to a subclass"
     r"|(?:[Nn]o module named|has no attribute) '[^']*'.*?Got value: (?:Namespace\(class_path=)?'?(?P<called>[^'\s,)]+)"
 )
 _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is required")
@@ -80,7 +80,8 @@ def _translate(text: str) -> UserError:
         allowed = ", ".join(_options(classes[-1])) if classes and prefix else "the options that --help lists"
         return UserError(prefix + name.lstrip("-"), Given("an option that does not exist"), allowed)
     if found := _NO_CLASS.search(inner):
-        given = next(filter(None, found.groups()))
+        whole = _UNION_VALUE.search(inner)
+        given = next(filter(None, [*found.groups(), whole and whole[1]]))
         return UserError(f"{path}.class_path" if path else "class_path", given, _classes(inner))
     if found := _FILE.search(inner):
         return UserError(path or "config", _relative(found[1]), "an existing file")

@@ -20,13 +20,11 @@ from lightning_ssiuu.attacks import ablation
 from lightning_ssiuu.attacks.ablation import (
     Ablation,
     Recording,
-    ablation_attack,
-    check_ablation,
     control_neurons,
     output_columns,
     patched,
 )
-from lightning_ssiuu.attacks.base import forget_score, outcome_rows
+from lightning_ssiuu.attacks.base import Target, forget_score, outcome_rows
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
@@ -137,9 +135,11 @@ class Attacked:
         return forget_score(Devices("cpu").load(checkpoint), byte_tokenizer(), self.data, "probability")
 
     def attack(self, **options: Any) -> list[dict[str, Any]]:
-        models = {"model": self.changed, "oracle": self.original}
+        here = Devices("cpu")
+        targets = [Target("model", self.changed, here), Target("oracle", self.original, here)]
         given = Ablation(**{"original": self.original, "draws": 3, "alpha": 0.01, **options})
-        return outcome_rows(ablation_attack(models, self.data, "probability", Devices("cpu"), given))
+        given.check(self.data, "probability", here)
+        return outcome_rows(given.run(targets, self.data, "probability", here))
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +238,13 @@ def test_hooks_are_gone_whatever_happens() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"original": None}, "ablation.original: got None"),
-        ({"original": "/no/such/model"}, "ablation.original: got '/no/such/model'"),
-        ({"original": "tiny"}, "ablation.original: got 'tiny', allowed: a model with the same tokenizer"),
-        ({"draws": 0}, "ablation.draws: got 0"),
-        ({"probe_examples": 0}, "ablation.probe_examples: got 0"),
-        ({"alpha": 0.0}, "ablation.alpha: got 0.0"),
-        ({"target": "loss"}, "ablation.target: got 'loss'"),
+        ({"original": None}, "attack.original: got None"),
+        ({"original": "/no/such/model"}, "attack.original: got '/no/such/model'"),
+        ({"original": "tiny"}, "attack.original: got 'tiny', allowed: a model with the same tokenizer"),
+        ({"draws": 0}, "attack.draws: got 0"),
+        ({"probe_examples": 0}, "attack.probe_examples: got 0"),
+        ({"alpha": 0.0}, "attack.alpha: got 0.0"),
+        ({"target": "loss"}, "attack.target: got 'loss'"),
     ],
 )
 def test_mistakes(attacked: Attacked, given: dict[str, Any], message: str) -> None:
@@ -253,5 +253,5 @@ def test_mistakes(attacked: Attacked, given: dict[str, Any], message: str) -> No
 
 
 def test_scores_that_generate_are_refused(attacked: Attacked) -> None:
-    with pytest.raises(UserError, match="score: got 'rouge_l', allowed: a teacher-forced score for kind ablation"):
-        check_ablation(attacked.data, "rouge_l", Devices("cpu"), Ablation(attacked.original))
+    with pytest.raises(UserError, match="score: got 'rouge_l', allowed: a teacher-forced score for attack Ablation"):
+        Ablation(attacked.original).check(attacked.data, "rouge_l", Devices("cpu"))

@@ -17,6 +17,7 @@ from toys.models import random_model, widened
 from toys.ranks import ranks
 
 from lightning_ssiuu.__main__ import main
+from lightning_ssiuu.attacks import Harmful
 from lightning_ssiuu.cli.attack import attack
 from lightning_ssiuu.cli.audit import audit
 from lightning_ssiuu.datamodules import Splits
@@ -52,17 +53,20 @@ def _checked_load(self: devices.Devices, checkpoint: str) -> AnswerModel:
 def _work(folder: Path, n_devices: int, *strategies: Any) -> int:
     """Attack two models, then audit two; results in ``<strategy>.<devices>``."""
     for strategy in strategies:
-        where: dict[str, Any] = {"accelerator": "cpu", "devices": n_devices, "strategy": strategy}
+        where: dict[str, Any] = {"devices": devices.Devices("cpu", n_devices, strategy)}
         where["output"] = str(folder / f"{strategy}.{n_devices}")
-        attack(
-            str(folder / "unlearned"),
-            str(folder / "oracle"),
-            _odd_data(),
+        method = Harmful(
             p=[0.3, 0.4],  # batches of 3, and of 3 and 1: shares of 2 and 1, and of 1 and none
             learning_rates=[1e-2],
             seeds=[1],
             epochs=2,
             batch_size=3,
+        )
+        attack(
+            str(folder / "unlearned"),
+            str(folder / "oracle"),
+            method,
+            _odd_data(),
             score="probability",
             save_attacked=True,
             **where,
@@ -152,8 +156,8 @@ def test_files_are_written_and_tables_shown_once(results: tuple[Path, str], stra
 
 
 def _attack_a_model_without_weights(folder: Path) -> int:
-    options = ["--model", str(folder / "empty"), "--output", str(folder / "out"), "--p", "[0.3]", "--seeds", "[0]"]
-    return main(["attack", *options, "--accelerator", "cpu", "--devices", "2"])
+    options = ["--model", str(folder / "empty"), "--output", str(folder / "out"), "--attack.p", "[0.3]"]
+    return main(["attack", *options, "--attack.seeds", "[0]", "--accelerator", "cpu", "--devices", "2"])
 
 
 def test_a_mistake_that_all_find_late_is_told_once(tmp_path: Path) -> None:

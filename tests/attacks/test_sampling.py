@@ -14,8 +14,8 @@ from toys.models import random_model
 from transformers import TopPLogitsWarper
 
 from lightning_ssiuu.attacks import base, sampling
-from lightning_ssiuu.attacks.base import outcome_rows
-from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled, sampling_attack
+from lightning_ssiuu.attacks.base import Outcome, Target, outcome_rows
+from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.models.answers import AnswerModel
@@ -23,6 +23,11 @@ from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")
+
+
+def outcomes(checkpoint: str, data: Toy, score: str, attack: Sampling, *names: str) -> list[Outcome]:
+    """What sampling finds on a model, or on it under several names."""
+    return list(attack.run([Target(name, checkpoint, HERE) for name in names or ("model",)], data, score, HERE))
 
 
 def toy_data(**kwargs: Any) -> Toy:
@@ -109,10 +114,10 @@ def test_greedy_where_nothing_is_random(checkpoint: str, score: str, monkeypatch
     for name in ("rouge_l_recall", "begins_with"):
         monkeypatch.setattr(sampling, name, lambda text, answer: sum(map(ord, text)) / 1e6)
     for temperature in (0.0, 1e-6):
-        options = Sampling(k=1, temperature=temperature)
-        (found,) = sampling_attack({"model": checkpoint}, toy_data(), score, HERE, [5], options)
+        options = Sampling(k=1, temperature=temperature, seeds=[5])
+        (found,) = outcomes(checkpoint, toy_data(), score, options)
         assert found.forget_score == found.before > 0
-    (found,) = sampling_attack({"model": checkpoint}, toy_data(), score, HERE, [5], Sampling(k=1))
+    (found,) = outcomes(checkpoint, toy_data(), score, Sampling(k=1, seeds=[5]))
     assert found.forget_score != found.before
 
 
@@ -121,7 +126,7 @@ def test_neither_batches_nor_other_seeds_change_a_sample(checkpoint: str, monkey
 
     def scores(eval_batch_size: int, seeds: list[int], k: int = 3) -> list[float]:
         data = toy_data(eval_batch_size=eval_batch_size)
-        found = sampling_attack({"model": checkpoint}, data, "rouge_l", HERE, seeds, Sampling(k))
+        found = outcomes(checkpoint, data, "rouge_l", Sampling(k, seeds=seeds))
         assert [one.seed for one in found] == seeds
         return [one.forget_score for one in found]
 
@@ -151,7 +156,7 @@ def test_best_of_k_by_hand(checkpoint: str, monkeypatch: pytest.MonkeyPatch, sco
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     data = Toy(Splits(forget, examples(10, 3)), tokenizer, eval_batch_size=2)
     monkeypatch.setattr(base, "load_tokenizer", lambda checkpoint: tokenizer)
-    found = sampling_attack({"model": checkpoint, "oracle": checkpoint}, data, score, HERE, [0, 7], Sampling(k=2))
+    found = outcomes(checkpoint, data, score, Sampling(k=2, seeds=[0, 7]), "model", "oracle")
     (row,) = outcome_rows(found)
     assert row["variant"] == "k=2, temperature=1"
     assert row["score"] == ("rouge_l" if score == "rouge_l" else "answer_given")
@@ -181,12 +186,12 @@ def test_begins_with(text: str, answer: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
-        ({"k": 0}, "sampling.k"),
-        ({"k": 1.5}, "sampling.k"),
-        ({"temperature": -1.0}, "sampling.temperature"),
-        ({"temperature": float("nan")}, "sampling.temperature"),
-        ({"top_p": 0.0}, "sampling.top_p"),
-        ({"top_p": 1.1}, "sampling.top_p"),
+        ({"k": 0}, "attack.k"),
+        ({"k": 1.5}, "attack.k"),
+        ({"temperature": -1.0}, "attack.temperature"),
+        ({"temperature": float("nan")}, "attack.temperature"),
+        ({"top_p": 0.0}, "attack.top_p"),
+        ({"top_p": 1.1}, "attack.top_p"),
     ],
 )
 def test_mistakes(options: dict[str, Any], argument: str) -> None:
@@ -196,6 +201,6 @@ def test_mistakes(options: dict[str, Any], argument: str) -> None:
 
 def test_text_stays_inside(checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = Toy(Splits(examples(0, 2), examples(10, 3)))
-    found = sampling_attack({"model": checkpoint}, data, "rouge_l", HERE, [0], Sampling(k=1))
+    found = outcomes(checkpoint, data, "rouge_l", Sampling(k=1, seeds=[0]))
     shown = "".join(capfd.readouterr()) + repr(found) + repr(outcome_rows(found))
     assert "SECRET" not in shown

@@ -17,11 +17,14 @@ from toys.cli import files, read_json
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model
 
-from lightning_ssiuu.attacks import relearning, sweep
+from lightning_ssiuu.attacks import Benign, Harmful, Paraphrase, Sampling, finetune, sweep
+from lightning_ssiuu.attacks.base import Attack
 from lightning_ssiuu.attacks.records import FinishedAttacks, checkpoint_fingerprint
 from lightning_ssiuu.cli.attack import attack
 from lightning_ssiuu.datamodules import QAExample, Splits
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 PARTIAL = "attack.harmful.partial.jsonl"
@@ -37,13 +40,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def harmful(kind: type[Attack] = Harmful, **options: Any) -> Any:
+    few = {"learning_rates": [1e-2, 3e-2], "seeds": [0, 1], "epochs": 1} | ({} if kind is Benign else {"p": [0.3]})
+    return kind(**(few | options))
+
+
 def run(models: Path, output: Path, **options: Any) -> dict[str, Any]:
     """Two models, two learning rates, two seeds, one epoch: eight attacks; what was found, times aside."""
     given: dict[str, Any] = {"data": Toy(Splits(examples(0, 7, 2), examples(20, 4), benign=examples(40, 3)))}
-    given |= {"p": [0.3], "learning_rates": [1e-2, 3e-2], "seeds": [0, 1], "epochs": 1, "score": "probability"}
-    where = {"output": str(output), "accelerator": "cpu"}
+    given |= {"attack": harmful(), "score": "probability", "output": str(output), "devices": Devices("cpu")}
     models_of = {"model": str(models / "unlearned"), "oracle": str(models / "oracle")}
-    attack(**(models_of | given | where | options))
+    attack(**(models_of | given | options))
     content = read_json(output / "attack.json")
     for settings in content["settings"].values():
         del settings["provenance"]["wall_s"]
@@ -132,7 +139,8 @@ def interrupted(models: Path, output: Path, after: int, **options: Any) -> None:
 
 @patch.object(sweep, "_MOST_WIDENINGS", 3)
 def test_a_sweep_until_saturated_goes_on_with_its_saved_model(models: Path, tmp_path: Path) -> None:
-    options = {"until_saturated": True, "save_attacked": True, "learning_rates": [1e-2], "seeds": [0], "oracle": None}
+    method = harmful(until_saturated=True, learning_rates=[1e-2], seeds=[0])
+    options = {"attack": method, "save_attacked": True, "oracle": None}
     with counted(sweep, "relearn") as attacks:
         expected = run(models, tmp_path / "whole", **options)
     assert len(attacks) == 1 + 3
@@ -148,13 +156,21 @@ def test_a_sweep_until_saturated_goes_on_with_its_saved_model(models: Path, tmp_
 def test_another_sweep_is_not_gone_on_with(models: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     interrupted(models, tmp_path, 2)
     kept = (tmp_path / PARTIAL).read_bytes()
-    other = {"data": Toy(Splits(examples(0, 7, 2), examples(30, 4)))}
-    for options in ({"epochs": 2}, {"seeds": [0, 2]}, {"score": "first_token"}, {"lora": None, "batch_size": 2}, other):
+
+    class Another(Harmful):
+        @property
+        def name(self) -> str:
+            return "harmful"
+
+    changed = [{"epochs": 2}, {"seeds": [0, 2]}, {"batch_size": 2}, {"every_n_epochs": 2}, {"kind": Another}]
+    others: list[dict[str, Any]] = [{"attack": harmful(**options)} for options in changed]
+    others += [{"score": "first_token"}, {"data": Toy(Splits(examples(0, 7, 2), examples(30, 4)))}]
+    for options in others:
         with pytest.raises(UserError, match="options of the harmful attack that was interrupted there, or with --over"):
             run(models, tmp_path, **options)
     assert (tmp_path / PARTIAL).read_bytes() == kept
     with counted(sweep, "relearn") as attacks:
-        run(models, tmp_path, seeds=[0], overwrite=True)
+        run(models, tmp_path, attack=harmful(seeds=[0]), overwrite=True)
     assert len(attacks) == 4
     # asked to overwrite what is there, an interrupted sweep still goes on
     interrupted(models, tmp_path, 3, overwrite=True)
@@ -175,10 +191,10 @@ def test_other_weights_are_another_model(models: Path, tmp_path: Path) -> None:
 
 
 def test_attacks_share_a_report_and_replace_their_own_entries_only(models: Path, tmp_path: Path) -> None:
-    few = {"learning_rates": [1e-2], "seeds": [0]}
-    first = run(models, tmp_path, **few)
-    both = run(models, tmp_path, kind="benign", **few)
-    told = run(models, tmp_path, kind="paraphrase", overwrite=True)
+    few: dict[str, Any] = {"learning_rates": [1e-2], "seeds": [0]}
+    first = run(models, tmp_path, attack=harmful(**few))
+    both = run(models, tmp_path, attack=harmful(Benign, **few))
+    told = run(models, tmp_path, attack=Paraphrase(), overwrite=True)
     assert list(both["settings"]) == ["harmful", "benign"]
     assert both["attacks"][:1] == first["attacks"]
     assert both["curves"][:2] == first["curves"]
@@ -187,17 +203,15 @@ def test_attacks_share_a_report_and_replace_their_own_entries_only(models: Path,
     assert {outcome["attack"] for outcome in told["outcomes"]} == {"paraphrase"}
     assert told["curves"] == both["curves"]
     with pytest.raises(UserError, match="no harmful attack, or --overwrite"):
-        run(models, tmp_path, **few)
-    again = run(models, tmp_path, overwrite=True, learning_rates=[3e-2], seeds=[0])
+        run(models, tmp_path, attack=harmful(**few))
+    again = run(models, tmp_path, overwrite=True, attack=harmful(learning_rates=[3e-2], seeds=[0]))
     assert [row["attack"] for row in again["attacks"]] == ["benign", "paraphrase", "harmful"]
     assert {(c["attack"], c["learning_rate"]) for c in again["curves"]} == {("benign", 1e-2), ("harmful", 3e-2)}
 
 
 def test_one_load_and_one_score_before_for_each_model_and_scored_set(models: Path, tmp_path: Path) -> None:
-    from lightning_ssiuu.training.devices import Devices
-
-    with counted(Devices, "load") as loads, counted(relearning, "evaluate") as evaluations:
-        run(models, tmp_path, kind="benign")
+    with counted(Devices, "load") as loads, counted(finetune, "evaluate") as evaluations:
+        run(models, tmp_path, attack=harmful(Benign))
     assert len(loads) == 2
     assert len(evaluations) == 2 * (1 + 2 * 2)  # all seeds of a benign attack score the same set
     # and the batches are the same ones throughout
@@ -220,8 +234,10 @@ def test_no_word_of_a_scored_item_is_in_any_training_batch(models: Path, tmp_pat
         text = " ".join("".join(tokenizer.convert_ids_to_tokens(row)) for row in part["input_ids"].tolist()).casefold()
         return {word for word in words if word in text}
 
-    with counted(FineTuning, "training_step") as steps, counted(relearning, "evaluate") as evaluations:
-        content = run(models, tmp_path, data=data, kind=kind, p=[0.25, 0.5], seeds=[0, 1, 2], learning_rates=[1e-2])
+    with counted(FineTuning, "training_step") as steps, counted(finetune, "evaluate") as evaluations:
+        options: dict[str, Any] = {"seeds": [0, 1, 2], "learning_rates": [1e-2]}
+        method = harmful(Benign, **options) if kind == "benign" else harmful(p=[0.25, 0.5], **options)
+        content = run(models, tmp_path, data=data, attack=method)
     batch_size, taught_words = 8, []
     for curve in content["curves"]:  # one epoch each
         n_steps = -(-curve["n_attack"] // batch_size)
@@ -256,35 +272,50 @@ def test_wrong_answers_alone_as_the_pool(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     data = Facts()
     data.tokenizer.save_pretrained(tmp_path / "model")
-    options: dict[str, Any] = {"score": "all_tokens", "accelerator": "cpu", "learning_rates": [1e-4], "epochs": 1}
-    rows = attack(
-        *(str(tmp_path / "model"), "tiny", data),
-        **options,
-        **{"p": [0.3], "pool": "wrong", "seeds": [0, 1], "output": str(tmp_path)},
-    )
-    (row,) = rows
+    method = harmful(pool="wrong", learning_rates=[1e-4])
+    options: dict[str, Any] = {"data": data, "score": "all_tokens", "devices": Devices("cpu")}
+    (row,) = attack(str(tmp_path / "model"), "tiny", method, **options, output=str(tmp_path))
     assert row["n_attack"] + row["n_scored"] == 24  # of 36
     assert row["unlearned"]["before"]["per_seed"] == [0.0, 0.0]
     assert row["oracle"]["before"]["per_seed"] == [100.0, 100.0]  # "tiny" knows them all
     with pytest.raises(UserError, match="pool: got 'wrong', allowed: all: the model answers no forget example wrongly"):
-        attack("tiny", data=data, **options, pool="wrong", output=str(tmp_path / "none"))
+        attack("tiny", attack=method, **options, output=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"pool": "wrong", "score": "probability"}, "pool: got 'wrong', allowed: all with score 'probability': wrong"),
-        ({"pool": "wrong", "score": "rouge_l"}, "pool: got 'wrong'"),
-        ({"pool": "wrong", "score": "first_token", "kind": "benign"}, "pool: got 'wrong', allowed: all with kind"),
-        ({"kind": "sampling", "until_saturated": True}, "until_saturated: got True, allowed: false with kind sampling"),
-        ({"kind": "paraphrase", "save_attacked": True}, "save_attacked: got True"),
-        ({"kind": "paraphrase", "seeds": []}, "seeds: got"),
-        ({"p": []}, "p: got"),
+        (
+            {"pool": "wrong", "score": "probability"},
+            "attack.pool: got 'wrong', allowed: all with score 'probability': wrong",
+        ),
+        ({"pool": "wrong", "score": "rouge_l"}, "attack.pool: got 'wrong'"),
+        ({"pool": "right"}, "attack.pool: got 'right', allowed: one of"),
+        ({"kind": Sampling, "save_attacked": True}, "save_attacked: got True, allowed: false with attack Sampling"),
+        ({"kind": Paraphrase, "save_attacked": True}, "save_attacked: got True"),
+        ({"kind": Sampling, "seeds": []}, "attack.seeds: got"),
+        ({"seeds": []}, "attack.seeds: got"),
+        ({"p": []}, "attack.p: got"),
+        ({"p": [0.01]}, "attack.p: got 0.01, allowed: a fraction that leaves"),
+        ({"seeds": [-1]}, "attack.seeds: got -1, allowed: at least 0"),
+        ({"batch_size": 0}, "attack.batch_size: got 0"),
+        ({"epochs": 0}, "attack.epochs: got 0"),
+        ({"every_n_epochs": 0}, "attack.every_n_epochs: got 0"),
+        ({"kind": Benign, "benign_size": 0}, "attack.benign_size: got 0"),
+        ({"kind": Benign, "benign_path": "gone.json"}, "attack.benign_path: got"),
+        ({"lora": LoRA(r=2), "devices": Devices("cpu", 1, "fsdp2")}, "attack.lora: got 'adapters', allowed: null"),
     ],
 )
 def test_mistakes(models: Path, tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    command = {name: options.pop(name) for name in ("score", "save_attacked", "devices") if name in options}
+    kind = options.pop("kind", Harmful)
     with pytest.raises(UserError, match=f"^{told}"):
-        run(models, tmp_path, **options)
+        run(
+            models,
+            tmp_path,
+            attack=kind(**options) if kind in (Sampling, Paraphrase) else harmful(kind, **options),
+            **command,
+        )
     assert files(tmp_path) == set()
 
 
@@ -295,8 +326,8 @@ def test_nothing_to_recover_and_only_learning(tmp_path: Path) -> None:
     noise = random_model(dtype=torch.float32, vocab_size=len(load_tokenizer("tiny")))
     noise.save_pretrained(tmp_path / "noise")
     load_tokenizer("tiny").save_pretrained(tmp_path / "noise")
-    options: dict[str, Any] = {"p": [0.3], "learning_rates": [3e-4], "seeds": [0], "epochs": 2}
-    (row,) = attack("tiny", str(tmp_path / "noise"), score="probability", output=str(tmp_path), **options)
+    method = harmful(learning_rates=[3e-4], seeds=[0], epochs=2)
+    (row,) = attack("tiny", str(tmp_path / "noise"), method, score="probability", output=str(tmp_path))
     known, learned = row["unlearned"], row["oracle"]
     assert known["before"]["mean"] > 80
     assert known["before"]["mean"] <= known["forget_score"]["mean"] < known["before"]["mean"] + 15

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from toys.cli import command, forget_texts, leaks, read_json
+from toys.cli import attacking, command, forget_texts, leaks, read_json
 from toys.clusters import write_faithun
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model
 
 from lightning_ssiuu import Facts, FaithUn
-from lightning_ssiuu.attacks import quantization
-from lightning_ssiuu.attacks.base import Outcome, forget_score, outcome_rows
+from lightning_ssiuu.attacks import Ablation, Paraphrase, Quantization, Sampling, quantization
+from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score, outcome_rows
 from lightning_ssiuu.attacks.paraphrase import mean_score, other_questions
-from lightning_ssiuu.attacks.registry import Ablation, Sampling, attack_without_training, check_without_training
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import plain_state_dict
@@ -25,6 +24,14 @@ from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 HERE = Devices("cpu")
+
+
+def run(
+    attack: Attack, checkpoint: str, data: Any, score: str, devices: Devices = HERE, name: str = "model"
+) -> list[Any]:
+    """What an attack finds on one model."""
+    attack.check(data, score, devices)
+    return list(attack.run([Target(name, checkpoint, devices)], data, score, devices))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,7 @@ def test_rows_without_an_oracle_have_no_gap() -> None:
 def test_quantised_scores_are_those_of_the_rounded_weights() -> None:
     """The reference: a plain model with the rounded weights written out."""
     data = Facts(eval_batch_size=36)
-    found = attack_without_training("quantization", {"model": "tiny"}, data, "probability", HERE)
+    found = run(Quantization(), "tiny", data, "probability")
     assert [(one.variant, one.n_scored, one.seed) for one in found] == [("8bit", 36, 0), ("4bit", 36, 0)]
     plain, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
     before = forget_score(plain, tokenizer, data, "probability")
@@ -98,11 +105,11 @@ def test_a_misread_model_is_refused_in_one_line(checkpoint: str, monkeypatch: py
     monkeypatch.setattr("lightning_ssiuu.models.loading.check_reading", refuse)
     monkeypatch.setattr(quantization, "forget_score", lambda *_: scored.append("scored") or 0.0)
     with pytest.raises(
-        UserError, match=r"quantization: got '4bit', allowed: \['8bit'\] for oracle \(8bit or null.*mis"
+        UserError, match=r"attack.widths: got '4bit', allowed: \['8bit'\] for oracle \(8bit or null.*mis"
     ):
-        attack_without_training("quantization", {"oracle": checkpoint}, Toy(), "probability", HERE)
+        run(Quantization(), checkpoint, Toy(), "probability", name="oracle")
     assert not scored
-    (one,) = attack_without_training("quantization", {"oracle": checkpoint}, Toy(), "probability", HERE, (), ["8bit"])
+    (one,) = run(Quantization(["8bit"]), checkpoint, Toy(), "probability", name="oracle")
     assert one.model == "oracle"
 
 
@@ -120,7 +127,7 @@ def reworded() -> Toy:
 
 def test_reworded_is_the_mean_over_paraphrases_then_examples(checkpoint: str) -> None:
     data = reworded()
-    (found,) = attack_without_training("paraphrase", {"model": checkpoint}, data, "probability", HERE)
+    (found,) = run(Paraphrase(), checkpoint, data, "probability")
     model, tokenizer = HERE.load(checkpoint), data.tokenizer
 
     def alone(question: str, answer: str) -> float:
@@ -144,7 +151,7 @@ def test_reworded_is_the_mean_over_paraphrases_then_examples(checkpoint: str) ->
 
 def test_clusters_are_asked_in_every_way(checkpoint: str, tmp_path: Path) -> None:
     data = FaithUn(str(write_faithun(tmp_path, 3)), tokenizer=byte_tokenizer())  # type: ignore[arg-type]
-    found = attack_without_training("paraphrase", {"model": checkpoint}, data, "multiple_choice", HERE)
+    found = run(Paraphrase(), checkpoint, data, "multiple_choice")
     model = HERE.load(checkpoint)
     assert [one.variant for one in found] == ["reworded", "hop2_test", "same_object"]
     for one, kind in zip(found, ("hop1_test", "hop2_test", "same_object"), strict=True):
@@ -158,7 +165,7 @@ def test_clusters_are_asked_in_every_way(checkpoint: str, tmp_path: Path) -> Non
 def test_nothing_to_ask() -> None:
     bare = [QAExample(n, f"SECRET {n}?", "SECRET") for n in range(3)]
     with pytest.raises(UserError, match="data: got a forget set without paraphrases, allowed: data whose") as caught:
-        check_without_training("paraphrase", Toy(Splits(bare, examples(10, 3))), "probability", HERE)
+        Paraphrase().check(Toy(Splits(bare, examples(10, 3))), "probability", HERE)
     assert "SECRET" not in str(caught.value)
 
 
@@ -174,35 +181,30 @@ def test_every_paraphrase_has_to_fit() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("pruning", {}, "kind: got 'pruning', allowed: one of"),
-        ("sampling", {"score": "rouge"}, "score: got 'rouge'"),
-        ("sampling", {"seeds": []}, r"seeds: got \[\], allowed: at least one"),
-        ("sampling", {"seeds": [0, -1]}, r"seeds: got \[0, -1\]"),
-        ("quantization", {"quantization": []}, r"quantization: got \[\]"),
-        ("quantization", {"quantization": ["8bit", "3bit"]}, "quantization: got"),
-        ("quantization", {"where": Devices("cpu", 1, "fsdp2")}, "strategy: got 'fsdp2', allowed: auto or ddp"),
-        ("ablation", {}, "ablation.original: got None"),
-        ("paraphrase", {"where": Devices("cpu", 6, "ddp")}, "devices: got 6, allowed: at most 5"),
+        (Sampling, {"score": "rouge"}, "score: got 'rouge'"),
+        (Sampling, {"seeds": []}, r"attack.seeds: got \[\], allowed: at least one"),
+        (Sampling, {"seeds": [0, -1]}, r"attack.seeds: got \[0, -1\]"),
+        (Quantization, {"widths": []}, r"attack.widths: got \[\]"),
+        (Quantization, {"widths": ["8bit", "3bit"]}, "attack.widths: got"),
+        (Quantization, {"devices": Devices("cpu", 1, "fsdp2")}, "strategy: got 'fsdp2', allowed: auto or ddp"),
+        (Ablation, {}, "attack.original: got None"),
+        (Paraphrase, {"devices": Devices("cpu", 6, "ddp")}, "devices: got 6, allowed: at most 5"),
     ],
 )
-def test_mistakes(kind: str, options: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"score": "probability", "where": HERE, **options}
+def test_mistakes(kind: type[Attack], options: dict[str, Any], message: str) -> None:
+    score, devices = options.pop("score", "probability"), options.pop("devices", HERE)
     with pytest.raises(UserError, match=message):
-        check_without_training(kind, Toy(), **given)
+        kind(**options).check(Toy(), score, devices)
 
 
 def test_bf16_weights(checkpoint: str) -> None:
     """Every attack that needs no more than a bfloat16 model runs on one, and scores another model than float32 does."""
     narrow = Devices("cpu", precision="bf16-true")
     data = Toy(Splits(examples(0, 2), examples(10, 3)))
-    options: dict[str, Any] = {"ablation": Ablation(checkpoint, 2, draws=1), "sampling": Sampling(k=1)}
-    for kind in ("ablation", "sampling", "paraphrase"):
-        both = [
-            attack_without_training(kind, {"model": checkpoint}, data, "probability", where, (0,), **options)
-            for where in (narrow, HERE)
-        ]
+    for attack in (Ablation(checkpoint, 2, draws=1), Sampling(k=1, seeds=[0]), Paraphrase()):
+        both = [run(attack, checkpoint, data, "probability", devices) for devices in (narrow, HERE)]
         assert len(both[0]) == len(both[1])
-        if kind != "sampling":
+        if attack.kind != "sampling":
             assert both[0][0].before != both[1][0].before
             assert both[0][0].before == pytest.approx(both[1][0].before, rel=0.1)
 
@@ -212,8 +214,8 @@ def test_bf16_weights(checkpoint: str) -> None:
 
 def test_one_report_without_text(tmp_path: Path) -> None:
     shown = ""
-    for kind, options in (("sampling", ("--sampling.k", "1", "--seeds", "[0]")), ("paraphrase", ())):
-        result = command("attack", "--kind", kind, "--model", "tiny", "--output", tmp_path, *options)
+    for name, options in (("Sampling", attacking(k=1, seeds=[0])), ("Paraphrase", ())):
+        result = command("attack", "--attack", name, "--model", "tiny", "--output", tmp_path, *options)
         assert result.status == 0, result.err
         shown += result.out + result.err
     content = read_json(tmp_path / "attack.json")
@@ -224,8 +226,8 @@ def test_one_report_without_text(tmp_path: Path) -> None:
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    result = command("attack", "--kind", "ablation", "--model", "tiny", "--output", tmp_path / "out")
+    result = command("attack", "--attack", "Ablation", "--model", "tiny", "--output", tmp_path / "out")
     assert result.status == 2
     assert result.err.count("\n") == 1
-    assert result.err.startswith("lightning-ssiuu: error: ablation.original: got None, allowed: the model before")
+    assert result.err.startswith("lightning-ssiuu: error: attack.original: got None, allowed: the model before")
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,8 @@ from toys.models import random_model, widened
 from toys.ranks import ranks
 
 from lightning_ssiuu import Facts
-from lightning_ssiuu.attacks.registry import Ablation, Sampling, attack_without_training
+from lightning_ssiuu.attacks import Ablation, Paraphrase, Quantization, Sampling
+from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.training import devices
@@ -42,21 +43,17 @@ def _work(folder: Path, n_devices: int, *strategies: Any) -> int:
     """Every attack under every strategy; outcomes of every rank in ``<strategy>.<devices>.<rank>``."""
     for strategy in strategies:
         where = Devices("cpu", n_devices, strategy)
-        models = {"model": str(folder / "unlearned")}
-        options: dict[str, Any] = {
-            "ablation": Ablation(str(folder / "original"), 5, alpha=0.1, draws=1),
-            "sampling": Sampling(k=2, top_p=0.9),
-        }
+        targets = [Target("model", str(folder / "unlearned"), where)]
+        ablation = Ablation(str(folder / "original"), 5, alpha=0.1, draws=1)
+        attacks: Any = (ablation, Sampling(k=2, top_p=0.9, seeds=[3]), Paraphrase())
         with where.launched():
             found = []
             with patch.object(devices, "load_model", _load_model):
-                for kind, score in zip(KINDS, ("truth_ratio_forget", "rouge_l", "probability"), strict=True):
-                    found += attack_without_training(kind, models, _odd_data(), score, where, (3,), **options)
+                for attack, score in zip(attacks, ("truth_ratio_forget", "rouge_l", "probability"), strict=True):
+                    attack.check(_odd_data(), score, where)
+                    found += attack.run(targets, _odd_data(), score, where)
             if not where.sharded:
-                tiny = {"model": "tiny"}
-                found += attack_without_training(
-                    "quantization", tiny, Facts(), "probability", where, quantization=["4bit"]
-                )
+                found += Quantization(["4bit"]).run([Target("model", "tiny", where)], Facts(), "probability", where)
             text = json.dumps([asdict(one) for one in found])
             (folder / f"{strategy}.{n_devices}.{rank()}").write_text(text, encoding="utf-8")
     return 0

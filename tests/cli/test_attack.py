@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys.cli import RECIPES, command, default_run, files, leaks, read_json
+from toys.cli import RECIPES, attacking, command, default_run, files, leaks, read_json
 
 from lightning_ssiuu import Facts, RelearnDataModule
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, Snapshot, relearn, stronger, summarise, table
+from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger, summarise, table
+from lightning_ssiuu.attacks.finetune import Snapshot, relearn
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 
-SMALL = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[1e-4, 1e-3]", "--p", "[0.3]")
+SMALL = attacking(seeds=[0, 1], epochs=1, learning_rates=[1e-4, 1e-3], p=[0.3])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_results_are_not_overwritten_unasked(attacked: Path) -> None:
 
 def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
     recipe = RECIPES / "attack" / "benign.yaml"
-    few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[1e-4]", "--benign_size", "8")
+    few = attacking(seeds=[0], epochs=1, learning_rates=[1e-4], benign_size=8)
     result = command(
         "attack", "--config", recipe, "--model", "tiny", "--output", tmp_path, *few, "--score", "first_token"
     )
@@ -133,6 +134,26 @@ def test_an_attack_depends_on_its_seed_only_and_the_weights_come_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.hf.parameters(), fresh.parameters(), strict=True))
 
 
+def test_the_score_of_an_attack_is_the_highest_seen() -> None:
+    """Over epochs, learning rates and the score before: never the last one, the first one or that of the last rate."""
+
+    def curve(rate: float, seed: int, *scores: float) -> RecoveryCurve:
+        return RecoveryCurve("unlearned", "harmful", 0.1, rate, seed, 4, 36, [0, 2, 4, 6], list(scores))
+
+    curves = [
+        *(curve(1e-4, 0, 5, 11, 30, 12), curve(3e-4, 0, 5, 20, 8, 7), curve(1e-3, 0, 5, 6, 9, 10)),
+        *(curve(1e-4, 1, 4, 9, 10, 11), curve(3e-4, 1, 4, 40, 13, 12), curve(1e-3, 1, 4, 3, 2, 1)),
+        *(curve(1e-4, 2, 3, 2, 1, 0), curve(3e-4, 2, 3, 2, 2, 1), curve(1e-3, 2, 3, 1, 0, 2)),
+    ]
+    for order in (curves, curves[::-1]):
+        summary = summarise(order)
+        assert summary["forget_score"]["per_seed"] == [30, 40, 3]
+        assert summary["forget_score"]["mean"] == pytest.approx(73 / 3)
+        assert summary["before"]["per_seed"] == [5, 4, 3]
+        assert summary["best"] == {"learning_rate": 3e-4, "epoch": 2}
+        assert summary["inside_grid"]
+
+
 def test_edge_of_the_grid_is_told() -> None:
     def curves(*highest: tuple[float, list[float]]) -> list[RecoveryCurve]:
         return [
@@ -159,7 +180,7 @@ def test_what_is_tried_next() -> None:
 
 
 def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -> None:
-    few = ("--seeds", "[0, 1]", "--epochs", "1", "--learning_rates", "[3e-4]", "--p", "[0.3]", "--until_saturated")
+    few = (*attacking(seeds=[0, 1], epochs=1, learning_rates=[3e-4], p=[0.3]), "--attack.until_saturated")
     model = default_run()[0] / "model"
     result = command("attack", "--model", model, "--output", tmp_path, *few, "--score", "probability")
     assert result.status == 0, result.err
@@ -173,12 +194,12 @@ def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -
 
 
 def test_adapters_attack_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
-    options = ("--lora.r", "8", "--lora.dropout", "0.05", "--lora.target_modules", "[q_proj, v_proj]", "--overwrite")
-    few = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[3e-3, 1e-2]", "--p", "[0.3]", "--save_attacked")
+    adapters = attacking(**{"lora.r": 8, "lora.dropout": 0.05, "lora.target_modules": "[q_proj, v_proj]"})
+    few = (*attacking(seeds=[0], epochs=1, learning_rates=[3e-3, 1e-2], p=[0.3]), "--save_attacked", "--overwrite")
     model = default_run()[0] / "model"
     curves = []
     for _ in range(2):
-        result = command("attack", "--model", model, "--output", tmp_path, *few, *options)
+        result = command("attack", "--model", model, "--output", tmp_path, *few, *adapters)
         assert result.status == 0, result.err
         content = read_json(tmp_path / "attack.json")
         assert content["settings"]["harmful_lora"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
@@ -207,10 +228,10 @@ def test_adapters_are_taken_out_again() -> None:
 
 
 def test_adapters_are_not_for_sharded_weights(tmp_path: Path) -> None:
-    args = ("attack", "--model", "tiny", "--output", tmp_path, "--lora.r", "2", "--strategy", "fsdp2")
+    args = ("attack", "--model", "tiny", "--output", tmp_path, "--attack.lora.r", "2", "--strategy", "fsdp2")
     result = command(*args, "--accelerator", "cpu", "--devices", "2")
     assert result.status == 2
-    assert "lora: got 'adapters', allowed: null with strategy fsdp2" in result.err
+    assert "attack.lora: got 'adapters', allowed: null with strategy fsdp2" in result.err
     assert files(tmp_path) == set()
 
 

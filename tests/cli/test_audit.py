@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from toys.audit import World, make_world, plant
-from toys.cli import command, default_run, files, leaks, read_json
+from toys.cli import attacking, command, default_run, files, leaks, read_json
 
 from lightning_ssiuu.attribution.influence import CSV_HEADER
 from lightning_ssiuu.reports.audit.evidence import recorded_relearning
@@ -137,7 +137,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the default run with an attack beside it."""
     run = tmp_path_factory.mktemp("attacked") / "run"
     shutil.copytree(default_run()[0], run)
-    rate = ("--p", "[0.1]", "--learning_rates", "[1e-3]", "--seeds", "[0, 1]", "--epochs", "1")
+    rate = attacking(p=[0.1], learning_rates=[1e-3], seeds=[0, 1], epochs=1)
     assert command("attack", "--model", run / "model", "--score", "probability", *rate).status == 0
     return run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from toys.cli import RECIPES, command, fit, read_json
+from toys.cli import RECIPES, attacking, command, fit, read_json
 from toys.clusters import write_faithun
 from toys.data import CHAT, Toy, byte_tokenizer, examples
 
@@ -298,7 +298,7 @@ def test_a_run_of_the_recipe_stopped_and_attacked_by_it(tmp_path: Path) -> None:
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["score"] == "choice_likelihood"
     assert metrics["after"]["forget_score"] == metrics["after"]["scores"]["forget"]["choice_likelihood"]
-    small = ("--seeds", "[0]", "--epochs", "1", "--learning_rates", "[1e-4]", "--p", "[0.3]")
+    small = attacking(seeds=[0], epochs=1, learning_rates=[1e-4], p=[0.3])
     attacked = ("attack", "--model", tmp_path / "run" / "model", "--output", tmp_path, *small)
     result = command(*attacked, "--score", "choice_generation")
     assert result.status == 0, result.err

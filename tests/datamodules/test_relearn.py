@@ -27,8 +27,8 @@ def ids(members: list[QAExample]) -> list[int]:
 def test_attack_and_remainder_part_the_forget_set(p: float) -> None:
     chosen = set()
     for seed in range(30):
-        splits = RelearnDataModule(toy(40), p=p, seed=seed).splits
-        attack, scored = ids(splits.retain), ids(splits.forget)
+        data = RelearnDataModule(toy(40), p=p, seed=seed)
+        attack, scored = ids(data.attacked), ids(data.scored)
         assert len(attack) == round(p * 40)
         assert not set(attack) & set(scored)
         assert sorted(attack + scored) == list(range(40))
@@ -50,11 +50,11 @@ def test_loaders() -> None:
         assert [list(batch) for batch in batches] == [["retain"]] * 3
         assert [len(batch["retain"]["example_id"]) for batch in batches] == [2, 2, 1]
         taught = list(chain(*(batch["retain"]["example_id"].tolist() for batch in batches)))
-        assert sorted(taught) == sorted(ids(data.splits.retain))
+        assert sorted(taught) == sorted(ids(data.attacked))
     (scored,) = data.val_dataloader()
     batches = list(scored)
     assert [list(batch) for batch in batches] == [["forget"]]
-    assert batches[0]["forget"]["example_id"].tolist() == ids(data.splits.forget)
+    assert batches[0]["forget"]["example_id"].tolist() == ids(data.scored)
 
 
 def test_a_batch_larger_than_the_attack_set_is_just_short() -> None:
@@ -77,27 +77,25 @@ def test_the_source_trains_as_before() -> None:
 
 def test_pool() -> None:
     for seed in range(20):
-        splits = RelearnDataModule(toy(), p=0.5, pool=[1, 3, 5, 7], seed=seed).splits
-        assert len(splits.retain) == 2
-        assert sorted(ids(splits.retain) + ids(splits.forget)) == [1, 3, 5, 7]
+        data = RelearnDataModule(toy(), p=0.5, pool=[1, 3, 5, 7], seed=seed)
+        assert len(data.attacked) == 2
+        assert sorted(ids(data.attacked) + ids(data.scored)) == [1, 3, 5, 7]
 
 
 def test_a_question_that_occurs_twice_is_not_scored_after_it_was_taught() -> None:
     twice = [*examples(0, 4), *(QAExample(10 + n, f"secret  QUESTION {n}?", "x") for n in range(4))]
     source = Toy(Splits(twice, examples(100, 4)))
     for seed in range(20):
-        splits = RelearnDataModule(source, p=0.25, seed=seed).splits
-        assert not {e.folded for e in splits.retain} & {e.folded for e in splits.forget}
-        assert len(splits.retain) == 2
+        data = RelearnDataModule(source, p=0.25, seed=seed)
+        assert not {e.folded for e in data.attacked} & {e.folded for e in data.scored}
+        assert len(data.attacked) == 2
 
 
 def test_benign_teaches_harmless_items_and_scores_the_whole_forget_set() -> None:
-    splits = RelearnDataModule(toy(), "benign").splits
-    assert sorted(ids(splits.retain)) == list(range(300, 306))
-    assert ids(splits.forget) == list(range(12))
-    some = [
-        tuple(sorted(ids(RelearnDataModule(toy(), "benign", benign_size=3, seed=s).splits.retain))) for s in range(9)
-    ]
+    data = RelearnDataModule(toy(), "benign")
+    assert sorted(ids(data.attacked)) == list(range(300, 306))
+    assert ids(data.scored) == list(range(12))
+    some = [tuple(sorted(ids(RelearnDataModule(toy(), "benign", benign_size=3, seed=s).attacked))) for s in range(9)]
     assert {len(chosen) for chosen in some} == {3}
     assert len(set(some)) > 1
 
@@ -110,12 +108,12 @@ def test_benign_from_instruction_data(tmp_path: Path) -> None:
     ]
     path = tmp_path / "instructions.json"
     path.write_text(json.dumps(rows))
-    splits = RelearnDataModule(toy(), "benign", benign_path=str(path)).splits
-    assert {(e.question, e.answer) for e in splits.retain} == {("Add.\n1 and 2", "3"), ("Greet.", "Hello")}
-    assert min(ids(splits.retain)) > 305
+    data = RelearnDataModule(toy(), "benign", benign_path=str(path))
+    assert {(e.question, e.answer) for e in data.attacked} == {("Add.\n1 and 2", "3"), ("Greet.", "Hello")}
+    assert min(ids(data.attacked)) > 305
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"question": "Who?", "answer": "Me"}')
-    assert RelearnDataModule(toy(), "benign", benign_path=str(path)).splits.retain[0].answer == "Me"
+    assert RelearnDataModule(toy(), "benign", benign_path=str(path)).attacked[0].answer == "Me"
 
 
 def test_without_benign_items_of_its_own_the_hub_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +128,7 @@ def test_without_benign_items_of_its_own_the_hub_has_some(monkeypatch: pytest.Mo
         RelearnDataModule(bare, "benign").setup("fit")  # tests have no hub
     monkeypatch.setattr("lightning_ssiuu.datamodules.readers.read_hub", hub)
     data = RelearnDataModule(bare, "benign")
-    assert {e.question for e in data.splits.retain} == {f"Do {n}." for n in range(5)}
+    assert {e.question for e in data.attacked} == {f"Do {n}." for n in range(5)}
     assert asked == [("tatsu-lab/alpaca", None, "train", "benign_path")]
     RelearnDataModule(toy(), "benign").setup("fit")  # has its own
     RelearnDataModule(bare, "harmful", p=0.5).setup("fit")
@@ -141,7 +139,7 @@ def test_scored_batches_are_made_once() -> None:
     data = RelearnDataModule(toy(eval_batch_size=5), p=0.25)
     batches = data.scored_batches()
     ids_of = [number for batch in batches for number in batch["forget"]["example_id"].tolist()]
-    assert ids_of == ids(data.splits.forget)
+    assert ids_of == ids(data.scored)
     assert data.scored_batches() is batches
 
 
@@ -151,7 +149,7 @@ def test_benign_items_that_do_not_fit_are_left_out_and_counted(caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         data = RelearnDataModule(source, "benign")
         data.setup("fit")
-    assert sorted(ids(data.splits.retain)) == [300, 301, 302]
+    assert sorted(ids(data.attacked)) == [300, 301, 302]
     assert "left out 1 items longer than 256" in caplog.text
     assert "SECRET" not in caplog.text
 
@@ -191,7 +189,7 @@ def test_benign_mistakes_that_lie_in_the_data(tmp_path: Path) -> None:
         attack([])
     with pytest.raises(UserError, match="max_length"):
         attack([QAExample(400, "SECRET", "SECRET " * 80)])
-    with pytest.raises(UserError, match="also in forget"):
+    with pytest.raises(UserError, match="also attacked"):
         attack([QAExample(400, "SECRET question 2?", "x"), *examples(300, 2)])
     path = tmp_path / "other.jsonl"
     path.write_text('{"text": "SECRET"}')
@@ -220,7 +218,7 @@ def test_another_attack() -> None:
         def select(self, forget, rng):
             return forget[:3], forget[3:]
 
-    assert ids(FirstOnes(toy()).splits.retain) == [0, 1, 2]
+    assert ids(FirstOnes(toy()).attacked) == [0, 1, 2]
 
     class Careless(RelearnDataModule):
         def select(self, forget, rng):

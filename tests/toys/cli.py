@@ -29,6 +29,11 @@ FAST = (
 SHORT = (*FAST, "--trainer.max_steps", "2", "--stopping.threshold", "null", "--attribution.every_n_steps", "null")
 
 
+def attacking(**options: Any) -> list[str]:
+    """Options of an attack as the command line has them."""
+    return [word for name, value in options.items() for word in (f"--attack.{name}", str(value))]
+
+
 @dataclass
 class Result:
     """What a command did."""

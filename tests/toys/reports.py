@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_ssiuu.attacks.relearning import RecoveryCurve, table
+from lightning_ssiuu.attacks.curves import RecoveryCurve, table
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
 from lightning_ssiuu.attribution.influence import InfluenceVariation
 from lightning_ssiuu.models.architectures import KINDS, NeuronSite

@@ -13,30 +13,23 @@ from typing import Any
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons, output_columns, patched
-from lightning_ssiuu.attacks.base import forget_score
+from lightning_ssiuu.attacks.base import Target, forget_score
+from lightning_ssiuu.attacks.curves import spread
+from lightning_ssiuu.attacks.harmful import Harmful
 from lightning_ssiuu.attacks.records import read_attacks
-from lightning_ssiuu.attacks.relearning import (
-    check_attack,
-    spread,
-    table,
-)
-from lightning_ssiuu.attacks.sweep import Sweep, Target
 from lightning_ssiuu.attribution.influence import SpuriousNeuron
-from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_of
 from lightning_ssiuu.models.architectures import NeuronSite
-from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.reports.audit.verdict import Evidence, Forgetting, Share, share_above_controls, share_of_seeds
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
-from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.errors import UserError
 
 #: Draws of random neurons that flagged ones are compared with.
 DRAWS = 5
 #: Of many flagged neurons this many are also undone alone: undoing hundreds breaks any model.
 FEW = 10
-#: Attacks of ``attack.json`` that relearn.
-_RELEARNING = ("harmful", "benign")
 
 
 @dataclass(frozen=True)
@@ -68,20 +61,25 @@ class RelearningProbe:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.p < 1:
-            raise UserError("probe.p", self.p, "a fraction in (0, 1)")
-        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
-            if not values:
-                raise UserError(f"probe.{name}", list(values), "at least one value")
-        try:
-            check_attack("probability", self.learning_rates, self.epochs)
-        except UserError as error:
-            raise UserError(f"probe.{error.argument}", error.value, error.allowed) from error
+        self.attack()
 
-    def cells(self, data: UnlearningDataModule) -> list[RelearnDataModule]:
-        """What is trained on and what is scored, one for each seed."""
-        options = {"kind": "harmful", "p": self.p, "batch_size": self.batch_size}
-        return [RelearnDataModule(data, seed=seed, **options) for seed in self.seeds]  # type: ignore[arg-type]
+    def attack(self) -> Harmful:
+        """The attack it describes."""
+        with _named_probe():
+            return Harmful(**(asdict(self) | {"p": [self.p]}))
+
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        """Check it as :meth:`~lightning_ssiuu.Attack.check` does, naming the options of the probe."""
+        with _named_probe():
+            self.attack().check(data, score, devices)
+
+
+@contextmanager
+def _named_probe() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.argument.replace("attack.", "probe."), error.value, error.allowed) from error
 
 
 def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict[str, Any] | None:
@@ -108,7 +106,7 @@ def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict
     rows = [
         row
         for row in content["attacks"]
-        if row["kind"] in _RELEARNING
+        if row["n_attack"] is not None  # of what trains nothing there is none
         and row.get("score") == (score or row.get("score"))
         and ("oracle" in row or not oracle)
     ]
@@ -121,27 +119,27 @@ def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict
 
 
 def probe_relearning(
-    models: Mapping[str, str], cells: Sequence[RelearnDataModule], probe: RelearningProbe, score: str, where: Devices
+    models: Mapping[str, str], data: UnlearningDataModule, probe: RelearningProbe, score: str, devices: Devices
 ) -> dict[str, Any]:
     """Attack the unlearned model, and the oracle in the same way; only one model is in memory at a time.
 
     Args:
         models: Checkpoints by name: ``"unlearned"`` and perhaps ``"oracle"``.
-        cells: From :meth:`RelearningProbe.cells`.
+        data: The data module.
         probe: Options.
         score: The forget score's name.
-        where: Launched.
+        devices: Launched.
 
     Returns:
         As :func:`recorded_relearning`, source ``"probe"``, and its options.
     """
-    targets = [Target(name, checkpoint, where) for name, checkpoint in models.items()]
+    attack = probe.attack()
     with _seed_kept():
-        curves = Sweep(where, score).run(targets, cells, probe.learning_rates, probe.epochs)
+        curves = attack.run([Target(*model, devices) for model in models.items()], data, score, devices)
     gc.collect()  # the last model, before the next one is loaded
-    rows = [{"attack": "harmful", "score": score, **row} for row in table(curves)]
     options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}
-    found = [{"attack": "harmful", **asdict(curve)} for curve in curves]
+    found = [{"attack": attack.name, **asdict(curve)} for curve in curves]
+    rows = attack.rows(curves, score)
     return {"source": "probe", "score": score, "options": options, "attacks": rows, "curves": found}
 
 
@@ -209,7 +207,7 @@ def undo_neurons(
     flags: Mapping[str, Sequence[SpuriousNeuron]],
     data: UnlearningDataModule,
     score: str,
-    where: Devices,
+    devices: Devices,
 ) -> dict[str, Any]:
     """Put flagged neurons back to what they were before unlearning, and to zero, beside as many random ones.
 
@@ -221,7 +219,7 @@ def undo_neurons(
             :data:`FEW` alone.
         data: Whose forget set is scored.
         score: A teacher-forced score.
-        where: Launched.
+        devices: Launched.
 
     Returns:
         ``{"score", "rows"}``; a row has ``flags`` (what they are flagged by), ``which`` (``"all"``, ``"worst"``),
@@ -238,13 +236,11 @@ def undo_neurons(
     if sets:
         everything = [neuron for several in sets.values() for one in several for neuron in one]
         recording = Recording(output_columns(sites, everything))
-        with naming("original"):
-            model, tokenizer = where.load(original), load_tokenizer(original)
+        model, tokenizer = Target("original", original, devices).load()
         with recording.of(model.hf):
             forget_score(model, tokenizer, data, score)
         del model
-        with naming("unlearned"):
-            model, tokenizer = where.load(unlearned), load_tokenizer(unlearned)
+        model, tokenizer = Target("unlearned", unlearned, devices).load()
         before = forget_score(model, tokenizer, data, score)
         cells = [(variant, *one) for variant in ("original", "zero") for one in sets.items()]
         for variant, (name, which), several in progress(cells, "undoing neurons"):

@@ -11,7 +11,7 @@ from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
 from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.reports.curves import number
 
-#: Attacks in the order of the table.
+#: Attacks in the order of the table; others come after them by name.
 ATTACKS = (
     *("harmful", "harmful_lora", "benign", "benign_lora"),
     *("quantization", "sampling", "paraphrase", "ablation"),
@@ -104,11 +104,11 @@ def pool(figures: Iterable[Figure]) -> Figure:
     )
 
 
-def attack_column(attack: str, p: float | None, variant: str | None, part: str = "") -> Column:
+def attack_column(attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False) -> Column:
     """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons).
 
     Example:
-        >>> attack_column("harmful", 0.1, None)
+        >>> attack_column("harmful", 0.1, None, relearned=True)
         Column(key='harmful_0.1', title='harmful 0.1', form='percent', attacked=True, relearned=True)
         >>> attack_column("ablation", None, "zero", "control").key
         'ablation_zero_control'
@@ -118,7 +118,6 @@ def attack_column(attack: str, p: float | None, variant: str | None, part: str =
     title = (
         part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *named[1:], *([part] if part else [])])
     )
-    relearned = not part and attack.partition("_")[0] in ("harmful", "benign")
     return Column(key, title.replace("_", " "), attacked=True, relearned=relearned)
 
 
@@ -135,7 +134,8 @@ def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
         same = [row for row in rows if (row["attack"], row["p"], row["variant"]) == (attack, p, variant)]
         parts = [part for part in ("control", "gap") if any(row.get(part) for row in same)]
         other = "" if same[0]["score"] == score else f" ({same[0]['score']})"
-        first = attack_column(attack, p, variant)
+        relearned = same[0].get("n_attack") is not None
+        first = attack_column(attack, p, variant, relearned=relearned)
         columns.append(replace(first, title=first.title + other))
         columns += [attack_column(attack, p, variant, part) for part in parts]
     return columns

@@ -1,0 +1,79 @@
+"""Harmful relearning: train on a part of the forget set, score the rest (arXiv 2509.22263, Sec. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from lightning_ssiuu.attacks.relearning import Relearning
+from lightning_ssiuu.attacks.sweep import SweptModel
+from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules.relearn import random_fraction
+from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
+from lightning_ssiuu.evaluation.scores import SCORES
+from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.utils.errors import UserError
+
+Pool = Literal["all", "wrong"]
+
+
+@dataclass
+class Harmful(Relearning):
+    """Train on a random fraction p of the forget set and score the rest.
+
+    Its other options are those of :class:`~lightning_ssiuu.Relearning`.
+
+    Args:
+        p: Fractions of the forget set.
+        pool: Train on and score ``all`` forget examples, or those alone that the unlearned model answers ``wrong``
+            under the score (as in FaithUn: the score before the attack is 0). The oracle is attacked on the same ones.
+
+    Raises:
+        UserError: If an option is outside its range.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> [(cell.p, len(cell.attacked), len(cell.scored)) for cell in Harmful(seeds=[0]).cells(Facts())]
+        [(0.1, 4, 32), (0.3, 11, 25)]
+    """
+
+    p: Sequence[float] = (0.1, 0.3)
+    pool: Pool = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.p:
+            raise UserError("attack.p", list(self.p), "at least one value")
+        for p in self.p:
+            if not 0 < p < 1:
+                raise UserError("attack.p", p, "a fraction in (0, 1)")
+        if self.pool not in get_args(Pool):
+            raise UserError("attack.pool", self.pool, f"one of {list(get_args(Pool))}")
+
+    @property
+    def fractions(self) -> Sequence[float | None]:
+        """Those given as ``p``."""
+        return self.p
+
+    def select(
+        self, forget: list[QAExample], p: float | None, rng: np.random.Generator
+    ) -> tuple[list[QAExample], list[QAExample]]:
+        assert p is not None
+        return random_fraction(forget, p, rng)
+
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        super().check(data, score, devices)
+        telling = [name for name, given in SCORES.items() if isinstance(given.metric(), AnswerAccuracy)]
+        if self.pool == "wrong" and score not in telling:
+            allowed = f"all with score {score!r}: wrong answers are told by {', '.join(telling)}"
+            raise UserError("attack.pool", "wrong", allowed)
+
+    def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:
+        if self.pool == "all":
+            return None
+        if not (ids := unlearned.wrong_ids(data, score)):
+            raise UserError("attack.pool", self.pool, "all: the model answers no forget example wrongly")
+        return ids
