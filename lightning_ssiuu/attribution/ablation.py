@@ -14,10 +14,9 @@ from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.micro_batches import parse_bytes, pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Tokens = Literal["all", "each"]
-TOKENS: tuple[Tokens, ...] = ("all", "each")
 
 
 def ablation_attribution(
@@ -64,10 +63,8 @@ def ablation_attribution(
         >>> torch.equal(result.maximum, result.minimum)
         True
     """
-    if tokens not in TOKENS:
-        raise UserError("tokens", tokens, f"one of {list(TOKENS)}")
-    if rows < 1:
-        raise UserError("rows", rows, "a number ≥ 1")
+    check_choice("tokens", tokens, Tokens)
+    check_at_least("rows", rows, 1)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
 
     def attribute(part: Mapping[str, Tensor], result: NeuronAttribution) -> None:

@@ -33,7 +33,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
-from lightning_ssiuu.evaluation.scores import SCORES, check_score
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.export import plain_state_dict
@@ -145,8 +145,6 @@ class _Run:
 
     def estimate(self) -> MemoryEstimate:
         """Go through all phases."""
-        for name in self.module.scores or ():
-            check_score(name)
         model = self._blueprint()
         self.config = model.hf.config
         limit = self.trainer.max_steps * self.trainer.accumulate_grad_batches

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import SUFFIXES, Record, column, read_hub, read_records, text_lists
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
 class PairedFiles(UnlearningDataModule):
@@ -78,10 +78,10 @@ def check_sizes(retain_size: int | None, test_size: int | None) -> None:
     Example:
         >>> check_sizes(3, None)
     """
-    if retain_size is not None and retain_size < 1:
-        raise UserError("retain_size", retain_size, "at least 1")
-    if test_size is not None and test_size < 0:
-        raise UserError("test_size", test_size, "at least 0")
+    if retain_size is not None:
+        check_at_least("retain_size", retain_size, 1)
+    if test_size is not None:
+        check_at_least("test_size", test_size, 0)
 
 
 def cut(

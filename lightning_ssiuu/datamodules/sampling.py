@@ -126,10 +126,6 @@ class PairSampler(Sampler[list[Key]]):
             batch[part] = stream.take(start, count)
         return batch
 
-    def batches_of(self, epoch: int) -> Iterator[list[Key]]:
-        """This rank's batches of an epoch, whatever was iterated before."""
-        return (self._shard(epoch, number) for number in range(len(self)))
-
     def _shard(self, epoch: int, number: int) -> list[Key]:
         batch = self.global_batch(epoch, number)
         # A rank left without an example takes the first one's question along: all ranks have to do every step.

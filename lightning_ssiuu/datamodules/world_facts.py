@@ -10,7 +10,7 @@ from typing import Any
 from lightning_ssiuu.datamodules.base import QAExample, Splits
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
 from lightning_ssiuu.datamodules.embedded import FACTS, WORLD_FACTS
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 _SAME_ANSWER = 2  # same-answer questions per fact at most
 _WRONG = 2  # wrong options per question: with the answer FaithUn's three
@@ -59,8 +59,7 @@ class WorldFacts(ClusterDataModule):
             raise UserError("forget_fraction", forget_fraction, "a fraction in (0, 1)")
         if not 0 < retain_fraction <= 1 - forget_fraction:
             raise UserError("retain_fraction", retain_fraction, f"above 0, at most {1 - forget_fraction:g}")
-        if split_seed < 0:
-            raise UserError("split_seed", split_seed, "at least 0")
+        check_at_least("split_seed", split_seed, 0)
         known = _relations(_world())
         for relation in relations or ():
             if relation not in known:

@@ -18,6 +18,7 @@ from lightning_ssiuu.evaluation.metrics.answers import (
 )
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.utils.distributed import gathered, rank, world_size
 from lightning_ssiuu.utils.errors import UserError
@@ -36,10 +37,10 @@ def mismatched_level(
 
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     ROUGE-L compares the answers among themselves; probability, token accuracies and memorisation ask the model for
-    another example's answer. No answer keeps its own question.
+    another example's answer, as do scores of one's own that need nothing besides. No answer keeps its own question.
 
     Args:
-        score: A score's name; multiple choice has no such level.
+        score: A score's name; one among options has no such level.
         model: The model, asked as it is now.
         tokenizer: Its tokenizer.
         loader: Evaluation loader of one split.
@@ -52,7 +53,7 @@ def mismatched_level(
     if score == "rouge_l":
         answers = [text for part in parts for text in Predictions(model, tokenizer, part).references]
         return mismatched_rouge_l(_over_ranks(answers), seed)
-    if score not in ("probability", "first_token", "all_tokens", "extraction_strength", "exact_memorization"):
+    if SCORES[score].needs is not None or SCORES[score].generates:
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]

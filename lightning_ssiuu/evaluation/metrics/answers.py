@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torchmetrics.functional.text import rouge_score
 
 from lightning_ssiuu.evaluation.metrics.base import Percentage, widest_float
 from lightning_ssiuu.models.answers import sequence_sums
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_choice
 
 AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice", "choice_likelihood", "choice_generation"]
 
@@ -40,8 +40,7 @@ class AnswerAccuracy(Percentage):
 
     def __init__(self, kind: AccuracyKind = "all_tokens", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if kind not in get_args(AccuracyKind):
-            raise UserError("kind", kind, ", ".join(get_args(AccuracyKind)))
+        check_choice("kind", kind, AccuracyKind)
         self.kind = kind
 
     def update(self, correct: Tensor) -> None:
@@ -160,8 +159,7 @@ def answer_accuracy(
         >>> answer_accuracy(correct, rows, 2, "first_token"), answer_accuracy(correct, rows, 2, "all_tokens")
         (tensor([True, True]), tensor([False,  True]))
     """
-    if kind not in get_args(TokenAccuracy):
-        raise UserError("kind", kind, ", ".join(get_args(TokenAccuracy)))
+    check_choice("kind", kind, TokenAccuracy)
     if kind == "first_token":
         first = torch.ones_like(token_correct)
         first[1:] = sequence_index[1:] != sequence_index[:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from scipy.stats import ks_2samp
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ssiuu.evaluation.metrics.base import KeptValues, Percentage, WideMetric, widest_float
 from lightning_ssiuu.models.answers import sequence_sums
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_choice
 
 
 class TruthRatio(Percentage):
@@ -35,8 +35,7 @@ class TruthRatio(Percentage):
 
     def __init__(self, kind: TruthRatioKind, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if kind not in get_args(TruthRatioKind):
-            raise UserError("kind", kind, ", ".join(get_args(TruthRatioKind)))
+        check_choice("kind", kind, TruthRatioKind)
         self.kind = kind
 
     def update(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> None:
@@ -196,8 +195,7 @@ def truth_ratio_score(ratios: Tensor, kind: TruthRatioKind) -> Tensor:
         >>> truth_ratio_score(ratios, "forget"), truth_ratio_score(ratios, "retain")
         (tensor([0.2500, 0.5000]), tensor([0.7500, 0.0000]))
     """
-    if kind not in get_args(TruthRatioKind):
-        raise UserError("kind", kind, ", ".join(get_args(TruthRatioKind)))
+    check_choice("kind", kind, TruthRatioKind)
     if kind == "forget":
         return torch.minimum(ratios, 1 / ratios)
     return (1 - ratios).clamp(min=0)
