@@ -7,15 +7,12 @@ from itertools import zip_longest
 from statistics import mean
 from typing import TypeVar
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
-from lightning_ssiuu.evaluation.metrics.answers import (
-    mismatched_rouge_l,
-)
+from lightning_ssiuu.evaluation.metrics.answers import mismatched_rouge_l
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import SCORES
@@ -65,28 +62,12 @@ def _over_ranks(items: list[T]) -> list[T]:
     return [item for row in zip_longest(*gathered(items)) for item in row if item is not None]
 
 
-def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    pairs = []
-    for part in parts:
-        for row, labels in zip(part["input_ids"].cpu(), part["labels"].cpu(), strict=True):
-            answered = labels != -100
-            pairs.append((row[: int(answered.int().argmax())], labels[answered]))
-    pairs = _over_ranks(pairs)
+def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[Part]:
+    pairs = _over_ranks([pair for part in parts for pair in answered(part)])
     size = max(gathered(max(len(part["input_ids"]) for part in parts)))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    # Each gets the answer of the next one in a random round: a derangement without retries.
-    donor = dict(zip(order, order[1:] + order[:1], strict=True))
+    other = derangement(len(pairs), seed)
     for keys in EvalSampler("forget", len(pairs), size, rank(), world_size()):
-        chosen = [(pairs[i][0], pairs[donor[i]][1]) for _, i in keys]
-        ids = [torch.cat(pair) for pair in chosen]
-        labels = [torch.cat([torch.full_like(prompt, -100), answer]) for prompt, answer in chosen]
-        mask = [torch.ones_like(row) for row in ids]
-        padded = torch.nn.utils.rnn.pad_sequence
-        yield {
-            "input_ids": padded(ids, batch_first=True, padding_value=pad),
-            "attention_mask": padded(mask, batch_first=True),
-            "labels": padded(labels, batch_first=True, padding_value=-100),
-        }
+        yield batch_of([(pairs[i][0], pairs[other[i]][1]) for _, i in keys], pad)
 
 
 _CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")

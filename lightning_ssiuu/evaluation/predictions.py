@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
@@ -92,8 +93,7 @@ class Predictions:
     def choice_generations(self) -> list[str]:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
         choices: Any = self.part["choices"]
-        first = torch.ones_like(self.choice_of, dtype=torch.bool)
-        first[1:] = self.choice_of[1:] != self.choice_of[:-1]
+        first = first_of_each(self.choice_of)
         lengths = (choices["labels"] != -100).sum(1)
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
         return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)

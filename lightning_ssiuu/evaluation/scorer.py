@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +17,6 @@ from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError
-
-Split = Literal["forget", "retain", "test"]
 
 
 class Scorer:
@@ -61,7 +59,7 @@ class Scorer:
         device = next(self.model.parameters()).device
         for split, part in batch.items():
             metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
-            evaluated = Predictions(self.model, self.tokenizer, _to_device(part, device))
+            evaluated = Predictions(self.model, self.tokenizer, move_data_to_device(part, device))
             for name, metric in metrics.items():
                 metric.update(*SCORES[name].measure(evaluated))
 
@@ -134,10 +132,3 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
     """
     with evaluation_mode(model), isolate_rng():
         yield
-
-
-def _to_device(part: Part, device: torch.device) -> Part:
-    return {
-        name: _to_device(value, device) if isinstance(value, Mapping) else value.to(device)
-        for name, value in part.items()
-    }

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
-from lightning_ssiuu.evaluation.metrics.base import Percentage, widest_float
+from lightning_ssiuu.datamodules.encoding import derangement
+from lightning_ssiuu.evaluation.metrics.base import Percentage, first_of_each, widest_float
 from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
@@ -161,8 +161,7 @@ def answer_accuracy(
     """
     check_choice("kind", kind, TokenAccuracy)
     if kind == "first_token":
-        first = torch.ones_like(token_correct)
-        first[1:] = sequence_index[1:] != sequence_index[:-1]
+        first = first_of_each(sequence_index)
         token_correct, sequence_index = token_correct[first], sequence_index[first]
     right = sequence_sums(token_correct.long(), sequence_index, n_sequences)
     total = sequence_sums(torch.ones_like(token_correct, dtype=torch.long), sequence_index, n_sequences)
@@ -276,7 +275,7 @@ def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
     """Mean ROUGE-L recall of answers paired with another question's answer: what an ignorant model scores.
 
     The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
-    another one, never its own, by a random cyclic permutation.
+    another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
 
     Args:
         answers: The true answers.
@@ -294,8 +293,6 @@ def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
     """
     if len(answers) < 2:
         raise UserError("answers", len(answers), "at least 2")
-    order = np.random.default_rng(seed).permutation(len(answers)).tolist()
-    scores = [
-        rouge_l_recall(answers[other], answers[own]) for own, other in zip(order, order[1:] + order[:1], strict=True)
-    ]
+    pairs = zip(answers, derangement(len(answers), seed), strict=True)
+    scores = [rouge_l_recall(answers[other], own) for own, other in pairs]
     return 100 * sum(scores) / len(scores)

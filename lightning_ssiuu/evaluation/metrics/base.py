@@ -116,6 +116,18 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def first_of_each(rows: Tensor) -> Tensor:
+    """Which entries are the first of their row: ``[N]`` bool, of ``[N]`` row numbers; equal ones are neighbours.
+
+    Example:
+        >>> first_of_each(torch.tensor([0, 0, 1, 3, 3]))
+        tensor([ True, False,  True,  True, False])
+    """
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]
+    return first
+
+
 def sequence_means(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
     """Mean of per-token values within each sequence.
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from lightning_ssiuu.evaluation.metrics.base import KeptValues, Percentage, WideMetric, widest_float
+from lightning_ssiuu.evaluation.metrics.base import KeptValues, Percentage, WideMetric, first_of_each, widest_float
 from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
@@ -168,8 +168,7 @@ def truth_ratio(option_logps: Tensor, option_of: Tensor, n_examples: int) -> Ten
         tensor([0.2500, 2.0000], dtype=torch.float64)
     """
     wide = option_logps.to(widest_float(option_logps.device))
-    first = torch.ones_like(option_of, dtype=torch.bool)
-    first[1:] = option_of[1:] != option_of[:-1]
+    first = first_of_each(option_of)
     true = sequence_sums(wide.where(first, 0.0), option_of, n_examples)
     n_wrong = sequence_sums((~first).to(wide), option_of, n_examples)
     wrong = sequence_sums(wide.where(~first, 0.0), option_of, n_examples) / n_wrong
