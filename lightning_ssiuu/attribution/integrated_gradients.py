@@ -46,11 +46,11 @@ def integrated_gradients(
     :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`.
 
     Args:
-        model: The model.
-        parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
-        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        memory_budget: See :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`.
+        model: As for :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`, as what follows.
+        parts: Batches.
+        sites: Where the neurons are.
+        target: F.
+        memory_budget: Cuts the batches.
         steps: Number of α, at least 1.
         path: ``"site"`` or ``"joint"``.
 
@@ -59,15 +59,6 @@ def integrated_gradients(
 
     Raises:
         UserError: If an argument is outside its range.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> sites = select_sites(neuron_sites(model.hf), ["layer0.mlp_up"])
-        >>> integrated_gradients(model, [part], sites, steps=4).n_examples
-        1
     """
     nodes = _nodes(steps)
     groups = _groups(sites, path)

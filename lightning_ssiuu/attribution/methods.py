@@ -27,17 +27,7 @@ def log_probability_attribution(
     target: Target = "log_probability",
     memory_budget: int | str | None = None,
 ) -> NeuronAttribution:
-    """Activation × gradient of log P(y|x) / T, in nats per token: not weighed with P, whatever ``target`` is given.
-
-    Example:
-        >>> import torch
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> log_probability_attribution(model, [part], neuron_sites(model.hf)).log_scale
-        0.0
-    """
+    """Activation × gradient of log P(y|x) / T, in nats per token: not weighed with P, whatever ``target`` is given."""
     return neuron_attribution(model, parts, sites, "log_probability", memory_budget)
 
 

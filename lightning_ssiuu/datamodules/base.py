@@ -146,11 +146,9 @@ class UnlearningDataModule(LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
         return self.encoder.tokenizer
 
     def content_sha256(self) -> str:
-        """SHA-256 hex digest of all sets, for provenance."""
         return self.splits.sha256()
 
     def setup(self, stage: str | None = None) -> None:
@@ -189,7 +187,6 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return [self.eval_dataloader(split) for split in self.eval_splits]
 
     def test_dataloader(self) -> list[DataLoader]:
-        """The same as :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:

@@ -150,7 +150,6 @@ class Encoder:
         return [*self._tokens(glue + answer), self.tokenizer.eos_token_id]
 
     def sequence(self, question: str, answer: str) -> TokenSequence:
-        """Token ids of prompt and answer."""
         return self._answered(self.prompt(question), self._prompt_text(question), [answer])[0]
 
     def _answered(self, prompt: list[int], text: str, answers: Sequence[str]) -> tuple[TokenSequence, ...]:
@@ -217,7 +216,6 @@ class Encoder:
         return encoded
 
     def fits(self, example: QAExample) -> bool:
-        """Whether prompt and answer keep within ``max_length``."""
         return len(self.sequence(example.question, example.answer)) <= self.max_length
 
     def _check_lengths(self, encoded: list[Encoded]) -> None:
@@ -241,11 +239,6 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
 
     Args:
         parts: Examples of each part, e.g. ``{"forget": [...], "retain": [...]}``.
-
-    Example:
-        >>> dataset = EncodedDataset({"forget": [Encoded(7, TokenSequence([1, 2, 3], 2))]})
-        >>> dataset, dataset["forget", 0][1].example_id
-        (EncodedDataset(forget=1), 7)
     """
 
     def __init__(self, parts: dict[str, list[Encoded]]) -> None:
@@ -256,13 +249,7 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
         return part, self.parts[part][index] if index >= 0 else self.parts[part][~index].unanswered()
 
     def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
-        """All examples of a part, in their order.
-
-        Args:
-            name: Of the part; one that is not there is empty.
-            batch_size: Examples at a time.
-            collate: Makes a batch of samples.
-        """
+        """All examples of a part, in their order, ``batch_size`` at a time; none where there is no such part."""
         numbers = range(len(self.parts.get(name, ())))
         for start in numbers[::batch_size]:
             yield collate([self[name, index] for index in numbers[start : start + batch_size]])[name]
@@ -284,15 +271,6 @@ class Collator:
     and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. Where all examples carry options, a part also has
     ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and ``option_of`` ``[B*K]``, the row
     each option belongs to; the options of a row lie next to each other, the true answer first. ``choices`` likewise.
-
-    Example:
-        >>> first, second = Encoded(7, TokenSequence([5, 6, 9], 2)), Encoded(8, TokenSequence([5, 9], 1))
-        >>> batch = Collator(0)([("test", first), ("test", second)])
-        >>> batch["test"]["labels"]
-        tensor([[-100, -100,    9],
-                [-100,    9, -100]])
-        >>> batch["test"]["attention_mask"].tolist()
-        [[1, 1, 1], [1, 1, 0]]
     """
 
     def __init__(self, pad_token_id: int) -> None:

@@ -40,13 +40,11 @@ class PairedFiles(UnlearningDataModule):
         self.retain_size, self.test_size = retain_size, test_size
 
     def load_splits(self) -> Splits:
-        """Read both files and cut the test set off the retain file."""
         forget = _examples(self._rows(self.forget, "forget"), 0)
         kept = _examples(self._rows(self.retain, "retain"), len(forget))
         return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
 
     def folders(self, path: Path) -> list[Path]:
-        """Where the files may lie in a directory, first come first served."""
         return [path]
 
     def read_hub(self, hub_id: str, name: str, argument: str) -> list[Record]:
@@ -70,14 +68,7 @@ class PairedFiles(UnlearningDataModule):
 
 
 def check_sizes(retain_size: int | None, test_size: int | None) -> None:
-    """Refuse sizes that no file can have.
-
-    Raises:
-        UserError: No retain item, or a negative number of test items.
-
-    Example:
-        >>> check_sizes(3, None)
-    """
+    """Refuse a retain set without items, and a negative number of test items."""
     if retain_size is not None:
         check_at_least("retain_size", retain_size, 1)
     if test_size is not None:

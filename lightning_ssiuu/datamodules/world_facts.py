@@ -70,7 +70,6 @@ class WorldFacts(ClusterDataModule):
         self.relations = known if relations is None else list(relations)
 
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
-        """Make the clusters, and share the subjects out."""
         clusters = parse_clusters(world_facts(self.relations), "relations")
         subjects = list(dict.fromkeys(cluster.entity for cluster in clusters))
         random.Random(self.split_seed).shuffle(subjects)
@@ -88,7 +87,6 @@ class WorldFacts(ClusterDataModule):
         return clusters, indices
 
     def load_splits(self) -> Splits:
-        """The sets, and the benign items of the embedded benchmark."""
         splits = super().load_splits()
         benign = json.loads(FACTS.read_text(encoding="utf-8"))["benign"]
         # Above the ids of all probes, so that scored sets may be put together
@@ -98,12 +96,7 @@ class WorldFacts(ClusterDataModule):
 
 
 def relations() -> list[str]:
-    """Names of the relations.
-
-    Example:
-        >>> relations()[:3]
-        ['capital', 'currency', 'continent']
-    """
+    """Names of the relations."""
     return _relations(_world())
 
 
@@ -144,8 +137,6 @@ def _relations(world: dict[str, Any]) -> list[str]:
 
 
 class _Maker:
-    """Makes questions from the tables."""
-
     def __init__(self, world: dict[str, Any]) -> None:
         self.world, self.article = world, frozenset(world["article"])
 
@@ -153,7 +144,6 @@ class _Maker:
         return self.world["relations"][relation]["facts"]
 
     def ask(self, relation: str, subject: str) -> list[dict[str, Any]]:
-        """The fact in all wordings, the main one first."""
         texts = self.world["relations"][relation]["questions"]
         return [self._record(text, subject, relation, self.facts(relation)[subject], subject) for text in texts]
 
