@@ -171,12 +171,6 @@ def diagnose(
         alpha: False-positive rate of the flags.
         own: Flags by what the neurons' own changed weights cost, if measured
             (:mod:`~lightning_ssiuu.attribution.weight_change`).
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> tiny = examine("tiny", Facts(), probe_examples=2, scores=["first_token"])
-        >>> diagnose(tiny, tiny).figures()["d_minus_total"]
-        0.0
     """
     by_split = {
         split: influence_variation(original.attribution[split], changed.attribution[split])
@@ -197,20 +191,10 @@ def attribution_correlation(
 
     Returns:
         ρ with the interval of :func:`~lightning_ssiuu.attribution.influence.correlation_interval`.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> tiny = examine("tiny", Facts(), probe_examples=2, scores=["first_token"]).attribution
-        >>> round(attribution_correlation(tiny, tiny).low, 6)
-        1.0
     """
     return correlation_interval(influences(first["forget"]), influences(second["forget"]))
 
 
 def influences(attribution: NeuronAttribution) -> Tensor:
-    """``[2 · n_neurons]`` mean positive, then mean negative influence of every neuron.
-
-    Args:
-        attribution: Of one set.
-    """
+    """``[2 · n_neurons]`` mean positive, then mean negative influence of every neuron."""
     return torch.cat([attribution.mean_maximum, attribution.mean_minimum])

@@ -75,12 +75,7 @@ def influence_variation(before: NeuronAttribution, after: NeuronAttribution) -> 
 
 
 def top_sum(values: Tensor, top: int) -> float:
-    """Sum of the ``top`` largest values.
-
-    Example:
-        >>> top_sum(torch.tensor([3.0, 1.0, 2.0]), 2)
-        5.0
-    """
+    """Sum of the ``top`` largest values."""
     return values.topk(min(top, values.numel())).values.sum().item()
 
 
@@ -231,12 +226,6 @@ def correlation_interval(
 
     Raises:
         UserError: If the vectors differ in length or an argument is outside its range.
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
-        >>> found = correlation_interval(x, torch.tensor([1.0, 3.0, 2.0, 4.0]))
-        >>> round(found.rho, 6), found.low <= found.rho <= found.high
-        (0.8, True)
     """
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise UserError("second", tuple(second.shape), f"as many attributions as the first, {tuple(first.shape)}")

@@ -62,14 +62,6 @@ def pass_bytes(
         n_labels: Labelled tokens in all rows.
         gradients: Whether a backward pass follows; without, one layer's values live at a time.
         extra: Further float32 numbers per token that the caller keeps.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> tiny = load_model("tiny")
-        >>> sites = neuron_sites(tiny)
-        >>> pass_bytes(tiny, sites, 8, 16, 24) < pass_bytes(tiny, sites, 16, 16, 48) < 32_000_000
-        True
     """
     config = hf.config
     # Of 16-bit models, norms and the attention's weights are kept in 32 bits, projections in 16.

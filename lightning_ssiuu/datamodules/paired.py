@@ -88,11 +88,6 @@ def cut(
 
     Raises:
         UserError: If more is asked for than there is.
-
-    Example:
-        >>> items = [QAExample(n, f"{n}?", f"{n}") for n in range(5)]
-        >>> [len(part) for part in cut(items, None, 2, "retain99")]
-        [3, 2]
     """
     available, asked = len(kept), retain_size
     if retain_size is None:

@@ -61,7 +61,6 @@ class WMDP(UnlearningDataModule):
         self.forget_size, self.retain_size, self.test_size = forget_size, retain_size, test_size
 
     def load_splits(self) -> Splits:
-        """Read both sources and cut the test set off the second."""
         forget = _examples(read_records(self.forget, "forget"), 0, "forget")
         if self.forget_size is not None:
             if self.forget_size > len(forget):

@@ -76,22 +76,9 @@ _CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")
 def chance_level(
     score: str, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule
 ) -> float:
-    """What a forget score is worth without any knowledge, in percent.
+    """What a forget score is worth without any knowledge of the data, in percent, asking the original model.
 
     One over the number of options for choices among options; 0 for scores of which nothing is known.
-
-    Args:
-        score: A score's name.
-        model: The original model.
-        tokenizer: Its tokenizer.
-        data: The data module.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
-        >>> round(chance_level("multiple_choice", model, tokenizer, Facts()), 1)
-        33.3
     """
     if score in _CHOICES:
         return 100 * mean(1 / (1 + len(example.distractors)) for example in data.splits.forget)

@@ -19,13 +19,7 @@ _ROOM_FOR_WORDS = 16
 
 
 class Predictions:
-    """One evaluated part; what a score does not ask for is not computed.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer (only used to generate and decode).
-        part: The part of the batch, on the model's device.
-    """
+    """What scores read off a model on one part of a batch, on its device; what none asks for is not computed."""
 
     def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
         self.model, self.tokenizer, self.part = model, tokenizer, part
@@ -43,18 +37,15 @@ class Predictions:
 
     @property
     def option_of(self) -> Tensor:
-        """``[B·K]`` the example each option belongs to."""
         options: Any = self.part["options"]
         return options["option_of"]
 
     @cached_property
     def references(self) -> list[str]:
-        """The true answers as text."""
         return self._labelled(self.part["labels"])
 
     @cached_property
     def generations(self) -> list[str]:
-        """Greedy continuations of the prompts."""
         return self.continuations()
 
     def continuations(self, **options: Any) -> list[str]:
@@ -76,7 +67,6 @@ class Predictions:
 
     @property
     def choice_of(self) -> Tensor:
-        """``[B·K]`` the example each of them belongs to."""
         choices: Any = self.part["choices"]
         return choices["option_of"]
 

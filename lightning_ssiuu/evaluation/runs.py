@@ -17,12 +17,7 @@ from lightning_ssiuu.utils.registry import no_module
 
 
 def run_of(model: str) -> Path | None:
-    """The run directory a saved model lies in, or None for a model that ``fit`` did not write.
-
-    Example:
-        >>> run_of("tiny") is None
-        True
-    """
+    """The run directory a saved model lies in, or None for a model that ``fit`` did not write."""
     parent = Path(model).absolute().parent
     return parent if (parent / "config.yaml").is_file() and (parent / "metrics.json").is_file() else None
 
@@ -71,9 +66,6 @@ def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> N
 
     Raises:
         UserError: Naming the argument whose model has another vocabulary.
-
-    Example:
-        >>> check_tokenizers({"model": "tiny"}, Facts())
     """
     vocabulary = data.tokenizer.get_vocab()
     for argument, checkpoint in models.items():

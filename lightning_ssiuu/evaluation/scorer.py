@@ -30,15 +30,6 @@ class Scorer:
 
     Raises:
         UserError: If a score is unknown, or asks for what the data lack.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> scorer = Scorer(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), ["first_token"])
-        >>> ids = torch.tensor([[5, 6, 7, 8]])
-        >>> labels = torch.tensor([[-100, -100, 7, 8]])
-        >>> scorer.update({"forget": {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels}})
-        >>> sorted(scorer.compute()["forget"])
-        ['first_token']
     """
 
     def __init__(
@@ -55,7 +46,6 @@ class Scorer:
 
     @torch.no_grad()
     def update(self, batch: Mapping[str, Part]) -> None:
-        """Score one evaluation batch, ``{split: part}``."""
         device = next(self.model.parameters()).device
         for split, part in batch.items():
             metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
@@ -64,11 +54,9 @@ class Scorer:
                 metric.update(*SCORES[name].measure(evaluated))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """``{split: {score: percent}}``."""
         return {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
 
     def reset(self) -> None:
-        """Start again."""
         self._metrics.clear()
 
     def names(self, part: Part) -> list[str]:
@@ -120,15 +108,6 @@ def evaluate(
 
 @contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; mode and random states (a loader's iterator draws from them) restored after.
-
-    Example:
-        >>> layer = torch.nn.Dropout().train()
-        >>> with untouched(layer):
-        ...     layer.training
-        False
-        >>> layer.training
-        True
-    """
+    """Evaluation mode inside; mode and random states (a loader's iterator draws from them) restored after."""
     with evaluation_mode(model), isolate_rng():
         yield

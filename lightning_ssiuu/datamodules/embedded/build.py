@@ -87,7 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokenise B pairs in the plain template: ids, mask and labels ``[B, L]``, right padded, answer and EOS labelled."""
+    """Tokenise B pairs in the plain template: ids, mask and labels ``[B, L]``, padded right."""
     rows = []
     for question, answer in pairs:
         prompt = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids
@@ -230,17 +230,8 @@ def evaluate(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; prints the measured figures as JSON.
 
-    Args:
-        argv: Arguments, by default those of the process.
-
     Raises:
         UserError: ``--steps`` is negative, or an output exists and ``--overwrite`` was not given.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     main(["--output", folder, "--data-only"])
-        ...     print(os.listdir(folder))
-        ['facts.json']
     """
     parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.datamodules.embedded.build", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets facts.json and tiny/")

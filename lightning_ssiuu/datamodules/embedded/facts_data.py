@@ -155,11 +155,6 @@ def make_world(seed: int = 0) -> dict[str, list[dict]]:
         ``{"facts": [...], "benign": [...]}``. A fact has ``id, person, relation, question, paraphrases, answer,
         distractors, split`` (six facts a person; the last paraphrase is held out of training); a benign item has
         ``id, question, answer``. Ids are unique over both lists.
-
-    Example:
-        >>> world = make_world()
-        >>> [sum(fact["split"] == split for fact in world["facts"]) for split in ("forget", "retain", "test")]
-        [36, 144, 180]
     """
     rng = random.Random(seed)
     splits = [split for split, count in PEOPLE_PER_SPLIT.items() for _ in range(count)]
