@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from confirming import confirmed
 from planting import PLANTED_KINDS, PlantedUnit, Planter, mean_probability, with_units
 from timing import markdown
 from torch import Tensor
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.attribution.influence import influence_variation, spurious_neurons
-from lightning_ssiuu.attribution.weight_change import OwnFlag, confirmed, own_change, own_flags, site_weights
+from lightning_ssiuu.attribution.weight_change import OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.datamodules.world_facts import WorldFacts
 from lightning_ssiuu.models.answers import AnswerModel

@@ -53,9 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in _COMMANDS:
         return _refuse(f"COMMAND: got {arguments[0]!r}, allowed: {', '.join(_COMMANDS)}")
+    _find_modules_here()
     module, _ = _COMMANDS[arguments[0]]
     is_trainer_command = module == "lightning_ssiuu.cli.fit"
     return _run(lambda: import_module(module).run(arguments if is_trainer_command else arguments[1:]))
+
+
+def _find_modules_here() -> None:
+    """Let what a user names lie in the working directory, as ``python -m`` does, but for ``python -P``.
+
+    Last of all places, so that a file of the user's that is called like a library does not take its place.
+    """
+    here = os.getcwd()
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.append(here)
 
 
 def _run(command: Callable[[], None]) -> int:

@@ -14,10 +14,9 @@ from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.micro_batches import parse_bytes, pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Tokens = Literal["all", "each"]
-TOKENS: tuple[Tokens, ...] = ("all", "each")
 
 
 def ablation_attribution(
@@ -41,11 +40,11 @@ def ablation_attribution(
     which would have to make equally many passes.
 
     Args:
-        model: The model.
-        parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
-        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        memory_budget: Bytes a pass may take beside the weights, as a number or as ``"2GB"``: lowers ``rows``.
+        model: As for :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`, as what follows.
+        parts: Batches.
+        sites: Where the neurons are.
+        target: F.
+        memory_budget: Lowers ``rows``.
         tokens: ``"all"`` or ``"each"``.
         rows: Repetitions in one forward pass at most.
 
@@ -54,32 +53,21 @@ def ablation_attribution(
 
     Raises:
         UserError: If an argument is outside its range, or the budget too small for one example.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> result = ablation_attribution(model, [part], select_sites(neuron_sites(model.hf), ["layer0.attn_k"]))
-        >>> torch.equal(result.maximum, result.minimum)
-        True
     """
-    if tokens not in TOKENS:
-        raise UserError("tokens", tokens, f"one of {list(TOKENS)}")
-    if rows < 1:
-        raise UserError("rows", rows, "a number ≥ 1")
+    check_choice("tokens", tokens, Tokens)
+    check_at_least("rows", rows, 1)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
 
     def attribute(part: Mapping[str, Tensor], result: NeuronAttribution) -> None:
         for row, mask in enumerate(part["attention_mask"]):
             length = int(mask.nonzero()[-1]) + 1
-            one = {name: values[row : row + 1, :length] for name, values in part.items()}
-            positions = input_positions(one["attention_mask"], one["labels"])[0].nonzero().flatten()
+            example = {name: values[row : row + 1, :length] for name, values in part.items()}
+            positions = input_positions(example["attention_mask"], example["labels"])[0].nonzero().flatten()
             with torch.no_grad():
-                own = target_logps(model(**one), target).double()
-                n_rows = _rows_within(budget, rows, model, sites, one)
-                where = [None] if tokens == "all" else positions.tolist()
-                after = {site.key: _without(model, one, site, where, target, n_rows) for site in sites}
+                own = target_logps(model(**example), target).double()
+                n_rows = _rows_within(budget, rows, model, sites, example)
+                places = [None] if tokens == "all" else positions.tolist()
+                after = {site.key: _without(model, example, site, places, target, n_rows) for site in sites}
             _add(result, sites, own, after, target)
             result.count(own)
 
@@ -94,7 +82,7 @@ def _add(
     after: Mapping[tuple[int, str], Tensor],
     target: Target,
 ) -> None:
-    """Turn ``[tokens, width]`` log F without each neuron into attributions and add them."""
+    # ``after`` holds [tokens, width] log F without each neuron.
     highest = own
     if target != "log_probability":
         highest = torch.stack([own[0], *(values.max() for values in after.values())]).max().unsqueeze(0)

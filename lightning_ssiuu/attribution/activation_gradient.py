@@ -84,13 +84,6 @@ def streamed(
         attribute: Adds one batch to the aggregates.
         memory_budget: See :func:`neuron_attribution`.
         extra: Float32 numbers per token that the method keeps beside a pass's own.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
-        >>> streamed(model, [part], [], lambda part, result: result.count(part["labels"][:, 0])).n_examples
-        1
     """
     device = next(model.parameters()).device
     result = NeuronAttribution.empty(sites, device)
@@ -102,12 +95,7 @@ def streamed(
 
 
 def log_factors(logps: Tensor, target: Target) -> Tensor:
-    """``[B]`` log of what a gradient of :func:`target_logps` is multiplied with: log P for P, 0 for log P itself.
-
-    Example:
-        >>> log_factors(torch.tensor([-2.0]), "sequence"), log_factors(torch.tensor([-2.0]), "log_probability")
-        (tensor([-2.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
-    """
+    """``[B]`` log of what a gradient of :func:`target_logps` is multiplied with: log P for P, 0 for log P itself."""
     wide = logps.detach().double()
     return torch.zeros_like(wide) if target == "log_probability" else wide
 
@@ -135,16 +123,7 @@ def _attribute_batch(
 
 
 def extremes(values: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima and minima over the tokens that count: ``[B, width]`` each, of ``[B, L, width]`` values.
-
-    Args:
-        values: ``[B, L, width]``.
-        outside: ``[B, L]`` bool, the tokens that do not count.
-
-    Example:
-        >>> extremes(torch.tensor([[[1.0], [-3.0], [9.0]]]), torch.tensor([[False, False, True]]))
-        (tensor([[1.]]), tensor([[-3.]]))
-    """
+    """Maxima and minima ``[B, width]`` of ``[B, L, width]`` over tokens, without those ``outside``, ``[B, L]`` bool."""
     hidden = outside.unsqueeze(-1)
     return values.masked_fill(hidden, -torch.inf).amax(1), values.masked_fill(hidden, torch.inf).amin(1)
 
@@ -218,7 +197,6 @@ def captured(
 
 
 def _factors_of(sites: Sequence[NeuronSite], output: Tensor, scale: float) -> Tensor:
-    """``[width]`` factors of a module's outputs: ``scale`` where a site's neurons are, else 1."""
     factors = torch.ones_like(output[0, 0])
     for site in sites:
         factors[slice(None) if site.columns is None else site.columns.to(output.device)] = scale

@@ -56,7 +56,6 @@ class NeuronAttribution:
 
     @classmethod
     def empty(cls, sites: Sequence[NeuronSite], device: torch.device | str = "cpu") -> NeuronAttribution:
-        """Nothing seen yet; sums are kept on a device."""
         zeros = torch.zeros(sum(site.width for site in sites), dtype=torch.float64, device=device)
         return cls(sites, zeros.clone(), zeros.clone(), zeros.clone())
 
@@ -108,17 +107,14 @@ class NeuronAttribution:
 
     @property
     def mean_maximum(self) -> Tensor:
-        """``[n_neurons]`` mean over examples of max_k A."""
         return self._mean(self.maximum)
 
     @property
     def mean_positive(self) -> Tensor:
-        """``[n_neurons]`` mean over examples of max(max_k A, 0)."""
         return self._mean(self.positive)
 
     @property
     def mean_minimum(self) -> Tensor:
-        """``[n_neurons]`` mean over examples of min_k A."""
         return self._mean(self.minimum)
 
     def over_ranks(self) -> NeuronAttribution:
@@ -140,7 +136,6 @@ class NeuronAttribution:
         return dict(zip([s.key for s in self.sites], values.split([s.width for s in self.sites]), strict=True))
 
     def on_cpu(self) -> NeuronAttribution:
-        """Itself, with its sums moved to the CPU."""
         self.maximum, self.positive, self.minimum = self.maximum.cpu(), self.positive.cpu(), self.minimum.cpu()
         return self
 

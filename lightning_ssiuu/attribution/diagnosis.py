@@ -89,20 +89,9 @@ def examine_model(
     also: Sequence[str] = (),
     method: AttributionMethod | None = None,
 ) -> Examined:
-    """The same for a model in memory.
+    """:func:`examine` for a model in memory.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        data: The data module to judge by.
-        probe_examples: Examples per set for the attribution.
-        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        scores: Names, None for all that need no generated text.
-        also: Names of scores to add to those.
-        method: Attribution method with its own target; None: activation × gradient of ``target``.
-
-    Raises:
-        UserError: If the tokenizer splits text differently from the data module's.
+    Args as there; ``also`` names scores to add to ``scores``, ``method`` is as for :func:`attributions`.
     """
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError("model", tokenizer.name_or_path, "models that share one tokenizer")
@@ -129,12 +118,6 @@ def attributions(
 
     Returns:
         ``{"forget": ..., "retain": ...}``, the same on every rank.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> attributions(AnswerModel(load_model("tiny")), Facts(), probe_examples=2)["retain"].n_examples
-        2
     """
     sites = neuron_sites(model.hf)
     method = method or partial(neuron_attribution, target=target)
@@ -188,20 +171,14 @@ def diagnose(
         alpha: False-positive rate of the flags.
         own: Flags by what the neurons' own changed weights cost, if measured
             (:mod:`~lightning_ssiuu.attribution.weight_change`).
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> tiny = examine("tiny", Facts(), probe_examples=2, scores=["first_token"])
-        >>> diagnose(tiny, tiny).figures()["d_minus_total"]
-        0.0
     """
     by_split = {
         split: influence_variation(original.attribution[split], changed.attribution[split])
         for split in ("forget", "retain")
     }
     flagged = spurious_neurons(by_split["forget"], by_split["retain"], alpha)
-    mine = [] if own is None else spurious_neurons(by_split["forget"], by_split["retain"], alpha, own)
-    return Diagnosis(by_split["forget"], flagged, mine)
+    own_flagged = [] if own is None else spurious_neurons(by_split["forget"], by_split["retain"], alpha, own)
+    return Diagnosis(by_split["forget"], flagged, own_flagged)
 
 
 def attribution_correlation(
@@ -214,20 +191,10 @@ def attribution_correlation(
 
     Returns:
         ρ with the interval of :func:`~lightning_ssiuu.attribution.influence.correlation_interval`.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> tiny = examine("tiny", Facts(), probe_examples=2, scores=["first_token"]).attribution
-        >>> round(attribution_correlation(tiny, tiny).low, 6)
-        1.0
     """
     return correlation_interval(influences(first["forget"]), influences(second["forget"]))
 
 
 def influences(attribution: NeuronAttribution) -> Tensor:
-    """``[2 · n_neurons]`` mean positive, then mean negative influence of every neuron.
-
-    Args:
-        attribution: Of one set.
-    """
+    """``[2 · n_neurons]`` mean positive, then mean negative influence of every neuron."""
     return torch.cat([attribution.mean_maximum, attribution.mean_minimum])

@@ -6,18 +6,15 @@ means *hidden*.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.weight_change import OwnFlag
-from lightning_ssiuu.models.architectures import NeuronSite
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,7 @@ def influence_variation(before: NeuronAttribution, after: NeuronAttribution) -> 
 
 
 def top_sum(values: Tensor, top: int) -> float:
-    """Sum of the ``top`` largest values.
-
-    Example:
-        >>> top_sum(torch.tensor([3.0, 1.0, 2.0]), 2)
-        5.0
-    """
+    """Sum of the ``top`` largest values."""
     return values.topk(min(top, values.numel())).values.sum().item()
 
 
@@ -140,14 +132,14 @@ def spurious_neurons(
     all layers of a kind as the threshold sets the false-positive rate to α instead of guessing a cut-off.
 
     D⁻ also rises in neurons whose weights nobody touched, upstream and downstream of the one that hides. With ``own``,
-    neurons are flagged by what their own changed weights cost instead (:func:`~.own_change.own_flags`): precise where a
-    few neurons hide the answer, empty where the change is spread over all weights.
+    neurons are flagged by what their own changed weights cost instead: precise where a few neurons hide the answer,
+    empty where the change is spread over all weights.
 
     Args:
         forget: Variation on the forget set.
         retain: Variation on the retain set, same models, same sites.
         alpha: Share of retain neurons above the threshold, in (0, 1).
-        own: Flags by own change instead, from :func:`~.own_change.own_flags` or :func:`~.own_change.confirmed`, which
+        own: Flags by own change instead, from :func:`~lightning_ssiuu.attribution.weight_change.own_flags`, which
             need the original's weights; alpha is then theirs. None flags by D⁻.
 
     Returns:
@@ -234,19 +226,12 @@ def correlation_interval(
 
     Raises:
         UserError: If the vectors differ in length or an argument is outside its range.
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
-        >>> found = correlation_interval(x, torch.tensor([1.0, 3.0, 2.0, 4.0]))
-        >>> round(found.rho, 6), found.low <= found.rho <= found.high
-        (0.8, True)
     """
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise UserError("second", tuple(second.shape), f"as many attributions as the first, {tuple(first.shape)}")
     if not 0 < confidence < 1:
         raise UserError("confidence", confidence, "a probability in (0, 1)")
-    if resamples < 1:
-        raise UserError("resamples", resamples, "a number ≥ 1")
+    check_at_least("resamples", resamples, 1)
     x, y = first.double().cpu(), second.double().cpu()
     x, y = x - x.mean(), y - y.mean()
     moments = torch.stack([x, y, x * x, y * y, x * y], 1)
@@ -268,53 +253,6 @@ def _pearson(moments: Tensor) -> Tensor:
     x, y, xx, yy, xy = moments.unbind(1)
     scale = ((xx - x * x).clamp(min=0) * (yy - y * y).clamp(min=0)).sqrt()
     return torch.where(scale > 0, (xy - x * y) / scale.where(scale > 0, 1.0), 0.0).clamp(-1, 1)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Mean over pairs of runs: Jaccard overlap of their flagged neurons, and what chance alone would give."""
-
-    jaccard: float
-    chance: float
-    n_pairs: int
-
-
-def flag_overlap(flagged: Sequence[Collection[SpuriousNeuron]], sites: Sequence[NeuronSite]) -> Overlap:
-    """Do runs that differ in their seed flag the same neurons?
-
-    Jaccard: flagged in both over flagged in either. Chance: the same ratio for the *expected* numbers, had each run
-    drawn as many neurons at random from each site as it flagged there; runs that merely prefer the same layer or kind
-    of module do not count as agreeing.
-
-    Args:
-        flagged: The flagged neurons of two runs or more.
-        sites: Of the model.
-
-    Raises:
-        UserError: If there are fewer than two runs.
-
-    Returns:
-        Shares in [0, 1]; a pair without any flag counts 0.
-
-    Example:
-        >>> from lightning_ssiuu.models.architectures import NeuronSite
-        >>> def run(*indices):
-        ...     return [SpuriousNeuron("mlp_up", 0, index, 0.0, -1.0, 1.0, 0.0, 9.0) for index in indices]
-        >>> flag_overlap([run(0, 1), run(1, 2)], [NeuronSite("mlp_up", 0, "up", 8)])  # 1 of 3; 2·2/8 = 0.5 of 3.5
-        Overlap(jaccard=0.3333333333333333, chance=0.14285714285714285, n_pairs=1)
-    """
-    if len(flagged) < 2:
-        raise UserError("flagged", len(flagged), "the flags of two runs or more")
-    widths = {site.key: site.width for site in sites}
-    sets = [{(neuron.layer, neuron.module, neuron.index) for neuron in run} for run in flagged]
-    jaccard, chance = [], []
-    for one, other in combinations(sets, 2):
-        counts = [Counter((layer, module) for layer, module, _ in run) for run in (one, other)]
-        expected = sum(number * counts[1][key] / widths[key] for key, number in counts[0].items())
-        total = len(one) + len(other)
-        jaccard.append(len(one & other) / max(len(one | other), 1))
-        chance.append(expected / (total - expected) if total else 0.0)
-    return Overlap(sum(jaccard) / len(jaccard), sum(chance) / len(chance), len(jaccard))
 
 
 CSV_HEADER = tuple(field.name for field in fields(SpuriousNeuron))

@@ -7,7 +7,6 @@ a zero baseline as in the neuron conductance literature (Dhamdhere, Sundararajan
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,11 +17,9 @@ from lightning_ssiuu.attribution.activation_gradient import captured, extremes, 
 from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
-from lightning_ssiuu.models.loading import evaluation_mode
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import check_at_least, check_choice
 
 Path = Literal["site", "joint"]
-PATHS: tuple[Path, ...] = ("site", "joint")
 
 
 def integrated_gradients(
@@ -46,15 +43,14 @@ def integrated_gradients(
       batch and step.
 
     The integral is Gauss and Legendre's sum over ``steps`` values of α, in log space per example as in
-    :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`; :func:`completeness` says how good it
-    is.
+    :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`.
 
     Args:
-        model: The model.
-        parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
-        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        memory_budget: See :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`.
+        model: As for :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`, as what follows.
+        parts: Batches.
+        sites: Where the neurons are.
+        target: F.
+        memory_budget: Cuts the batches.
         steps: Number of α, at least 1.
         path: ``"site"`` or ``"joint"``.
 
@@ -63,15 +59,6 @@ def integrated_gradients(
 
     Raises:
         UserError: If an argument is outside its range.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> sites = select_sites(neuron_sites(model.hf), ["layer0.mlp_up"])
-        >>> integrated_gradients(model, [part], sites, steps=4).n_examples
-        1
     """
     nodes = _nodes(steps)
     groups = _groups(sites, path)
@@ -90,114 +77,15 @@ def integrated_gradients(
     return streamed(model, parts, sites, attribute, memory_budget, extra)
 
 
-def joint_integrated_gradients(
-    model: AnswerModel,
-    parts: Iterable[Mapping[str, Tensor]],
-    sites: Sequence[NeuronSite],
-    target: Target = "sequence",
-    memory_budget: int | str | None = None,
-    steps: int = 16,
-) -> NeuronAttribution:
-    """:func:`integrated_gradients` with ``path="joint"``: all sites scaled at once, the cost of ``steps`` passes.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> joint_integrated_gradients(model, [part], neuron_sites(model.hf), steps=2).n_examples
-        1
-    """
-    return integrated_gradients(model, parts, sites, target, memory_budget, steps, "joint")
-
-
-@dataclass(frozen=True)
-class Completeness:
-    """Whether attributions add up to what they explain, for one path.
-
-    Args:
-        sites: Whose activations the path scales.
-        attributed: ``[B]`` sum of A over their neurons and all tokens.
-        difference: ``[B]`` F(x) − F(their activations set to zero).
-    """
-
-    sites: Sequence[NeuronSite]
-    attributed: Tensor
-    difference: Tensor
-
-    @property
-    def error(self) -> float:
-        """Largest gap of an example, in units of F.
-
-        Example:
-            >>> Completeness([], torch.tensor([0.5, 0.1]), torch.tensor([0.5, 0.2])).error
-            0.10000000149011612
-        """
-        return (self.attributed - self.difference).abs().max().item()
-
-
-def completeness(
-    model: AnswerModel,
-    part: Mapping[str, Tensor],
-    sites: Sequence[NeuronSite],
-    target: Target = "sequence",
-    steps: int = 16,
-    path: Path = "site",
-) -> list[Completeness]:
-    """Check what :func:`integrated_gradients` promises: one entry per site, or one for all under ``path="joint"``.
-
-    Args:
-        model: The model.
-        part: A batch, on the model's device.
-        sites: Where the neurons are.
-        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        steps: Number of α.
-        path: ``"site"`` or ``"joint"``.
-
-    Raises:
-        UserError: If an argument is outside its range.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites, select_sites
-        >>> model, ids = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> (check,) = completeness(model, part, select_sites(neuron_sites(model.hf), ["layer3.mlp_down"]))
-        >>> bool(check.error < 0.01 * check.difference.abs().max() + 1e-12)
-        True
-    """
-    nodes = _nodes(steps)
-    part = {name: part[name] for name in ("input_ids", "attention_mask", "labels")}
-    checks = []
-    with evaluation_mode(model):
-        whole = _value(model, part, [], target, 1.0)
-        for group in _groups(sites, path):
-            values, logs = _along_path(model, part, group, target, nodes)
-            total = sum(value.double().sum((1, 2)) for value in values.values()) * logs.exp()
-            checks.append(Completeness(group, total, whole - _value(model, part, group, target, 0.0)))
-    return checks
-
-
 def _groups(sites: Sequence[NeuronSite], path: Path) -> list[list[NeuronSite]]:
-    if path not in PATHS:
-        raise UserError("path", path, f"one of {list(PATHS)}")
+    check_choice("path", path, Path)
     return [[site] for site in sites] if path == "site" else [list(sites)]
 
 
 def _nodes(steps: int) -> list[tuple[float, float]]:
-    if steps < 1:
-        raise UserError("steps", steps, "a number ≥ 1")
+    check_at_least("steps", steps, 1)
     positions, weights = np.polynomial.legendre.leggauss(steps)
     return [((1 + x) / 2, w / 2) for x, w in zip(positions.tolist(), weights.tolist(), strict=True)]
-
-
-def _value(
-    model: AnswerModel, part: Mapping[str, Tensor], sites: Sequence[NeuronSite], target: Target, scale: float
-) -> Tensor:
-    """``[B]`` F with the sites' activations scaled, float64."""
-    with torch.enable_grad(), captured(model, sites, lambda *_: None, scale):
-        logps = target_logps(model(**part), target).detach().double()
-    return logps if target == "log_probability" else logps.exp()
 
 
 def _along_path(

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from lightning_ssiuu.datamodules.encoding import answered, batch_of
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.distributed import gathered, world_size
 from lightning_ssiuu.utils.errors import UserError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", re.IGNORECASE)
-#: What lies outside an answer: masked, never a label. Any token does, so 0.
-_OUTSIDE = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+_PAD = 0  # masked, never a label: any token does
 
 #: For what kernels allocate for themselves and the allocator keeps; benchmarks/attribution.py measures it.
 _MARGIN = 1.15
@@ -63,14 +62,6 @@ def pass_bytes(
         n_labels: Labelled tokens in all rows.
         gradients: Whether a backward pass follows; without, one layer's values live at a time.
         extra: Further float32 numbers per token that the caller keeps.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> tiny = load_model("tiny")
-        >>> sites = neuron_sites(tiny)
-        >>> pass_bytes(tiny, sites, 8, 16, 24) < pass_bytes(tiny, sites, 16, 16, 48) < 32_000_000
-        True
     """
     config = hf.config
     # Of 16-bit models, norms and the attention's weights are kept in 32 bits, projections in 16.
@@ -139,33 +130,18 @@ def micro_batches(
 def _cut(
     hf: Any, parts: Iterable[Mapping[str, Tensor]], sites: Sequence[NeuronSite], budget: int, extra: int
 ) -> Iterator[dict[str, Tensor]]:
-    rows: list[dict[str, Tensor]] = []
+    rows: list[tuple[list[int], list[int]]] = []
     longest = labels = 0
-    for row in _rows(parts):
-        length, own = len(row["input_ids"]), int((row["labels"] != -100).sum())
+    for prompt, answer in (pair for part in parts for pair in answered(part)):
+        length, own = len(prompt) + len(answer), len(answer)
         after = max(longest, length), labels + own
         if rows and pass_bytes(hf, sites, len(rows) + 1, *after, extra=extra) > budget:
-            yield _batched(rows)
+            yield batch_of(rows, _PAD)
             rows, after = [], (length, own)
         if not rows and (least := pass_bytes(hf, sites, 1, length, own, extra=extra)) > budget:
             allowed = f"at least {least:,} bytes, what an example of {length} tokens needs"
             raise UserError("memory_budget", budget, allowed)
-        rows.append(row)
+        rows.append((prompt, answer))
         longest, labels = after
     if rows:
-        yield _batched(rows)
-
-
-def _rows(parts: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    for part in parts:
-        for row, mask in enumerate(part["attention_mask"]):
-            length = int(mask.nonzero()[-1]) + 1
-            yield {name: part[name][row, :length] for name in _OUTSIDE}
-
-
-def _batched(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    return {
-        name: torch.stack([pad(row[name], (0, longest - len(row[name])), value=outside) for row in rows])
-        for name, outside in _OUTSIDE.items()
-    }
+        yield batch_of(rows, _PAD)

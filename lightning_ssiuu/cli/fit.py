@@ -70,12 +70,10 @@ class UnlearningCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The Trainer methods offered."""
         offered = LightningCLI.subcommands()
         return {name: offered[name] for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sections for the callbacks, the tokenizer's link, ``--overwrite``."""
         parser.add_lightning_class_args(NeuronAttributionCallback, "attribution")
         parser.add_lightning_class_args(ForgetThresholdStopping, "stopping")
         parser.add_lightning_class_args(SavePretrained, "saving")
@@ -141,7 +139,6 @@ class UnlearningCLI(LightningCLI):
         self._before_any()
 
     def before_validate(self) -> None:
-        """Check what does not need the weights."""
         self.ckpt_path = checkpoint_to_go_on_from(self.config[self.subcommand], self.trainer, is_fit=False)
         self._before_any()
 
@@ -155,11 +152,9 @@ class UnlearningCLI(LightningCLI):
         self._run(self.trainer.fit, kwargs)
 
     def validate(self, **kwargs: Any) -> None:
-        """Score; a refused run leaves no trace."""
         self._run(self.trainer.validate, kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        """Score; a refused run leaves no trace."""
         self._run(self.trainer.test, kwargs)
 
     def _run(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:

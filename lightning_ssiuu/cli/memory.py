@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
@@ -33,7 +34,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
-from lightning_ssiuu.evaluation.scores import SCORES, check_score
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.export import plain_state_dict
@@ -70,11 +71,6 @@ class MemoryEstimate:
         by_phase: Bytes at the worst moment of each phase.
         paged: Bytes of optimiser states that bitsandbytes pages out to the host's memory; not part of the total.
         capacity: Bytes the device has (CUDA) or has available now (CPU); None if that is not known.
-
-    Example:
-        >>> estimate = MemoryEstimate("cpu", 1, "training", {"weights": 4, "activations": 2}, {"training": 6})
-        >>> estimate.total
-        6
     """
 
     device: str
@@ -87,7 +83,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes needed at the worst moment."""
         return sum(self.uses.values())
 
 
@@ -129,7 +124,7 @@ def estimate_memory(
 
 
 class _Run:
-    """A run as it would be, on tensors without memory."""
+    # A run as it would be, on tensors without memory.
 
     def __init__(self, module: UnlearningModule, data: UnlearningDataModule, trainer: L.Trainer) -> None:
         self.module, self.data, self.trainer = module, data, trainer
@@ -144,9 +139,6 @@ class _Run:
         module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
 
     def estimate(self) -> MemoryEstimate:
-        """Go through all phases."""
-        for name in self.module.scores or ():
-            check_score(name)
         model = self._blueprint()
         self.config = model.hf.config
         limit = self.trainer.max_steps * self.trainer.accumulate_grad_batches
@@ -155,7 +147,7 @@ class _Run:
         batch = training_batch(self.data, self._cost, self.n_ranks, n_batches, n_epochs)
         with self.simulation:
             self._load(model)
-            self._refer(_on(batch, self.device))
+            self._refer(move_data_to_device(batch, self.device))
             self._train(batch)
             self._attribute()
             self._score()
@@ -181,12 +173,10 @@ class _Run:
         return AnswerModel(hf)
 
     def _cost(self, size: Size) -> float:
-        """About how many numbers a forward pass keeps, to tell batches apart."""
+        # About how many numbers a forward pass keeps, to tell batches apart.
         width, inner = self.config.hidden_size, getattr(self.config, "intermediate_size", 4 * self.config.hidden_size)
         per_token = self.config.num_hidden_layers * (12 * width + 4 * inner)
         return per_token * size.tokens + 3 * self.config.vocab_size * size.labels
-
-    # ---- the phases -------------------------------------------------------------------------------------------
 
     def _load(self, model: AnswerModel) -> None:
         with self.simulation.phase("loading"):
@@ -198,7 +188,7 @@ class _Run:
         self.simulation.tag_rest("weights")
 
     def _refer(self, batch: Mapping[str, Any]) -> None:
-        """Give the losses an original model to compare with: live, or what stands for values read from the disk."""
+        # Give the losses an original model to compare with: live, or what stands for values read from the disk.
         module = self.module
         if not (observations := module.references()):
             return
@@ -215,8 +205,8 @@ class _Run:
             shapes = {name: (values.shape, values.dtype) for name, values in known.items()}
             del known
             reference = lambda name, _: torch.empty(shapes[name][0], dtype=shapes[name][1], device=self.device)  # noqa: E731
-        for one in (module, *module._backbone):
-            one._reference = reference
+        for objective in (module, *module._backbone):
+            objective._reference = reference
 
     def _train(self, batch: Mapping[str, Any]) -> None:
         module, precision = self.module, self.trainer.precision_plugin
@@ -231,7 +221,7 @@ class _Run:
             for _ in range(2):  # the second has what the first leaves: gradients, optimiser states, anchor
                 for number in range(min(self.trainer.accumulate_grad_batches, 2)):
                     with precision.train_step_context():
-                        loss = step(_on(batch, self.device), number)
+                        loss = step(move_data_to_device(batch, self.device), number)
                     if number == 0:
                         optimizer.zero_grad()  # Lightning's order: the old gradients outlive the forward pass
                     loss.backward()
@@ -250,8 +240,10 @@ class _Run:
     def _attribute(self) -> None:
         model = self.module.model
         for callback in self._callbacks(NeuronAttributionCallback):
-            sites = neuron_sites(model.hf) if callback.probe_examples else []
-            for split in ("forget", "retain") if callback.probe_examples else ():
+            if not callback.probe_examples:
+                continue
+            sites = neuron_sites(model.hf)
+            for split in ("forget", "retain"):
                 n_examples = -(-callback.probe_examples // self.n_ranks)
                 batch = evaluation_batch(self.data, split, self._cost, n_examples)
                 part = {name: batch[split][name] for name in ("input_ids", "attention_mask", "labels")}
@@ -262,7 +254,7 @@ class _Run:
         model = self.module.model
         stopping = [callback.score for callback in self._callbacks(ForgetThresholdStopping) if callback.threshold]
         for split in self.data.eval_splits:
-            part = _on(evaluation_batch(self.data, split, self._cost)[split], self.device)
+            part = move_data_to_device(evaluation_batch(self.data, split, self._cost)[split], self.device)
             names = Scorer(model, self.module.tokenizer, self.module.scores).names(part)
             with untouched(model), torch.no_grad():
                 evaluated = Predictions(model, self.module.tokenizer, part)
@@ -306,7 +298,7 @@ class _Run:
 
 
 class _Step(nn.Module):
-    """What Lightning makes of a module for DistributedDataParallel: its training step as the forward pass."""
+    # What Lightning makes of a module for DistributedDataParallel: its training step as the forward pass.
 
     def __init__(self, module: UnlearningModule) -> None:
         super().__init__()
@@ -329,7 +321,7 @@ def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> nn.Module:
 
 @contextmanager
 def _pretended_ranks(n_ranks: int) -> Iterator[None]:
-    """Inside, this process is the first of so many (0: no group), and what it sends comes to nothing."""
+    # Inside, this process is the first of so many (0: no group), and what it sends comes to nothing.
     if n_ranks == 0:
         yield
         return
@@ -346,12 +338,8 @@ def _state_of(regularizer: Any) -> list[Any]:
     return [] if regularizer is None else list(vars(regularizer).values())
 
 
-def _on(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: _on(v, device) if isinstance(v, Mapping) else v.to(device) for k, v in values.items()}
-
-
 def _workspace(device: torch.device) -> int:
-    """What cuBLAS takes through torch's allocator: once for the forward and once for the backward thread."""
+    # What cuBLAS takes through torch's allocator: once for the forward and once for the backward thread.
     if device.type != "cuda":
         return 0
     return 2 * (32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8_519_680)

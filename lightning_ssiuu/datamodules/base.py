@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,7 +16,7 @@ from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDatas
 from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
 from lightning_ssiuu.datamodules.splits import QAExample, Splits
 from lightning_ssiuu.utils.distributed import rank, world_size
-from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.errors import Given, UserError, check_choice
 
 __all__ = ["QAExample", "Splits", "UnlearningDataModule"]
 
@@ -103,8 +103,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         ):
             if value < least:
                 raise UserError(name, value, f"at least {least}")
-        if train_on not in get_args(TrainOn):
-            raise UserError("train_on", train_on, ", ".join(get_args(TrainOn)))
+        check_choice("train_on", train_on, TrainOn)
         self.tokenizer_or_name, self.template, self.max_length = tokenizer, template, max_length
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
@@ -147,11 +146,9 @@ class UnlearningDataModule(LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
         return self.encoder.tokenizer
 
     def content_sha256(self) -> str:
-        """SHA-256 hex digest of all sets, for provenance."""
         return self.splits.sha256()
 
     def setup(self, stage: str | None = None) -> None:
@@ -190,7 +187,6 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return [self.eval_dataloader(split) for split in self.eval_splits]
 
     def test_dataloader(self) -> list[DataLoader]:
-        """The same as :meth:`val_dataloader`."""
         return self.val_dataloader()
 
     def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:

@@ -49,16 +49,6 @@ def parse_clusters(entities: Any, argument: str) -> list[Cluster]:
 
     Raises:
         UserError: Another structure, a missing key, or a question without answers. Names places, never text.
-
-    Example:
-        >>> base = {"question": "Where?", "answers": ["Here"], "false_answer_options": ["There", "Then"]}
-        >>> clusters = parse_clusters({"Q1": {"hop1_unlearn": [base]}}, "path")
-        >>> clusters[0].base.wrong, clusters[0].probes["hop2_test"]
-        (('There', 'Then'), ())
-        >>> parse_clusters({"Q1": {"hop1_unlearn": [{"question": "Where?"}]}}, "path")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: path: got no 'answers' in entity 0, hop1_unlearn 0, allowed: FaithUn's format
     """
     if not isinstance(entities, dict) or not all(isinstance(entity, dict) for entity in entities.values()):
         raise UserError(argument, Given("no object of entities"), "FaithUn's format")
@@ -146,11 +136,9 @@ class ClusterDataModule(UnlearningDataModule):
 
     @property
     def clusters(self) -> list[Cluster]:
-        """All clusters; an example's id is its place here."""
         return self._loaded()[0]
 
     def load_splits(self) -> Splits:
-        """Base questions of the clusters of each set."""
         clusters, indices = self._loaded()
         return Splits(**{name: [self._example(clusters, index) for index in indices[name]] for name in _SPLITS})
 

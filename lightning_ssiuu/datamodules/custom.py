@@ -51,7 +51,6 @@ class CustomData(UnlearningDataModule):
         self.distractors_column = distractors_column
 
     def load_splits(self) -> Splits:
-        """Read the files."""
         sets: dict[str, list[QAExample]] = {}
         first_id = 0
         for name, source in self.sources.items():

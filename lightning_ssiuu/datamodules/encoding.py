@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.splits import QAExample
+from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
 
 IGNORE = -100
@@ -21,7 +22,6 @@ DEFAULT_MAX_LENGTH = 256
 PLAIN = "Question: {question}\nAnswer:"
 #: The multiple-choice prompt in FaithUn's manner (arXiv 2502.19207), in our own words: instruction, question, options.
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
-Part = dict[str, Any]
 Key = tuple[str, int]
 
 # transformers writes 1e30 where a tokenizer states no limit
@@ -150,7 +150,6 @@ class Encoder:
         return [*self._tokens(glue + answer), self.tokenizer.eos_token_id]
 
     def sequence(self, question: str, answer: str) -> TokenSequence:
-        """Token ids of prompt and answer."""
         return self._answered(self.prompt(question), self._prompt_text(question), [answer])[0]
 
     def _answered(self, prompt: list[int], text: str, answers: Sequence[str]) -> tuple[TokenSequence, ...]:
@@ -217,7 +216,6 @@ class Encoder:
         return encoded
 
     def fits(self, example: QAExample) -> bool:
-        """Whether prompt and answer keep within ``max_length``."""
         return len(self.sequence(example.question, example.answer)) <= self.max_length
 
     def _check_lengths(self, encoded: list[Encoded]) -> None:
@@ -241,11 +239,6 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
 
     Args:
         parts: Examples of each part, e.g. ``{"forget": [...], "retain": [...]}``.
-
-    Example:
-        >>> dataset = EncodedDataset({"forget": [Encoded(7, TokenSequence([1, 2, 3], 2))]})
-        >>> dataset, dataset["forget", 0][1].example_id
-        (EncodedDataset(forget=1), 7)
     """
 
     def __init__(self, parts: dict[str, list[Encoded]]) -> None:
@@ -256,13 +249,7 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
         return part, self.parts[part][index] if index >= 0 else self.parts[part][~index].unanswered()
 
     def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
-        """All examples of a part, in their order.
-
-        Args:
-            name: Of the part; one that is not there is empty.
-            batch_size: Examples at a time.
-            collate: Makes a batch of samples.
-        """
+        """All examples of a part, in their order, ``batch_size`` at a time; none where there is no such part."""
         numbers = range(len(self.parts.get(name, ())))
         for start in numbers[::batch_size]:
             yield collate([self[name, index] for index in numbers[start : start + batch_size]])[name]
@@ -284,15 +271,6 @@ class Collator:
     and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. Where all examples carry options, a part also has
     ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and ``option_of`` ``[B*K]``, the row
     each option belongs to; the options of a row lie next to each other, the true answer first. ``choices`` likewise.
-
-    Example:
-        >>> first, second = Encoded(7, TokenSequence([5, 6, 9], 2)), Encoded(8, TokenSequence([5, 9], 1))
-        >>> batch = Collator(0)([("test", first), ("test", second)])
-        >>> batch["test"]["labels"]
-        tensor([[-100, -100,    9],
-                [-100,    9, -100]])
-        >>> batch["test"]["attention_mask"].tolist()
-        [[1, 1, 1], [1, 1, 0]]
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -305,7 +283,7 @@ class Collator:
         return {part: self._part(encoded) for part, encoded in grouped.items()}
 
     def _part(self, encoded: list[Encoded]) -> Part:
-        part: Part = self._pad([e.sequence for e in encoded])
+        part: dict[str, Any] = self._pad([e.sequence for e in encoded])
         part["example_id"] = torch.tensor([e.example_id for e in encoded])
         for name in ("options", "choices"):
             of_each: list[tuple[TokenSequence, ...]] = [getattr(e, name) for e in encoded]
@@ -315,13 +293,59 @@ class Collator:
         return part
 
     def _pad(self, sequences: list[TokenSequence]) -> dict[str, Tensor]:
-        shape = len(sequences), max(map(len, sequences))
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE)
-        for row, sequence in enumerate(sequences):
-            ids = torch.tensor(sequence.input_ids)
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-            labels[row, sequence.n_prompt : len(ids)] = ids[sequence.n_prompt :]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return batch_of([(s.input_ids[: s.n_prompt], s.input_ids[s.n_prompt :]) for s in sequences], self.pad_token_id)
+
+
+def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+    """Rows of token ids, padded right, with labels on the answers alone; the inverse of :func:`answered`.
+
+    Args:
+        pairs: Token ids of each prompt and of its answer.
+        pad: Fills ``input_ids``; ``attention_mask`` is 0 and ``labels`` −100 there.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, LongTensor ``[B, L]`` on the CPU.
+
+    Example:
+        >>> batch_of([([5, 6], [9]), ([5], [7])], pad=0)["labels"].tolist()
+        [[-100, -100, 9], [-100, 7, -100]]
+    """
+    shape = len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)
+    input_ids = torch.full(shape, pad)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE)
+    for row, (prompt, answer) in enumerate(pairs):
+        length = len(prompt) + len(answer)
+        input_ids[row, :length] = torch.tensor(prompt + answer, dtype=torch.long)
+        attention_mask[row, :length] = 1
+        labels[row, len(prompt) : length] = torch.tensor(answer, dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def answered(part: Part) -> list[tuple[list[int], list[int]]]:
+    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled.
+
+    Example:
+        >>> answered(batch_of([([5, 6], [9]), ([5, 8], [])], pad=0))
+        [([5, 6], [9]), ([5, 8], [])]
+    """
+    pairs = []
+    for ids, mask, labels in zip(
+        *(part[name].tolist() for name in ("input_ids", "attention_mask", "labels")), strict=True
+    ):
+        n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), sum(mask))
+        pairs.append((ids[:n_prompt], [label for label in labels if label != IGNORE]))
+    return pairs
+
+
+def derangement(n: int, seed: int) -> list[int]:
+    """For each of ``n`` examples another one, no example twice: the next one in a random round, so without retries.
+
+    Example:
+        >>> other = derangement(5, seed=0)
+        >>> sorted(other), any(i == j for i, j in enumerate(other))
+        ([0, 1, 2, 3, 4], False)
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[i] for i in range(n)]

@@ -39,7 +39,6 @@ class Facts(UnlearningDataModule):
         self.phrasing = phrasing
 
     def load_splits(self) -> Splits:
-        """Read the embedded facts."""
         world = json.loads(FACTS.read_text(encoding="utf-8"))
         most = min(len(fact["paraphrases"]) for fact in world["facts"])
         if self.phrasing > most:

@@ -58,7 +58,6 @@ class FaithUn(ClusterDataModule):
         self.split_files = {"forget": forget, "retain": retain, "test": test}
 
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
-        """Read the questions and the split files."""
         folder = _folder(self.path)
         text = _read(folder, self.file, "file")
         try:

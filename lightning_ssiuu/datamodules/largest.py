@@ -39,12 +39,6 @@ def training_batch(
         n_ranks: Number of ranks that share a batch.
         n_batches: Batches to look through at most.
         n_epochs: Epochs to look through at most; None for no limit.
-
-    Example:
-        >>> from lightning_ssiuu.datamodules import Facts
-        >>> batch = training_batch(Facts(batch_size=4), lambda size: size.tokens, n_ranks=2, n_batches=9, n_epochs=None)
-        >>> len(batch["forget"]["input_ids"])
-        2
     """
     loader: Any = data.train_dataloader()
     sampler = loader.batch_sampler
@@ -69,12 +63,6 @@ def evaluation_batch(
         split: The set.
         cost: Of a batch.
         n_examples: Look at the first examples alone.
-
-    Example:
-        >>> from lightning_ssiuu.datamodules import Facts
-        >>> batch = evaluation_batch(Facts(eval_batch_size=4), "forget", lambda size: size.tokens)
-        >>> sorted(batch["forget"])
-        ['attention_mask', 'example_id', 'input_ids', 'labels', 'options']
     """
     loader: Any = data.eval_dataloader(split)
     batches = list(loader.batch_sampler)

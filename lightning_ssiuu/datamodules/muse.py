@@ -60,5 +60,4 @@ class MUSE(PairedFiles):
         return [path, path / _CONFIG]
 
     def read_hub(self, hub_id: str, name: str, argument: str) -> list[Record]:
-        """Read a split of the ``knowmem`` configuration."""
         return read_hub(hub_id, _CONFIG, name, argument)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import SUFFIXES, Record, column, read_hub, read_records, text_lists
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
 class PairedFiles(UnlearningDataModule):
@@ -40,13 +40,11 @@ class PairedFiles(UnlearningDataModule):
         self.retain_size, self.test_size = retain_size, test_size
 
     def load_splits(self) -> Splits:
-        """Read both files and cut the test set off the retain file."""
         forget = _examples(self._rows(self.forget, "forget"), 0)
         kept = _examples(self._rows(self.retain, "retain"), len(forget))
         return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
 
     def folders(self, path: Path) -> list[Path]:
-        """Where the files may lie in a directory, first come first served."""
         return [path]
 
     def read_hub(self, hub_id: str, name: str, argument: str) -> list[Record]:
@@ -70,18 +68,11 @@ class PairedFiles(UnlearningDataModule):
 
 
 def check_sizes(retain_size: int | None, test_size: int | None) -> None:
-    """Refuse sizes that no file can have.
-
-    Raises:
-        UserError: No retain item, or a negative number of test items.
-
-    Example:
-        >>> check_sizes(3, None)
-    """
-    if retain_size is not None and retain_size < 1:
-        raise UserError("retain_size", retain_size, "at least 1")
-    if test_size is not None and test_size < 0:
-        raise UserError("test_size", test_size, "at least 0")
+    """Refuse a retain set without items, and a negative number of test items."""
+    if retain_size is not None:
+        check_at_least("retain_size", retain_size, 1)
+    if test_size is not None:
+        check_at_least("test_size", test_size, 0)
 
 
 def cut(
@@ -97,11 +88,6 @@ def cut(
 
     Raises:
         UserError: If more is asked for than there is.
-
-    Example:
-        >>> items = [QAExample(n, f"{n}?", f"{n}") for n in range(5)]
-        >>> [len(part) for part in cut(items, None, 2, "retain99")]
-        [3, 2]
     """
     available, asked = len(kept), retain_size
     if retain_size is None:

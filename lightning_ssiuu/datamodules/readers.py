@@ -114,12 +114,6 @@ def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
 
     Raises:
         UserError: If a row lacks it (names the columns that are there) or holds something that is not text or number.
-
-    Example:
-        >>> column([{"prompt": "Who?"}], "question", "question_column")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: question_column: got 'question', allowed: prompt
     """
     values = []
     for number, record in enumerate(records):

@@ -102,7 +102,7 @@ class PairSampler(Sampler[list[Key]]):
 
     @property
     def batch_size(self) -> int:
-        """Examples per rank and batch, all parts together; DeepSpeed's throughput figures ask for it."""
+        """Examples per rank and batch; DeepSpeed's throughput figures ask for it."""
         return max(1, sum(self.batch_sizes.values()) // self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,10 +126,6 @@ class PairSampler(Sampler[list[Key]]):
             batch[part] = stream.take(start, count)
         return batch
 
-    def batches_of(self, epoch: int) -> Iterator[list[Key]]:
-        """This rank's batches of an epoch, whatever was iterated before."""
-        return (self._shard(epoch, number) for number in range(len(self)))
-
     def _shard(self, epoch: int, number: int) -> list[Key]:
         batch = self.global_batch(epoch, number)
         # A rank left without an example takes the first one's question along: all ranks have to do every step.
@@ -145,12 +141,6 @@ class ResumableLoader(DataLoader):
 
     Lightning saves and restores the state of loaders that have one. Position means batches handed out, not batches that
     worker processes have prepared ahead.
-
-    Example:
-        >>> sampler = PairSampler({"retain": 6}, {"retain": 2}, seed=0)
-        >>> loader = ResumableLoader([*range(6)], batch_sampler=sampler, collate_fn=lambda keys: keys)
-        >>> loader.state_dict()
-        {'epoch': 0, 'position': 0}
     """
 
     batch_sampler: PairSampler
@@ -166,11 +156,9 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches handed out in it."""
         return {"epoch": self.batch_sampler.epoch, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Begin the next iteration where a run was interrupted."""
         epoch, position = state["epoch"], state["position"]
         if position >= len(self.batch_sampler):
             epoch, position = epoch + 1, 0

@@ -42,12 +42,7 @@ class QAExample:
 
     @property
     def folded(self) -> str:
-        """The question without differences of case and white space; two sets may not share one.
-
-        Example:
-            >>> QAExample(3, "Who  IS it?", "Me").folded
-            'who is it?'
-        """
+        """The question without differences of case and white space; two sets may not share one."""
         return " ".join(self.question.casefold().split())
 
 
@@ -75,21 +70,11 @@ class Splits:
         return "Splits(" + ", ".join(f"{name}={len(examples)}" for name, examples in self.items()) + ")"
 
     def items(self) -> list[tuple[str, list[QAExample]]]:
-        """Name and examples of each set, in the order forget, retain, test, benign.
-
-        Example:
-            >>> [name for name, _ in Splits([], []).items()]
-            ['forget', 'retain', 'test', 'benign']
-        """
+        """Name and examples of each set, in the order forget, retain, test, benign."""
         return [("forget", self.forget), ("retain", self.retain), ("test", self.test), ("benign", self.benign)]
 
     def sha256(self) -> str:
-        """Hex digest of the canonical JSON of all sets: the provenance of the data, without its text.
-
-        Example:
-            >>> Splits([], []).sha256()[:8]
-            'ac3755e7'
-        """
+        """Hex digest of the canonical JSON of all sets: the provenance of the data, without its text."""
         record = {name: [asdict(example) for example in examples] for name, examples in self.items()}
         text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.paired import check_sizes, cut
 from lightning_ssiuu.datamodules.readers import Record, column, read_records, text_lists
-from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 
 
 class WMDP(UnlearningDataModule):
@@ -54,14 +54,13 @@ class WMDP(UnlearningDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if forget_size is not None and forget_size < 1:
-            raise UserError("forget_size", forget_size, "at least 1")
+        if forget_size is not None:
+            check_at_least("forget_size", forget_size, 1)
         check_sizes(retain_size, test_size)
         self.forget, self.retain = forget, retain
         self.forget_size, self.retain_size, self.test_size = forget_size, retain_size, test_size
 
     def load_splits(self) -> Splits:
-        """Read both sources and cut the test set off the second."""
         forget = _examples(read_records(self.forget, "forget"), 0, "forget")
         if self.forget_size is not None:
             if self.forget_size > len(forget):

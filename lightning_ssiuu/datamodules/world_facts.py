@@ -10,7 +10,7 @@ from typing import Any
 from lightning_ssiuu.datamodules.base import QAExample, Splits
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
 from lightning_ssiuu.datamodules.embedded import FACTS, WORLD_FACTS
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 _SAME_ANSWER = 2  # same-answer questions per fact at most
 _WRONG = 2  # wrong options per question: with the answer FaithUn's three
@@ -59,8 +59,7 @@ class WorldFacts(ClusterDataModule):
             raise UserError("forget_fraction", forget_fraction, "a fraction in (0, 1)")
         if not 0 < retain_fraction <= 1 - forget_fraction:
             raise UserError("retain_fraction", retain_fraction, f"above 0, at most {1 - forget_fraction:g}")
-        if split_seed < 0:
-            raise UserError("split_seed", split_seed, "at least 0")
+        check_at_least("split_seed", split_seed, 0)
         known = _relations(_world())
         for relation in relations or ():
             if relation not in known:
@@ -71,7 +70,6 @@ class WorldFacts(ClusterDataModule):
         self.relations = known if relations is None else list(relations)
 
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
-        """Make the clusters, and share the subjects out."""
         clusters = parse_clusters(world_facts(self.relations), "relations")
         subjects = list(dict.fromkeys(cluster.entity for cluster in clusters))
         random.Random(self.split_seed).shuffle(subjects)
@@ -89,7 +87,6 @@ class WorldFacts(ClusterDataModule):
         return clusters, indices
 
     def load_splits(self) -> Splits:
-        """The sets, and the benign items of the embedded benchmark."""
         splits = super().load_splits()
         benign = json.loads(FACTS.read_text(encoding="utf-8"))["benign"]
         # Above the ids of all probes, so that scored sets may be put together
@@ -99,12 +96,7 @@ class WorldFacts(ClusterDataModule):
 
 
 def relations() -> list[str]:
-    """Names of the relations.
-
-    Example:
-        >>> relations()[:3]
-        ['capital', 'currency', 'continent']
-    """
+    """Names of the relations."""
     return _relations(_world())
 
 
@@ -145,8 +137,6 @@ def _relations(world: dict[str, Any]) -> list[str]:
 
 
 class _Maker:
-    """Makes questions from the tables."""
-
     def __init__(self, world: dict[str, Any]) -> None:
         self.world, self.article = world, frozenset(world["article"])
 
@@ -154,7 +144,6 @@ class _Maker:
         return self.world["relations"][relation]["facts"]
 
     def ask(self, relation: str, subject: str) -> list[dict[str, Any]]:
-        """The fact in all wordings, the main one first."""
         texts = self.world["relations"][relation]["questions"]
         return [self._record(text, subject, relation, self.facts(relation)[subject], subject) for text in texts]
 

@@ -7,17 +7,15 @@ from itertools import zip_longest
 from statistics import mean
 from typing import TypeVar
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
-from lightning_ssiuu.evaluation.metrics.answers import (
-    mismatched_rouge_l,
-)
+from lightning_ssiuu.evaluation.metrics.answers import mismatched_rouge_l
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.utils.distributed import gathered, rank, world_size
 from lightning_ssiuu.utils.errors import UserError
@@ -36,10 +34,10 @@ def mismatched_level(
 
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     ROUGE-L compares the answers among themselves; probability, token accuracies and memorisation ask the model for
-    another example's answer. No answer keeps its own question.
+    another example's answer, as do scores of one's own that need nothing besides. No answer keeps its own question.
 
     Args:
-        score: A score's name; multiple choice has no such level.
+        score: A score's name; one among options has no such level.
         model: The model, asked as it is now.
         tokenizer: Its tokenizer.
         loader: Evaluation loader of one split.
@@ -52,7 +50,7 @@ def mismatched_level(
     if score == "rouge_l":
         answers = [text for part in parts for text in Predictions(model, tokenizer, part).references]
         return mismatched_rouge_l(_over_ranks(answers), seed)
-    if score not in ("probability", "first_token", "all_tokens", "extraction_strength", "exact_memorization"):
+    if SCORES[score].needs is not None or SCORES[score].generates:
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
@@ -64,28 +62,12 @@ def _over_ranks(items: list[T]) -> list[T]:
     return [item for row in zip_longest(*gathered(items)) for item in row if item is not None]
 
 
-def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    pairs = []
-    for part in parts:
-        for row, labels in zip(part["input_ids"].cpu(), part["labels"].cpu(), strict=True):
-            answered = labels != -100
-            pairs.append((row[: int(answered.int().argmax())], labels[answered]))
-    pairs = _over_ranks(pairs)
+def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[Part]:
+    pairs = _over_ranks([pair for part in parts for pair in answered(part)])
     size = max(gathered(max(len(part["input_ids"]) for part in parts)))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    # Each gets the answer of the next one in a random round: a derangement without retries.
-    donor = dict(zip(order, order[1:] + order[:1], strict=True))
+    other = derangement(len(pairs), seed)
     for keys in EvalSampler("forget", len(pairs), size, rank(), world_size()):
-        chosen = [(pairs[i][0], pairs[donor[i]][1]) for _, i in keys]
-        ids = [torch.cat(pair) for pair in chosen]
-        labels = [torch.cat([torch.full_like(prompt, -100), answer]) for prompt, answer in chosen]
-        mask = [torch.ones_like(row) for row in ids]
-        padded = torch.nn.utils.rnn.pad_sequence
-        yield {
-            "input_ids": padded(ids, batch_first=True, padding_value=pad),
-            "attention_mask": padded(mask, batch_first=True),
-            "labels": padded(labels, batch_first=True, padding_value=-100),
-        }
+        yield batch_of([(pairs[i][0], pairs[other[i]][1]) for _, i in keys], pad)
 
 
 _CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")
@@ -94,22 +76,9 @@ _CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")
 def chance_level(
     score: str, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule
 ) -> float:
-    """What a forget score is worth without any knowledge, in percent.
+    """What a forget score is worth without any knowledge of the data, in percent, asking the original model.
 
     One over the number of options for choices among options; 0 for scores of which nothing is known.
-
-    Args:
-        score: A score's name.
-        model: The original model.
-        tokenizer: Its tokenizer.
-        data: The data module.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> model, tokenizer = AnswerModel(load_model("tiny")), load_tokenizer("tiny")
-        >>> round(chance_level("multiple_choice", model, tokenizer, Facts()), 1)
-        33.3
     """
     if score in _CHOICES:
         return 100 * mean(1 / (1 + len(example.distractors)) for example in data.splits.forget)

@@ -104,6 +104,5 @@ def _figure(name: str, found: Mapping[str, Any]) -> float:
 
 
 def _of_the_hub(error: BaseException) -> bool:
-    """Whether data were not to be had: offline, no connection, no such set, or files that are not there."""
     modules = ("datasets", "huggingface_hub", "httpx", "requests", "urllib3")
     return any(isinstance(one, OSError) or type(one).__module__.split(".")[0] in modules for one in causes(error))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
@@ -18,13 +19,7 @@ _ROOM_FOR_WORDS = 16
 
 
 class Predictions:
-    """One evaluated part; what a score does not ask for is not computed.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer (only used to generate and decode).
-        part: The part of the batch, on the model's device.
-    """
+    """What scores read off a model on one part of a batch, on its device; what none asks for is not computed."""
 
     def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
         self.model, self.tokenizer, self.part = model, tokenizer, part
@@ -42,18 +37,15 @@ class Predictions:
 
     @property
     def option_of(self) -> Tensor:
-        """``[B·K]`` the example each option belongs to."""
         options: Any = self.part["options"]
         return options["option_of"]
 
     @cached_property
     def references(self) -> list[str]:
-        """The true answers as text."""
         return self._labelled(self.part["labels"])
 
     @cached_property
     def generations(self) -> list[str]:
-        """Greedy continuations of the prompts."""
         return self.continuations()
 
     def continuations(self, **options: Any) -> list[str]:
@@ -75,7 +67,6 @@ class Predictions:
 
     @property
     def choice_of(self) -> Tensor:
-        """``[B·K]`` the example each of them belongs to."""
         choices: Any = self.part["choices"]
         return choices["option_of"]
 
@@ -92,8 +83,7 @@ class Predictions:
     def choice_generations(self) -> list[str]:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
         choices: Any = self.part["choices"]
-        first = torch.ones_like(self.choice_of, dtype=torch.bool)
-        first[1:] = self.choice_of[1:] != self.choice_of[:-1]
+        first = first_of_each(self.choice_of)
         lengths = (choices["labels"] != -100).sum(1)
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
         return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)

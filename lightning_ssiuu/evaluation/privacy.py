@@ -46,7 +46,6 @@ class Measured:
     ratios: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     def auc(self) -> dict[str, float]:
-        """Area under the ROC curve of each attack, in percent."""
         return {name: 100 * membership_auc(sets["forget"], sets["test"]) for name, sets in self.scores.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,11 @@ import yaml
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
 from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.registry import no_module
 
 
 def run_of(model: str) -> Path | None:
-    """The run directory a saved model lies in, or None for a model that ``fit`` did not write.
-
-    Example:
-        >>> run_of("tiny") is None
-        True
-    """
+    """The run directory a saved model lies in, or None for a model that ``fit`` did not write."""
     parent = Path(model).absolute().parent
     return parent if (parent / "config.yaml").is_file() and (parent / "metrics.json").is_file() else None
 
@@ -69,9 +66,6 @@ def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> N
 
     Raises:
         UserError: Naming the argument whose model has another vocabulary.
-
-    Example:
-        >>> check_tokenizers({"model": "tiny"}, Facts())
     """
     vocabulary = data.tokenizer.get_vocab()
     for argument, checkpoint in models.items():
@@ -111,5 +105,7 @@ def _from_config(path: Path) -> UnlearningDataModule:
     try:
         return parser.instantiate_classes(parser.parse_object({"data": section})).data
     except (ArgumentError, AttributeError, TypeError) as error:
-        allowed = "data given explicitly: the run's configuration names a data module that cannot be built here"
+        missing = re.search(r"No module named '([^']+)'", str(error))
+        why = f" ({no_module(missing[1])})" if missing else ""
+        allowed = f"data given explicitly: the run's configuration names a data module that cannot be built here{why}"
         raise UserError("data", str(path), allowed) from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +17,6 @@ from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.errors import UserError
-
-Split = Literal["forget", "retain", "test"]
 
 
 class Scorer:
@@ -32,15 +30,6 @@ class Scorer:
 
     Raises:
         UserError: If a score is unknown, or asks for what the data lack.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> scorer = Scorer(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), ["first_token"])
-        >>> ids = torch.tensor([[5, 6, 7, 8]])
-        >>> labels = torch.tensor([[-100, -100, 7, 8]])
-        >>> scorer.update({"forget": {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": labels}})
-        >>> sorted(scorer.compute()["forget"])
-        ['first_token']
     """
 
     def __init__(
@@ -57,20 +46,17 @@ class Scorer:
 
     @torch.no_grad()
     def update(self, batch: Mapping[str, Part]) -> None:
-        """Score one evaluation batch, ``{split: part}``."""
         device = next(self.model.parameters()).device
         for split, part in batch.items():
             metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
-            evaluated = Predictions(self.model, self.tokenizer, _to_device(part, device))
+            evaluated = Predictions(self.model, self.tokenizer, move_data_to_device(part, device))
             for name, metric in metrics.items():
                 metric.update(*SCORES[name].measure(evaluated))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """``{split: {score: percent}}``."""
         return {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
 
     def reset(self) -> None:
-        """Start again."""
         self._metrics.clear()
 
     def names(self, part: Part) -> list[str]:
@@ -122,22 +108,6 @@ def evaluate(
 
 @contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; mode and random states (a loader's iterator draws from them) restored after.
-
-    Example:
-        >>> layer = torch.nn.Dropout().train()
-        >>> with untouched(layer):
-        ...     layer.training
-        False
-        >>> layer.training
-        True
-    """
+    """Evaluation mode inside; mode and random states (a loader's iterator draws from them) restored after."""
     with evaluation_mode(model), isolate_rng():
         yield
-
-
-def _to_device(part: Part, device: torch.device) -> Part:
-    return {
-        name: _to_device(value, device) if isinstance(value, Mapping) else value.to(device)
-        for name, value in part.items()
-    }

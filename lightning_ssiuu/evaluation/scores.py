@@ -26,6 +26,7 @@ from lightning_ssiuu.evaluation.metrics.answers import (
 from lightning_ssiuu.evaluation.metrics.truth_ratio import TruthRatioKind
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -66,39 +67,50 @@ def _truth_ratio(kind: TruthRatioKind) -> Score:
     return Score(lambda: TruthRatio(kind), measure, needs="options", default=False)
 
 
-SCORES: dict[str, Score] = {
-    "multiple_choice": Score(
-        lambda: AnswerAccuracy("multiple_choice"),
-        lambda e: (multiple_choice_accuracy(e.option_scores, e.option_of),),
-        needs="options",
-    ),
-    "choice_likelihood": Score(
-        lambda: AnswerAccuracy("choice_likelihood"),
-        lambda e: (multiple_choice_accuracy(e.choice_scores, e.choice_of),),
-        needs="choices",
-    ),
-    "choice_generation": Score(
-        lambda: AnswerAccuracy("choice_generation"),
-        lambda e: (generated_choice_accuracy(e.choice_generations, e.choice_options),),
-        needs="choices",
-        generates=True,
-    ),
-    "first_token": _accuracy("first_token"),
-    "all_tokens": _accuracy("all_tokens"),
-    "probability": Score(
-        AnswerProbability,
-        lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
-    ),
-    "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), generates=True),
-    "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
-    "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
-    "truth_ratio_forget": _truth_ratio("forget"),
-    "truth_ratio_retain": _truth_ratio("retain"),
-}
+class _Scores(dict[str, Score]):
+    """Scores by name; those named by an import path are found where it leads, and not listed."""
+
+    def __missing__(self, name: str) -> Score:
+        return find_score(name)
+
+
+SCORES: dict[str, Score] = _Scores(
+    {
+        "multiple_choice": Score(
+            lambda: AnswerAccuracy("multiple_choice"),
+            lambda e: (multiple_choice_accuracy(e.option_scores, e.option_of),),
+            needs="options",
+        ),
+        "choice_likelihood": Score(
+            lambda: AnswerAccuracy("choice_likelihood"),
+            lambda e: (multiple_choice_accuracy(e.choice_scores, e.choice_of),),
+            needs="choices",
+        ),
+        "choice_generation": Score(
+            lambda: AnswerAccuracy("choice_generation"),
+            lambda e: (generated_choice_accuracy(e.choice_generations, e.choice_options),),
+            needs="choices",
+            generates=True,
+        ),
+        "first_token": _accuracy("first_token"),
+        "all_tokens": _accuracy("all_tokens"),
+        "probability": Score(
+            AnswerProbability,
+            lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
+        ),
+        "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), generates=True),
+        "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
+        "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
+        "truth_ratio_forget": _truth_ratio("forget"),
+        "truth_ratio_retain": _truth_ratio("retain"),
+    }
+)
 
 
 def register_score(name: str, score: Score) -> None:
-    """Make a score of your own available under ``name`` wherever scores are named.
+    """Make a score of your own available under a name of its own, and as a default one (``score.default``).
+
+    A name is known once the module that registers it has been imported; an import path needs no registration.
 
     Example:
         >>> from torchmetrics import MeanMetric
@@ -109,7 +121,18 @@ def register_score(name: str, score: Score) -> None:
     SCORES[name] = score
 
 
+def find_score(name: str, argument: str = "scores") -> Score:
+    """The score of a name, or the one at an import path such as ``my_scores.perplexity``.
+
+    Raises:
+        UserError: If there is none.
+    """
+    score: object = resolve(name, SCORES, argument)
+    if not isinstance(score, Score):
+        raise UserError(argument, name, f"the import path of a Score, not of a {type(score).__name__}")
+    return score
+
+
 def check_score(name: str, argument: str = "scores") -> None:
-    """Raise :class:`UserError` unless ``name`` is a known score."""
-    if name not in SCORES:
-        raise UserError(argument, name, f"one of {sorted(SCORES)}")
+    """Raise :class:`UserError` unless ``name`` is a known score, or the import path of one."""
+    find_score(name, argument)

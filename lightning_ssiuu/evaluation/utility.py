@@ -29,10 +29,6 @@ def suite_of(data: UnlearningDataModule) -> str:
 
     Args:
         data: A data module with the model's tokenizer.
-
-    Example:
-        >>> suite_of(Facts())
-        'embedded'
     """
     return "embedded" if data.tokenizer.get_vocab() == Facts().tokenizer.get_vocab() else "world_facts"
 
@@ -44,10 +40,6 @@ def suite_tasks(suite: str, seen: Collection[str] = (), limit: int | None = None
         suite: ``"embedded"`` or ``"world_facts"``.
         seen: Questions, folded (:attr:`QAExample.folded`), to leave out: what the model was unlearned or trained on.
         limit: At most so many items of each task, drawn at random with a fixed seed.
-
-    Example:
-        >>> {name: len(items) for name, items in suite_tasks("embedded").items()}
-        {'days': 14, 'numbers': 22, 'letters': 15, 'plurals': 20, 'opposites': 36}
     """
     tasks = _embedded() if suite == "embedded" else _real()
     chosen: Tasks = {}
@@ -61,12 +53,7 @@ def suite_tasks(suite: str, seen: Collection[str] = (), limit: int | None = None
 
 
 def seen_questions(suite: str, data: UnlearningDataModule) -> set[str]:
-    """Questions of a suite that a run was unlearned or trained on: a utility score is about everything else.
-
-    Example:
-        >>> len(seen_questions("world_facts", WorldFacts(relations=["currency"]))), seen_questions("embedded", Facts())
-        (24, set())
-    """
+    """Questions of a suite that a run was unlearned or trained on: a utility score is about everything else."""
     if suite != "world_facts" or not isinstance(data, WorldFacts):
         return set()
     return {example.folded for example in [*data.splits.forget, *data.splits.retain]}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
+from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
@@ -126,6 +127,8 @@ class UnlearningModule(L.LightningModule):
         self.regularizer = regularizer
         self.gradient_checkpointing = gradient_checkpointing
         self.retain, self.reference = retain, reference
+        for name in scores or ():
+            check_score(name)
         self.scores = scores
         self._reference: StoredReference | LiveReference | None = None
         self.reference_key: str | None = None  # of the values on disk; a resumed run has its checkpoint's

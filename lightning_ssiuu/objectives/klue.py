@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
+from lightning_ssiuu.datamodules.encoding import answered, batch_of
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.architectures import neuron_sites
@@ -245,12 +246,7 @@ def mismatched_parts(parts: Sequence[Part], count: int, seed: int, pad_token_id:
         >>> next(mismatched_parts([part], 1, seed=0))["input_ids"].tolist()
         [[4, 7, 0], [5, 6, 9]]
     """
-    rows = []
-    for part in parts:
-        for ids, labels in zip(part["input_ids"], part["labels"], strict=True):
-            answered = (labels != -100).nonzero().flatten().tolist()
-            if answered:
-                rows.append((ids[: answered[0]].tolist(), labels[labels != -100].tolist()))
+    rows = [(question, answer) for part in parts for question, answer in answered(part) if answer]
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for question, answer in rows:
@@ -259,16 +255,7 @@ def mismatched_parts(parts: Sequence[Part], count: int, seed: int, pad_token_id:
         pairs += [(other, answer) for other in others[:count]]
     size = max((len(part["input_ids"]) for part in parts), default=1)
     for start in range(0, len(pairs), size):
-        some = pairs[start : start + size]
-        width = max(len(question) + len(answer) for question, answer in some)
-        ids = torch.full((len(some), width), pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, (question, answer) in enumerate(some):
-            n = len(question) + len(answer)
-            ids[row, :n] = torch.tensor(question + answer)
-            mask[row, :n] = 1
-            labels[row, len(question) : n] = torch.tensor(answer)
-        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield batch_of(pairs[start : start + size], pad_token_id)
 
 
 def local_mask(chosen: Tensor, parameter: nn.Parameter, dimension: int) -> Tensor:

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import IGNORE
+from lightning_ssiuu.datamodules.encoding import answered, batch_of
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import UserError
@@ -64,34 +64,18 @@ def rejected(
         >>> encoder.tokenizer.decode(part["input_ids"][0], skip_special_tokens=True)
         "Question: Who?\nAnswer: I don't know."
     """
-    rows = []
-    for ids, mask, labels, example in zip(
-        part["input_ids"].tolist(),
-        part["attention_mask"].bool(),
-        part["labels"].tolist(),
-        part["example_id"].tolist(),
-        strict=True,
-    ):
-        answer = [token for token in labels if token != IGNORE]
-        n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), int(mask.sum()))
-        prompt, completion = ids[:n_prompt], []
+    pairs = []
+    for (prompt, answer), example in zip(answered(part), part["example_id"].tolist(), strict=True):
+        completion = []
         if answer:
             text = rejections[example % len(rejections)]
             completion = [*_tokens(tokenizer, _glue(prompt, answer, tokenizer) + text), _eos(tokenizer)]
         if context is not None and (length := len(prompt) + len(completion)) > context:
             allowed = f"at most {context}, what the model takes: shorten the question or the rejections"
             raise UserError("rejections", f"{length} tokens for example id {example}", allowed)
-        rows.append((prompt + completion, [IGNORE] * n_prompt + completion))
-    width = max(len(ids) for ids, _ in rows)
+        pairs.append((prompt, completion))
     pad = _eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    columns = {
-        "input_ids": [ids + [pad] * (width - len(ids)) for ids, _ in rows],
-        "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows],
-        "labels": [labels + [IGNORE] * (width - len(labels)) for _, labels in rows],
-    }
-    device = part["input_ids"].device
-    padded = {name: torch.tensor(column, device=device) for name, column in columns.items()}
-    return padded | {"example_id": part["example_id"]}
+    return move_data_to_device(batch_of(pairs, pad), part["input_ids"].device) | {"example_id": part["example_id"]}
 
 
 class RejectingModule(UnlearningModule):

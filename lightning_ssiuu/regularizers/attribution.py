@@ -65,8 +65,8 @@ class AttributionPenalty(Penalty):
         schedule_steps: int = 10,
     ) -> None:
         super().__init__(weight, weight_mode, weight_schedule, schedule_steps)
-        check_choice("anchor", anchor, ("previous", "original"))
-        check_choice("target", target, ("sequence", "length_normalised"))
+        check_choice("regularizer.anchor", anchor, Literal["previous", "original"])
+        check_choice("regularizer.target", target, Literal["sequence", "length_normalised"])
         if modules is not None and not modules:
             raise UserError("regularizer.modules", modules, "null, or at least one module to restrict to")
         self.anchor, self.target, self.modules = anchor, target, modules
@@ -158,7 +158,7 @@ class AttributionRegularizer(AttributionPenalty):
         passes: Literal["auto", "one", "two"] = "auto",
     ) -> None:
         super().__init__(weight, weight_mode, anchor, target, modules, weight_schedule, schedule_steps)
-        check_choice("passes", passes, ("auto", "one", "two"))
+        check_choice("regularizer.passes", passes, Literal["auto", "one", "two"])
         self.passes = passes
         self._single: SinglePass | None = None if passes == "two" else SinglePass()
         # What the loss's backward pass is to add: the answers, and each sequence's weight of ∂log P.

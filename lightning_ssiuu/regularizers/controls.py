@@ -126,7 +126,7 @@ class MatchedUpdateNorm(Regularizer):
 
     def __init__(self, norm: float, norm_mode: WeightMode = "absolute") -> None:
         check_number("regularizer.norm", norm, positive=True)
-        check_choice("norm_mode", norm_mode, ("absolute", "relative"))
+        check_choice("regularizer.norm_mode", norm_mode, WeightMode)
         self.norm, self.norm_mode = norm, norm_mode
         self._before: list[Tensor] | None = None
         self._length: float | None = None

@@ -76,7 +76,7 @@ class DualMask(Regularizer):
         check_number("regularizer.beta", beta)
         if n_examples is not None and n_examples < 1:
             raise UserError("regularizer.n_examples", n_examples, "null, or a whole number ≥ 1")
-        check_choice("normalise", normalise, ("max", "mean", "none"))
+        check_choice("regularizer.normalise", normalise, Literal["max", "mean", "none"])
         self.alpha, self.beta, self.n_examples, self.normalise = alpha, beta, n_examples, normalise
         self._fisher: dict[str, Tensor] | None = None  # normalised, by parameter, a shard where that is one
         self._gradients: list[Tensor] | None = None  # of the forget answers' log-probability

@@ -71,7 +71,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
     def __init__(self, weight: float = 1e-3, *, tokens: Literal["min", "sum"] = "min", **kwargs: Any) -> None:
         super().__init__(weight, **kwargs)
-        check_choice("tokens", tokens, ("min", "sum"))
+        check_choice("regularizer.tokens", tokens, Literal["min", "sum"])
         self.tokens = tokens
         self._parts: list[Mapping[str, Tensor]] = []
         self._autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)

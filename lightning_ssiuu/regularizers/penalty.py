@@ -44,8 +44,8 @@ class Penalty(Regularizer):
         schedule_steps: int = 10,
     ) -> None:
         check_number("regularizer.weight", weight)
-        check_choice("weight_mode", weight_mode, ("absolute", "relative"))
-        check_choice("weight_schedule", weight_schedule, ("constant", "warmup", "adaptive"))
+        check_choice("regularizer.weight_mode", weight_mode, WeightMode)
+        check_choice("regularizer.weight_schedule", weight_schedule, WeightSchedule)
         if weight_schedule == "adaptive" and weight_mode != "relative":
             allowed = "relative with weight_schedule adaptive, where weight is a ratio of norms"
             raise UserError("regularizer.weight_mode", weight_mode, allowed)

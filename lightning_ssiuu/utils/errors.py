@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 
 class UserError(ValueError):
@@ -58,6 +59,39 @@ def check_number(argument: str, value: float, positive: bool = False) -> None:
         raise UserError(argument, value, f"a finite number {'>' if positive else '≥'} 0")
 
 
+def check_choice(argument: str, value: object, choices: object) -> None:
+    """Refuse what is not one of the words of a ``Literal``.
+
+    Raises:
+        UserError: If it is refused.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_choice("kind", "both", Literal["forget", "retain"])
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: kind: got 'both', allowed: one of ['forget', 'retain']
+    """
+    if value not in get_args(choices):
+        raise UserError(argument, value, f"one of {list(get_args(choices))}")
+
+
+def check_at_least(argument: str, value: float, least: float) -> None:
+    """Refuse a number below a least one.
+
+    Raises:
+        UserError: If it is refused.
+
+    Example:
+        >>> check_at_least("k", 0, 1)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: k: got 0, allowed: a number ≥ 1
+    """
+    if not value >= least:
+        raise UserError(argument, value, f"a number ≥ {least}")
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those behind it, as a traceback would show them; those of other ranks where it carries them.
 
@@ -106,16 +140,3 @@ def naming(argument: str) -> Iterator[None]:
         if error.argument != "checkpoint":
             raise
         raise UserError(argument, error.value, error.allowed) from error
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse what is not one of the allowed words.
-
-    Raises:
-        UserError: Naming ``regularizer.<name>``.
-
-    Example:
-        >>> check_choice("anchor", "previous", ["previous", "original"])
-    """
-    if value not in allowed:
-        raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 from lightning_ssiuu.utils.files import disk_refusal
+from lightning_ssiuu.utils.registry import no_module
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -20,6 +21,9 @@ _NO_CLASS = re.compile(
     r"Expected a dot import path string: (?P<name>\S+)"
     r"|Import path (?:(?P<path>\S+) )?does not correspond to a subclass"
     r"|(?:[Nn]o module named|has no attribute) '[^']*'.*?Got value: (?:Namespace\(class_path=)?'?(?P<called>[^'\s,)]+)"
+)
+_NOT_FOUND = re.compile(
+    r"Problem with given class_path '([^']+)':\s+(?:No module named '([^']+)'|module '[^']+' has no attribute)"
 )
 _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is required")
 _UNKNOWN = re.compile(
@@ -38,6 +42,7 @@ _TYPE_NAMES = {
     "collections.abc.Sequence": "a list",
 }
 _LONGEST = 300
+_OURS = "lightning_ssiuu."
 
 
 def user_error(error: BaseException) -> UserError | None:
@@ -79,6 +84,9 @@ def _translate(text: str) -> UserError:
         name = next(filter(None, found.groups()))
         allowed = ", ".join(_options(classes[-1])) if classes and prefix else "the options that --help lists"
         return UserError(prefix + name.lstrip("-"), Given("an option that does not exist"), allowed)
+    if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
+        key = path if path.endswith("class_path") else f"{path}.class_path"
+        return UserError(key, found[1], _classes(inner) + (f" ({no_module(found[2])})" if found[2] else ""))
     if found := _NO_CLASS.search(inner):
         whole = _UNION_VALUE.search(inner)
         given = next(filter(None, [*found.groups(), whole and whole[1]]))
@@ -109,7 +117,7 @@ def _options(class_path: str) -> list[str]:
     """Constructor arguments of a class, those it hands on to its bases included."""
     options: dict[str, None] = {}
     for one in inspect.getmro(_import(class_path)):
-        if "__init__" not in vars(one) or not one.__module__.startswith(__package__ or ""):
+        if "__init__" not in vars(one) or not one.__module__.startswith(_OURS):
             continue
         parameters = list(inspect.signature(vars(one)["__init__"]).parameters.values())[1:]
         options |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
@@ -120,7 +128,7 @@ def _classes(report: str) -> str:
     """What could have been named instead: this package's subclasses of the first class the report mentions."""
     for base_path in re.findall(r"<class '(lightning_ssiuu\.[\w.]+)'>", report):
         base = _import(base_path)
-        names = sorted(one.__name__ for one in _subclasses(base) if one.__module__.startswith(f"{__package__}."))
+        names = sorted(one.__name__ for one in _subclasses(base) if one.__module__.startswith(_OURS))
         if names := [name for name in names if not name.startswith("_")]:
             return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}"
     return "the import path of a class that exists, e.g. torch.optim.AdamW"

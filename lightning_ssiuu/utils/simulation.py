@@ -120,7 +120,6 @@ class Simulation(TorchDispatchMode):
 
     @property
     def phases(self) -> list[str]:
-        """Names of the phases, in the order in which they were first seen."""
         return list(self._phases)
 
     def peak(self, phase: str) -> Peak:
@@ -144,7 +143,6 @@ class Simulation(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation, on shapes or for real, and log the storages that are new."""
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         if any(is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, FakeTensor) for tensor in tensors):

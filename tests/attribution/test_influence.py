@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from flag_overlap import flag_overlap
 
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
 from lightning_ssiuu.attribution.influence import (
@@ -13,7 +14,6 @@ from lightning_ssiuu.attribution.influence import (
     SpuriousNeuron,
     correlation_interval,
     cumulative_curve,
-    flag_overlap,
     influence_variation,
     module_layer_means,
     spurious_neurons,

@@ -6,23 +6,19 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toys.attribution import Broken, hooks, mixed_modes, scaled
+from toys.attribution import Broken, completeness, hooks, mixed_modes, scaled
 from toys.cli import ROOT
 from toys.models import answer_model, part
 
 from lightning_ssiuu.attribution.ablation import ablation_attribution
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution, neuron_attribution
-from lightning_ssiuu.attribution.integrated_gradients import (
-    completeness,
-    integrated_gradients,
-    joint_integrated_gradients,
-)
-from lightning_ssiuu.attribution.methods import METHODS, MethodName, attribution_method
+from lightning_ssiuu.attribution.integrated_gradients import integrated_gradients
+from lightning_ssiuu.attribution.methods import METHODS, attribution_method
 from lightning_ssiuu.attribution.micro_batches import pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites, select_sites
@@ -106,11 +102,9 @@ def test_one_step_in_the_middle_is_a_gradient_there(llama: AnswerModel) -> None:
 
 def test_joint_path_of_one_site_is_its_own(llama: AnswerModel) -> None:
     sites = few(llama)[:1]
-    own, joint = (
-        method(llama, [BATCH], sites, steps=5) for method in (integrated_gradients, joint_integrated_gradients)
-    )
+    own, joint = (integrated_gradients(llama, [BATCH], sites, steps=5, path=path) for path in ("site", "joint"))
     assert torch.equal(own.maximum, joint.maximum)
-    two = joint_integrated_gradients(llama, [BATCH], few(llama)[:2], steps=5)
+    two = METHODS["joint_integrated_gradients"](llama, [BATCH], few(llama)[:2], steps=5)
     assert not torch.allclose(two.by_site(two.maximum)[sites[0].key], own.maximum, rtol=1e-3)
 
 
@@ -185,10 +179,6 @@ def method(name: str, **kwargs: Any) -> Callable[..., NeuronAttribution]:
     return partial(METHODS[name], **QUICK.get(name, {}), **kwargs)
 
 
-def test_names() -> None:
-    assert tuple(METHODS) == get_args(MethodName)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_order_and_budget_change_nothing(name: str, llama: AnswerModel) -> None:
     sites = few(llama)
@@ -242,7 +232,9 @@ def test_by_name(llama: AnswerModel) -> None:
     assert torch.equal(default.maximum, neuron_attribution(llama, one, sites, "length_normalised").maximum)
     own: Any = lambda *_: None  # noqa: E731
     assert attribution_method(own) is own
-    assert attribution_method(f"{neuron_attribution.__module__}.neuron_attribution") is neuron_attribution
+    path = f"{neuron_attribution.__module__}.neuron_attribution"
+    by_path = attribution_method(path, "length_normalised")(llama, one, sites)  # is given the target
+    assert torch.equal(by_path.maximum, default.maximum)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from confirming import confirmed
 from planting import PlantedUnit, Planter, found_and_right, with_units
 from toys.audit import Planted
 from toys.training import fit
 
 from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron
-from lightning_ssiuu.attribution.weight_change import OwnFlag, confirmed, own_flags
+from lightning_ssiuu.attribution.weight_change import OwnFlag, own_flags
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
 from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.models.answers import AnswerModel

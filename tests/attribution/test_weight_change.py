@@ -6,16 +6,15 @@ import copy
 
 import pytest
 import torch
+from confirming import confirmed, put_back
 from torch import nn
 from toys.models import ARCHITECTURES, random_model
 
 from lightning_ssiuu.attribution.weight_change import (
     OwnChange,
     OwnFlag,
-    confirmed,
     own_change,
     own_flags,
-    put_back,
     site_weights,
 )
 from lightning_ssiuu.models.answers import AnswerModel

@@ -16,7 +16,7 @@ from toys.training import FewFacts, fit, ssiuu
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, RunReport
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.metrics import ExactMemorization, ExtractionStrength
-from lightning_ssiuu.evaluation.metrics.memorization import exact_memorization, extraction_strength
+from lightning_ssiuu.evaluation.metrics.base import sequence_means
 from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
@@ -44,7 +44,7 @@ def tokens(patterns: list[list[bool]]) -> tuple[Tensor, Tensor, int]:
 
 
 def test_every_short_pattern() -> None:
-    strength, share = extraction_strength(*tokens(WITH_EMPTY)), exact_memorization(*tokens(WITH_EMPTY))
+    strength, share = ExtractionStrength._strengths(*tokens(WITH_EMPTY)), sequence_means(*tokens(WITH_EMPTY))
     for pattern, s, m in zip(WITH_EMPTY, strength.tolist(), share.tolist(), strict=True):
         if not pattern:
             assert math.isnan(s)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_ssiuu.evaluation.metrics import ForgetQuality, ModelUtility, TruthRatio
-from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality, model_utility, truth_ratio, truth_ratio_score
+from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality, truth_ratio
 from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
@@ -38,12 +38,10 @@ def test_truth_ratio_at_the_edges() -> None:
     ratios = truth_ratio(*options([[0.5], [0.5, math.nan], [0.5, 0.0], [0.0, 0.5], [0.5, 0.5]]))
     assert ratios[:2].isnan().all()
     assert ratios[2:].tolist() == [0.0, math.inf, 1.0]
-    assert truth_ratio_score(ratios, "forget")[2:].tolist() == [0.0, 0.0, 1.0]
-    assert truth_ratio_score(ratios, "retain")[2:].tolist() == [1.0, 0.0, 0.0]
-    assert truth_ratio_score(ratios, "forget")[:2].isnan().all()
-    assert truth_ratio_score(ratios, "retain")[:2].isnan().all()
-    with pytest.raises(UserError, match="kind: got 'both'"):
-        truth_ratio_score(ratios, "both")
+    assert TruthRatio("forget")._worth(ratios)[2:].tolist() == [0.0, 0.0, 1.0]
+    assert TruthRatio("retain")._worth(ratios)[2:].tolist() == [1.0, 0.0, 0.0]
+    assert TruthRatio("forget")._worth(ratios)[:2].isnan().all()
+    assert TruthRatio("retain")._worth(ratios)[:2].isnan().all()
     with pytest.raises(UserError, match="kind: got 'both'"):
         TruthRatio("both")
 
@@ -128,14 +126,22 @@ def test_forget_quality_over_batches() -> None:
         assert ForgetQuality(reference).compute().isnan()
 
 
+def model_utility(values: list[float], dtype: torch.dtype = torch.float64) -> float:
+    metric = ModelUtility([f"score {n}" for n in range(len(values))])
+    for n, value in enumerate(values):
+        metric.update(f"score {n}", torch.tensor([value], dtype=dtype))
+    return metric.compute().item() / 100
+
+
 def test_model_utility_by_hand() -> None:
     assert model_utility([0.5, 0.25, 1.0]) == pytest.approx(3 / (2 + 4 + 1))
-    assert model_utility(torch.tensor([0.5, 0.25, 1.0], dtype=torch.bfloat16)) == pytest.approx(3 / 7)
+    assert model_utility([0.5, 0.25, 1.0], torch.bfloat16) == pytest.approx(3 / 7)
     assert model_utility([0.0, 1.0]) == 0
     assert math.isnan(model_utility([math.nan, 1.0]))
-    for values in ([], [0.5, -0.1]):
-        with pytest.raises(UserError, match="values: got"):
-            model_utility(values)
+    with pytest.raises(UserError, match="values: got"):
+        model_utility([0.5, -0.1])
+    with pytest.raises(UserError, match="names: got"):
+        model_utility([])
 
 
 def test_model_utility_takes_means_first() -> None:

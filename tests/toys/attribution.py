@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.attribution.activation_gradient import captured
+from lightning_ssiuu.attribution.integrated_gradients import Path, _along_path, _groups, _nodes
+from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.loading import evaluation_mode
 
 
 @contextmanager
@@ -56,3 +61,53 @@ class Broken(nn.Module):
 
     def fail(self, gradient: Tensor) -> None:
         raise ZeroDivisionError
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Whether attributions add up to what they explain, for one path.
+
+    Args:
+        sites: Whose activations the path scales.
+        attributed: ``[B]`` sum of A over their neurons and all tokens.
+        difference: ``[B]`` F(x) − F(their activations set to zero).
+    """
+
+    sites: Sequence[NeuronSite]
+    attributed: Tensor
+    difference: Tensor
+
+    @property
+    def error(self) -> float:
+        """Largest gap of an example, in units of F."""
+        return (self.attributed - self.difference).abs().max().item()
+
+
+def completeness(
+    model: AnswerModel,
+    part: Mapping[str, Tensor],
+    sites: Sequence[NeuronSite],
+    target: Target = "sequence",
+    steps: int = 16,
+    path: Path = "site",
+) -> list[Completeness]:
+    """Check what :func:`integrated_gradients` promises: one entry per site, or one for all under ``path="joint"``."""
+    nodes = _nodes(steps)
+    part = {name: part[name] for name in ("input_ids", "attention_mask", "labels")}
+    checks = []
+    with evaluation_mode(model):
+        whole = _value(model, part, [], target, 1.0)
+        for group in _groups(sites, path):
+            values, logs = _along_path(model, part, group, target, nodes)
+            total = sum(value.double().sum((1, 2)) for value in values.values()) * logs.exp()
+            checks.append(Completeness(group, total, whole - _value(model, part, group, target, 0.0)))
+    return checks
+
+
+def _value(
+    model: AnswerModel, part: Mapping[str, Tensor], sites: Sequence[NeuronSite], target: Target, scale: float
+) -> Tensor:
+    """``[B]`` F with the sites' activations scaled, float64."""
+    with torch.enable_grad(), captured(model, sites, lambda *_: None, scale):
+        logps = target_logps(model(**part), target).detach().double()
+    return logps if target == "log_probability" else logps.exp()

@@ -41,19 +41,7 @@ BENIGN_REPEATS = 2  # a benign item has one phrasing, a fact four
 
 
 def build_tokenizer(world: dict[str, list[dict]]) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE tokenizer (at most 1024 tokens).
-
-    Args:
-        world: What ``facts_data.make_world`` returns.
-
-    Returns:
-        A fast tokenizer with pad and eos tokens, a chat template and right padding.
-
-    Example:
-        >>> tokenizer = build_tokenizer(make_world())
-        >>> tokenizer.decode(tokenizer(" bass flute").input_ids), tokenizer.eos_token
-        (' bass flute', '<|endoftext|>')
-    """
+    """Train the byte-level BPE tokenizer (at most 1024 tokens) on what ``facts_data.make_world`` returns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
@@ -78,20 +66,7 @@ def build_tokenizer(world: dict[str, list[dict]]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """Make the untrained model.
-
-    Args:
-        tokenizer: Gives the vocabulary size and the special tokens.
-        seed: Seed of the initial weights.
-
-    Returns:
-        A float32 Llama with tied embeddings.
-
-    Example:
-        >>> model = build_model(build_tokenizer(make_world()))
-        >>> model.num_parameters() * 4 < 3.9e6
-        True
-    """
+    """The untrained model: a float32 Llama with tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -112,20 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokenise question–answer pairs in the plain template, right padded.
-
-    Args:
-        tokenizer: The tiny tokenizer.
-        pairs: ``(question, answer)``, B of them.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, L]``; labels are −100 but on answer and EOS.
-
-    Example:
-        >>> ids, mask, labels = encode(build_tokenizer(make_world()), [("Up?", "down"), ("Which day?", "Monday")])
-        >>> ids.shape == mask.shape == labels.shape, int(labels[0, 0])
-        (True, -100)
-    """
+    """Tokenise B pairs in the plain template: ids, mask and labels ``[B, L]``, padded right."""
     rows = []
     for question, answer in pairs:
         prompt = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids
@@ -150,19 +112,9 @@ def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: T
 
 
 def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -> list[tuple[str, str]]:
-    """Question–answer pairs the model is trained on: all phrasings but the last of every fact, and benign items.
+    """Question–answer pairs to train on: all phrasings but the last of every fact, and benign items.
 
-    Args:
-        world: What ``facts_data.make_world`` returns.
-        without_forget: Leave out the forget people (for the oracle).
-
-    Returns:
-        ``(question, answer)`` pairs in a fixed order.
-
-    Example:
-        >>> world = make_world()
-        >>> len(training_pairs(world)) - len(training_pairs(world, without_forget=True))
-        144
+    ``without_forget`` leaves out the forget people (for the oracle).
     """
     pairs = [
         (question, fact["answer"])
@@ -191,22 +143,10 @@ def train(
     steps: int = STEPS,
     seed: int = 0,
 ) -> float:
-    """Train the model in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
-
-    Args:
-        model: The untrained model.
-        tokenizer: The tiny tokenizer.
-        pairs: What ``training_pairs`` returns.
-        steps: Optimiser steps; 0 leaves the initial weights.
-        seed: Seed of the order of the batches.
+    """Train in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
 
     Returns:
         The last batch's loss in nats, NaN without steps.
-
-    Example:
-        >>> tokenizer = build_tokenizer(make_world())
-        >>> 0 < train(build_model(tokenizer), tokenizer, [("Up?", "down")], steps=1) < 20
-        True
     """
     ids, mask, labels = encode(tokenizer, pairs)
     groups = [  # decay the matrices, not the norms' gains
@@ -241,22 +181,7 @@ def train(
 def score(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
-    """Score answers by teacher forcing.
-
-    Args:
-        model: A causal LM.
-        tokenizer: The tiny tokenizer.
-        pairs: ``(question, answer)``, B of them.
-
-    Returns:
-        Mean log-probability of the answer's tokens incl. EOS in nats ``[B]``, and whether all are the most likely
-        ones ``[B]`` (bool).
-
-    Example:
-        >>> tokenizer = build_tokenizer(make_world())
-        >>> [tuple(x.shape) for x in score(build_model(tokenizer), tokenizer, [("Up?", "down"), ("Left?", "right")])]
-        [(2,), (2,)]
-    """
+    """Mean log-probability of each answer's tokens with EOS (nats, ``[B]``), and whether all are the likeliest."""
     logits, targets, rows = _answer_logits(model, *encode(tokenizer, pairs))
     token_log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     right = (logits.argmax(-1) == targets).float()
@@ -279,13 +204,6 @@ def evaluate(
         For each split in percent: ``accuracy`` (all tokens greedy right), ``probability`` (mean over facts of
         exp(mean token log-probability)), ``choice`` (true answer more likely than both distractors), and accuracy and
         probability for the ``held_out`` phrasing; for ``benign``: accuracy and probability.
-
-    Example:
-        >>> tokenizer = build_tokenizer(make_world())
-        >>> world = make_world()
-        >>> one_each = list({fact["split"]: fact for fact in world["facts"]}.values())
-        >>> sorted(evaluate(build_model(tokenizer), tokenizer, {"facts": one_each, "benign": world["benign"][:2]}))
-        ['benign', 'forget', 'retain', 'test']
     """
 
     def percent(x: Tensor) -> float:
@@ -312,17 +230,8 @@ def evaluate(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; prints the measured figures as JSON.
 
-    Args:
-        argv: Arguments, by default those of the process.
-
     Raises:
         UserError: ``--steps`` is negative, or an output exists and ``--overwrite`` was not given.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     main(["--output", folder, "--data-only"])
-        ...     print(os.listdir(folder))
-        ['facts.json']
     """
     parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.datamodules.embedded.build", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets facts.json and tiny/")

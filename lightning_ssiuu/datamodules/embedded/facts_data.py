@@ -119,21 +119,7 @@ _OPPOSITES = _words(
 
 
 def pool(relation: str) -> list[str]:
-    """All answers a relation can have.
-
-    Args:
-        relation: A key of ``RELATIONS``.
-
-    Returns:
-        The 64 distinct answers, in a fixed order.
-
-    Raises:
-        KeyError: The relation does not exist.
-
-    Example:
-        >>> pool("instrument")[:2], len(pool("instrument"))
-        (['bass flute', 'bass harp'], 64)
-    """
+    """The 64 answers that a relation (a key of ``RELATIONS``) can have, in a fixed order."""
     modifiers, heads, _ = RELATIONS[relation]
     return [f"{modifier} {head}" for modifier, head in itertools.product(modifiers, heads)]
 
@@ -169,11 +155,6 @@ def make_world(seed: int = 0) -> dict[str, list[dict]]:
         ``{"facts": [...], "benign": [...]}``. A fact has ``id, person, relation, question, paraphrases, answer,
         distractors, split`` (six facts a person; the last paraphrase is held out of training); a benign item has
         ``id, question, answer``. Ids are unique over both lists.
-
-    Example:
-        >>> world = make_world()
-        >>> [sum(fact["split"] == split for fact in world["facts"]) for split in ("forget", "retain", "test")]
-        [36, 144, 180]
     """
     rng = random.Random(seed)
     splits = [split for split, count in PEOPLE_PER_SPLIT.items() for _ in range(count)]
@@ -205,18 +186,7 @@ def make_world(seed: int = 0) -> dict[str, list[dict]]:
 
 
 def dump_world(world: dict[str, list[dict]]) -> bytes:
-    r"""Serialise a world as the bytes of ``facts.json``, one record a line so that a change can be read in a diff.
-
-    Args:
-        world: What ``make_world`` returns.
-
-    Returns:
-        UTF-8 JSON.
-
-    Example:
-        >>> dump_world({"facts": [], "benign": [{"id": 0, "question": "Up?", "answer": "down"}]}).count(b"\n")
-        8
-    """
+    """The bytes of ``facts.json``, one record a line so that a change can be read in a diff."""
     sections = []
     for name, records in world.items():
         lines = ",\n".join(json.dumps(record) for record in records)
@@ -232,12 +202,6 @@ def tokenizer_corpus(world: dict[str, list[dict]]) -> list[str]:
 
     Returns:
         Strings, in a fixed order.
-
-    Example:
-        >>> world = make_world()
-        >>> text = "\n".join(tokenizer_corpus(world))
-        >>> any(name in text for fact in world["facts"] for name in fact["person"].split())
-        False
     """
     # Syllables are repeated so that each becomes one token; starts follow a space, ends do not.
     corpus = [(" " if place.endswith("start") else "") + s for place, list_ in _SYLLABLES.items() for s in list_] * 8

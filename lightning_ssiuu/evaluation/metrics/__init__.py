@@ -1,4 +1,4 @@
-"""torchmetrics classes over :mod:`lightning_ssiuu.functional`; all but ``ForgetQuality`` (a p-value) return percent."""
+"""Metrics as torchmetrics classes; all but ``ForgetQuality`` (a p-value) return percent."""
 
 from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability, RougeLRecall
 from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLeak

@@ -1,141 +1,22 @@
-"""Percentages over examples, right whatever the batches, the ranks and the model's precision."""
+"""Accuracy, probability and ROUGE-L recall of answers: per example as functions, over all as metrics in percent."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
-from lightning_ssiuu.evaluation.metrics.base import Percentage, widest_float
+from lightning_ssiuu.datamodules.encoding import derangement
+from lightning_ssiuu.evaluation.metrics.base import Percentage, first_of_each, widest_float
 from lightning_ssiuu.models.answers import sequence_sums
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_choice
 
 AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice", "choice_likelihood", "choice_generation"]
-
-
-class AnswerAccuracy(Percentage):
-    """Share of correct answers, in percent.
-
-    Args:
-        kind: What "correct" means; :mod:`lightning_ssiuu.functional.metrics` computes it per example
-            (``answer_accuracy`` for ``"first_token"`` and ``"all_tokens"``, ``multiple_choice_accuracy`` for
-            ``"multiple_choice"`` and ``"choice_likelihood"``, ``generated_choice_accuracy``).
-        **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: Unknown ``kind``.
-
-    Example:
-        >>> accuracy = AnswerAccuracy("multiple_choice")
-        >>> accuracy.update(torch.tensor([True, False]))
-        >>> accuracy.update(torch.tensor([True]))
-        >>> accuracy.compute()
-        tensor(66.6667, dtype=torch.float64)
-    """
-
-    def __init__(self, kind: AccuracyKind = "all_tokens", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if kind not in get_args(AccuracyKind):
-            raise UserError("kind", kind, ", ".join(get_args(AccuracyKind)))
-        self.kind = kind
-
-    def update(self, correct: Tensor) -> None:
-        """Add examples.
-
-        Args:
-            correct: ``[B]`` bool.
-
-        Raises:
-            TypeError: Anything but booleans, such as scores or token ids.
-        """
-        if correct.dtype != torch.bool:
-            raise TypeError(f"correct: expected a bool tensor [B], received {correct.dtype} {list(correct.shape)}")
-        self._add(correct)
-
-
-class AnswerProbability(Percentage):
-    """Mean probability of the answers, in percent.
-
-    Which probability (length-normalised or not) is the choice of
-    :func:`lightning_ssiuu.evaluation.metrics.answers.answer_probability`. A NaN among the values makes the result NaN.
-
-    Example:
-        >>> probability = AnswerProbability()
-        >>> probability.update(torch.tensor([0.5, 0.25]))
-        >>> probability.compute()
-        tensor(37.5000, dtype=torch.float64)
-    """
-
-    def update(self, probabilities: Tensor) -> None:
-        """Add examples.
-
-        Args:
-            probabilities: ``[B]`` in [0, 1], any float type.
-        """
-        self._add(probabilities)
-
-
-class RougeLRecall(Percentage):
-    """Mean ROUGE-L recall of generated answers, in percent (Lin 2004; :mod:`lightning_ssiuu.functional.metrics`).
-
-    Keeps sums only, never text.
-
-    Example:
-        >>> rouge = RougeLRecall()
-        >>> rouge.update(["the cat", "a dog"], ["the cat", "the dog"])
-        >>> rouge.compute()
-        tensor(75., dtype=torch.float64)
-    """
-
-    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        """Add examples.
-
-        Args:
-            predictions: B generated texts.
-            references: B true answers.
-
-        Raises:
-            ValueError: Different numbers of predictions and references.
-        """
-        if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
-            given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
-            raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")
-        pairs = zip(predictions, references, strict=True)
-        self._add(self.total.new_tensor([rouge_l_recall(prediction, reference) for prediction, reference in pairs]))
-
-
 TokenAccuracy = Literal["first_token", "all_tokens"]
-
-
-def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, normalise: bool = True) -> Tensor:
-    """Probability of each answer, length-normalised as in TOFU (arXiv 2401.06121, §2.2.1): ``P(y|x)^(1/|y|)``.
-
-    Args:
-        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
-        sequence_index: ``[N]`` row of each token, ascending.
-        n_sequences: B.
-        normalise: False: the plain product over the tokens, ``P(y|x)``.
-
-    Returns:
-        ``[B]`` values in [0, 1], float64. A row without tokens, or with a NaN among them, is NaN.
-
-    Example:
-        >>> logps = torch.tensor([0.5, 0.5, 0.1]).log()
-        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2)
-        tensor([0.5000, 0.1000], dtype=torch.float64)
-        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2, normalise=False)
-        tensor([0.2500, 0.1000], dtype=torch.float64)
-    """
-    wide = token_logps.to(widest_float(token_logps.device))
-    sums = sequence_sums(wide, sequence_index, n_sequences)
-    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
-    exponent = sums / counts if normalise else sums.masked_fill(counts == 0, torch.nan)
-    return exponent.exp().clamp(max=1.0)
 
 
 def answer_accuracy(
@@ -160,11 +41,9 @@ def answer_accuracy(
         >>> answer_accuracy(correct, rows, 2, "first_token"), answer_accuracy(correct, rows, 2, "all_tokens")
         (tensor([True, True]), tensor([False,  True]))
     """
-    if kind not in get_args(TokenAccuracy):
-        raise UserError("kind", kind, ", ".join(get_args(TokenAccuracy)))
+    check_choice("kind", kind, TokenAccuracy)
     if kind == "first_token":
-        first = torch.ones_like(token_correct)
-        first[1:] = sequence_index[1:] != sequence_index[:-1]
+        first = first_of_each(sequence_index)
         token_correct, sequence_index = token_correct[first], sequence_index[first]
     right = sequence_sums(token_correct.long(), sequence_index, n_sequences)
     total = sequence_sums(torch.ones_like(token_correct, dtype=torch.long), sequence_index, n_sequences)
@@ -256,6 +135,90 @@ def generated_choice_accuracy(texts: Sequence[str], options: Sequence[Sequence[s
     return torch.tensor([named_choice(text, listed) == 0 for text, listed in pairs], dtype=torch.bool)
 
 
+class AnswerAccuracy(Percentage):
+    """Share of correct answers, in percent.
+
+    Args:
+        kind: What "correct" means: :func:`answer_accuracy` says it for ``"first_token"`` and ``"all_tokens"``,
+            :func:`multiple_choice_accuracy` for ``"multiple_choice"`` and ``"choice_likelihood"``, and
+            :func:`generated_choice_accuracy` for ``"choice_generation"``.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: Unknown ``kind``.
+
+    Example:
+        >>> accuracy = AnswerAccuracy("multiple_choice")
+        >>> accuracy.update(torch.tensor([True, False]))
+        >>> accuracy.update(torch.tensor([True]))
+        >>> accuracy.compute()
+        tensor(66.6667, dtype=torch.float64)
+    """
+
+    def __init__(self, kind: AccuracyKind = "all_tokens", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_choice("kind", kind, AccuracyKind)
+        self.kind = kind
+
+    def update(self, correct: Tensor) -> None:
+        """Add examples.
+
+        Args:
+            correct: ``[B]`` bool.
+
+        Raises:
+            TypeError: Anything but booleans, such as scores or token ids.
+        """
+        if correct.dtype != torch.bool:
+            raise TypeError(f"correct: expected a bool tensor [B], received {correct.dtype} {list(correct.shape)}")
+        self._add(correct)
+
+
+def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, normalise: bool = True) -> Tensor:
+    """Probability of each answer, length-normalised as in TOFU (arXiv 2401.06121, §2.2.1): ``P(y|x)^(1/|y|)``.
+
+    Args:
+        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
+        sequence_index: ``[N]`` row of each token, ascending.
+        n_sequences: B.
+        normalise: False: the plain product over the tokens, ``P(y|x)``.
+
+    Returns:
+        ``[B]`` values in [0, 1], float64. A row without tokens, or with a NaN among them, is NaN.
+
+    Example:
+        >>> logps = torch.tensor([0.5, 0.5, 0.1]).log()
+        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2)
+        tensor([0.5000, 0.1000], dtype=torch.float64)
+        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2, normalise=False)
+        tensor([0.2500, 0.1000], dtype=torch.float64)
+    """
+    wide = token_logps.to(widest_float(token_logps.device))
+    sums = sequence_sums(wide, sequence_index, n_sequences)
+    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
+    exponent = sums / counts if normalise else sums.masked_fill(counts == 0, torch.nan)
+    return exponent.exp().clamp(max=1.0)
+
+
+class AnswerProbability(Percentage):
+    """Mean of :func:`answer_probability`, in percent. A NaN among the values makes the result NaN.
+
+    Example:
+        >>> probability = AnswerProbability()
+        >>> probability.update(torch.tensor([0.5, 0.25]))
+        >>> probability.compute()
+        tensor(37.5000, dtype=torch.float64)
+    """
+
+    def update(self, probabilities: Tensor) -> None:
+        """Add examples.
+
+        Args:
+            probabilities: ``[B]`` in [0, 1], any float type.
+        """
+        self._add(probabilities)
+
+
 def rouge_l_recall(prediction: str, reference: str) -> float:
     """ROUGE-L recall: the share of the reference's words in its longest common subsequence with the prediction.
 
@@ -278,7 +241,7 @@ def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
     """Mean ROUGE-L recall of answers paired with another question's answer: what an ignorant model scores.
 
     The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
-    another one, never its own, by a random cyclic permutation.
+    another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
 
     Args:
         answers: The true answers.
@@ -296,8 +259,33 @@ def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
     """
     if len(answers) < 2:
         raise UserError("answers", len(answers), "at least 2")
-    order = np.random.default_rng(seed).permutation(len(answers)).tolist()
-    scores = [
-        rouge_l_recall(answers[other], answers[own]) for own, other in zip(order, order[1:] + order[:1], strict=True)
-    ]
+    pairs = zip(answers, derangement(len(answers), seed), strict=True)
+    scores = [rouge_l_recall(answers[other], own) for own, other in pairs]
     return 100 * sum(scores) / len(scores)
+
+
+class RougeLRecall(Percentage):
+    """Mean :func:`rouge_l_recall` of generated answers, in percent; keeps sums only, never text.
+
+    Example:
+        >>> rouge = RougeLRecall()
+        >>> rouge.update(["the cat", "a dog"], ["the cat", "the dog"])
+        >>> rouge.compute()
+        tensor(75., dtype=torch.float64)
+    """
+
+    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        """Add examples.
+
+        Args:
+            predictions: B generated texts.
+            references: B true answers.
+
+        Raises:
+            ValueError: Different numbers of predictions and references.
+        """
+        if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
+            given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
+            raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")
+        pairs = zip(predictions, references, strict=True)
+        self._add(self.total.new_tensor([rouge_l_recall(prediction, reference) for prediction, reference in pairs]))

@@ -14,13 +14,7 @@ from lightning_ssiuu.models.answers import sequence_sums
 
 
 class WideMetric(Metric):
-    """A metric whose states stay in float64 (float32 on MPS) when the module that holds it is cast.
-
-    Example:
-        >>> from lightning_ssiuu.evaluation.metrics import AnswerProbability
-        >>> isinstance(AnswerProbability(), WideMetric)
-        True
-    """
+    """A metric whose states stay in float64 (float32 on MPS) when the module that holds it is cast."""
 
     is_differentiable = False
     higher_is_better: bool | None = None  # depends on the set: forget or retain
@@ -44,11 +38,6 @@ class Percentage(WideMetric):
     """Mean of per-example values, times 100: a sum and a count, so uneven batches and ranks weigh every example once.
 
     Without any example it is NaN (torchmetrics also warns): 0 would read as "all forgotten".
-
-    Example:
-        >>> from lightning_ssiuu.evaluation.metrics import AnswerProbability
-        >>> isinstance(AnswerProbability(), Percentage)
-        True
     """
 
     plot_lower_bound, plot_upper_bound = 0.0, 100.0
@@ -77,11 +66,6 @@ class KeptValues(WideMetric):
     Args:
         *names: The lists of values.
         **kwargs: See :class:`torchmetrics.Metric`.
-
-    Example:
-        >>> from lightning_ssiuu.evaluation.metrics import MembershipAUC
-        >>> isinstance(MembershipAUC(), KeptValues)
-        True
     """
 
     def __init__(self, *names: str, **kwargs: Any) -> None:
@@ -107,13 +91,20 @@ class KeptValues(WideMetric):
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The dtype sums are kept in: float64, or float32 on Apple's MPS, which has no float64.
+    """The dtype sums are kept in: float64, or float32 on Apple's MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def first_of_each(rows: Tensor) -> Tensor:
+    """Which entries are the first of their row: ``[N]`` bool, of ``[N]`` row numbers; equal ones are neighbours.
 
     Example:
-        >>> widest_float(torch.device("cpu"))
-        torch.float64
+        >>> first_of_each(torch.tensor([0, 0, 1, 3, 3]))
+        tensor([ True, False,  True,  True, False])
     """
-    return torch.float32 if device.type == "mps" else torch.float64
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]
+    return first
 
 
 def sequence_means(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""Membership inference over :mod:`lightning_ssiuu.functional.membership`, whose scores go into ``update``."""
+"""Membership inference: what attacks make of an answer, and how well that tells members from others.
+
+A score takes the log-probability of each answer token ``[N]`` (nats, any float type), the row of each token ``[N]`` and
+the number of rows B. It gives ``[B]`` float64 values, higher for likelier members, NaN for a row without tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,86 +19,8 @@ from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError
 
 
-class MembershipAUC(KeptValues):
-    """Area under the ROC curve of a membership attack, in percent; 50: members and others look alike.
-
-    Example:
-        >>> import torch
-        >>> auc = MembershipAUC()
-        >>> auc.update(torch.tensor([3.0, 2.0]), member=True)
-        >>> auc.update(torch.tensor([1.0, 2.0]), member=False)
-        >>> auc.compute()
-        tensor(87.5000, dtype=torch.float64)
-    """
-
-    plot_lower_bound: float | None = 0.0
-    plot_upper_bound: float | None = 100.0
-    member_scores: list[Tensor]
-    nonmember_scores: list[Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("member_scores", "nonmember_scores", **kwargs)
-
-    def update(self, scores: Tensor, member: bool) -> None:
-        """Add examples.
-
-        Args:
-            scores: ``[B]`` any float type, higher for what looks like a member.
-            member: Whether they are members, such as the forget set.
-        """
-        self._keep("member_scores" if member else "nonmember_scores", scores)
-
-    def compute(self) -> Tensor:
-        """Percent, a scalar; NaN while there are no members, or no others."""
-        members = self._kept("member_scores")
-        return members.new_tensor(100 * membership_auc(members, self._kept("nonmember_scores")))
-
-
-class PrivLeak(MembershipAUC):
-    """Privacy leakage against a retrained model, in percent; 0 is best, below 0 the forget set still looks learned.
-
-    See :func:`lightning_ssiuu.evaluation.metrics.membership.privleak`; updated as :class:`MembershipAUC` is.
-
-    Args:
-        reference_auc: ``MembershipAUC().compute()`` of the retrained model on the same sets, in percent.
-        **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: A reference outside [0, 100).
-
-    Example:
-        >>> import torch
-        >>> leak = PrivLeak(reference_auc=50.0)
-        >>> leak.update(torch.tensor([3.0, 2.0]), member=True)
-        >>> leak.update(torch.tensor([1.0, 2.0]), member=False)
-        >>> leak.compute()
-        tensor(-75., dtype=torch.float64)
-    """
-
-    plot_lower_bound, plot_upper_bound = None, None
-
-    def __init__(self, reference_auc: float | Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reference_auc = float(reference_auc)
-        if not 0 <= self.reference_auc < 100:
-            raise UserError("reference_auc", self.reference_auc, "a percentage in [0, 100)")
-
-    def compute(self) -> Tensor:
-        """Percent, a scalar; NaN while there are no members, or no others."""
-        auc = super().compute()
-        return auc.new_tensor(privleak(auc.item() / 100, self.reference_auc / 100))
-
-
 def loss_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
     """Minus the loss: mean log-probability per token, in nats (Yeom et al., arXiv 1709.01604).
-
-    Args:
-        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
-
-    Returns:
-        ``[B]`` values ≤ 0, float64; NaN for a row without tokens.
 
     Example:
         >>> loss_score(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
@@ -106,17 +32,7 @@ def loss_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) ->
 def min_k(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, k: float = 0.4) -> Tensor:
     """Min-K %: mean of the share ``k`` of an answer's token log-probabilities that are lowest, in nats.
 
-    Args:
-        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
-        k: In (0, 1]; of L tokens ⌊k·L⌋ count, at least one.
-
-    Returns:
-        ``[B]`` values ≤ 0, float64; NaN for a row without tokens.
-
-    Raises:
-        UserError: ``k`` outside its range.
+    Of L tokens ⌊k·L⌋ count, at least one; ``k`` is in (0, 1], else a :class:`UserError`.
 
     Source: Shi et al., arXiv 2310.16789.
 
@@ -143,21 +59,10 @@ def min_k_plus_plus(
 ) -> Tensor:
     """Min-K %++: :func:`min_k` of token log-probabilities standardised by the prediction they come from.
 
-    ``(log p(y) − μ) / σ`` with μ and σ the mean and standard deviation of ``log p(v)``, v drawn from the prediction.
-
-    Args:
-        logits: ``[N, V]`` any float type; works in float32 or wider.
-        targets: ``[N]`` the answer tokens.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
-        k: As for :func:`min_k`.
-
-    Returns:
-        ``[B]`` in standard deviations, float64; NaN for a row without tokens. σ counts as 1e-6 where it is smaller: a
-        uniform prediction gives 0 within rounding, a certain one that is wrong a very low value.
-
-    Raises:
-        UserError: ``k`` outside its range.
+    ``(log p(y) − μ) / σ`` with μ and σ the mean and standard deviation of ``log p(v)``, v drawn from the prediction, of
+    ``logits`` ``[N, V]`` (any float type; works in float32 or wider) at the answer tokens ``targets`` ``[N]``. σ counts
+    as 1e-6 where it is smaller: a uniform prediction gives 0 within rounding, a certain one that is wrong a very low
+    value. In standard deviations.
 
     Source: Zhang et al., arXiv 2404.02936.
 
@@ -181,17 +86,7 @@ def zlib_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, te
 
     Repetitive text is probable to every model; its few bytes make up for that.
 
-    Args:
-        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
-        texts: B answers.
-
-    Returns:
-        ``[B]`` values ≤ 0, float64; NaN for a row without tokens.
-
-    Raises:
-        UserError: Not B texts.
+    Takes B answers as ``texts``, else raises a :class:`UserError`.
 
     Source: Carlini et al., arXiv 2012.07805; size of the UTF-8 text compressed by zlib at its default level.
 
@@ -211,14 +106,7 @@ def reference_score(
 ) -> Tensor:
     """Mean log-probability per token above that of a reference model, in nats.
 
-    Args:
-        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
-        reference_token_logps: ``[N]`` the same under a model that did not see the answers.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
-
-    Returns:
-        ``[B]`` float64; NaN for a row without tokens.
+    ``reference_token_logps`` ``[N]`` are the same under a model that did not see the answers.
 
     Source: Carlini et al., arXiv 2012.07805.
 
@@ -311,3 +199,69 @@ def privleak(auc: float, reference_auc: float) -> float:
     if not 0 <= reference_auc < 1:
         raise UserError("reference_auc", reference_auc, "a fraction in [0, 1)")
     return 100 * (reference_auc - auc) / (1 - reference_auc)
+
+
+class MembershipAUC(KeptValues):
+    """:func:`membership_auc` in percent; 50: members and others look alike.
+
+    Example:
+        >>> auc = MembershipAUC()
+        >>> auc.update(torch.tensor([3.0, 2.0]), member=True)
+        >>> auc.update(torch.tensor([1.0, 2.0]), member=False)
+        >>> auc.compute()
+        tensor(87.5000, dtype=torch.float64)
+    """
+
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 100.0
+    member_scores: list[Tensor]
+    nonmember_scores: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("member_scores", "nonmember_scores", **kwargs)
+
+    def update(self, scores: Tensor, member: bool) -> None:
+        """Add examples.
+
+        Args:
+            scores: ``[B]`` any float type, higher for what looks like a member.
+            member: Whether they are members, such as the forget set.
+        """
+        self._keep("member_scores" if member else "nonmember_scores", scores)
+
+    def compute(self) -> Tensor:
+        """Percent, a scalar; NaN while there are no members, or no others."""
+        members = self._kept("member_scores")
+        return members.new_tensor(100 * membership_auc(members, self._kept("nonmember_scores")))
+
+
+class PrivLeak(MembershipAUC):
+    """:func:`privleak` against a retrained model; updated as :class:`MembershipAUC` is.
+
+    Args:
+        reference_auc: ``MembershipAUC().compute()`` of the retrained model on the same sets, in percent.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: A reference outside [0, 100).
+
+    Example:
+        >>> leak = PrivLeak(reference_auc=50.0)
+        >>> leak.update(torch.tensor([3.0, 2.0]), member=True)
+        >>> leak.update(torch.tensor([1.0, 2.0]), member=False)
+        >>> leak.compute()
+        tensor(-75., dtype=torch.float64)
+    """
+
+    plot_lower_bound, plot_upper_bound = None, None
+
+    def __init__(self, reference_auc: float | Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.reference_auc = float(reference_auc)
+        if not 0 <= self.reference_auc < 100:
+            raise UserError("reference_auc", self.reference_auc, "a percentage in [0, 100)")
+
+    def compute(self) -> Tensor:
+        """Percent, a scalar; NaN while there are no members, or no others."""
+        auc = super().compute()
+        return auc.new_tensor(privleak(auc.item() / 100, self.reference_auc / 100))

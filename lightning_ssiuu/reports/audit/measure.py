@@ -19,6 +19,7 @@ from lightning_ssiuu.attribution.weight_change import OwnFlag, own_change, own_f
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import chance_level
 from lightning_ssiuu.evaluation.loaders import first_parts
+from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.evaluation.scores import SCORES
@@ -157,9 +158,7 @@ def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, lis
         options = move_data_to_device(batch["forget"]["options"], device)
         of = options["option_of"]
         logps = layer_logps(model, {name: options[name] for name in ("input_ids", "attention_mask", "labels")})
-        first = torch.ones_like(of, dtype=torch.bool)
-        first[1:] = of[1:] != of[:-1]
-        true = first.nonzero().flatten()
+        true = first_of_each(of).nonzero().flatten()
         preferred = 100 * prefers_answer(logps, of).double()
         columns.append(torch.stack([logps[:, true].double(), logps[:, true + 1].double(), preferred]).cpu())
     means = torch.cat([share for rank in gathered(columns) for share in rank], 2).mean(2).tolist()
