@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,13 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.utils.distributed import world_size
-
-if TYPE_CHECKING:
-    pass
-
-
-from collections.abc import Iterable
-from typing import Any
 
 # Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
 _CHUNK = 1 << 24

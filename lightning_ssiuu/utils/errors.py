@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, get_args
 
 
 class UserError(ValueError):
@@ -108,14 +109,44 @@ def naming(argument: str) -> Iterator[None]:
         raise UserError(argument, error.value, error.allowed) from error
 
 
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse what is not one of the allowed words.
+def check_choice(argument: str, value: object, choices: Any) -> None:
+    """Refuse what is not one of the words of a ``Literal``.
+
+    Args:
+        argument: Its name as the user wrote it.
+        value: What was given.
+        choices: The ``Literal``.
 
     Raises:
-        UserError: Naming ``regularizer.<name>``.
+        UserError: If it is refused.
 
     Example:
-        >>> check_choice("anchor", "previous", ["previous", "original"])
+        >>> from typing import Literal
+        >>> check_choice("retain", "mse", Literal["nll", "kl"])
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: retain: got 'mse', allowed: one of ['nll', 'kl']
     """
-    if value not in allowed:
-        raise UserError(f"regularizer.{name}", value, f"one of {list(allowed)}")
+    if value not in get_args(choices):
+        raise UserError(argument, value, f"one of {list(get_args(choices))}")
+
+
+def check_at_least(argument: str, value: float, least: float) -> None:
+    """Refuse a number below the least one.
+
+    Args:
+        argument: Its name as the user wrote it.
+        value: What was given.
+        least: The smallest that is allowed.
+
+    Raises:
+        UserError: If it is refused, or not a number (NaN).
+
+    Example:
+        >>> check_at_least("steps", 0, 1)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: steps: got 0, allowed: a number ≥ 1
+    """
+    if not value >= least:
+        raise UserError(argument, value, f"a number ≥ {least}")

@@ -17,8 +17,14 @@ from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import SITE_TABLES, transformer_blocks
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
-from lightning_ssiuu.objectives.klue import KLUE, knowledge_neurons, mismatched_parts, neuron_weights
-from lightning_ssiuu.objectives.losses import gradient_ascent, unforgotten_ascent
+from lightning_ssiuu.objectives.klue import (
+    KLUE,
+    knowledge_neurons,
+    mismatched_parts,
+    neuron_weights,
+    unforgotten_ascent,
+)
+from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.utils.errors import UserError

@@ -26,12 +26,12 @@ from toys.models import Recorder, bare_trainer, distance, equal, part, random_mo
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.datamodules.encoding import Collator, Encoder
 from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.objectives.dpo import DPO
+from lightning_ssiuu.objectives.dpo import DPO, dpo
 from lightning_ssiuu.objectives.idk import IDK
-from lightning_ssiuu.objectives.losses import answer_nll, dpo, kl_divergence, npo, simnpo
-from lightning_ssiuu.objectives.npo import NPO
+from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
+from lightning_ssiuu.objectives.npo import NPO, npo
 from lightning_ssiuu.objectives.rejection import REJECTIONS, rejected
-from lightning_ssiuu.objectives.simnpo import SimNPO
+from lightning_ssiuu.objectives.simnpo import SimNPO, simnpo
 from lightning_ssiuu.utils.errors import UserError
 
 FORGET = part(UNEQUAL, 7)

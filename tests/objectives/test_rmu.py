@@ -14,8 +14,7 @@ from toys.runs import first_gradients, toy_model, toy_run
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives.losses import hidden_mse, random_direction
-from lightning_ssiuu.objectives.rmu import RMU, reference_hidden
+from lightning_ssiuu.objectives.rmu import RMU, hidden_mse, random_direction, reference_hidden
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.training.reference import LiveReference
 from lightning_ssiuu.utils.errors import UserError

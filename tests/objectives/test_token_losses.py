@@ -26,21 +26,13 @@ from toys.models import bare_trainer, distance, equal, part, random_model, weigh
 
 from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel, mean_over_answers
-from lightning_ssiuu.objectives.ceu import CEU
-from lightning_ssiuu.objectives.losses import (
-    answer_nll,
-    ceu,
-    gradient_ascent,
-    logit_margin_flattening,
-    satimp,
-    undial,
-    wga,
-)
-from lightning_ssiuu.objectives.pdu import PDU
-from lightning_ssiuu.objectives.satimp import SatImp
+from lightning_ssiuu.objectives.ceu import CEU, ceu
+from lightning_ssiuu.objectives.losses import answer_nll, gradient_ascent
+from lightning_ssiuu.objectives.pdu import PDU, logit_margin_flattening
+from lightning_ssiuu.objectives.satimp import SatImp, satimp
 from lightning_ssiuu.objectives.ssiuu import SSIUU
-from lightning_ssiuu.objectives.undial import UNDIAL
-from lightning_ssiuu.objectives.wga import WGA
+from lightning_ssiuu.objectives.undial import UNDIAL, undial
+from lightning_ssiuu.objectives.wga import WGA, wga
 from lightning_ssiuu.utils.errors import UserError
 
 FORGET = part(UNEQUAL, 7)
