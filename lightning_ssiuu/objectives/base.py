@@ -376,15 +376,7 @@ class UnlearningModule(Stateful, L.LightningModule):
 
 
 class StepMemory:
-    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps.
-
-    Example:
-        >>> memory = StepMemory()
-        >>> with memory:
-        ...     part = {}
-        ...     memory.recall(part, lambda part: object()) is memory.recall(part, lambda part: object())
-        True
-    """
+    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Part, Answers]] | None = None

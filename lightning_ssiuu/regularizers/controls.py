@@ -15,6 +15,7 @@ from lightning_ssiuu.training.shards import (
     chunks,
     local,
     local_state,
+    norm_over_shards,
     over_shards,
     shard_device,
     shard_like,
@@ -126,7 +127,7 @@ class MatchedUpdateNorm(Regularizer):
             return
         target = self.norm
         if self.norm_mode == "relative":
-            target *= math.sqrt(over_shards(square(before), shards))
+            target *= norm_over_shards(before, parameters)
         for c in chunks(before):
             torch._foreach_lerp_(before[c], now[c], target / self._length)
             torch._foreach_copy_(now[c], before[c])

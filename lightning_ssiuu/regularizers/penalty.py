@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.training.shards import local, over_shards, shard_device, square
+from lightning_ssiuu.training.shards import local, norm_over_shards, over_shards, shard_device, square
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
 
 WeightMode = Literal["absolute", "relative"]
@@ -79,10 +79,9 @@ class Penalty(Regularizer):
         Returns:
             ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.
         """
-        shards = shard_device(parameters)
         present = [local(p.grad) for p in model.parameters() if p.grad is not None]
-        objective = math.sqrt(over_shards(square(present), shards))
-        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shards))
+        objective = norm_over_shards(present, parameters)
+        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shard_device(parameters)))
         coefficient = self._coefficient(objective, raw, log_scale)
         for parameter, penalty in zip(parameters, gradients, strict=True):
             if parameter.grad is None:

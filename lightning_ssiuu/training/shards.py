@@ -196,24 +196,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 
-def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> float:
-    """Euclidean norm of tensors like these parameters, over all shards where they are cut; equal on all ranks.
+def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
+    """Euclidean norm of tensors, over all shards where these parameters are cut; equal on all ranks.
 
     Example:
         >>> norm_over_shards([torch.tensor([3.0]), torch.tensor([4.0])], [nn.Parameter(torch.zeros(1))] * 2)
         5.0
     """
-    whole = cut = 0.0
-    for norm, parameter in zip(torch._foreach_norm(list(tensors)), parameters, strict=True):
-        if isinstance(parameter, DTensor):
-            cut += float(norm) ** 2
-        else:
-            whole += float(norm) ** 2
-    if world_size() > 1 and any(isinstance(p, DTensor) for p in parameters):
-        total = torch.tensor(cut, dtype=torch.float64, device=tensors[0].device)
-        dist.all_reduce(total)
-        cut = total.item()
-    return math.sqrt(whole + cut)
+    return math.sqrt(over_shards(square(tensors), shard_device(parameters)))
 
 
 def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -159,25 +159,6 @@ def test_no_retain_weight_leaves_the_forget_loss_alone(kind: Any) -> None:
     assert distance(log[0], gradient(0.5 * objective.forget_loss(whole), model)) < 1e-10
 
 
-@pytest.mark.parametrize(
-    ("make", "argument"),
-    [(lambda v: NPO(beta=v), "beta"), (lambda v: DPO(beta=v), "beta"), (lambda v: SimNPO(beta=v), "beta")],
-)
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-def test_temperatures_are_checked(make: Any, argument: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{argument}: got .*, allowed: a finite number > 0"):
-        make(value)
-
-
-def test_other_options_are_checked() -> None:
-    with pytest.raises(UserError, match=r"delta: got -1.0, allowed: a finite number ≥ 0"):
-        SimNPO(delta=-1.0)
-    for kind in (DPO, IDK):
-        for texts in ([], ["I pass.", " "]):
-            with pytest.raises(UserError, match=r"rejections: got .*, allowed: null, or texts"):
-                kind(rejections=texts)
-
-
 # ---- rejections --------------------------------------------------------------------------------------------------
 
 
