@@ -218,9 +218,11 @@ def test_neurons_are_not_chosen_beside_adapters() -> None:
 @pytest.mark.parametrize("objective", ALL)
 @pytest.mark.parametrize(
     ("options", "argument"),
-    [({"strategy": DDPStrategy(static_graph=True)}, "strategy.static_graph"), ({"precision": "16-true"}, "precision")],
+    [({"static_graph": True}, "strategy.static_graph"), ({"precision": "16-true"}, "precision")],
 )
 def test_refused_strategies(objective: Any, options: dict[str, Any], argument: str) -> None:
+    if "static_graph" in options:
+        options = {"strategy": DDPStrategy(**options)}
     module = objective()
     module._trainer = bare_trainer(1, **options)
     with pytest.raises(UserError, match=f"trainer.{argument}: .*with {objective.__name__}, whose") as caught:

@@ -73,6 +73,7 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("UNDIAL", "beta", [-1.0, NAN, INF]),
     ("UNDO", "alpha", [-0.1, 1.1, NAN]),
     ("UNDO", "beta", [-1.0]),
+    ("UNDO", "forget_weight", [1.0]),
     ("WGA", "beta", [-1.0, NAN, INF]),
 ]
 #: Options without a range, or with one that only the model tells.
