@@ -108,8 +108,8 @@ class AttributionRegularizer(AttributionPenalty):
     and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
 
     Args:
-        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
-        weight_mode: ``"absolute"`` or ``"relative"``, as the options below in :class:`AttributionPenalty`.
+        *args: As :class:`AttributionPenalty`: ``weight``, ``weight_mode``, ``anchor``, ``target``, ``modules`` (the
+            weights of these sites alone; None for every parameter, embeddings and norms included).
         passes: How g is taken. ``"two"``: by a backward pass of its own through the objective's forward pass, right
             under any strategy and with any loss. ``"one"``: in the loss's backward pass, by a second product per layer
             (:mod:`lightning_ssiuu.training.single_pass`), which costs about half as much. It is the same but for
@@ -117,8 +117,7 @@ class AttributionRegularizer(AttributionPenalty):
             GradientDifference, NPO, SimNPO, DPO, ...), whole weights or adapters train, and every trained layer is a
             known one. ``"auto"`` takes one pass where that holds and otherwise two, with a line in the log that says
             why.
-        **kwargs: ``anchor``, ``target``, ``modules`` (the weights of these sites alone; None for every parameter,
-            embeddings and norms included), ``weight_schedule`` and ``schedule_steps``.
+        **kwargs: These too, ``weight_schedule`` and ``schedule_steps``.
 
     Raises:
         UserError: If an argument is outside its range; when training starts, if ``modules`` names nothing or nothing
@@ -134,15 +133,8 @@ class AttributionRegularizer(AttributionPenalty):
     _gradients: list[Tensor | None] | None = None  # g / e^scale of this step so far; None where nothing was added
     _anchor: dict[str, Tensor] | None = None  # A / e^anchor_scale by parameter, a shard where that is one
 
-    def __init__(
-        self,
-        weight: float = 1e-3,
-        weight_mode: WeightMode = "absolute",
-        *,
-        passes: Passes = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weight, weight_mode, **kwargs)
+    def __init__(self, *args: Any, passes: Passes = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         check_choice("regularizer.passes", passes, Passes)
         self.passes = passes
         self._single: SinglePass | None = None if passes == "two" else SinglePass()
