@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule, objectives
-from lightning_ssiuu.objectives.losses import hidden_mse
+from lightning_ssiuu.objectives.rmu import hidden_mse
 from lightning_ssiuu.training.reference import LiveReference
 
 #: Of loss and gradient where none is expected; transformers computes some losses of a float64 model in float32.

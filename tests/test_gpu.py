@@ -138,7 +138,7 @@ def test_bfloat16_steps(precision: str) -> None:
         trainer = fit(module, FewFacts(), DEVICE, 3, precision=name)
         runs[name] = {key: float(value) for key, value in trainer.callback_metrics.items()}
         assert distance(cpu(module.parameters()), before) > 1e-4
-    anchor = module.regularizer.state_dict()["anchor"]  # type: ignore[union-attr]
+    anchor = module.regularizer.state()["anchor"]  # type: ignore[union-attr]
     assert {tensor.dtype for tensor in anchor.values()} == {torch.float32}
     for name, value in runs["32-true"].items():
         assert math.isfinite(runs[precision][name])
@@ -194,10 +194,10 @@ def test_anchor_from_a_file_comes_back_to_the_device(tmp_path: Path) -> None:
         return cpu(p.grad for p in module.parameters())
 
     step(0)
-    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    torch.save(whole.state(), tmp_path / "state.pt")
     expected = step(1)
     module.regularizer = regularizer()
-    module.regularizer.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True))
+    module.regularizer.load_state(torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True))
     assert distance(step(1), expected) < 1e-12
     module.regularizer = regularizer()  # without an anchor there is no penalty: the comparison can fail
     assert distance(step(1), expected) > 1e-3

@@ -167,18 +167,10 @@ def test_scale(recipe: Path, tmp_path: Path) -> None:
         result = fit(tmp_path / "run", *options)
         assert result.status == 0, result.err
     else:
-        strategy = content["trainer"]["strategy"]
-        name = strategy if isinstance(strategy, str) else strategy["class_path"]
         # In a process of its own, as it makes a process group; one device is enough to see that it composes.
         one = ("--trainer.accelerator", "cpu", "--trainer.devices", "1")
         args = ["fit", "--config", DEFAULT, "--trainer.default_root_dir", tmp_path / "run", *options, *one]
         end = ranks(lambda: main([str(arg) for arg in args]), tmp_path / "ranks", timeout=120)
-        if "deepspeed" in name.lower():  # which is not there, or not for a CPU
-            there = importlib.util.find_spec("deepspeed") is not None
-            assert end.status == 2, end.err
-            assert f"error: trainer.{'accelerator' if there else 'strategy'}: got" in end.err.splitlines()[-1]
-            assert not (tmp_path / "run").exists()
-            return
         assert end.status == 0, end.err
     finished(tmp_path / "run")
     saved = yaml.safe_load((tmp_path / "run" / "model" / "config.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
-from lightning_ssiuu.training.strategies import check_installed, check_strategy
+from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.files import check_space, nothing_left, written_atomically
@@ -96,8 +96,8 @@ class UnlearningCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an engine that is not installed; let the run's seed order the data where those have none."""
-        check_installed(self._get(self.config, "trainer", default={}))
+        """Refuse an engine that is not supported; let the run's seed order the data where those have none."""
+        check_engine(self._get(self.config, "trainer", default={}))
         seed, options = self._get(self.config, "seed_everything"), self._get(self.config, "data").init_args
         if options.get("seed", 0) is None and isinstance(seed, int):
             # Written to config.yaml as the number it is. True stands for a random seed of Lightning's choice.

@@ -100,11 +100,6 @@ class PairSampler(Sampler[list[Key]]):
         """Itself: Lightning looks for ``set_epoch`` on ``dataloader.batch_sampler.sampler`` only."""
         return self
 
-    @property
-    def batch_size(self) -> int:
-        """Examples per rank and batch; DeepSpeed's throughput figures ask for it."""
-        return max(1, sum(self.batch_sizes.values()) // self.world_size)
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; a new one begins at its first batch."""
         if epoch != self.epoch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +75,7 @@ def plain_bytes(model: PreTrainedModel, adapter: bool = False) -> int:
     dtype = _float_type(model)
     sizes = {id(entry.tensor): entry.plain_bytes(dtype) for entry in _entries(model)}
     alone = adapter_parameters(model).values() if adapter else ()
-    return sum(sizes.values()) + sum(_count(p) * p.element_size() for p in alone)
+    return sum(sizes.values()) + sum(p.numel() * p.element_size() for p in alone)
 
 
 def save_pretrained(
@@ -172,7 +171,7 @@ class _Entry:
         """What it takes on the disk."""
         if self._packed:
             return self.module.in_features * self.module.out_features * dtype.itemsize
-        return _count(self.tensor) * self.tensor.element_size()
+        return self.tensor.numel() * self.tensor.element_size()
 
 
 def _entries(module: Any, prefix: str = "", layer: Any = None) -> Iterator[_Entry]:
@@ -191,16 +190,8 @@ def _entries(module: Any, prefix: str = "", layer: Any = None) -> Iterator[_Entr
 
 def _whole(tensor: Any) -> Tensor:
     """The tensor itself, or what its shards on all ranks make up."""
-    if hasattr(tensor, "full_tensor"):
-        return tensor.detach().full_tensor()
-    if hasattr(tensor, "ds_id"):  # DeepSpeed ZeRO-3; it is imported then
-        with sys.modules["deepspeed"].zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor.detach()
-
-
-def _count(tensor: Any) -> int:
-    return getattr(tensor, "ds_numel", tensor.numel())
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _float_type(model: PreTrainedModel) -> torch.dtype:

@@ -10,7 +10,7 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 
 
 def objectives() -> dict[str, type[UnlearningModule]]:
-    """Every objective of this package by class name.
+    """Every objective of this package by class name: in each file the class that the file is named after.
 
     Example:
         >>> objectives()["GradientAscent"].__name__
@@ -20,7 +20,7 @@ def objectives() -> dict[str, type[UnlearningModule]]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for name, value in inspect.getmembers(module, inspect.isclass):
-            if issubclass(value, UnlearningModule) and value.__module__ == module.__name__ != f"{__name__}.base":
+            if issubclass(value, UnlearningModule) and name.lower() == info.name.replace("_", ""):
                 found[name] = value
     return dict(sorted(found.items()))
 

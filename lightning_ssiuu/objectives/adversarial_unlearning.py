@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,15 +14,25 @@ from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.losses import answer_nll
-from lightning_ssiuu.training.perturbation import answers_of, displaced, gradient_at, move, rows_of, share_of_mean
+from lightning_ssiuu.training.perturbation import (
+    answered,
+    answers_of,
+    displaced,
+    gradient_at,
+    move,
+    rows_of,
+    share_of_mean,
+)
 from lightning_ssiuu.training.shards import cut_like, norm_over_shards
 from lightning_ssiuu.utils.distributed import gathered
-from lightning_ssiuu.utils.errors import UserError, check_number
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
+
+Adversary = Literal["sign", "gradient"]
 
 
-class AdversarialUnlearning(UnlearningModule):
+class AdversarialUnlearning(DisplacedObjective):
     """The backbone's forget gradient after ``steps`` relearning steps on other items, beside the retain gradient at θ.
 
     In each global micro-batch an adversary gets ``adversary_share`` of the forget items and takes k steps
@@ -60,8 +70,7 @@ class AdversarialUnlearning(UnlearningModule):
         (3, 'GradientDifference')
     """
 
-    lends_losses = False
-    displaces_weights = True
+    state_attributes = ("floor_level", "_neurons")  # measured on the original model
 
     def __init__(
         self,
@@ -69,21 +78,18 @@ class AdversarialUnlearning(UnlearningModule):
         steps: int = 2,
         step_size: float = 1e-4,
         floor: float | Literal["mismatched"] | None = None,
-        adversary: Literal["sign", "gradient"] = "sign",
+        adversary: Adversary = "sign",
         adversary_share: float = 1 / 3,
         adversary_neurons: float | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.use_backbone(backbone or gradient_difference_like(self))
-        if steps < 0:
-            raise UserError("steps", steps, "a number ≥ 0")
+        super().__init__(backbone, **kwargs)
+        check_at_least("steps", steps, 0)
         check_number("step_size", step_size)
         if not (floor in (None, "mismatched") or (not isinstance(floor, str) and 0 <= floor < 100)):
             raise UserError("floor", floor, 'a percentage in [0, 100), "mismatched" or null')
-        if adversary not in ("sign", "gradient"):
-            raise UserError("adversary", adversary, "one of ['sign', 'gradient']")
+        check_choice("adversary", adversary, Adversary)
         if not 0 < adversary_share < 1:
             raise UserError("adversary_share", adversary_share, "a fraction in (0, 1)")
         if adversary_neurons is not None and not 0 < adversary_neurons <= 100:
@@ -112,7 +118,6 @@ class AdversarialUnlearning(UnlearningModule):
         super().on_train_start()
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """As the base class wants it."""
         learned, rest = self.divided(batch)
         with displaced(self.model) as parameters:
             if self.steps > 0 and self.step_size > 0 and any(gathered(len(learned))):
@@ -129,7 +134,7 @@ class AdversarialUnlearning(UnlearningModule):
 
     def divided(self, batch: Part) -> tuple[Tensor, Tensor]:
         """This rank's rows that are the adversary's, and those whose forgetting is taken at its weights."""
-        rows = (batch["labels"] != -100).any(1).nonzero().squeeze(1)
+        rows = answered(batch)
         own = batch["example_id"][rows].tolist()
         everyone = sorted({example for ids in gathered(own) for example in ids})
         if self.steps == 0 or self.step_size == 0 or len(everyone) < 2:
@@ -141,18 +146,11 @@ class AdversarialUnlearning(UnlearningModule):
         is_learned = torch.tensor([example in learned for example in own], dtype=torch.bool, device=rows.device)
         return rows[is_learned], rows[~is_learned]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was measured on the original model."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["adversary"] = {"floor_level": self.floor_level, "neurons": self._neurons}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
-        super().on_load_checkpoint(checkpoint)
-        if state := checkpoint.get("adversary"):
-            self._neurons = state["neurons"]
-            if self.floor == "mismatched":
-                self.floor_level = state["floor_level"]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        given = self.floor_level
+        super().load_state(state)
+        if self.floor != "mismatched":
+            self.floor_level = given
 
     def _step(self, parameters: Sequence[nn.Parameter], gradients: list[Tensor]) -> None:
         if self._masks is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -12,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
@@ -20,13 +19,10 @@ from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
-from lightning_ssiuu.objectives.displaced import complete_gradients, displaced_step
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.regularizers import Regularizer
-from lightning_ssiuu.training import deepspeed as zero
-from lightning_ssiuu.training.checkpoints import put_state, take_state
+from lightning_ssiuu.training.checkpoints import Stateful, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
-from lightning_ssiuu.training.perturbation import add_gradients
 from lightning_ssiuu.training.reference import (
     LiveReference,
     Observation,
@@ -36,10 +32,14 @@ from lightning_ssiuu.training.reference import (
 )
 from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, rank, world_size
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
+
+Bits = Literal["8bit", "4bit"]
+Retain = Literal["nll", "kl"]
+ReferenceFrom = Literal["cached", "second_model"]
 
 
-class UnlearningModule(L.LightningModule):
+class UnlearningModule(Stateful, L.LightningModule):
     """A causal language model and an objective that makes it forget; subclass it and write ``forget_loss``.
 
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
@@ -85,10 +85,8 @@ class UnlearningModule(L.LightningModule):
 
     model: AnswerModel
     tokenizer: PreTrainedTokenizerBase
-    #: Whether it can be another objective's backbone; False where the steps taken change its losses.
+    #: Whether the objective can be a backbone; False where it is more than its losses.
     lends_losses = True
-    #: Whether the forget gradient is taken at other weights than it is applied to, by :meth:`displaced_gradient`.
-    displaces_weights = False
 
     def __init__(
         self,
@@ -99,24 +97,19 @@ class UnlearningModule(L.LightningModule):
         retain_weight: float = 1.0,
         regularizer: Regularizer | None = None,
         lora: LoRA | None = None,
-        quantization: Literal["8bit", "4bit"] | None = None,
+        quantization: Bits | None = None,
         gradient_checkpointing: bool = False,
-        retain: Literal["nll", "kl"] = "nll",
-        reference: Literal["cached", "second_model"] = "cached",
+        retain: Retain = "nll",
+        reference: ReferenceFrom = "cached",
         scores: list[str] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("forget_weight", forget_weight), ("retain_weight", retain_weight)):
-            if not (value >= 0 and math.isfinite(value)):
-                raise UserError(name, value, "a finite number ≥ 0")
-        for option, chosen, allowed in (
-            ("retain", retain, ("nll", "kl")),
-            ("reference", reference, ("cached", "second_model")),
-        ):
-            if chosen not in allowed:
-                raise UserError(option, chosen, f"one of {list(allowed)}")
-        if quantization not in (None, "8bit", "4bit"):
-            raise UserError("quantization", quantization, 'null, "8bit" or "4bit"')
+        check_number("forget_weight", forget_weight)
+        check_number("retain_weight", retain_weight)
+        check_choice("retain", retain, Retain)
+        check_choice("reference", reference, ReferenceFrom)
+        if quantization is not None:
+            check_choice("quantization", quantization, Bits)
         if quantization is not None and lora is None:
             raise UserError("quantization", quantization, "null without lora: quantised weights cannot be trained")
         self.checkpoint = checkpoint
@@ -133,7 +126,6 @@ class UnlearningModule(L.LightningModule):
         self._reference: StoredReference | LiveReference | None = None
         self.reference_key: str | None = None  # of the values on disk; a resumed run has its checkpoint's
         self._backbone: tuple[UnlearningModule, ...] = ()
-        self.forget_gradients: list[Tensor] | None = None  # at displaced weights, of this step's micro-batches so far
         self._step_memory = StepMemory()
         self._random_states: dict[str, Any] | None = None
 
@@ -162,27 +154,6 @@ class UnlearningModule(L.LightningModule):
 
     def prepare(self) -> None:
         """What comes before the first step of a new run, once the original model was looked at; nothing by default."""
-
-    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """With ``displaces_weights``: the gradient of one micro-batch's forget loss (of all ranks) at other weights.
-
-        Args:
-            batch: This rank's forget part.
-
-        Returns:
-            What :func:`lightning_ssiuu.training.perturbation.gradient_at` gives for all trained parameters, and this
-            rank's addend of the loss (scalar).
-        """
-        raise NotImplementedError(f"{type(self).__name__} has to define displaced_gradient(batch)")
-
-    def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """With ``displaces_weights``: put the step's forget gradient into ``.grad``, by default added to what is there.
-
-        Args:
-            parameters: All trained ones, with the other losses' gradient.
-            gradients: Like them, or this rank's shards; times ``forget_weight``.
-        """
-        add_gradients(parameters, gradients)
 
     # ---- what it may use --------------------------------------------------------------------------------------
 
@@ -249,25 +220,26 @@ class UnlearningModule(L.LightningModule):
         self._backbone = (backbone,)
 
     def forward(self, batch: Part) -> Answers:
-        """Logits at the labelled positions of a part."""
         if not self.is_loaded:
             raise RuntimeError("the model is loaded in configure_model(); call it or run under a Trainer first")
         return self.model(batch["input_ids"], batch["attention_mask"], batch["labels"])
 
     @property
+    def second_gradient(self) -> str | None:
+        """Who takes a gradient beside the loss's own, which some strategies do not allow; None if nobody does."""
+        return None if self.regularizer is None else "a regularizer"
+
+    @property
     def is_loaded(self) -> bool:
-        """Whether there is a model yet (from ``configure_model`` or ``adopt``)."""
         return "model" in self._modules
 
     # ---- Lightning --------------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As torch's, but a narrower type is not for adapters: Lightning's bf16-true casts the whole module."""
-        with adapters_kept_wide(self):
+        with adapters_kept_wide(self):  # Lightning's bf16-true casts the whole module
             return super().to(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Refuse what the Trainer's strategy or precision cannot do."""
         check_strategy(self.trainer, self)
 
     def configure_model(self) -> None:
@@ -316,8 +288,6 @@ class UnlearningModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         """The weighted loss; a part that is absent from the batch, or has weight 0, costs nothing."""
-        if self.displaces_weights and "forget" in batch and self.forget_weight > 0:
-            return displaced_step(self, batch)
         with self._step_memory:
             losses: dict[str, Tensor] = {}
             if self.regularizer is not None and "forget" in batch:
@@ -332,29 +302,26 @@ class UnlearningModule(L.LightningModule):
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
                 self.regularizer.before_backward(self.model, loss)
-        self.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
+        self.log_training(mean_over_ranks(losses))
         return loss
 
+    def log_training(self, figures: Mapping[str, float | Tensor]) -> None:
+        """Log ``train/<name>``; the figures are the same on every rank."""
+        self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=1)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the regulariser act: gradients are complete here and not yet clipped."""
-        complete_gradients(self)
-        if self.regularizer is not None:
-            with zero.whole_gradients(self.model):
-                figures = self.regularizer.apply(self.model)
-            self.log_dict({f"train/{k}": v for k, v in figures.items()}, batch_size=1)
+        if self.regularizer is not None:  # gradients are complete here and not yet clipped
+            self.log_training(self.regularizer.apply(self.model))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, and let the regulariser see what came of it."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.regularizer is not None:
             self.regularizer.after_step(self.model)
 
     def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the scores of the one split in the batch."""
         self._scorer().update(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``<split>/<score>`` in percent."""
         self.log_dict({f"{split}/{k}": v for split, s in self._scorer().compute().items() for k, v in s.items()})
         self._scorer().reset()
 
@@ -362,27 +329,21 @@ class UnlearningModule(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        """The user's optimiser over the parameters that are trained, and the scheduler per step."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the regulariser's anchor and every rank's random states beside the weights."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint["random_states"] = gathered({"cpu": torch.get_rng_state(), "cuda": cuda})
         if self.lora is not None and not is_sharded(self):
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["reference"] = self.reference_key
-        if self.regularizer is not None:
-            put_state(checkpoint, "regularizer", self.regularizer.state_dict())
+        for key, owner in self._stateful().items():
+            put_state(checkpoint, key, owner.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the regulariser's anchor up again, and remember the random states for the first step."""
         if self.lora is not None:
             check_adapter_state(self, checkpoint.get("state_dict"))
         self.reference_key = checkpoint.get("reference")
@@ -391,19 +352,21 @@ class UnlearningModule(L.LightningModule):
                 given = f"the checkpoint is of {len(states)} ranks, this run has {world_size()}"
                 rank_zero_warn(f"{given}: what is drawn at random (dropout) will not be what it would have been")
             self._random_states = states[rank() if rank() < len(states) else 0]
-        if self.regularizer is not None and "regularizer" in checkpoint:
-            folder = self._trainer.ckpt_path if self._trainer is not None else None
-            self.regularizer.load_state_dict(take_state(checkpoint, "regularizer", self.model, folder))
+        folder = self._trainer.ckpt_path if self._trainer is not None else None
+        for key, owner in self._stateful().items():
+            if key in checkpoint:
+                owner.load_state(take_state(checkpoint, key, self.model, folder))
+
+    def _stateful(self) -> dict[str, Stateful]:
+        owners: dict[str, Stateful | None] = {"objective": self, "regularizer": self.regularizer}
+        return {key: owner for key, owner in owners.items() if owner is not None}
 
     def build(self, device: torch.device, **options: Any) -> AnswerModel:
         """Load the checkpoint again, as this module was configured, adapters included."""
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
-        strategy = None if self._trainer is None else self._trainer.strategy
-        with zero.loading(strategy):
-            model = load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device, **options)
+        model = load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device, **options)
         if self.lora is not None:
-            with zero.small_layers(strategy):
-                self.lora.attach(model)
+            self.lora.attach(model)
         return AnswerModel(model)
 
     def _scorer(self) -> Any:
@@ -416,15 +379,7 @@ class UnlearningModule(L.LightningModule):
 
 
 class StepMemory:
-    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps.
-
-    Example:
-        >>> memory = StepMemory()
-        >>> with memory:
-        ...     part = {}
-        ...     memory.recall(part, lambda part: object()) is memory.recall(part, lambda part: object())
-        True
-    """
+    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Part, Answers]] | None = None
@@ -436,7 +391,6 @@ class StepMemory:
         self._known = None
 
     def recall(self, part: Part, run: Callable[[Part], Answers]) -> Answers:
-        """The answers to ``part``, run at most once within a step."""
         if self._known is None:
             return run(part)
         # The part is kept beside its answers: an identity means nothing once its object is gone.

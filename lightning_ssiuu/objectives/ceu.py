@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.models.answers import Answers, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.losses import ceu
+from lightning_ssiuu.objectives.losses import cross_entropy
 from lightning_ssiuu.utils.errors import UserError
+
+
+def ceu(answers: Answers, skip_first: int = 1) -> Tensor:
+    """CE-U: cross-entropy with the model's own predictions, taken as constants, without the answer's token, in nats.
+
+    Args:
+        answers: The model's, to the forget questions.
+        skip_first: So many tokens at the beginning of each answer do not count. An answer without others adds 0.
+
+    Source: Yang, CE-U, arXiv 2503.01224; the first token is skipped as in its training settings.
+
+    Example:
+        >>> answers = Answers(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
+        >>> round(ceu(answers).item(), 4)  # log 4: the three others are equally likely
+        1.3863
+    """
+    lengths = answers.lengths.long()
+    position = torch.arange(len(answers.targets), device=lengths.device)
+    position = position - (lengths.cumsum(0) - lengths)[answers.sequence_index]
+    own = answers.logits.detach().to(answers.token_logps.dtype)
+    others = own.scatter(-1, answers.targets.unsqueeze(-1), -torch.inf)
+    return cross_entropy(answers, others, position >= skip_first)
 
 
 class CEU(UnlearningModule):
@@ -37,5 +60,5 @@ class CEU(UnlearningModule):
         self.skip_first = int(skip_first)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.objectives.losses.ceu`, in nats."""
+        """:func:`ceu`, in nats."""
         return ceu(self.answers(batch), self.skip_first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -18,8 +18,7 @@ from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.shards import wide
-from lightning_ssiuu.training.strategies import refuse_deepspeed
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
 class CIR(UnlearningModule):
@@ -56,6 +55,7 @@ class CIR(UnlearningModule):
     """
 
     lends_losses = False
+    state_attributes = ("bases", "_epoch_of_bases")  # in the middle of an epoch the weights would give others
 
     def __init__(
         self,
@@ -67,13 +67,9 @@ class CIR(UnlearningModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value, least in (
-            ("input_components", input_components, 0),
-            ("gradient_components", gradient_components, 0),
-            ("every_n_epochs", every_n_epochs, 1),
-        ):
-            if value < least:
-                raise UserError(name, value, f"a whole number ≥ {least}")
+        check_at_least("input_components", input_components, 0)
+        check_at_least("gradient_components", gradient_components, 0)
+        check_at_least("every_n_epochs", every_n_epochs, 1)
         if self.lora is not None:
             raise UserError("lora", "adapters", "null: the gradient of an adapter is no sum of a layer's own g aᵀ")
         if self.gradient_checkpointing:
@@ -83,11 +79,6 @@ class CIR(UnlearningModule):
         self.attention, self.every_n_epochs = attention, every_n_epochs
         self.bases: Bases = {}
         self._epoch_of_bases: int | None = None
-
-    def setup(self, stage: str) -> None:
-        """Refuse an engine that computes linear layers by itself."""
-        super().setup(stage)
-        refuse_deepspeed(self.trainer, self)
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take the model and freeze all but the layers' weights."""
@@ -115,17 +106,9 @@ class CIR(UnlearningModule):
             # A copy, as the step remembers passes by part: the regulariser's gradient is to be of an ordinary one.
             return super().forget_loss(dict(batch))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also the directions: in the middle of an epoch the weights would give others."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["bases"] = {name: list(pair) for name, pair in self.bases.items()}, self._epoch_of_bases
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the directions of the interrupted run."""
-        super().on_load_checkpoint(checkpoint)
-        if "bases" in checkpoint:
-            bases, self._epoch_of_bases = checkpoint["bases"]
-            self.bases = {name: (pair[0].to(self.device), pair[1].to(self.device)) for name, pair in bases.items()}
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self.bases = {name: (a.to(self.device), g.to(self.device)) for name, (a, g) in self.bases.items()}
 
 
 #: Directions whose singular value is below this share of the largest are noise of the arithmetic.

@@ -2,62 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.training.perturbation import add_gradients
 from lightning_ssiuu.training.shards import reshard
 from lightning_ssiuu.utils.distributed import mean_over_ranks, world_size
 
-if TYPE_CHECKING:
-    from lightning_ssiuu.objectives.base import UnlearningModule
 
+class DisplacedObjective(UnlearningModule):
+    """An objective on any backbone's losses that takes the forget gradient elsewhere; write ``displaced_gradient``.
 
-def displaced_step(module: UnlearningModule, batch: Mapping[str, Part]) -> Tensor:
-    """A training step of an objective with ``displaces_weights``: keep the forget gradient for the optimiser step.
-
-    Over the micro-batches of an optimiser step the forget gradients are averaged as the losses are.
+    The retain loss and the regulariser see the original weights. Over the micro-batches of an optimiser step the forget
+    gradients are averaged as the losses are; they are added to ``.grad`` before the regulariser and clipping see it.
 
     Args:
-        module: The objective; its ``displaced_gradient`` is asked.
-        batch: A training batch with a forget part.
+        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
 
-    Returns:
-        The loss for Lightning to differentiate, of which only the retain loss has a gradient.
+    Raises:
+        UserError: As :meth:`UnlearningModule.use_backbone`; when training starts, under a static graph of DDP or with
+            float16, whose loss scaling knows the loss's own gradient alone.
     """
-    gradients, addend = module.displaced_gradient(batch["forget"])
-    torch._foreach_mul_(gradients, module.forget_weight / n_micro_batches(module))
-    if module.forget_gradients is None:
-        module.forget_gradients = gradients
-    else:
-        torch._foreach_add_(module.forget_gradients, gradients)
-    losses = {"forget_loss": addend.detach() * world_size()}  # a sum over ranks, where the other is a mean
-    with module._step_memory:
-        retained = "retain" in batch and module.retain_weight > 0
-        # Without a retain loss Lightning needs a loss of this graph all the same.
-        answers = module.answers(batch["forget"]) if module.regularizer is not None or not retained else None
-        if module.regularizer is not None and answers is not None:
-            module.regularizer.collect(module.model, answers, batch["forget"])
-        if retained:
-            losses["retain_loss"] = module.retain_loss(batch["retain"])
-            loss = module.retain_weight * losses["retain_loss"]
-        elif answers is not None:
-            loss = 0.0 * answers.logits.sum()
-    module.log_dict({f"train/{k}": v for k, v in mean_over_ranks(losses).items()}, batch_size=1)
-    return loss + module.forget_weight * losses["forget_loss"]
 
+    lends_losses = False
 
-def complete_gradients(module: UnlearningModule) -> None:
-    """Put what :func:`displaced_step` kept into ``.grad``, before the regulariser and clipping see it."""
-    gradients, module.forget_gradients = module.forget_gradients, None
-    if gradients is not None:
-        reshard(module.model)
-        module.combine([p for p in module.model.parameters() if p.requires_grad], gradients)
+    def __init__(self, backbone: UnlearningModule | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.use_backbone(backbone or gradient_difference_like(self))
+        self._forget_gradients: list[Tensor] | None = None  # of this step's micro-batches so far
 
+    def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
+        """The gradient of one micro-batch's forget loss, over all ranks, at other weights.
 
-def n_micro_batches(module: UnlearningModule) -> int:
-    """Micro-batches of an optimiser step, by which Lightning divides the losses; 1 outside a Trainer."""
-    return 1 if module._trainer is None else module.trainer.accumulate_grad_batches
+        Args:
+            batch: This rank's forget part.
+
+        Returns:
+            What :func:`lightning_ssiuu.training.perturbation.gradient_at` gives for all trained parameters, and this
+            rank's addend of the loss (scalar, nats).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define displaced_gradient(batch)")
+
+    def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Put the step's forget gradient into ``.grad``, by default added to what is there.
+
+        Args:
+            parameters: All trained ones, with the retain loss's gradient.
+            gradients: Like them, or this rank's shards; times ``forget_weight``.
+        """
+        add_gradients(parameters, gradients)
+
+    @property
+    def n_micro_batches(self) -> int:
+        """Micro-batches of an optimiser step, by which Lightning divides the losses; 1 outside a Trainer."""
+        return 1 if self._trainer is None else self.trainer.accumulate_grad_batches
+
+    @property
+    def second_gradient(self) -> str:
+        return type(self).__name__
+
+    def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
+        if "forget" not in batch or self.forget_weight == 0:
+            return super().training_step(batch, batch_idx)
+        gradients, addend = self.displaced_gradient(batch["forget"])
+        torch._foreach_mul_(gradients, self.forget_weight / self.n_micro_batches)
+        if self._forget_gradients is None:
+            self._forget_gradients = gradients
+        else:
+            torch._foreach_add_(self._forget_gradients, gradients)
+        losses = {"forget_loss": addend.detach() * world_size()}  # a sum over ranks, where the other is a mean
+        with self._step_memory:
+            retained = "retain" in batch and self.retain_weight > 0
+            # Without a retain loss Lightning needs a loss of this graph all the same.
+            answers = self.answers(batch["forget"]) if self.regularizer is not None or not retained else None
+            if self.regularizer is not None and answers is not None:
+                self.regularizer.collect(self.model, answers, batch["forget"])
+            if retained:
+                losses["retain_loss"] = self.retain_loss(batch["retain"])
+                loss = self.retain_weight * losses["retain_loss"]
+            elif answers is not None:
+                loss = 0.0 * answers.logits.sum()
+        self.log_training(mean_over_ranks(losses))
+        return loss + self.forget_weight * losses["forget_loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients, self._forget_gradients = self._forget_gradients, None
+        if gradients is not None:
+            reshard(self.model)
+            self.combine([p for p in self.model.parameters() if p.requires_grad], gradients)
+        super().on_before_optimizer_step(optimizer)

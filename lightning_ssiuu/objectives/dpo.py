@@ -6,11 +6,43 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import AnswerModel, Part
-from lightning_ssiuu.objectives.losses import dpo
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.objectives.losses import preference
 from lightning_ssiuu.objectives.rejection import RejectingModule
 from lightning_ssiuu.training.reference import Observation, reference_logps
 from lightning_ssiuu.utils.errors import check_number
+
+
+def dpo(
+    preferred: Answers,
+    rejected: Answers,
+    reference_preferred_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float,
+) -> Tensor:
+    """Direct preference optimisation: ``−(2/β) mean log σ(β (r_preferred − r_rejected))``, ``r = log P − log P_ref``.
+
+    The factor 2/β, which the original lacks, makes it comparable with NPO's loss, to which it falls back when
+    ``r_preferred`` is 0.
+
+    Args:
+        preferred: The model's answers to be preferred (here: refusals).
+        rejected: Those to be avoided (here: the true ones), to the same questions.
+        reference_preferred_logps: ``[B]`` the original model's (nats).
+        reference_rejected_logps: ``[B]`` the original model's (nats).
+        beta: Inverse temperature, > 0.
+
+    Source: Rafailov et al., arXiv 2305.18290, Eq. 7; for unlearning arXiv 2401.06121.
+
+    Example:
+        >>> import torch
+        >>> answers = Answers(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([0]), 1)
+        >>> round(dpo(answers, answers, answers.logps, answers.logps, beta=1.0).item(), 4)  # 2 log 2
+        1.3863
+    """
+    wide = preferred.logps.dtype
+    gained = preferred.logps - reference_preferred_logps.to(wide)
+    return preference(gained - (rejected.logps - reference_rejected_logps.to(wide)), beta)
 
 
 class DPO(RejectingModule):
@@ -46,7 +78,7 @@ class DPO(RejectingModule):
         }
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.objectives.losses.dpo`; ``2 log(2)/β`` where the model is the original."""
+        """:func:`dpo`; ``2 log(2)/β`` where the model is the original."""
         return dpo(
             self.answers(self.rejected(batch)),
             self.answers(batch),

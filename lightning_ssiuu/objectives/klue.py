@@ -14,13 +14,32 @@ from transformers.pytorch_utils import Conv1D
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.datamodules.encoding import answered, batch_of
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, sequence_sums
 from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.losses import unforgotten_ascent
+from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.training.shards import local, reshard
-from lightning_ssiuu.training.strategies import refuse_deepspeed
-from lightning_ssiuu.utils.errors import UserError, check_number
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
+
+
+def unforgotten_ascent(answers: Answers, only_unforgotten: bool = True) -> Tensor:
+    """:func:`gradient_ascent` over the answers that greedy decoding still gives token by token; others count 0.
+
+    The mean is over all sequences, so that the fewer are left the smaller it is, and ranks with equal shares average
+    right.
+
+    Source: KLUE's choice of unforgotten samples (Yang et al., arXiv 2502.19207).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # the first answer is given, the second is not
+        >>> answers = Answers(logits, torch.tensor([0, 0]), torch.tensor([0, 1]), 2)
+        >>> round(unforgotten_ascent(answers).item(), 4)  # −log(1 + e^−2) / 2
+        -0.0635
+    """
+    if not only_unforgotten:
+        return gradient_ascent(answers)
+    wrong = sequence_sums((~answers.token_correct).float(), answers.sequence_index, answers.n_sequences)
+    return answers.mean_logps.where(wrong == 0, 0.0).mean()
 
 
 class KLUE(UnlearningModule):
@@ -56,6 +75,7 @@ class KLUE(UnlearningModule):
     """
 
     lends_losses = False
+    state_attributes = ("neurons",)  # a resumed run's weights would choose others
 
     def __init__(
         self,
@@ -70,18 +90,12 @@ class KLUE(UnlearningModule):
         if not 0 < share <= 1:
             raise UserError("share", share, "a share in (0, 1]")
         check_number("regularization", regularization)
-        if mismatched < 1:
-            raise UserError("mismatched", mismatched, "a number ≥ 1")
+        check_at_least("mismatched", mismatched, 1)
         if self.lora is not None:
             raise UserError("lora", "adapters", "null: a neuron's rows and columns are the weights' own, not adapters'")
         self.share, self.regularization, self.mismatched = share, regularization, mismatched
         self.only_unforgotten, self.seed = only_unforgotten, seed
         self.neurons: dict[int, Tensor] = {}  # by block, which train
-
-    def setup(self, stage: str) -> None:
-        """Refuse what keeps a second copy of the weights."""
-        super().setup(stage)
-        refuse_deepspeed(self.trainer, self)
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take the model and freeze all but the feed-forward projections."""
@@ -125,16 +139,6 @@ class KLUE(UnlearningModule):
         for (parameter, mask), old in zip(self._masked(), before, strict=True):
             own = local(parameter)
             own.copy_(torch.where(mask, own, old))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also the neurons: a resumed run's weights would choose others."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["neurons"] = self.neurons
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the neurons of the interrupted run."""
-        super().on_load_checkpoint(checkpoint)
-        self.neurons = checkpoint.get("neurons", {})
 
     def _masked(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
         found = dict(self.model.hf.named_parameters())

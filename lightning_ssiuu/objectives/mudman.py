@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.displaced import n_micro_batches
-from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
+from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.losses import answer_nll
-from lightning_ssiuu.training.checkpoints import put_state, take_state
-from lightning_ssiuu.training.perturbation import displaced, gradient_at, move, place, rows_of, share_of_mean
+from lightning_ssiuu.training.perturbation import (
+    answered,
+    displaced,
+    gradient_at,
+    move,
+    place,
+    rows_of,
+    share_of_mean,
+)
 from lightning_ssiuu.training.shards import local, norm_over_shards, trained_parameters
-from lightning_ssiuu.utils.errors import UserError, check_number
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
 
-class MUDMAN(UnlearningModule):
+class MUDMAN(DisplacedObjective):
     """``retain_weight · m + forget_weight · [sign g = sign m] ⊙ g/‖g‖₂``, g the forget gradient at an adversary's θ′.
 
     Sondej et al., arXiv 2506.12484. The adversary starts from the model, relearns the forget batches by gradient
@@ -50,8 +56,7 @@ class MUDMAN(UnlearningModule):
         (32, 0.001, 0.9)
     """
 
-    lends_losses = False
-    displaces_weights = True
+    state_attributes = ("_adversary", "_retain_mean")
 
     def __init__(
         self,
@@ -61,10 +66,8 @@ class MUDMAN(UnlearningModule):
         retain_momentum: float = 0.9,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.use_backbone(backbone or gradient_difference_like(self))
-        if fork_every_n_steps < 1:
-            raise UserError("fork_every_n_steps", fork_every_n_steps, "a number ≥ 1")
+        super().__init__(backbone, **kwargs)
+        check_at_least("fork_every_n_steps", fork_every_n_steps, 1)
         check_number("adversary_lr", adversary_lr)
         if not 0 <= retain_momentum < 1:
             raise UserError("retain_momentum", retain_momentum, "a fraction in [0, 1)")
@@ -78,8 +81,7 @@ class MUDMAN(UnlearningModule):
         self._adversary_gradients: list[Tensor] | None = None  # summed over the micro-batches of this step
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """As the base class wants it; keeps the adversary's own gradient for the end of the step."""
-        rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
+        rows, weight = share_of_mean(answered(batch))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
             if not self._adversary or self.global_step % self.fork_every_n_steps == 0:
@@ -90,7 +92,7 @@ class MUDMAN(UnlearningModule):
                 nll = weight * answer_nll(self.answers(part))
                 learning = gradient_at(nll, parameters, self.model, keep_graph=True)
                 gradients = gradient_at(loss, parameters, self.model)
-        torch._foreach_div_(learning, n_micro_batches(self))
+        torch._foreach_div_(learning, self.n_micro_batches)
         if self._adversary_gradients is None:
             self._adversary_gradients = learning
         else:
@@ -99,7 +101,6 @@ class MUDMAN(UnlearningModule):
 
     @torch.no_grad()
     def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Average the retain gradient, add the masked, normalised forget gradient to it, let the adversary step."""
         if not self._retain_mean:
             self._retain_mean = {name: torch.zeros_like(p) for name, p in trained_parameters(self.model).items()}
         means, norm = self._like(self._retain_mean), norm_over_shards(gradients, parameters)
@@ -115,18 +116,6 @@ class MUDMAN(UnlearningModule):
         learning, self._adversary_gradients = self._adversary_gradients, None
         if learning is not None:
             move(self._like(self._adversary), learning, -self.adversary_lr)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adversary and the running mean."""
-        super().on_save_checkpoint(checkpoint)
-        put_state(checkpoint, "mudman", {"adversary": self._adversary, "retain_mean": self._retain_mean})
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
-        super().on_load_checkpoint(checkpoint)
-        folder = self._trainer.ckpt_path if self._trainer is not None else None
-        if state := take_state(checkpoint, "mudman", self.model, folder):
-            self._adversary, self._retain_mean = state["adversary"], state["retain_mean"]
 
     def _like(self, state: dict[str, Tensor]) -> Any:
         # A resumed run's come from the file to the CPU, wherever the weights are.

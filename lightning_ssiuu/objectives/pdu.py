@@ -8,13 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.models.answers import Answers, Part, mean_over_answers
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.losses import logit_margin_flattening
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.utils.distributed import mean_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_number
+
+
+def logit_margin_flattening(answers: Answers) -> Tensor:
+    """PDU's forget loss: squared distance of the largest logit from the mean logit, of the answer's tokens.
+
+    In squared logits, not nats: 0 where all tokens are equally likely.
+
+    Source: Entesari et al., arXiv 2506.05314. Here at the positions that predict the answer; open-unlearning's are one
+    later.
+
+    Example:
+        >>> answers = Answers(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([1]), torch.tensor([0]), 1)
+        >>> logit_margin_flattening(answers)  # (3 − 1)²
+        tensor(4.)
+    """
+    logits = answers.logits.to(answers.token_logps.dtype)
+    return mean_over_answers((logits.max(-1).values - logits.mean(-1)).square(), answers)
 
 
 class PDU(UnlearningModule):
@@ -45,6 +61,7 @@ class PDU(UnlearningModule):
     """
 
     lends_losses = False
+    state_attributes = ("retain_weight", "bound")
 
     def __init__(
         self,
@@ -73,7 +90,7 @@ class PDU(UnlearningModule):
         return {"retain/logits": reference_logits} if self.retain == "kl" else {}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.objectives.losses.logit_margin_flattening`, ≥ 0, in squared logits."""
+        """:func:`logit_margin_flattening`, ≥ 0, in squared logits."""
         return logit_margin_flattening(self.answers(batch))
 
     def retain_loss(self, batch: Part) -> Tensor:
@@ -108,18 +125,7 @@ class PDU(UnlearningModule):
         self._since_step.clear()
         if self.bound is not None and self.current_epoch >= self.dual_warmup_epochs:
             self.retain_weight = max(0.0, self.retain_weight + self.dual_step_size * (loss - self.bound))
-        self.log_dict({"train/dual_variable": self.retain_weight}, batch_size=1)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep λ and its bound."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["dual"] = {"variable": self.retain_weight, "bound": self.bound}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take λ and its bound up again."""
-        super().on_load_checkpoint(checkpoint)
-        if dual := checkpoint.get("dual"):
-            self.retain_weight, self.bound = dual["variable"], dual["bound"]
+        self.log_training({"dual_variable": self.retain_weight})
 
     def _loss_on_retain_set(self) -> float:
         total, n_sequences = torch.zeros((), device=self.device), 0

@@ -5,18 +5,59 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, mean_over_answers
 from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.models.hidden_states import HiddenAnswers, answers_with_hidden, block_number
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.losses import hidden_mse, random_direction
 from lightning_ssiuu.training.reference import Observation
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 _PAPERS_LAYER = 7
+
+
+def hidden_mse(hidden: Tensor, target: Tensor, answers: Answers) -> Tensor:
+    """Squared distance of hidden states to a target: mean over sequences of token means of means over dimensions.
+
+    Args:
+        hidden: ``[N, H]`` at the labelled positions.
+        target: ``[H]`` for all of them, or ``[N, H]`` one each.
+        answers: Whose positions they are.
+
+    Source: both losses of RMU (Li et al., arXiv 2403.03218, Sec. 4), whose published
+    code takes the mean over dimensions, not the sum.
+
+    Example:
+        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+        >>> hidden = torch.tensor([[1.0, 1.0], [3.0, 3.0], [2.0, 0.0]])
+        >>> hidden_mse(hidden, torch.zeros(2), answers)  # ((1 + 9) / 2 + 2) / 2
+        tensor(3.5000)
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    squared = (hidden.to(wide) - target.to(device=hidden.device, dtype=wide)).square().mean(-1)
+    return mean_over_answers(squared, answers)
+
+
+def random_direction(width: int, seed: int) -> Tensor:
+    """``u/‖u‖`` with ``u ~ U[0, 1)`` from a generator of its own: the same on every rank and in every run.
+
+    Args:
+        width: H.
+        seed: Of the generator.
+
+    Returns:
+        ``[H]`` float64 on the CPU.
+
+    Example:
+        >>> u = random_direction(4, seed=0)
+        >>> round(u.norm().item(), 6), bool((u >= 0).all())
+        (1.0, True)
+    """
+    u = torch.rand(width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return u / u.norm()
 
 
 class RMU(UnlearningModule):

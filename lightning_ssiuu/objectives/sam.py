@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
-from lightning_ssiuu.training.perturbation import displaced, gradient_at, move, rows_of, share_of_mean
+from lightning_ssiuu.objectives.displaced import DisplacedObjective
+from lightning_ssiuu.training.perturbation import answered, displaced, gradient_at, move, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import norm_over_shards
 from lightning_ssiuu.utils.errors import check_number
 
 
-class SAM(UnlearningModule):
+class SAM(DisplacedObjective):
     """The forget gradient at ``θ + ρ g/‖g‖₂``, ``g`` the forget gradient at θ, beside the retain gradient at θ.
 
     Fan et al., arXiv 2502.05374: relearning is an adversary's small change of the weights, so the forget loss is
@@ -37,18 +37,13 @@ class SAM(UnlearningModule):
         0.01
     """
 
-    lends_losses = False
-    displaces_weights = True
-
     def __init__(self, backbone: UnlearningModule | None = None, rho: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.use_backbone(backbone or gradient_difference_like(self))
+        super().__init__(backbone, **kwargs)
         check_number("rho", rho)
         self.rho = rho
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """As the base class wants it."""
-        rows, weight = share_of_mean((batch["labels"] != -100).any(1).nonzero().squeeze(1))
+        rows, weight = share_of_mean(answered(batch))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
             if self.rho > 0:

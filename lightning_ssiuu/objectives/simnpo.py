@@ -6,10 +6,29 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.models.answers import Answers, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.losses import simnpo
+from lightning_ssiuu.objectives.losses import preference
 from lightning_ssiuu.utils.errors import check_number
+
+
+def simnpo(answers: Answers, beta: float, delta: float = 0.0) -> Tensor:
+    """NPO without a reference and normalised by length: ``−(2/β) mean log σ(−β (log P / n + δ))``.
+
+    Args:
+        answers: The model's, to the forget questions.
+        beta: Inverse temperature, > 0.
+        delta: Margin in nats per token; the paper's γ is β δ (this is how its public code has it).
+
+    Source: Fan et al., arXiv 2410.07163.
+
+    Example:
+        >>> import torch
+        >>> answers = Answers(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
+        >>> round(simnpo(answers, beta=1.0).item(), 4)  # −2 log(4/5)
+        0.4463
+    """
+    return preference(-answers.mean_logps - delta, beta)
 
 
 class SimNPO(UnlearningModule):
@@ -37,5 +56,5 @@ class SimNPO(UnlearningModule):
         self.beta, self.delta = beta, delta
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.objectives.losses.simnpo`."""
+        """:func:`simnpo`."""
         return simnpo(self.answers(batch), self.beta, self.delta)

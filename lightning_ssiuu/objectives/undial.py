@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.models.answers import Answers, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.losses import undial
+from lightning_ssiuu.objectives.losses import cross_entropy
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.utils.errors import check_number
+
+
+def undial(answers: Answers, reference_logits: Tensor, beta: float) -> Tensor:
+    """Cross-entropy with the original model's predictions after the answer's logit was lowered by β, in nats.
+
+    Args:
+        answers: The model's, to the forget questions.
+        reference_logits: ``[N, V]`` the original model's at the same positions.
+        beta: How much the answer token's logit is lowered, ≥ 0.
+
+    Source: Dong et al., UNDIAL, arXiv 2402.10052. Answer tokens only; open-unlearning also takes prompt and padding.
+
+    Example:
+        >>> answers = Answers(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([0]), 1)
+        >>> round(undial(answers, torch.zeros(1, 2), beta=10.0).item(), 4)  # log 2, whatever the target
+        0.6931
+    """
+    strength = torch.full_like(answers.token_logps.detach(), -beta).unsqueeze(-1)
+    lowered = reference_logits.to(strength.dtype).scatter_add(-1, answers.targets.unsqueeze(-1), strength)
+    return cross_entropy(answers, lowered)
 
 
 class UNDIAL(UnlearningModule):
@@ -42,5 +63,5 @@ class UNDIAL(UnlearningModule):
         return super().references() | {"forget/logits": reference_logits}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`~lightning_ssiuu.objectives.losses.undial`, in nats; at least the target's entropy."""
+        """:func:`undial`, in nats; at least the target's entropy."""
         return undial(self.answers(batch), self.original("forget/logits", batch), self.beta)

@@ -14,7 +14,6 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import kl_divergence
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.training.shards import reshard
-from lightning_ssiuu.training.strategies import refuse_deepspeed
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 
@@ -63,11 +62,6 @@ class UNDO(UnlearningModule):
         if self.retain_weight == 0:
             raise UserError("retain_weight", self.retain_weight, "a finite number > 0: there is no other loss")
         self.alpha, self.beta, self.seed = alpha, beta, seed
-
-    def setup(self, stage: str) -> None:
-        """Refuse what keeps a second copy of the weights."""
-        super().setup(stage)
-        refuse_deepspeed(self.trainer, self)
 
     def references(self) -> dict[str, Observation]:
         """The teacher's logits at the retain answers."""

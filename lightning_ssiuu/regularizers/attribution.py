@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers, target_logps
 from lightning_ssiuu.models.architectures import neuron_sites, select_sites
-from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
+from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode
 from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
 from lightning_ssiuu.training.layer_gradients import Sums
 from lightning_ssiuu.training.shards import (
@@ -35,38 +35,45 @@ from lightning_ssiuu.training.shards import (
 from lightning_ssiuu.training.single_pass import NotExact, SinglePass
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
+Anchor = Literal["previous", "original"]
+Target = Literal["sequence", "length_normalised"]
+Passes = Literal["auto", "one", "two"]
+
 
 class AttributionPenalty(Penalty):
     """What the penalty has in common at both levels: options, the probability's scale, warnings.
 
     Args:
         weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
-        weight_mode: See :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
-        anchor: See :class:`AttributionRegularizer`, as what follows.
-        target: The probability that is attributed.
-        modules: Sites.
-        weight_schedule: See :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
-        schedule_steps: See there.
+        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to
+            ``weight`` times the norm of the objective's gradient: the literal λ depends on the model's size and on P
+            and can be negligible.
+        anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
+            the first step, where the weights are still the original model's. Either is a value on that step's batch.
+        target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
+            :func:`lightning_ssiuu.models.answers.target_logps`.
+        modules: Restrict to these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None for no restriction.
+        **kwargs: ``weight_schedule`` and ``schedule_steps`` of :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
 
     Raises:
         UserError: If an argument is outside its range.
     """
 
+    state_attributes = (*Penalty.state_attributes, "_anchor", "_anchor_scale")  # between steps there is nothing else
     _anchor: Any = None  # A / e^anchor_scale, in the subclass's form
 
     def __init__(
         self,
         weight: float = 1e-3,
         weight_mode: WeightMode = "absolute",
-        anchor: Literal["previous", "original"] = "previous",
-        target: Literal["sequence", "length_normalised"] = "sequence",
+        anchor: Anchor = "previous",
+        target: Target = "sequence",
         modules: list[str] | None = None,
-        weight_schedule: WeightSchedule = "constant",
-        schedule_steps: int = 10,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(weight, weight_mode, weight_schedule, schedule_steps)
-        check_choice("regularizer.anchor", anchor, Literal["previous", "original"])
-        check_choice("regularizer.target", target, Literal["sequence", "length_normalised"])
+        super().__init__(weight, weight_mode, **kwargs)
+        check_choice("regularizer.anchor", anchor, Anchor)
+        check_choice("regularizer.target", target, Target)
         if modules is not None and not modules:
             raise UserError("regularizer.modules", modules, "null, or at least one module to restrict to")
         self.anchor, self.target, self.modules = anchor, target, modules
@@ -92,15 +99,6 @@ class AttributionPenalty(Penalty):
             self._warned.add(key)
             warnings.warn(f"{type(self).__name__}: {text}", stacklevel=4)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The anchor and its scale, and the schedule; between steps there is nothing else."""
-        return super().state_dict() | {"anchor": self._anchor, "anchor_scale": self._anchor_scale}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the anchor of an interrupted run."""
-        super().load_state_dict(state)
-        self._anchor, self._anchor_scale = state["anchor"], state["anchor_scale"]
-
 
 class AttributionRegularizer(AttributionPenalty):
     """Adds ``2λ (A_t − A_anchor) g`` to the gradient of every parameter whose attribution ``A_t = φ g`` is negative.
@@ -110,20 +108,8 @@ class AttributionRegularizer(AttributionPenalty):
     and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
 
     Args:
-        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
-        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to
-            ``weight`` times the norm of the objective's gradient: the literal λ depends on the model's size and on P
-            and can be negligible.
-        anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
-            the first step, where the weights are still the original model's. Either is a value on that step's batch.
-        target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
-            :func:`lightning_ssiuu.models.answers.target_logps`.
-        modules: Restrict to the weights of these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None means every
-            parameter, embeddings and norms included.
-        weight_schedule: ``"constant"``; ``"warmup"`` raises λ linearly over ``schedule_steps`` optimiser steps;
-            ``"adaptive"`` (with ``weight_mode: relative``) keeps the ratio of norms on average instead of in every
-            step. See :class:`lightning_ssiuu.regularizers.penalty.Penalty`.
-        schedule_steps: Length of the schedule in optimiser steps, ≥ 1.
+        *args: As :class:`AttributionPenalty`: ``weight``, ``weight_mode``, ``anchor``, ``target``, ``modules`` (the
+            weights of these sites alone; None for every parameter, embeddings and norms included).
         passes: How g is taken. ``"two"``: by a backward pass of its own through the objective's forward pass, right
             under any strategy and with any loss. ``"one"``: in the loss's backward pass, by a second product per layer
             (:mod:`lightning_ssiuu.training.single_pass`), which costs about half as much. It is the same but for
@@ -131,6 +117,7 @@ class AttributionRegularizer(AttributionPenalty):
             GradientDifference, NPO, SimNPO, DPO, ...), whole weights or adapters train, and every trained layer is a
             known one. ``"auto"`` takes one pass where that holds and otherwise two, with a line in the log that says
             why.
+        **kwargs: These too, ``weight_schedule`` and ``schedule_steps``.
 
     Raises:
         UserError: If an argument is outside its range; when training starts, if ``modules`` names nothing or nothing
@@ -146,19 +133,9 @@ class AttributionRegularizer(AttributionPenalty):
     _gradients: list[Tensor | None] | None = None  # g / e^scale of this step so far; None where nothing was added
     _anchor: dict[str, Tensor] | None = None  # A / e^anchor_scale by parameter, a shard where that is one
 
-    def __init__(
-        self,
-        weight: float = 1e-3,
-        weight_mode: WeightMode = "absolute",
-        anchor: Literal["previous", "original"] = "previous",
-        target: Literal["sequence", "length_normalised"] = "sequence",
-        modules: list[str] | None = None,
-        weight_schedule: WeightSchedule = "constant",
-        schedule_steps: int = 10,
-        passes: Literal["auto", "one", "two"] = "auto",
-    ) -> None:
-        super().__init__(weight, weight_mode, anchor, target, modules, weight_schedule, schedule_steps)
-        check_choice("regularizer.passes", passes, Literal["auto", "one", "two"])
+    def __init__(self, *args: Any, passes: Passes = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_choice("regularizer.passes", passes, Passes)
         self.passes = passes
         self._single: SinglePass | None = None if passes == "two" else SinglePass()
         # What the loss's backward pass is to add: the answers, and each sequence's weight of ∂log P.

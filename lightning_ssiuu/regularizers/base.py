@@ -9,15 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers
+from lightning_ssiuu.training.checkpoints import Stateful
 
 
-class Regularizer(ABC):
+class Regularizer(Stateful, ABC):
     """What an objective expects of its ``regularizer``: collect per micro-batch, act once per optimiser step.
+
+    Only :meth:`apply` has to be written. What a resumed run needs is named in ``state_attributes``
+    (:class:`~lightning_ssiuu.training.checkpoints.Stateful`).
 
     Example:
         >>> import torch
         >>> class Halve(Regularizer):
-        ...     def collect(self, model, answers, part): ...
         ...     def apply(self, model):
         ...         for parameter in model.parameters():
         ...             parameter.grad.mul_(0.5)
@@ -28,10 +31,14 @@ class Regularizer(ABC):
         ({}, tensor([[0.5000]]))
     """
 
-    #: Whether DeepSpeed's ZeRO will do, which loses changes to the weights and knows of no forward pass but the step's.
-    under_zero = True
+    def prepare(self, module: Any) -> None:
+        """Look at the model before the first step of a new run (not of a resumed one).
 
-    def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
+        Args:
+            module: The objective: ``module.model``, ``module.training_parts("retain")``.
+        """
+
+    def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
         """Be told, in an ordinary training step, of the forget part before any of its forward passes.
 
         Args:
@@ -39,15 +46,6 @@ class Regularizer(ABC):
             part: As :meth:`collect` will get it.
         """
 
-    def before_backward(self, model: nn.Module, loss: Tensor) -> None:  # noqa: B027 - optional
-        """Be told, after :meth:`collect` in an ordinary training step, of the loss that is differentiated next.
-
-        Args:
-            model: The model.
-            loss: Scalar, as the training step returns it.
-        """
-
-    @abstractmethod
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
         """See a micro-batch's forget part before the loss is differentiated.
 
@@ -57,27 +55,17 @@ class Regularizer(ABC):
             part: ``input_ids, attention_mask, labels``, each ``[B, L]``.
         """
 
+    def before_backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Be told, after :meth:`collect` in an ordinary training step, of the loss that is differentiated next.
+
+        Args:
+            model: The model.
+            loss: Scalar, as the training step returns it.
+        """
+
     @abstractmethod
     def apply(self, model: nn.Module) -> dict[str, float]:
         """Change the parameters' ``.grad`` before clipping and the optimiser step; returns figures to log."""
 
-    def prepare(self, module: Any) -> None:  # noqa: B027 - optional
-        """Look at the model before the first step of a new run (not of a resumed one).
-
-        Args:
-            module: The objective: ``module.model``, ``module.training_parts("retain")``.
-        """
-
-    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - optional
+    def after_step(self, model: nn.Module) -> None:
         """See, or change, the weights right after an optimiser step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values and tensors.
-
-        Under FSDP2 this runs on every rank; tensors that are shards (``DTensor``) have to stand in a dictionary under
-        the name of the parameter they are cut like, as ``model.named_parameters()`` has it.
-        """
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional, like state_dict
-        """Take up the state of an interrupted run."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode, WeightSchedule
+from lightning_ssiuu.regularizers.penalty import Penalty, WeightMode
 from lightning_ssiuu.training.shards import (
     chunks,
     local,
     local_state,
+    norm_over_shards,
     over_shards,
     shard_device,
     shard_like,
@@ -32,15 +32,7 @@ class L2ToStart(Penalty):
     Adds ``2λ (θ − θ₀)`` to the gradient: unlike AdamW's decoupled weight decay it pulls to where training began, not to
     zero, and passes through the optimiser. Holds a copy of the trained weights (with adapters: of the adapters).
 
-    Args:
-        weight: λ ≥ 0; with 0 nothing is computed.
-        weight_mode: ``"absolute"`` takes λ, ``"relative"`` scales the penalty's gradient to ``weight`` times the norm
-            of the objective's; see :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
-        weight_schedule: ``"constant"``, ``"warmup"`` or ``"adaptive"``; see there.
-        schedule_steps: Optimiser steps of the schedule, ≥ 1.
-
-    Raises:
-        UserError: If an argument is outside its range.
+    The options are :class:`~lightning_ssiuu.regularizers.penalty.Penalty`'s; with ``weight`` 0 nothing is computed.
 
     Example:
         >>> layer, control = nn.Linear(1, 1, bias=False), L2ToStart(weight=0.5)
@@ -51,18 +43,8 @@ class L2ToStart(Penalty):
         tensor([[3.]])
     """
 
-    def __init__(
-        self,
-        weight: float = 1e-3,
-        weight_mode: WeightMode = "absolute",
-        weight_schedule: WeightSchedule = "constant",
-        schedule_steps: int = 10,
-    ) -> None:
-        super().__init__(weight, weight_mode, weight_schedule, schedule_steps)
-        self._start: dict[str, Tensor] | None = None
-
-    def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Nothing: the penalty knows no data."""
+    state_attributes = (*Penalty.state_attributes, "_start")
+    _start: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, float]:
@@ -89,22 +71,13 @@ class L2ToStart(Penalty):
         self._n_steps += 1
         return figures | {"distance_to_start": math.sqrt(over_shards(squares, shard_device(parameters)))}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The weights at the start by parameter name, and the schedule."""
-        return super().state_dict() | {"start": self._start}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the start of an interrupted run."""
-        super().load_state_dict(state)
-        self._start = state["start"]
-
 
 class MatchedUpdateNorm(Regularizer):
     """Scales every optimiser step to the same length, so that objectives are compared at equal distance travelled.
 
     ``θ ← θ_old + ν (θ_new − θ_old) / ‖θ_new − θ_old‖`` over all trained weights together, whatever the optimiser made
     of learning rate, clipping and weight decay; a step of length 0 stays 0. Weights in bfloat16 reach ν but for their
-    rounding. Holds a copy of the trained weights during the step. DeepSpeed's ZeRO is refused.
+    rounding. Holds a copy of the trained weights during the step.
 
     Args:
         norm: Euclidean length of every step, > 0: ν itself or a fraction of ‖θ_old‖.
@@ -122,7 +95,7 @@ class MatchedUpdateNorm(Regularizer):
         0.5
     """
 
-    under_zero = False
+    state_attributes = ("_length",)  # the figure that is logged next; nothing else outlives a step
 
     def __init__(self, norm: float, norm_mode: WeightMode = "absolute") -> None:
         check_number("regularizer.norm", norm, positive=True)
@@ -130,9 +103,6 @@ class MatchedUpdateNorm(Regularizer):
         self.norm, self.norm_mode = norm, norm_mode
         self._before: list[Tensor] | None = None
         self._length: float | None = None
-
-    def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Nothing."""
 
     def apply(self, model: nn.Module) -> dict[str, float]:
         """Remember the weights.
@@ -157,18 +127,18 @@ class MatchedUpdateNorm(Regularizer):
             return
         target = self.norm
         if self.norm_mode == "relative":
-            target *= math.sqrt(over_shards(square(before), shards))
+            target *= norm_over_shards(before, parameters)
         for c in chunks(before):
             torch._foreach_lerp_(before[c], now[c], target / self._length)
             torch._foreach_copy_(now[c], before[c])
 
-    def state_dict(self) -> dict[str, Any]:
-        """The figure that is logged next; nothing else outlives a step."""
-        return {"length": self._length}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the figure."""
-        self._length = state["length"]
+def _each(hook: str) -> Callable[..., None]:
+    def call(self: Combined, *args: Any) -> None:
+        for regularizer in self.regularizers:
+            getattr(regularizer, hook)(*args)
+
+    return call
 
 
 class Combined(Regularizer):
@@ -184,53 +154,30 @@ class Combined(Regularizer):
         UserError: If there is none.
 
     Example:
-        >>> Combined([L2ToStart(0.1), MatchedUpdateNorm(0.5)]).under_zero
-        False
+        >>> list(Combined([L2ToStart(0.1), MatchedUpdateNorm(0.5)]).state())
+        ['0', '1']
     """
 
     def __init__(self, regularizers: list[Regularizer]) -> None:
         if not regularizers:
             raise UserError("regularizer.regularizers", regularizers, "at least one regulariser")
         self.regularizers = regularizers
-        self.under_zero = all(one.under_zero for one in regularizers)
 
-    def prepare(self, module: Any) -> None:
-        """Each one's."""
-        for one in self.regularizers:
-            one.prepare(module)
-
-    def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
-        """Each one's."""
-        for one in self.regularizers:
-            one.before_forward(model, part)
-
-    def before_backward(self, model: nn.Module, loss: Tensor) -> None:
-        """Each one's."""
-        for one in self.regularizers:
-            one.before_backward(model, loss)
-
-    def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Each one's."""
-        for one in self.regularizers:
-            one.collect(model, answers, part)
+    prepare = _each("prepare")
+    before_forward = _each("before_forward")
+    collect = _each("collect")
+    before_backward = _each("before_backward")
+    after_step = _each("after_step")
 
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Each one's; all figures."""
         figures: dict[str, float] = {}
-        for one in self.regularizers:
-            figures |= one.apply(model)
+        for regularizer in self.regularizers:
+            figures |= regularizer.apply(model)
         return figures
 
-    def after_step(self, model: nn.Module) -> None:
-        """Each one's."""
-        for one in self.regularizers:
-            one.after_step(model)
+    def state(self) -> dict[str, Any]:
+        return {str(number): regularizer.state() for number, regularizer in enumerate(self.regularizers)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Each one's, by its number."""
-        return {str(number): one.state_dict() for number, one in enumerate(self.regularizers)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Each one's."""
-        for number, one in enumerate(self.regularizers):
-            one.load_state_dict(state[str(number)])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for number, regularizer in enumerate(self.regularizers):
+            regularizer.load_state(state[str(number)])

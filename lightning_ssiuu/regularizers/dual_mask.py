@@ -27,7 +27,9 @@ from lightning_ssiuu.training.shards import (
     wide,
 )
 from lightning_ssiuu.utils.distributed import world_size
-from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
+
+Normalise = Literal["max", "mean", "none"]
 
 
 class DualMask(Regularizer):
@@ -43,7 +45,7 @@ class DualMask(Regularizer):
     same. It calls f normalised without saying how, hence ``normalise``. It applies the masks to chosen layers; here to
     every trained weight.
 
-    Holds f (float32) and, during the step, a gradient and a copy of the trained weights. DeepSpeed's ZeRO is refused.
+    Holds f (float32) and, during the step, a gradient and a copy of the trained weights.
     On fresh LoRA adapters, half of which are zero and so have attribution 0, M₂ is 1/(1 + β) for these at first.
 
     Args:
@@ -63,20 +65,20 @@ class DualMask(Regularizer):
         lightning_ssiuu.UserError: regularizer.beta: got -1.0, allowed: a finite number ≥ 0
     """
 
-    under_zero = False
+    state_attributes = ("_fisher",)  # of a resumed run the weights are no longer the original ones
 
     def __init__(
         self,
         alpha: float = 50.0,
         beta: float = 20.0,
         n_examples: int | None = None,
-        normalise: Literal["max", "mean", "none"] = "max",
+        normalise: Normalise = "max",
     ) -> None:
         check_number("regularizer.alpha", alpha)
         check_number("regularizer.beta", beta)
-        if n_examples is not None and n_examples < 1:
-            raise UserError("regularizer.n_examples", n_examples, "null, or a whole number ≥ 1")
-        check_choice("regularizer.normalise", normalise, Literal["max", "mean", "none"])
+        if n_examples is not None:
+            check_at_least("regularizer.n_examples", n_examples, 1)
+        check_choice("regularizer.normalise", normalise, Normalise)
         self.alpha, self.beta, self.n_examples, self.normalise = alpha, beta, n_examples, normalise
         self._fisher: dict[str, Tensor] | None = None  # normalised, by parameter, a shard where that is one
         self._gradients: list[Tensor] | None = None  # of the forget answers' log-probability
@@ -171,14 +173,6 @@ class DualMask(Regularizer):
             torch._foreach_copy_(
                 now[c], torch._foreach_lerp([wide(w) for w in before[c]], [wide(w) for w in now[c]], mask)
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The normalised Fisher information by parameter name; None with α = 0."""
-        return {"fisher": self._fisher}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the Fisher information of an interrupted run: the weights are no longer the original ones."""
-        self._fisher = state["fisher"]
 
     def _normalised(self, fisher: list[Tensor], parameters: list[nn.Parameter]) -> None:
         """Divide each tensor by its largest element, or its mean, over all its shards, in place."""

@@ -22,6 +22,8 @@ from lightning_ssiuu.training.shards import reshard, trained_parameters, wide
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
+Tokens = Literal["min", "sum"]
+
 
 @dataclass
 class _Pass:
@@ -47,14 +49,14 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
     Each optimiser step runs the model on its forget parts once more (with several micro-batches
     twice, but for the last), without dropout, with two backward passes and the sites' activations and their gradients
-    in memory. DeepSpeed's ZeRO is refused.
+    in memory.
 
     Args:
         weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
         tokens: ``"min"`` or ``"sum"``, see above.
-        **kwargs: ``weight_mode``, ``anchor``, ``target``, ``weight_schedule`` and ``schedule_steps`` as
-            :class:`AttributionRegularizer`; ``modules`` restricts the neurons that are held, not the weights that are
-            changed, None means all sites.
+        **kwargs: ``weight_mode``, ``anchor``, ``target``, ``weight_schedule`` and ``schedule_steps`` as in
+            :class:`~lightning_ssiuu.regularizers.attribution.AttributionPenalty`; ``modules`` restricts the neurons
+            that are held, not the weights that are changed, None means all sites.
 
     Raises:
         UserError: If an argument is outside its range; when training starts, if the architecture has no known sites or
@@ -67,11 +69,9 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         lightning_ssiuu.UserError: regularizer.tokens: got 'max', allowed: one of ['min', 'sum']
     """
 
-    under_zero = False
-
-    def __init__(self, weight: float = 1e-3, *, tokens: Literal["min", "sum"] = "min", **kwargs: Any) -> None:
+    def __init__(self, weight: float = 1e-3, *, tokens: Tokens = "min", **kwargs: Any) -> None:
         super().__init__(weight, **kwargs)
-        check_choice("regularizer.tokens", tokens, Literal["min", "sum"])
+        check_choice("regularizer.tokens", tokens, Tokens)
         self.tokens = tokens
         self._parts: list[Mapping[str, Tensor]] = []
         self._autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.training.shards import local, over_shards, shard_device, square
-from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
+from lightning_ssiuu.training.shards import local, norm_over_shards, over_shards, shard_device, square
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
 
 WeightMode = Literal["absolute", "relative"]
 WeightSchedule = Literal["constant", "warmup", "adaptive"]
@@ -36,9 +36,11 @@ class Penalty(Regularizer):
         UserError: If an argument is outside its range.
     """
 
+    state_attributes: ClassVar[tuple[str, ...]] = ("_n_steps", "_averages")
+
     def __init__(
         self,
-        weight: float,
+        weight: float = 1e-3,
         weight_mode: WeightMode = "absolute",
         weight_schedule: WeightSchedule = "constant",
         schedule_steps: int = 10,
@@ -49,22 +51,12 @@ class Penalty(Regularizer):
         if weight_schedule == "adaptive" and weight_mode != "relative":
             allowed = "relative with weight_schedule adaptive, where weight is a ratio of norms"
             raise UserError("regularizer.weight_mode", weight_mode, allowed)
-        if schedule_steps < 1:
-            raise UserError("regularizer.schedule_steps", schedule_steps, "a whole number ≥ 1")
+        check_at_least("regularizer.schedule_steps", schedule_steps, 1)
         self.weight, self.weight_mode = weight, weight_mode
         self.weight_schedule, self.schedule_steps = weight_schedule, schedule_steps
         self._n_steps = 0
         # Logarithms of the moving averages: an attribution penalty's gradient may be of size e^−400.
         self._averages = {"objective": -math.inf, "penalty": -math.inf}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the schedule is."""
-        return {"schedule": {"n_steps": self._n_steps, **self._averages}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the schedule of an interrupted run."""
-        self._n_steps = state["schedule"]["n_steps"]
-        self._averages = {name: state["schedule"][name] for name in self._averages}
 
     @torch.no_grad()
     def add(
@@ -87,10 +79,9 @@ class Penalty(Regularizer):
         Returns:
             ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.
         """
-        shards = shard_device(parameters)
         present = [local(p.grad) for p in model.parameters() if p.grad is not None]
-        objective = math.sqrt(over_shards(square(present), shards))
-        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shards))
+        objective = norm_over_shards(present, parameters)
+        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shard_device(parameters)))
         coefficient = self._coefficient(objective, raw, log_scale)
         for parameter, penalty in zip(parameters, gradients, strict=True):
             if parameter.grad is None:
@@ -104,8 +95,10 @@ class Penalty(Regularizer):
         if self.weight_schedule == "warmup":
             weight *= min(1.0, self._n_steps / self.schedule_steps)
         if self.weight_schedule == "adaptive" and raw > 0 and objective > 0:
-            for name, size in (("objective", math.log(objective)), ("penalty", math.log(raw) + log_scale)):
-                self._averages[name] = _moved(self._averages[name], size, self.schedule_steps)
+            sizes = {"objective": math.log(objective), "penalty": math.log(raw) + log_scale}
+            self._averages = {
+                name: _moved(self._averages[name], size, self.schedule_steps) for name, size in sizes.items()
+            }
         if weight == 0 or raw == 0:
             return 0.0
         if self.weight_mode == "absolute":

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -157,8 +157,8 @@ def check_checkpoint(argument: str, path: str | os.PathLike[str], weights_only: 
         weights_only: False: it may hold pickled objects, which only the Trainer is to read.
 
     Returns:
-        What it holds besides the weights; tensors are mapped from the file, not read. Empty for what only Lightning or
-        an engine can read (a path with a protocol, DeepSpeed's folders).
+        What it holds besides the weights; tensors are mapped from the file, not read. Empty for what only Lightning
+        can read (a path with a protocol).
 
     Raises:
         UserError: If it is missing, cut off, damaged or no checkpoint.
@@ -170,7 +170,7 @@ def check_checkpoint(argument: str, path: str | os.PathLike[str], weights_only: 
         lightning_ssiuu.UserError: ckpt_path: got 'no/such.ckpt', allowed: an existing checkpoint
     """
     place = Path(path)
-    if not _is_local(path) or (place / "checkpoint").is_dir():
+    if not _is_local(path):
         return {}
     clear_leftovers(place.parent)
     if not place.exists():
@@ -211,6 +211,38 @@ def _check_shards(folder: Path) -> None:
 
 def _is_local(path: str | os.PathLike[str]) -> bool:
     return not re.search(r"://|::", os.fspath(path))
+
+
+class Stateful:
+    """What objectives and regularisers have in common: state that an interrupted run goes on with.
+
+    Who needs more than some attributes overrides :meth:`state` and :meth:`load_state`.
+
+    Example:
+        >>> class Counter(Stateful):
+        ...     state_attributes = ("_n_steps",)
+        ...     _n_steps = 0
+        >>> counter = Counter()
+        >>> counter.load_state({"n_steps": 3})
+        >>> counter.state()
+        {'n_steps': 3}
+    """
+
+    #: Names of the attributes that make up the state; an underscore at the beginning is no part of the state's name.
+    state_attributes: ClassVar[tuple[str, ...]] = ()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain values, tensors, and dictionaries of those.
+
+        Under FSDP2 this runs on every rank; tensors that are shards (``DTensor``) have to stand in a dictionary under
+        the name of the parameter they are cut like, as ``model.named_parameters()`` has it.
+        """
+        return {name.removeprefix("_"): getattr(self, name) for name in self.state_attributes}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of an interrupted run; tensors are on the CPU, shards where the weights are."""
+        for name in self.state_attributes:
+            setattr(self, name, state[name.removeprefix("_")])
 
 
 def put_state(checkpoint: dict[str, Any], key: str, state: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ssiuu.training import deepspeed as zero
 from lightning_ssiuu.training.shards import local
 from lightning_ssiuu.utils.distributed import world_size
 
@@ -32,8 +31,6 @@ def extra_gradient(
         >>> extra_gradient(layer(torch.ones(1, 2)).sum(), [layer.weight], layer), layer.weight.grad
         ([tensor([[1., 1.]])], None)
     """
-    if zero.is_zero(model):
-        return zero.own_gradients(total, parameters, model)
     stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     for parameter, _ in stash:
         parameter.grad = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from lightning_ssiuu.models.answers import Answers, Part
 from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
 from lightning_ssiuu.training.shards import local, reshard, snapshot, wide
 from lightning_ssiuu.utils.distributed import gathered
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
@@ -108,6 +104,16 @@ def gradient_at(
     reshard(model)
     sum_over_ranks(parameters, gradients)
     return gradients
+
+
+def answered(part: Part) -> Tensor:
+    """Numbers of the rows with an answer, ``[n]``.
+
+    Example:
+        >>> answered({"labels": torch.tensor([[-100, 5], [-100, -100], [-100, 6]])})
+        tensor([0, 2])
+    """
+    return (part["labels"] != -100).any(1).nonzero().squeeze(1)
 
 
 def rows_of(part: Part, rows: Tensor) -> Part:

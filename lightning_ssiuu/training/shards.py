@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,13 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.utils.distributed import world_size
-
-if TYPE_CHECKING:
-    pass
-
-
-from collections.abc import Iterable
-from typing import Any
 
 # Elements handled together: large enough to launch few kernels, small enough that temporaries do not matter.
 _CHUNK = 1 << 24
@@ -203,24 +196,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 
-def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> float:
-    """Euclidean norm of tensors like these parameters, over all shards where they are cut; equal on all ranks.
+def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
+    """Euclidean norm of tensors, over all shards where these parameters are cut; equal on all ranks.
 
     Example:
         >>> norm_over_shards([torch.tensor([3.0]), torch.tensor([4.0])], [nn.Parameter(torch.zeros(1))] * 2)
         5.0
     """
-    whole = cut = 0.0
-    for norm, parameter in zip(torch._foreach_norm(list(tensors)), parameters, strict=True):
-        if isinstance(parameter, DTensor):
-            cut += float(norm) ** 2
-        else:
-            whole += float(norm) ** 2
-    if world_size() > 1 and any(isinstance(p, DTensor) for p in parameters):
-        total = torch.tensor(cut, dtype=torch.float64, device=tensors[0].device)
-        dist.all_reduce(total)
-        cut = total.item()
-    return math.sqrt(whole + cut)
+    return math.sqrt(over_shards(square(tensors), shard_device(parameters)))
 
 
 def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:

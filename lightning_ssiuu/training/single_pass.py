@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.models.quantization import is_quantized
-from lightning_ssiuu.training import deepspeed as zero
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.training.layer_gradients import Rule, Sums, rule_of
 
@@ -55,7 +54,7 @@ def obstacle(model: nn.Module, parameters: Collection[nn.Parameter]) -> str | No
         >>> obstacle(layer, [layer.weight]), obstacle(layer, [])
         ('no rule for trained weights of Bilinear', None)
     """
-    if zero.is_zero(model) or is_sharded(model):
+    if is_sharded(model):
         return "weights are cut over the ranks"
     config = getattr(getattr(model, "hf", model), "config", None)
     if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
@@ -235,47 +234,37 @@ class SinglePass:
                 all, or not on every sequence; if a weight is used outside its layer. Nothing is armed then.
         """
         try:
-            self._arm(answers, weights, loss, parameters, into)
+            one = next((known for known in self._known if known.answers is answers), None)
+            if one is None:
+                raise NotExact("the forget part's forward pass was not watched")
+            if one.problem is not None:
+                raise NotExact(one.problem)
+            taps, one.taps = one.taps, {}  # they know of each other: the graph would outlive the step
+            logps = answers.logps
+            _check_loss(loss, logps, taps)
+            one.n_expected = _check_weights(logps, taps, parameters)
+            (slope,) = torch.autograd.grad(loss, logps, retain_graph=True)
+            if not slope.abs().min().item() >= _SMALLEST:
+                raise NotExact("the loss does not depend on every forget sequence of a batch", is_momentary=True)
+            one.sums = Sums(parameters, into)
+            index = answers.sequence_index  # not the answers: their hook would keep them alive
+            is_real = False  # other regularisers may differentiate log P before the loss is
+
+            def begin(_: Tensor) -> None:
+                nonlocal is_real
+                is_real = True
+
+            def take(gradient: Tensor) -> None:
+                if is_real:
+                    one.weights = weights / gradient
+                    one.by_label = one.weights[index]
+
+            loss.register_hook(begin)
+            logps.register_hook(take)
         finally:
             # Also where nothing is armed: what is recomputed on the way back has to be as it was.
             if loss.requires_grad:
                 loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.release))
-
-    def _arm(
-        self,
-        answers: Answers,
-        weights: Tensor,
-        loss: Tensor,
-        parameters: Sequence[nn.Parameter],
-        into: list[Tensor | None],
-    ) -> None:
-        one = next((known for known in self._known if known.answers is answers), None)
-        if one is None:
-            raise NotExact("the forget part's forward pass was not watched")
-        if one.problem is not None:
-            raise NotExact(one.problem)
-        taps, one.taps = one.taps, {}  # they know of each other: the graph would outlive the step
-        logps = answers.logps
-        _check_loss(loss, logps, taps)
-        one.n_expected = _check_weights(logps, taps, parameters)
-        (slope,) = torch.autograd.grad(loss, logps, retain_graph=True)
-        if not slope.abs().min().item() >= _SMALLEST:
-            raise NotExact("the loss does not depend on every forget sequence of a batch", is_momentary=True)
-        one.sums = Sums(parameters, into)
-        index = answers.sequence_index  # not the answers: their hook would keep them alive
-        is_real = False  # other regularisers may differentiate log P before the loss is
-
-        def begin(_: Tensor) -> None:
-            nonlocal is_real
-            is_real = True
-
-        def take(gradient: Tensor) -> None:
-            if is_real:
-                one.weights = weights / gradient
-                one.by_label = one.weights[index]
-
-        loss.register_hook(begin)
-        logps.register_hook(take)
 
     def release(self) -> None:
         """Forget what was watched, and leave the model as it was before.

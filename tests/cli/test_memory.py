@@ -215,7 +215,7 @@ def test_nothing_is_left_behind(checkpoint: str) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert not module.is_loaded
     assert trainer.global_step == 0
-    assert module.regularizer.state_dict()["anchor"] is None
+    assert module.regularizer.state()["anchor"] is None
     assert estimate_memory(module, FewFacts(), trainer).by_phase == estimate.by_phase
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from toys.models import KNOWN, adapted, equal, part, random_model
 from toys.training import fit, ssiuu
@@ -24,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lightning_ssiuu.callbacks import SavePretrained
 from lightning_ssiuu.models.export import plain_bytes, plain_state_dict, save_adapter, save_pretrained
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
-from lightning_ssiuu.models.lora import LoRA, adapter_parameters
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -201,32 +199,3 @@ def test_shards_are_gathered_by_all_ranks_and_written_by_one(tmp_path: Path) -> 
         random_model("gpt2", torch.float32, tie_word_embeddings=True), tmp_path / "adapter"
     )
     assert torch.equal(logits(again), logits(whole))
-
-
-def test_weights_that_deepspeed_keeps_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed itself is not here: this is its contract, empty parameters that a context fills."""
-    model = adapted(random_model("llama", torch.float32))
-    expected, size = plain_state_dict(model), plain_bytes(model, adapter=True)
-    away: dict[nn.Parameter, Tensor] = {}
-    for number, parameter in enumerate(model.parameters()):
-        away[parameter] = parameter.data
-        parameter.ds_id, parameter.ds_numel = number, parameter.numel()
-        parameter.data = torch.empty(0)
-
-    @contextmanager
-    def gathered(parameters: Any) -> Any:
-        for parameter in parameters:
-            parameter.data = away[parameter]
-        yield
-        for parameter in parameters:
-            parameter.data = torch.empty(0)
-
-    monkeypatch.setitem(
-        sys.modules,
-        "deepspeed",
-        SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered)),  # type: ignore[arg-type]
-    )
-    state = plain_state_dict(model)
-    assert equal(state.values(), expected.values())
-    assert plain_bytes(model, adapter=True) == size
-    assert all(parameter.numel() == 0 for parameter in adapter_parameters(model).values())

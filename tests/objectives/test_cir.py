@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys.models import answer_model, distance, equal, part, random_model, weights
+from toys.models import answer_model, distance, equal, part, random_model
 from toys.runs import first_batch, first_gradients, toy_data, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.cir import (
     CIR,
     CollapsedLinear,
@@ -27,9 +26,7 @@ from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.objectives.rmu import RMU
-from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import Regularizer
-from lightning_ssiuu.utils.errors import UserError
 
 UNEQUAL = part([(3, 1), (5, 2), (2, 4)], seed=3)
 
@@ -245,16 +242,6 @@ def test_other_backbones(make: Any, tmp_path: Path) -> None:
     assert all(gradient.any() for gradient in gradients.values())
 
 
-def test_resume_in_the_middle_of_an_epoch_and_at_its_end(tmp_path: Path) -> None:
-    def module() -> CIR:
-        return CIR(input_components=2, gradient_components=2, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
-
-    whole = toy_run(module(), tmp_path / "a", steps=7)  # three batches an epoch
-    for step in (2, 6):
-        again = toy_run(module(), tmp_path / "b", steps=7, resume=str(tmp_path / "a" / f"step={step}.ckpt"))
-        assert equal(weights(whole), weights(again)), step
-
-
 def test_how_often_directions_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
@@ -268,24 +255,3 @@ def test_how_often_directions_are_taken(tmp_path: Path, monkeypatch: pytest.Monk
         module = CIR(every_n_epochs=every, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
         toy_run(module, tmp_path, steps=12)
         assert taken == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"input_components": -1}, "input_components"),
-        ({"gradient_components": -1}, "gradient_components"),
-        ({"every_n_epochs": 0}, "every_n_epochs"),
-        ({"lora": LoRA()}, "lora"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
-        ({"backbone": GradientDifference(), "retain_weight": 3.0}, "retain_weight"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], argument: str) -> None:
-    with pytest.raises(UserError, match=argument):
-        CIR(**options)
-
-
-def test_it_lends_no_losses() -> None:
-    with pytest.raises(UserError, match="backbone"):
-        SSIUU(backbone=CIR())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toys.data import Toy, byte_tokenizer
 from toys.models import bare_trainer, equal, random_model, weights
+from toys.support import ANY_VALUE, BAD_OPTIONS, README, REFUSES, SCRIPT, refusal, with_support
 
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
@@ -95,14 +97,9 @@ def plain(name: str) -> list[torch.Tensor]:
     return weights(first(name))
 
 
-def unless_refused(arguments: set[str], run: Any) -> Any:
-    """What ``run`` gives, or None if it says that one of these arguments is not for this objective."""
-    try:
-        return run()
-    except UserError as error:
-        if error.argument not in arguments:
-            raise
-        return None
+def taking(option: str) -> Any:
+    """For all objectives that do not refuse an option."""
+    return pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSES[option]])
 
 
 def start(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -118,6 +115,46 @@ def test_says_where_it_is_from_and_what_its_options_are(name: str) -> None:
     for option, parameter in inspect.signature(kind.__init__).parameters.items():
         if option not in shared and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
             assert f"{option}:" in text, option
+
+
+@pytest.mark.parametrize("option", REFUSES)
+def test_an_option_is_refused_by_these_and_no_others(option: str) -> None:
+    refusals = {name: error for name in NAMES if (error := refusal(name, option)) is not None}
+    assert set(refusals) == REFUSES[option]
+    for error in refusals.values():
+        # PDU could take the divergence if it was told its bound; a quantised base is refused with the adapters
+        assert error.argument.partition(".")[0] in {option, "epsilon", "lora"}
+
+
+def test_readme_says_who_takes_adapters_and_who_can_be_a_backbone() -> None:
+    text = README.read_text(encoding="utf-8")
+    expected = with_support(text)
+    assert all(f"\n| `{name}`" in text for name in NAMES)
+    assert text == expected, f"python {SCRIPT} writes:\n" + "\n".join(re.findall(r"(?m)^\| `[A-Z].*$", expected))
+
+
+@pytest.mark.parametrize(("name", "option", "values"), BAD_OPTIONS, ids=lambda value: str(value))
+def test_values_out_of_range_are_refused_by_name(name: str, option: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(UserError) as refused:
+            objectives()[name](**{option.rpartition(".")[2]: value})
+        assert refused.value.argument == option, value
+
+
+@every_objective
+def test_every_option_of_its_own_has_a_range(name: str) -> None:
+    shared = inspect.signature(UnlearningModule.__init__).parameters
+    own = set(inspect.signature(objectives()[name]).parameters) - set(shared) - {"kwargs", "backbone"}
+    ranged = {option.rpartition(".")[2] for kind, option, _ in BAD_OPTIONS if kind == name}
+    assert own == ranged - set(shared) | ANY_VALUE.get(name, set())
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if "backbone" in inspect.signature(objectives()[n].__init__).parameters]
+)
+def test_what_is_a_backbones_is_given_to_it(name: str) -> None:
+    with pytest.raises(UserError, match=r"retain_weight: got 3.0, allowed: unset beside a backbone"):
+        made(name, backbone=made("GradientDifference"), retain_weight=3.0)
 
 
 @every_objective
@@ -152,10 +189,12 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> Non
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     options = {"regularizer": AttributionRegularizer(**PENALTY)}
     whole = trained(adopted(made(name, **options)), 3, callbacks=[keep], enable_checkpointing=True)
-    torch.load(tmp_path / "step=2.ckpt", weights_only=True)  # plain values and tensors
-    options = {"regularizer": AttributionRegularizer(**PENALTY)}
-    again = trained(adopted(made(name, **options)), 3, resume=str(tmp_path / "step=2.ckpt"))
-    assert equal(weights(again), weights(whole))
+    for step in (1, 2):  # in the middle of an epoch and at its end
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)  # plain values and tensors
+        assert checkpoint["objective"].keys() == {n.removeprefix("_") for n in objectives()[name].state_attributes}
+        options = {"regularizer": AttributionRegularizer(**PENALTY)}
+        again = trained(adopted(made(name, **options)), 3, resume=str(tmp_path / f"step={step}.ckpt"))
+        assert equal(weights(again), weights(whole)), step
 
 
 @every_objective
@@ -185,21 +224,16 @@ def test_trains_in_bfloat16(name: str, precision: str) -> None:
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-@every_objective
+@taking("gradient_checkpointing")
 def test_recomputed_activations_change_nothing(name: str) -> None:
-    options: dict[str, Any] = {"gradient_checkpointing": True}
-    module = unless_refused(set(options), lambda: trained(adopted(made(name, **options))))
-    if module is None:
-        return
+    module = trained(adopted(made(name, gradient_checkpointing=True)))
     for a, b in zip(module.parameters(), plain(name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
-@every_objective
-def test_trains_adapters_or_says_why_not(name: str) -> None:
-    module = unless_refused({"lora"}, lambda: trained(adopted(made(name, lora=LoRA(r=2)))))
-    if module is None:
-        return
+@taking("lora")
+def test_trains_adapters(name: str) -> None:
+    module = trained(adopted(made(name, lora=LoRA(r=2))))
     frozen = {n.replace(".base_layer", ""): p for n, p in module.model.hf.named_parameters() if "lora_" not in n}
     untouched = random_model("llama", torch.float64, **SMALL)
     assert all(torch.equal(frozen[n], p) for n, p in untouched.named_parameters())
@@ -215,16 +249,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@every_objective
+@taking("quantization")
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_trains_adapters_on_a_quantised_base_or_says_why_not(name: str, quantization: Any, wide: str) -> None:
+def test_trains_adapters_on_a_quantised_base(name: str, quantization: Any, wide: str) -> None:
     hf = load_model(wide, quantization=quantization)
     layers = [m for m in hf.modules() if is_quantized(m)]
     packed = [layer.weight.data.clone() for layer in layers]
-    options: dict[str, Any] = {"lora": LoRA(r=2), "quantization": quantization}
-    module = unless_refused(set(options), lambda: trained(adopted(made(name, **options), hf=hf)))
-    if module is None:
-        return
+    trained(module := adopted(made(name, lora=LoRA(r=2), quantization=quantization), hf=hf))
     assert equal(packed, [layer.weight.data for layer in layers])
     assert any(matrix.abs().max() > 0 for n, matrix in adapter_parameters(module.model).items() if "lora_B" in n)
 
@@ -235,13 +266,21 @@ def test_a_quantised_base_without_adapters_is_refused(name: str) -> None:
         made(name, quantization="8bit")
 
 
-@every_objective
-def test_retain_weight_zero_never_asks_for_the_retain_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = unless_refused({"retain_weight"}, lambda: adopted(made(name, retain_weight=0.0)))
-    if module is None or name == "FineTuning":  # nothing would be left to train on
-        return
-    if name == "PDU":  # measures the retain loss all the same: λ may rise again
-        return
-    monkeypatch.setattr(module, "retain_loss", None)
-    if module.forget_weight > 0:
+@taking("retain_weight")
+def test_retain_weight_zero_never_trains_on_the_retain_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"only_unforgotten": False} if name == "KLUE" else {}  # a random model knows no answer
+    module, asked = adopted(made(name, retain_weight=0.0, **options)), []
+
+    def retain_loss(batch: Any) -> torch.Tensor:
+        asked.append(torch.is_grad_enabled())
+        return torch.zeros(())
+
+    monkeypatch.setattr(module, "retain_loss", retain_loss)
+    if module.forget_weight == 0:
+        with pytest.raises(UserError, match=r"batch: got .*, allowed: a part with a weight above 0"):
+            trained(module, 1)
+    else:
         trained(module, 1)
+        assert not equal(weights(module), start())
+    # PDU measures it without a gradient all the same: λ may rise again
+    assert asked == ([False] if name == "PDU" else [])

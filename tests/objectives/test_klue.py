@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys.models import answer_model, distance, equal, part, random_model, weights
+from toys.models import answer_model, equal, part, random_model
 from toys.runs import first_gradients, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.architectures import SITE_TABLES, transformer_blocks
-from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
-from lightning_ssiuu.objectives.klue import KLUE, knowledge_neurons, mismatched_parts, neuron_weights
-from lightning_ssiuu.objectives.losses import gradient_ascent, unforgotten_ascent
-from lightning_ssiuu.objectives.ssiuu import SSIUU
+from lightning_ssiuu.objectives.klue import (
+    KLUE,
+    knowledge_neurons,
+    mismatched_parts,
+    neuron_weights,
+    unforgotten_ascent,
+)
+from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.regularizers import AttributionRegularizer
-from lightning_ssiuu.utils.errors import UserError
 
 UNEQUAL = part([(3, 1), (5, 2), (2, 4)], seed=3)
 OPTIMIZERS: dict[str, Any] = {
@@ -204,40 +207,3 @@ def test_one_wrong_token_is_enough() -> None:
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
-
-
-def test_resume_takes_the_neurons_and_does_not_choose_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def module() -> KLUE:
-        return KLUE(share=0.3, only_unforgotten=False, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
-
-    whole = toy_run(module(), tmp_path / "a", steps=5)
-    monkeypatch.setattr("lightning_ssiuu.objectives.klue.knowledge_neurons", None)
-    again = toy_run(module(), tmp_path / "b", steps=5, resume=str(tmp_path / "a" / "step=2.ckpt"))
-    assert equal(weights(whole), weights(again))
-
-
-def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"share": 0.2, "only_unforgotten": False}
-    plain = first_gradients(KLUE(**options), tmp_path / "a")
-    recomputed = first_gradients(KLUE(gradient_checkpointing=True, **options), tmp_path / "b")
-    assert distance(list(recomputed.values()), list(plain.values())) < 1e-14
-
-
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"share": 0.0}, "share"),
-        ({"share": 1.1}, "share"),
-        ({"regularization": -1.0}, "regularization"),
-        ({"mismatched": 0}, "mismatched"),
-        ({"lora": LoRA()}, "lora"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], argument: str) -> None:
-    with pytest.raises(UserError, match=argument):
-        KLUE(**options)
-
-
-def test_it_lends_no_losses() -> None:
-    with pytest.raises(UserError, match="backbone"):
-        SSIUU(backbone=KLUE())

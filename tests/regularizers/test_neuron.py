@@ -409,7 +409,7 @@ def test_bad_arguments(arguments: dict[str, Any], named: str) -> None:
 def test_an_anchor_of_other_neurons_is_refused() -> None:
     model, some = answer_model(), part([(3, 2)])
     regularizer = NeuronAttributionRegularizer(1.0, modules=["mlp_up"])
-    regularizer.load_state_dict(figures_of(model, some).state_dict())
+    regularizer.load_state(figures_of(model, some).state())
     regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]), some)
     with pytest.raises(UserError, match=r"regularizer\.modules"):
         regularizer.apply(model)

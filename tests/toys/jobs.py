@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -103,7 +105,19 @@ def _regularizer(given: dict[str, Any]) -> regularizers.Regularizer:
 
 def _load_model(checkpoint: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     """In the type that was saved: ModelParallelStrategy knows no precision 64-true."""
-    return widened(load_model(checkpoint, "auto", *args, **kwargs))
+    if kwargs:
+        return widened(load_model(checkpoint, "auto", *args, **kwargs))
+    return copy.deepcopy(_loaded(checkpoint))
+
+
+@cache
+def _loaded(checkpoint: str) -> Any:
+    return widened(load_model(checkpoint, "auto"))
+
+
+@cache
+def _tokenizer(checkpoint: str) -> Any:
+    return load_tokenizer(checkpoint)
 
 
 def _unreadable(*args: Any, **kwargs: Any) -> Any:
@@ -157,8 +171,9 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
         default_root_dir=folder / "run",
         **job.trainer,
     )
-    with patch.object(base, "load_model", _unreadable if job.broken else _load_model):
-        data = Toy(tokenizer=load_tokenizer(checkpoint), **{"batch_size": 4, "eval_batch_size": 1, **job.data})
+    model = patch.object(base, "load_model", _unreadable if job.broken else _load_model)
+    with model, patch.object(base, "load_tokenizer", _tokenizer):
+        data = Toy(tokenizer=_tokenizer(checkpoint), **{"batch_size": 4, "eval_batch_size": 1, **job.data})
         resume = None if job.resume is None else str(folder / f"{job.resume}-step=2.ckpt")
         try:
             trainer.fit(module, data, ckpt_path=resume)

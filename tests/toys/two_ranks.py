@@ -13,16 +13,16 @@ from typing import Any
 from toys.data import examples
 from toys.jobs import Job, run, save_models, train
 
-from lightning_ssiuu.datamodules.splits import Splits
+from lightning_ssiuu.datamodules.splits import QAExample, Splits
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 
 PENALTY = {"weight": 1e4, "target": "length_normalised"}
 NEURONS = {"class": "NeuronAttributionRegularizer", "weight": 3e4, "target": "length_normalised"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "alone": {},
-    "accumulated": {"trainer": {"accumulate_grad_batches": 3}},
-    "recomputed": {"module": {"gradient_checkpointing": True}},
-    "with adapters": {"rank": 2},
+    "alone": {"steps": 3},
+    "accumulated": {"trainer": {"accumulate_grad_batches": 3}, "model": "shallow"},
+    "recomputed": {"module": {"gradient_checkpointing": True}, "model": "shallow"},
+    "with adapters": {"rank": 2, "steps": 3, "model": "shallow"},
 }
 #: Each has a state of its own, and they act one after the other.
 SEVERAL = {
@@ -43,6 +43,12 @@ def _gives_losses_alone(objective: type[UnlearningModule]) -> bool:
     return bool(methods) and methods <= {"forget_loss", "retain_loss", "references", "_rejection_logps"}
 
 
+def short(first: int, count: int) -> list[QAExample]:
+    """Numbered examples of few tokens: under FSDP2 every generated one gathers all weights."""
+    numbered = ((e.example_id, e) for e in examples(first, count))
+    return [replace(e, question=f"{n}?", answer=f"A {n}{'x' * (n % 3)}", distractors=("so", "no")) for n, e in numbered]
+
+
 #: The same global batches on any number of processes.
 JOBS = [
     *(Job(f"{name} regularised", objective=name, regularizer=PENALTY, model="shallow") for name in objectives()),
@@ -58,7 +64,7 @@ JOBS = [
         "looked at",
         regularizer={"weight": 1.0, "weight_mode": "relative", "anchor": "original"},
         trainer={"gradient_clip_val": 0.5},
-        data={"eval_batch_size": 2, "splits": Splits(examples(0, 5, 2), examples(10, 4, 2), examples(20, 2, 2))},
+        data={"eval_batch_size": 2, "splits": Splits(*(short(*some) for some in ((0, 5), (10, 4), (20, 2))))},
         looking=True,
     ),
     Job(
@@ -68,9 +74,9 @@ JOBS = [
         trainer={"accumulate_grad_batches": 2},
     ),
     Job("adapters", regularizer=PENALTY, rank=2, steps=3),
-    *(Job(f"neurons {name}", regularizer=NEURONS, steps=3, **options) for name, options in SETTINGS.items()),
-    Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3),
-    Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}),
+    *(Job(f"neurons {name}", regularizer=NEURONS, **options) for name, options in SETTINGS.items()),
+    Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
+    Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
 ]
 #: Views of the communicated buffers as gradients: what stashes and restores gradients must not lose them.
 ON_TWO = [replace(job, strategy=s) for job in JOBS for s in ("ddp_views" if job.trainer else "ddp", "fsdp")]
@@ -93,6 +99,7 @@ MOVED = Job(
     "moved",
     regularizer=PENALTY | {"anchor": "original"},
     optimizer="momentum",
+    model="shallow",
     save="moved-{strategy}-{step}",
     **_INTERRUPTED,
 )

@@ -326,7 +326,7 @@ def test_full_disk_during_a_run_which_then_goes_on(tmp_path: Path) -> None:
     quick = (*SHORT, "--attribution.probe_examples", "0", "--trainer.max_steps", "4")
     options = (*quick, "--checkpoints.every_n_steps", "1", "--trainer.callbacks")
     root, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    full = fit(root, *options, "test_checkpoint_io.Fills", "--trainer.callbacks.step", "2")
+    full = fit(root, *options, f"{__name__}.Fills", "--trainer.callbacks.step", "2")
     assert full.status == 2
     told = (
         f"lightning-ssiuu: error: output directory: got '{folder}', allowed: one that can be written (File too large)"
@@ -339,7 +339,7 @@ def test_full_disk_during_a_run_which_then_goes_on(tmp_path: Path) -> None:
     assert refused.status == 2
     assert "a directory without checkpoints/step=2.ckpt, --ckpt_path last to go on, or --overwrite" in refused.err
 
-    full = fit(root, *options, "test_checkpoint_io.Fills", "--ckpt_path", "last")
+    full = fit(root, *options, f"{__name__}.Fills", "--ckpt_path", "last")
     assert full.status == 2
     assert full.err.splitlines()[-1] == told.replace("/checkpoints'", "'")
     assert names(folder) == {"step=3.ckpt"}

@@ -125,7 +125,7 @@ def run(folder: Path, resume: Path | None = None, deadly: Deadly | None = None) 
         "seconds": time.monotonic() - ids.begin,
         "weights": weights(module),
         "optimizer": trainer.optimizers[0].state_dict()["state"],
-        "regularizer": regularizer.state_dict(),  # A_{t−1}
+        "regularizer": regularizer.state(),  # A_{t−1}
         "history": watch.history,
         "stopping": stop.value,
     }

@@ -70,7 +70,7 @@ def run(
 def assert_sound(module: SSIUU, norms: Norms, kept: torch.dtype) -> None:
     assert all(p.isfinite().all() for p in module.parameters() if p.is_floating_point())
     assert module.regularizer is not None
-    anchors = module.regularizer.state_dict()["anchor"].values()
+    anchors = module.regularizer.state()["anchor"].values()
     assert {anchor.dtype for anchor in anchors} == {kept}
     assert any(anchor.any() for anchor in anchors)
     assert norms.penalties

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from toys.data import Toy, byte_tokenizer
+from toys.data import Toy, byte_tokenizer, examples
 from toys.models import bare_trainer, equal, random_model
 
+from lightning_ssiuu.datamodules import Splits
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.base import UnlearningModule
@@ -42,7 +44,14 @@ class Comparing(UnlearningModule):
             return self.untouched(batch["input_ids"], batch["attention_mask"], batch["labels"])
 
 
-def trained(folder: Path, steps: int = 3, resume: str | None = None, dropout: float = 0.0, **kwargs: Any) -> Comparing:
+def trained(
+    folder: Path,
+    steps: int = 3,
+    resume: str | None = None,
+    dropout: float = 0.0,
+    splits: Splits | None = None,
+    **kwargs: Any,
+) -> Comparing:
     module = Comparing(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **kwargs)
     options = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     model = random_model("gpt2", torch.float64, vocab_size=260, **options)
@@ -50,7 +59,7 @@ def trained(folder: Path, steps: int = 3, resume: str | None = None, dropout: fl
         module.lora.attach(model)
     object.__setattr__(module, "untouched", AnswerModel(random_model("gpt2", torch.float64, vocab_size=260)))
     module.adopt(AnswerModel(model), byte_tokenizer())
-    data = Toy(tokenizer=byte_tokenizer(), batch_size=2)
+    data = Toy(splits, tokenizer=byte_tokenizer(), batch_size=2)
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = bare_trainer(steps, devices=1, default_root_dir=folder, callbacks=[keep], enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=resume)
@@ -95,6 +104,17 @@ def test_other_weights_are_another_reference(tmp_path: Path) -> None:
     module.adopt(model, byte_tokenizer())
     bare_trainer(1, devices=1).fit(module, Toy(tokenizer=byte_tokenizer(), batch_size=2))
     assert module.reference_key != key
+
+
+@pytest.mark.parametrize("changed", ["question", "answer"])
+def test_other_text_under_the_same_ids_is_another_reference(tmp_path: Path, changed: str) -> None:
+    key = trained(tmp_path / "a").reference_key
+    others = [replace(e, **{changed: getattr(e, changed)[::-1]}) for e in examples(0, 5)]
+    module = trained(tmp_path / "b", splits=Splits(others, examples(10, 7), examples(20, 3)))
+    assert module.reference_key != key
+    for logps, logits, answers in module.told:
+        torch.testing.assert_close(logps, answers.logps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logits, answers.logits, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("source", ["cached", "second_model"])

@@ -20,7 +20,7 @@ from toys.models import VOCAB, answer_model, bare_trainer, batch, equal, loader,
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule, objectives
-from lightning_ssiuu.objectives.losses import npo
+from lightning_ssiuu.objectives.npo import npo
 from lightning_ssiuu.regularizers import AttributionRegularizer, Combined, DualMask, Regularizer
 from lightning_ssiuu.training.layer_gradients import LAYERS
 from lightning_ssiuu.training.single_pass import obstacle
