@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Names are imported on first use: the command line must answer before torch is loaded.
 _EXPORTS = {
     "AdversarialUnlearning": "objectives.adversarial_unlearning",
+    "Architecture": "models.architectures",
+    "ARCHITECTURES": "models.architectures",
     "AtomicCheckpointIO": "training.checkpoints",
     "AttributionRegularizer": "regularizers",
     "CEU": "objectives.ceu",

@@ -88,7 +88,7 @@ def _scored(
             if width is None:
                 model, tokenizer = load_alone(argument, checkpoint, where)
             else:
-                model = AnswerModel(load_model(checkpoint, where.dtype, width, where.device))
+                model = AnswerModel(load_model(checkpoint, where.dtype, width, where.device, where.architecture))
                 tokenizer = load_tokenizer(checkpoint)
     except UserError as error:
         if error.argument != "quantization":

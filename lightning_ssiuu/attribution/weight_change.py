@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
-from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.architectures import WRITERS, NeuronSite, head_size
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.distributed import gathered, world_size
 from lightning_ssiuu.utils.errors import UserError
 
-#: Kinds whose weight matrix is also read column by column: column j is what the unit j before it writes.
-WRITERS = ("attn_o", "mlp_down")
 #: Kinds whose neurons of one index are one hidden unit.
 HIDDEN = ("mlp_gate", "mlp_up")
 #: Least share of the answers' probability that a flagged unit costs.
@@ -184,6 +182,7 @@ def _gather(
     n_examples: int,
 ) -> OwnChange:
     rows, columns = {}, {}
+    # A writer's weight matrix is also read column by column: column j is what the unit j before it writes.
     for site in sites:
         module = model.hf.get_submodule(site.module_name)
         row = torch.zeros(site.width, dtype=torch.float64)
@@ -199,7 +198,7 @@ def _gather(
         if (bias := shares.get(f"{site.module_name}.bias")) is not None:
             row += site.select(bias)
         rows[site.key] = row
-    return OwnChange(sites, rows, columns, _head_size(model), n_examples)
+    return OwnChange(sites, rows, columns, head_size(model.hf.config), n_examples)
 
 
 def _crossing(kind: str, index: int, writes: Tensor, width: int, head_size: int) -> Any:
@@ -295,7 +294,7 @@ def put_back(
         sites: Of the model.
     """
     by_key = {site.key: site for site in sites}
-    heads = _head_size(model)
+    heads = head_size(model.hf.config)
     places: list[tuple[Tensor, Any, Tensor]] = []
     for kind in flag.kinds:
         site = by_key[flag.layer, kind]
@@ -374,8 +373,3 @@ def _log_mean(model: AnswerModel, parts: Sequence[Mapping[str, Tensor]], target:
             logps.append(target_logps(model(**inputs), target).double())
     values = torch.cat(logps)
     return (values.logsumexp(0) - math.log(len(values))).item()
-
-
-def _head_size(model: AnswerModel) -> int:
-    config = model.hf.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

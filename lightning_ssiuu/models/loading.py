@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
@@ -83,6 +84,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantization: Literal["8bit", "4bit"] | None = None,
     device: torch.device | None = None,
+    architecture: Architecture | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model: safetensors only, no remote code, cache off, every parameter trainable.
@@ -93,6 +95,8 @@ def load_model(
         quantization: Load the projections in this width, frozen (:mod:`lightning_ssiuu.models.quantization`); what is
             not quantised is in ``dtype``.
         device: Where quantised weights go (None: the CPU). Others are loaded to the CPU, for a Trainer to move.
+        architecture: Where its blocks and neurons are; None: as the table of
+            :mod:`~lightning_ssiuu.models.architectures` says for its type.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
@@ -100,7 +104,7 @@ def load_model(
 
     Raises:
         UserError: If there is no such model, its weights are not safetensors, broken, incomplete or quantised already,
-            or bitsandbytes is missing.
+            bitsandbytes is missing, or ``architecture`` is not this model's.
 
     Example:
         >>> model = load_model("tiny")
@@ -124,6 +128,8 @@ def load_model(
     if quantization is not None:
         prepare_for_training(model)
         check_reading(model)
+    if architecture is not None:
+        use_architecture(model, architecture)
     return model
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.models.architectures import SITE_TABLES, neuron_sites
 from lightning_ssiuu.models.quantization import was_conv1d
 from lightning_ssiuu.utils.errors import UserError
 
@@ -38,8 +37,8 @@ class LoRA:
         alpha: Scale of the adapters, > 0, divided by the rank.
         dropout: Probability with which an adapter's input is dropped while training, in [0, 1).
         target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]``; None takes
-            all that hold neurons (:mod:`lightning_ssiuu.models.architectures`), for unknown architectures every linear
-            layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and stay out.
+            every linear layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and
+            stay out.
 
     Raises:
         UserError: If an option is outside its range.
@@ -133,8 +132,7 @@ class LoRA:
     def _targets(self, model: PreTrainedModel) -> list[str]:
         projections = _projections(model)
         if self.target_modules is None:
-            known = getattr(model.config, "model_type", None) in SITE_TABLES
-            chosen = {site.module_name for site in neuron_sites(model)} if known else set(projections)
+            chosen = set(projections)
         else:
             chosen = set()
             for target in self.target_modules:

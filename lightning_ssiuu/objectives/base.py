@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.displaced import complete_gradients, displaced_step
@@ -65,6 +66,8 @@ class UnlearningModule(L.LightningModule):
             adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.training.reference`.
         scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
             :mod:`lightning_ssiuu.evaluation.scorer`); None takes every score the data allows without generating text.
+        architecture: Where the model's blocks and neurons are: the name of a registered type, the import path of an
+            :class:`~lightning_ssiuu.models.architectures.Architecture`, or a record; None: by the checkpoint's type.
 
     Raises:
         UserError: If a weight is negative or not finite, or weights are quantised with no adapters to train.
@@ -103,8 +106,10 @@ class UnlearningModule(L.LightningModule):
         retain: Literal["nll", "kl"] = "nll",
         reference: Literal["cached", "second_model"] = "cached",
         scores: list[str] | None = None,
+        architecture: str | Architecture | None = None,
     ) -> None:
         super().__init__()
+        self.architecture = find_architecture(architecture)
         for name, value in (("forget_weight", forget_weight), ("retain_weight", retain_weight)):
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(name, value, "a finite number ≥ 0")
@@ -397,7 +402,8 @@ class UnlearningModule(L.LightningModule):
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
         strategy = None if self._trainer is None else self._trainer.strategy
         with zero.loading(strategy):
-            model = load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device, **options)
+            dtype, record = torch.get_default_dtype(), self.architecture
+            model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
         if self.lora is not None:
             with zero.small_layers(strategy):
                 self.lora.attach(model)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toys.attribution import Broken, hooks, mixed_modes, scaled
-from toys.models import ARCHITECTURES, answer_model, part
+from toys.models import TOYS, answer_model, part
 
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution, neuron_attribution
 from lightning_ssiuu.models.answers import Answers, input_positions
@@ -106,7 +106,7 @@ def test_central_differences(name: str, target: Any) -> None:
         assert minima[site.key][neuron].item() == pytest.approx(min(by_token), abs=1e-5 * size), site
 
 
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"gemma2"}))
+@pytest.mark.parametrize("name", sorted(set(TOYS) - {"gemma2"}))
 def test_a_batch_with_padding_equals_its_examples_alone(name: str) -> None:
     model = answer_model(name)
     sites = neuron_sites(model.hf)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toys.models import ARCHITECTURES, random_model
+from toys.models import TOYS, random_model
 
 from lightning_ssiuu.attribution.logit_lens import layer_logps, logit_lens_accuracy, prefers_answer
 from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.models.architectures import SITE_TABLES, final_norm
+from lightning_ssiuu.models.architectures import ARCHITECTURES, final_norm
 from lightning_ssiuu.utils.errors import UserError
 
 IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
@@ -21,7 +21,7 @@ PART = {
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name in SITE_TABLES])
+@pytest.mark.parametrize("architecture", [name for name in TOYS if name in ARCHITECTURES])
 def test_last_layer_is_the_model_and_others_are_blocks_through_norm_and_head(architecture: str) -> None:
     model = AnswerModel(random_model(architecture, torch.float64))
     seen: list[torch.Tensor] = []

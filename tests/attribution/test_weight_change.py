@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from toys.models import ARCHITECTURES, random_model
+from toys.models import TOYS, random_model
 
 from lightning_ssiuu.attribution.weight_change import (
     OwnChange,
@@ -19,10 +19,10 @@ from lightning_ssiuu.attribution.weight_change import (
     site_weights,
 )
 from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.models.architectures import SITE_TABLES, NeuronSite, neuron_sites
+from lightning_ssiuu.models.architectures import ARCHITECTURES, NeuronSite, neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
-KNOWN = [name for name in ARCHITECTURES if name in SITE_TABLES]
+KNOWN = [name for name in TOYS if name in ARCHITECTURES]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 6, 3, 4], [2, 8, 8, 5]])
 PART = {
     "input_ids": IDS,

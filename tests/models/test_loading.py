@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toys.data import byte_tokenizer
-from toys.models import ARCHITECTURES, answer_model, equal, part, random_model
+from toys.models import TOYS, answer_model, equal, part, random_model
 
-from lightning_ssiuu.models.architectures import KINDS, SITE_TABLES, NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.models.architectures import KINDS, ARCHITECTURES, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.models.loading import (
     TINY,
     context_length,
@@ -222,13 +222,13 @@ def test_modes_come_back_module_by_module_also_after_an_exception() -> None:
 # ---- sites -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(SITE_TABLES))
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_sites(name: str) -> None:
     model = random_model(name)
     sites = neuron_sites(model)
     kinds = [kind for kind in KINDS if kind != "mlp_gate" or not name.startswith("gpt")]
     assert [site.key for site in sites] == [(layer, kind) for layer in range(2) for kind in kinds]
-    narrow = 8 if "num_key_value_heads" in ARCHITECTURES[name][1] else 16
+    narrow = 8 if "num_key_value_heads" in TOYS[name][1] else 16
     hidden = 64 if name == "gpt2" else 24
     expected = {"attn_q": 16, "attn_k": narrow, "attn_v": narrow, "attn_o": 16, "mlp_gate": hidden, "mlp_up": hidden}
     found: dict[str, list[torch.Size]] = {}
@@ -243,9 +243,9 @@ def test_sites(name: str) -> None:
         assert batch == [1, 5]
         assert site.select(torch.zeros(1, 5, width)).shape[-1] == site.width
     # every projection of a block is a site's: none was forgotten
-    block = model.get_submodule(SITE_TABLES[name].blocks)[0]
+    block = model.get_submodule(ARCHITECTURES[name].blocks)[0]
     projections = {n for n, m in block.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    assert projections == {s.module_name.removeprefix(f"{SITE_TABLES[name].blocks}.0.") for s in sites if s.layer == 0}
+    assert projections == {s.module_name.removeprefix(f"{ARCHITECTURES[name].blocks}.0.") for s in sites if s.layer == 0}
 
 
 def test_sites_of_something_else() -> None:

@@ -14,7 +14,7 @@ from toys.runs import first_gradients, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
-from lightning_ssiuu.models.architectures import SITE_TABLES, transformer_blocks
+from lightning_ssiuu.models.architectures import ARCHITECTURES, transformer_blocks
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.klue import KLUE, knowledge_neurons, mismatched_parts, neuron_weights
@@ -119,7 +119,7 @@ def test_a_neuron_s_weights_are_all_it_depends_on_and_all_it_moves(name: str) ->
     hf, neuron = random_model(name), 5
     seen: list[Tensor] = []
     blocks = transformer_blocks(hf)
-    down: Any = blocks[0].get_submodule(SITE_TABLES[name].modules["mlp_down"])
+    down: Any = blocks[0].get_submodule(ARCHITECTURES[name].modules["mlp_down"])
     down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     ids = torch.tensor([[5, 6, 7]])
     named = dict(hf.named_parameters())

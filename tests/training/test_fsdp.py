@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from toys.models import ARCHITECTURES, answer_model, random_model
+from toys.models import TOYS, answer_model, random_model
 
 from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.training.fsdp import data_parallel, load_sharded, shard, use_all_devices
@@ -62,7 +62,7 @@ def test_a_tensor_parallel_mesh_is_refused() -> None:
         data_parallel(Mesh(2))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TOYS)
 def test_blocks_hold_everything_that_is_repeated(name: str) -> None:
     model = random_model(name, torch.float32)
     blocks = transformer_blocks(model)
