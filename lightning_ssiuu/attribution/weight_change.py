@@ -5,7 +5,7 @@ one (their gradient changed) and downstream (their input changed). Here the diff
 between two models is instead shared out over the *weights* that differ, by integrated gradients along the straight line
 from the original's weights to the changed ones (Sundararajan et al., arXiv 1703.01365, with weights as the features):
 ``C = (W' − W) ⊙ ∫₀¹ ∂log P/∂W at W + t (W' − W) dt``. A weight that did not change gets exactly 0, and all C together
-are log P' − log P.
+are log P' − log P (in a mixture of experts but for the jumps where a token changes its experts).
 """
 
 from __future__ import annotations

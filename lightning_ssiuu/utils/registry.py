@@ -35,5 +35,5 @@ def resolve(name: str, known: Mapping[str, T], argument: str) -> T:
         sys.path.append(os.getcwd())
     try:
         return getattr(import_module(module or name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(argument, name, f"one of {sorted(known)}, or an import path ({error})") from error

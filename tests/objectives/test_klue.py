@@ -114,7 +114,7 @@ def test_mismatched_questions() -> None:
 # ---- which weights -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neo", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neo", "gpt_neox", "falcon", "starcoder2", "gptj"])
 def test_a_neuron_s_weights_are_all_it_depends_on_and_all_it_moves(name: str) -> None:
     hf, neuron = random_model(name), 5
     seen: list[Tensor] = []

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import ARCHITECTURES
 from lightning_ssiuu.models.lora import LoRA, adapter_parameters
 
 VOCAB = 31
@@ -83,6 +84,12 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+EXPERTS = ("qwen2_moe", "qwen3_moe", "mixtral")
+#: Toys with a record, and one without.
+RECORDED = [name for name, (kind, _) in TOYS.items() if getattr(transformers, kind).model_type in ARCHITECTURES]
+UNRECORDED = "granite"
+
+
 def random_model(
     name: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **kwargs: Any
 ) -> PreTrainedModel:
@@ -91,7 +98,9 @@ def random_model(
     config = getattr(transformers, config_class)(**{**arguments, **kwargs})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        # Products of all experts at once are not there in float64.
+        options = {"experts_implementation": "eager"} if name in EXPERTS else {}
+        model = transformers.AutoModelForCausalLM.from_config(config, **options).to(dtype)
     model.config.use_cache = False
     return widened(model) if dtype == torch.float64 else model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from toys.models import TOYS, answer_model, random_model
+from toys.models import TOYS, UNRECORDED, answer_model, random_model
 
 from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.training.fsdp import data_parallel, load_sharded, shard, use_all_devices
@@ -74,9 +74,9 @@ def test_blocks_hold_everything_that_is_repeated(name: str) -> None:
 
 
 def test_unknown_blocks_are_refused() -> None:
-    model = random_model("gemma2", torch.float32)
+    model = random_model(UNRECORDED, torch.float32)
     model._no_split_modules = None
-    with pytest.raises(UserError, match="checkpoint: got 'gemma2', allowed: an architecture whose blocks are known"):
+    with pytest.raises(UserError, match="checkpoint: got 'granite', allowed: an architecture whose blocks are known"):
         transformer_blocks(model)
 
 
