@@ -38,7 +38,14 @@ from lightning_ssiuu.attacks.sweep import Sweep, Target, check_pool
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import Kind as Relearning
-from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.evaluation.runs import (
+    check_tokenizers,
+    output_directory,
+    resolve_models,
+    run_architecture,
+    run_data,
+    run_score,
+)
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.training.devices import Devices, Precision, Strategy
 from lightning_ssiuu.utils.console import hide_short_bars
@@ -143,7 +150,7 @@ def attack(
         if kind != "harmful":
             raise UserError("pool", pool, f"all with kind {kind}")
         check_pool(score)
-    where = Devices(accelerator, devices, strategy, precision)
+    where = Devices(accelerator, devices, strategy, precision, run_architecture(model))
     if lora is not None and where.sharded:
         raise UserError(
             "lora", "adapters", "null with strategy fsdp2, which cuts the weights before adapters are there"

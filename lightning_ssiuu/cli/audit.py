@@ -20,9 +20,17 @@ from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data, run_score
+from lightning_ssiuu.evaluation.runs import (
+    check_tokenizers,
+    output_directory,
+    resolve_models,
+    run_architecture,
+    run_data,
+    run_score,
+)
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import TARGETS, Target
+from lightning_ssiuu.models.architectures import Architecture
 from lightning_ssiuu.reports.audit.evidence import (
     RelearningProbe,
     neuron_evidence,
@@ -64,6 +72,7 @@ def audit(
     strategy: Strategy = "auto",
     precision: Literal["32-true", "bf16-true"] = "32-true",
     overwrite: bool = False,
+    architecture: str | dict[str, Any] | Architecture | None = None,
 ) -> dict[str, Any]:
     """Judge a model before and after unlearning: ``audit.json``, ``report.html``, a table of neurons, and plots.
 
@@ -97,6 +106,8 @@ def audit(
         strategy: ``ddp``: the whole model on every device; ``fsdp2``: its weights cut over them.
         precision: Of the weights; attributions are taken in float32 at least.
         overwrite: Replace an earlier audit.
+        architecture: Where the models' blocks and neurons are, as for ``fit``; null: as in the unlearned model's run,
+            else by their types.
 
     Returns:
         The contents of ``audit.json``, on every process.
@@ -124,7 +135,7 @@ def audit(
     }
     checkpoints = {name: checkpoint for name, checkpoint in given.items() if checkpoint is not None}
     hide_short_bars(*resolve_models(checkpoints))
-    where = Devices(accelerator, devices, strategy, precision)
+    where = Devices(accelerator, devices, strategy, precision, run_architecture(unlearned, architecture))
     folder = output_directory(unlearned, output)
     refuse_existing("output", folder, ["audit.json"], overwrite)
     check_space("output", folder, 1 << 23)

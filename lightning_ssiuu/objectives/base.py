@@ -106,7 +106,7 @@ class UnlearningModule(L.LightningModule):
         retain: Literal["nll", "kl"] = "nll",
         reference: Literal["cached", "second_model"] = "cached",
         scores: list[str] | None = None,
-        architecture: str | Architecture | None = None,
+        architecture: str | dict[str, Any] | Architecture | None = None,
     ) -> None:
         super().__init__()
         self.architecture = find_architecture(architecture)

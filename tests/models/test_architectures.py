@@ -138,9 +138,9 @@ def test_whoever_calls_a_head_plain_that_is_not_gets_the_models_own_logits(
     plain = Architecture("model.layers", "model.norm", {"mlp_up": "mlp.up_proj"}, plain_head=True)
     monkeypatch.setitem(ARCHITECTURES, name, plain)
     hf, some = random_model(name, dtype, **options), part([(3, 2), (2, 4)])
-    if name == "gemma2":
+    if name != "granite":
         hf.lm_head.weight.data *= 1e-3  # so small that the cap does not show in what the model says now
-    elif dtype == torch.bfloat16 and options["logits_scaling"] == 1.001:
+    elif dtype == torch.bfloat16 and options.get("logits_scaling") == 1.001:
         pytest.skip("less than bfloat16 tells apart")
     with caplog.at_level("INFO"):
         model = AnswerModel(hf)
