@@ -49,10 +49,8 @@ class Architecture:
         UserError: If a kind or a layout is unknown, or Q, K and V are shared only in part or without a layout.
 
     Example:
-        >>> opt = "model.decoder"
-        >>> projections = {"mlp_up": "fc1", "mlp_down": "fc2"}
-        >>> ARCHITECTURES["opt"] = Architecture(f"{opt}.layers", f"{opt}.final_layer_norm", projections)
-        >>> del ARCHITECTURES["opt"]
+        >>> ARCHITECTURES["phi"] = Architecture("model.layers", "model.final_layernorm", {"mlp_up": "mlp.fc1"})
+        >>> del ARCHITECTURES["phi"]
     """
 
     blocks: str
@@ -77,8 +75,8 @@ class Architecture:
 
 
 def _modules(attention: str, heads: str, mlp: str = "") -> dict[str, str]:
-    names = {kind: f"{attention}.{name}" for kind, name in zip(KINDS, heads.split(), strict=False)}
     layers = mlp.split()  # gate, up, down; or up and down
+    names: dict[str, str] = {kind: f"{attention}.{name}" for kind, name in zip(KINDS, heads.split(), strict=False)}
     return names | {kind: f"mlp.{name}" for kind, name in zip(KINDS[7 - len(layers) :], layers, strict=True)}
 
 
@@ -223,11 +221,9 @@ class NeuronSite:
 def neuron_sites(model: Any) -> list[NeuronSite]:
     """List the neuron sites of a transformers causal language model, layer by layer, in the order of :data:`KINDS`.
 
-    Args:
-        model: A model whose type is in :data:`ARCHITECTURES`, or that was loaded with a record of its own.
-
     Returns:
-        One site per layer and kind; kinds an architecture lacks (GPT-2 has no gate) are absent.
+        One site per layer and kind; kinds an architecture lacks (GPT-2 has no gate) are absent, which is logged once
+        where attention or the feed-forward networks lack them.
 
     Raises:
         UserError: If the architecture is unknown, or its record names what the model does not have.
@@ -334,12 +330,9 @@ def select_sites(sites: Sequence[NeuronSite], selectors: Sequence[str], argument
 def transformer_blocks(hf: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of a model, in order.
 
-    Args:
-        hf: A model of a known architecture, or one whose class names its blocks for transformers
-            (``_no_split_modules``).
-
     Raises:
-        UserError: If neither tells.
+        UserError: If neither the architecture is known, nor the model's class names its blocks for transformers
+            (``_no_split_modules``).
 
     Example:
         >>> from lightning_ssiuu.models.loading import load_model
@@ -375,8 +368,8 @@ def neuron_rows(hf: Any, sites: Sequence[NeuronSite], chosen: Tensor) -> list[tu
     """The incoming weights and biases of some neurons.
 
     Args:
-        hf: The transformers model.
-        sites: From :func:`neuron_sites`.
+        hf: The model.
+        sites: Of the model.
         chosen: ``[n_neurons]`` bool, in the order of the sites.
 
     Returns:

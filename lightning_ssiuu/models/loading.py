@@ -161,14 +161,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
 
 
 def frozen_reference(model: nn.Module) -> nn.Module:
-    """Copy a model for use as the fixed reference: own storage, no gradients, evaluation mode.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> reference = frozen_reference(layer)
-        >>> reference.weight.data_ptr() == layer.weight.data_ptr(), reference.weight.requires_grad
-        (False, False)
-    """
+    """Copy a model for use as the fixed reference: own storage, no gradients, evaluation mode."""
     reference = copy.deepcopy(model)
     for parameter in reference.parameters():
         parameter.grad = None
@@ -177,17 +170,7 @@ def frozen_reference(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after it every submodule is in the mode it was in, also where modes were mixed.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
-        >>> _ = model[1].eval()
-        >>> with evaluation_mode(model):
-        ...     model[0].training
-        False
-        >>> [layer.training for layer in model]
-        [True, False]
-    """
+    """Evaluation mode inside; after it every submodule is in the mode it was in, also where modes were mixed."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -201,8 +184,8 @@ def _inside_package(text: str) -> Path:
     name, _, inner = text.removeprefix(_PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if inner and (found := Path(folder) / inner).exists():
-            return found
+        if inner and (path := Path(folder) / inner).exists():
+            return path
     raise UserError("checkpoint", text, f"package:NAME/FILE of an installed Python package ({name} has no such file)")
 
 
@@ -266,10 +249,6 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
 
     Raises:
         UserError: If they are, or there is no such checkpoint, or its configuration cannot be read.
-
-    Example:
-        >>> plain_configuration("tiny").model_type
-        'llama'
     """
     config = _configuration(checkpoint)
     if (packed := getattr(config, "quantization_config", None)) is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint's model without its weights, to be given memory, or what passes for it, later."""
+"""A checkpoint's model on the meta device, and memory for it without values (for ``--estimate-memory``)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ def blueprint(
     architecture: Architecture | None = None,
 ) -> PreTrainedModel:
     """What ``load_model`` gives for the same arguments, on the meta device; only the configuration is read.
-
-    Args:
-        checkpoint: See :func:`~lightning_ssiuu.models.loading.resolve_checkpoint`.
-        dtype: Type of the weights.
-        quantization: Width of the projections' weights, or None.
-        architecture: As for ``load_model``.
 
     Raises:
         UserError: As ``load_model``, as far as the configuration tells.

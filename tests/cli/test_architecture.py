@@ -1,4 +1,4 @@
-"""An architecture of one's own: a type that is not in the table, a user's file, the console script, an empty directory."""
+"""An architecture of one's own: a type not in the table, a user's file, the console script, an empty directory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_from_an_empty_directory(workplace: Path, tmp_path_factory: pytest.TempP
     flagged = kinds(workplace / "run" / "spurious_neurons.csv")
     assert flagged
     assert flagged <= {"attn_q", "attn_o", "mlp_up", "mlp_down"}
-    assert read_json(workplace / "run" / "metrics.json")["influence"]["n_spurious"] > 0
+    assert read_json(workplace / "run" / "metrics.json")["after"]["influence"]["n_spurious"] > 0
     # The run's configuration tells what the saved model is like.
     options = ("--original", "model", "--unlearned", "run/model", "--relearning_probe", "false", "--alpha", "0.05")
     run("audit", *options, "--probe_examples", "8")
