@@ -140,6 +140,19 @@ def test_a_neuron_s_weights_are_all_it_depends_on_and_all_it_moves(name: str) ->
     assert layers == {0, 1}
 
 
+def test_gate_and_up_of_a_fused_projection_are_a_neuron_s_two_rows() -> None:
+    module = KLUE()
+    module.adopt(answer_model("phi3"), None)  # type: ignore[arg-type]
+    module.neurons = {layer: torch.arange(24) == 5 for layer in range(2)}
+    masks = {name: mask for (parameter, mask) in module._masked() for name, p in _named(module) if p is parameter}
+    assert masks["model.layers.1.mlp.gate_up_proj.weight"].nonzero()[:, 0].tolist() == [5, 24 + 5]
+    assert masks["model.layers.1.mlp.down_proj.weight"].nonzero()[:, -1].tolist() == [5]
+
+
+def _named(module: KLUE) -> list[tuple[str, Tensor]]:
+    return list(module.model.hf.named_parameters())
+
+
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 def test_untouched_weights_keep_every_bit(optimizer: str, tmp_path: Path) -> None:
     model = toy_model()
