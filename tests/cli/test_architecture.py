@@ -102,7 +102,7 @@ def test_from_a_recipe(workplace: Path) -> None:
 def test_what_users_can_get_wrong(workplace: Path) -> None:
     options = [
         ("my_architectures.NO", "architecture: got 'my_architectures.NO'"),
-        ("phi", "architecture: got 'phi', allowed: one of ['falcon', 'gemma2'"),
+        ("phi", "architecture: got 'phi', allowed: one of ['"),
         ("{blocks: model.layers}", "architecture: got ['blocks'], allowed: a record with the fields"),
         ("{blocks: b, final_norm: n, modules: {mlp: m}}", "architecture.modules: got ['mlp']"),
         ("{blocks: b, final_norm: n, modules: {mlp_up: m}}", "architecture: got 'b', allowed: names of modules"),

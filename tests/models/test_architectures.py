@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +243,7 @@ def test_an_option_is_a_name_an_import_path_or_a_record(tmp_path: Path, monkeypa
         "from lightning_ssiuu import Architecture\n"
         "PHI = Architecture('model.layers', 'model.norm', {'mlp_up': 'mlp.up_proj'})\nOTHER = 1\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.syspath_prepend(tmp_path)
     record = find_architecture("my_records.PHI")
     assert isinstance(record, Architecture)
     assert SSIUU(architecture="my_records.PHI").architecture is record is find_architecture(record)
