@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.attribution.weight_change import HIDDEN, MINIMUM_COST, WRITERS, OwnFlag, head_size
+from lightning_ssiuu.attribution.weight_change import HIDDEN, MINIMUM_COST, OwnFlag
 from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
-from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.architectures import WRITERS, NeuronSite, head_size
 from lightning_ssiuu.models.loading import evaluation_mode
 
 
@@ -30,7 +30,7 @@ def put_back(
         sites: Of the model.
     """
     by_key = {site.key: site for site in sites}
-    heads = head_size(model)
+    heads = head_size(model.hf.config)
     places: list[tuple[Tensor, Any, Tensor]] = []
     for kind in flag.kinds:
         site = by_key[flag.layer, kind]

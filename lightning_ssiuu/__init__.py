@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Ablation": "attacks",
     "AdversarialUnlearning": "objectives.adversarial_unlearning",
+    "Architecture": "models.architectures",
+    "ARCHITECTURES": "models.architectures",
     "AtomicCheckpointIO": "training.checkpoints",
     "Attack": "attacks",
     "AttributionRegularizer": "regularizers",

@@ -75,7 +75,7 @@ def _scored(target: Target, data: UnlearningDataModule, score: str, width: Any) 
     devices, checkpoint = target.devices, target.checkpoint
     try:
         with naming(target.argument):
-            model = AnswerModel(load_model(checkpoint, devices.dtype, width, devices.device))
+            model = AnswerModel(load_model(checkpoint, devices.dtype, width, devices.device, devices.architecture))
             tokenizer = load_tokenizer(checkpoint)
     except UserError as error:
         if error.argument != "quantization":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.micro_batches import micro_batches
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
-from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.architectures import WRITERS, NeuronSite
 from lightning_ssiuu.models.loading import evaluation_mode
 
 #: Signature of an attribution method: model, batches (parts of a batch) and sites in, aggregated attributions out.
@@ -172,7 +172,9 @@ def captured(
     def watch(module_sites: list[NeuronSite]) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
         def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
             # Detached: a hook that held its own tensor would keep it, and the graph behind it, alive for ever.
-            activations = [output.detach()]
+            kept = output.detach()
+            # A block may add to what is written to the residual stream in place.
+            activations = [kept.clone() if module_sites[0].kind in WRITERS else kept]
             scaled = output if scale == 1.0 else output * _factors_of(module_sites, output, scale)
 
             def on_gradient(gradient: Tensor) -> None:

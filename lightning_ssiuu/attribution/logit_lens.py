@@ -7,13 +7,14 @@ layers is still preferred in the middle ones; an over-unlearned one falls *below
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_ssiuu.evaluation.metrics.answers import multiple_choice_accuracy
-from lightning_ssiuu.models.answers import AnswerModel, Answers
+from lightning_ssiuu.models.answers import AnswerModel, Answers, own_logits
 from lightning_ssiuu.models.architectures import final_norm
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.errors import UserError
@@ -42,9 +43,10 @@ def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
         (torch.Size([4, 1]), True)
     """
     labels = part["labels"]
-    where = labels[:, 1:] != -100
-    rows, positions = where.nonzero(as_tuple=True)
-    norm, head = final_norm(model.hf), model.hf.get_output_embeddings()
+    labelled = labels[:, 1:] != -100
+    rows, positions = labelled.nonzero(as_tuple=True)
+    norm = final_norm(model.hf)
+    head = model.hf.get_output_embeddings() if model.plain_head else partial(own_logits, model.hf)
     with torch.inference_mode(), evaluation_mode(model):
         states = model.hf.base_model(
             input_ids=part["input_ids"],
@@ -52,13 +54,13 @@ def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
             use_cache=False,
             output_hidden_states=True,
         ).hidden_states[1:]
-        found = []
+        logps = []
         for layer, state in enumerate(states):
             hidden = state[rows, positions]
             if layer < len(states) - 1:  # transformers has normed the last one
                 hidden = norm(hidden)
-            found.append(Answers(head(hidden), labels[:, 1:][where], rows, len(labels)).mean_logps)
-    return torch.stack(found)
+            logps.append(Answers(head(hidden), labels[:, 1:][labelled], rows, len(labels)).mean_logps)
+    return torch.stack(logps)
 
 
 def prefers_answer(logps: Tensor, option_of: Tensor) -> Tensor:
@@ -88,36 +90,3 @@ def prefers_answer(logps: Tensor, option_of: Tensor) -> Tensor:
     pairs = torch.stack([first, first + 1], 1).flatten()
     rows = torch.arange(len(counts), device=option_of.device).repeat_interleave(2)
     return torch.stack([multiple_choice_accuracy(layer[pairs], rows) for layer in logps])
-
-
-def logit_lens_accuracy(model: AnswerModel, options: Iterable[Mapping[str, Tensor]]) -> list[float]:
-    """How often the true answer beats a distractor at every layer: percent; chance is 50.
-
-    Args:
-        model: The model.
-        options: Batches of ``input_ids, attention_mask, labels`` ``[options, L]`` and ``option_of`` ``[options]``: the
-            ``options`` of an evaluation batch.
-
-    Returns:
-        One percentage per block, the last one the model's own.
-
-    Raises:
-        UserError: If there are no options, a row has no distractor, or the architecture is unknown.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> data = Facts(eval_batch_size=16)
-        >>> batch = next(iter(data.eval_dataloader("forget")))["forget"]
-        >>> accuracy = logit_lens_accuracy(AnswerModel(load_model("tiny")), [batch["options"]])
-        >>> len(accuracy), accuracy[-1]
-        (4, 100.0)
-    """
-    device = next(model.parameters()).device
-    right = []
-    for part in options:
-        tensors = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-        right.append(prefers_answer(layer_logps(model, tensors), part["option_of"].to(device)))
-    if not right:
-        raise UserError("options", "nothing", "at least one example")
-    return (100 * torch.cat(right, 1).double().mean(1)).tolist()

@@ -5,7 +5,7 @@ one (their gradient changed) and downstream (their input changed). Here the diff
 between two models is instead shared out over the *weights* that differ, by integrated gradients along the straight line
 from the original's weights to the changed ones (Sundararajan et al., arXiv 1703.01365, with weights as the features):
 ``C = (W' − W) ⊙ ∫₀¹ ∂log P/∂W at W + t (W' − W) dt``. A weight that did not change gets exactly 0, and all C together
-are log P' − log P.
+are log P' − log P (in a mixture of experts but for the jumps where a token changes its experts).
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
-from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.architectures import WRITERS, NeuronSite, head_size
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.distributed import gathered, world_size
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
-#: Kinds whose weight matrix is also read column by column: column j is what the unit j before it writes.
-WRITERS = ("attn_o", "mlp_down")
 #: Kinds whose neurons of one index are one hidden unit.
 HIDDEN = ("mlp_gate", "mlp_up")
 #: Least share of the answers' probability that a flagged unit costs.
@@ -181,6 +179,7 @@ def _gather(
     n_examples: int,
 ) -> OwnChange:
     rows, columns = {}, {}
+    # A writer's weight matrix is also read column by column: column j is what the unit j before it writes.
     for site in sites:
         module = model.hf.get_submodule(site.module_name)
         row = torch.zeros(site.width, dtype=torch.float64)
@@ -196,7 +195,7 @@ def _gather(
         if (bias := shares.get(f"{site.module_name}.bias")) is not None:
             row += site.select(bias)
         rows[site.key] = row
-    return OwnChange(sites, rows, columns, head_size(model), n_examples)
+    return OwnChange(sites, rows, columns, head_size(model.hf.config), n_examples)
 
 
 @dataclass(frozen=True)
@@ -266,9 +265,3 @@ def own_flags(
             for index in (costs[key] > max(quantile, -math.log1p(-minimum_cost))).nonzero().flatten().tolist():
                 flags.append(OwnFlag(key[0], kinds, index, costs[key][index].item()))
     return sorted(flags, key=lambda flag: -flag.cost)
-
-
-def head_size(model: AnswerModel) -> int:
-    """Width of an attention head."""
-    config = model.hf.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -167,7 +167,8 @@ class _Run:
         if self.sharded and self.module.quantization is not None:
             raise UserError("quantization", self.module.quantization, FLOATS_ONLY)
         with self.trainer.precision_plugin.module_init_context():
-            hf = blueprint(self.module.checkpoint, torch.get_default_dtype(), self.module.quantization)
+            module, dtype = self.module, torch.get_default_dtype()
+            hf = blueprint(module.checkpoint, dtype, module.quantization, module.architecture)
         if self.module.lora is not None:
             self.module.lora.attach(hf)
         return AnswerModel(hf)

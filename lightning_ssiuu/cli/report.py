@@ -9,7 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.runs import check_tokenizers, output_directory, resolve_models, run_data
+from lightning_ssiuu.evaluation.runs import (
+    check_tokenizers,
+    output_directory,
+    resolve_models,
+    run_architecture,
+    run_data,
+)
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import naming
@@ -55,6 +61,7 @@ class Report:
         self.devices = devices
         hide_short_bars(*resolve_models(self.models))
         judged = self.models[subject]
+        devices.architecture = run_architecture(judged, devices.architecture)
         self.folder = output_directory(judged, output)
         refuse_existing("output", self.folder, names, overwrite)
         check_space("output", self.folder, needed)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
+from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.registry import no_module
@@ -94,6 +95,25 @@ def run_data(model: str, data: UnlearningDataModule | None) -> UnlearningDataMod
     if isinstance(data.tokenizer_or_name, str):
         data.tokenizer_or_name = model
     return data
+
+
+def run_architecture(
+    model: str, architecture: str | Mapping[str, Any] | Architecture | None = None
+) -> Architecture | None:
+    """The record a model is described by: the one given, else its run's; None: by its type.
+
+    Raises:
+        UserError: If there is no such record.
+
+    Example:
+        >>> run_architecture("tiny") is None
+        True
+    """
+    run = run_of(model)
+    if architecture is not None or run is None:
+        return find_architecture(architecture)
+    section: Any = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("model") or {}
+    return find_architecture((section.get("init_args") or {}).get("architecture"))
 
 
 def _from_config(path: Path) -> UnlearningDataModule:

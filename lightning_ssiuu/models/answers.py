@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from lightning_ssiuu.models.architectures import SITE_TABLES
+from lightning_ssiuu.models.architectures import architecture_of
 from lightning_ssiuu.utils.errors import UserError
 
 #: A part of a batch: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]``, ``example_id`` ``[B]``, and what else
@@ -28,9 +30,13 @@ class AnswerModel(nn.Module):
     sharding strategies find one root whose ``forward`` they can hook.
 
     Args:
-        hf: The transformers model. For architectures outside the table of :mod:`lightning_ssiuu.models.architectures`
-            the head may do more than a projection (soft caps, scales), so their full logits are computed and then
-            selected.
+        hf: The transformers model. Where the head may do more than a projection (soft caps, scales), full logits are
+            computed and then selected: for types whose record
+            (:class:`~lightning_ssiuu.models.architectures.Architecture`) does not call the head plain, and for models
+            whose own logits turn out to be others, which is said in the log.
+
+    Attributes:
+        plain_head: Whether logits are computed at the labelled positions alone.
 
     Example:
         >>> from lightning_ssiuu.models.loading import load_model
@@ -45,7 +51,7 @@ class AnswerModel(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        self._plain_head = hf.config.model_type in SITE_TABLES
+        self.plain_head = _has_plain_head(hf)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
         """Run the model on one part of a batch.
@@ -59,11 +65,11 @@ class AnswerModel(nn.Module):
             Logits, targets and sequence numbers of the N labelled positions.
         """
         # The token at position k is predicted from position k − 1.
-        where = labels[:, 1:] != -100
-        sequence_index, position = where.nonzero(as_tuple=True)
-        targets = labels[:, 1:][where]
+        labelled = labels[:, 1:] != -100
+        sequence_index, position = labelled.nonzero(as_tuple=True)
+        targets = labels[:, 1:][labelled]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self._plain_head:
+        if self.plain_head:
             hidden = self.hf.base_model(**inputs).last_hidden_state
             logits = self.hf.get_output_embeddings()(hidden[sequence_index, position])
         else:
@@ -71,20 +77,74 @@ class AnswerModel(nn.Module):
         return Answers(logits, targets, sequence_index, labels.shape[0])
 
     def generate(self, **kwargs: Any) -> Tensor:
-        """What ``transformers``' ``generate`` gives; sharded weights are gathered for this module's methods alone.
-
-        Args:
-            **kwargs: Of ``transformers``' ``generate``.
-
-        Returns:
-            ``[B, L]`` token ids, prompt and continuation.
-
-        Example:
-            >>> from lightning_ssiuu.models.loading import load_model
-        >>> AnswerModel(load_model("tiny")).generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2).shape
-            torch.Size([1, 4])
-        """
+        """``transformers``' ``generate``; sharded weights are gathered for this module's methods alone."""
         return self.hf.generate(**kwargs)
+
+
+@dataclass
+class _Hidden(BaseModelOutput):
+    """What a base model gives, but for caches, attentions and routers: those are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def own_logits(hf: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The logits that a model's own forward pass makes of hidden states, with soft caps, scales and all.
+
+    Args:
+        hf: The transformers model.
+        hidden: ``[..., H]`` as the final norm gives them.
+
+    Returns:
+        ``[..., V]``.
+
+    Example:
+        >>> from lightning_ssiuu.models.loading import load_model
+        >>> hf, hidden = load_model("tiny"), torch.ones(2, 128)
+        >>> torch.equal(own_logits(hf, hidden), hf.lm_head(hidden))
+        True
+    """
+    base: Any = hf.base_model
+    states = hidden.reshape(1, -1, hidden.shape[-1])
+    forward = vars(base).get("forward")
+    base.forward = lambda *_, **__: _Hidden(last_hidden_state=states)
+    try:
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        logits = hf(input_ids=ids, use_cache=False).logits
+    finally:
+        del base.forward
+        if forward is not None:
+            base.forward = forward
+    return logits.view(*hidden.shape[:-1], -1)
+
+
+def _has_plain_head(hf: Any) -> bool:
+    """Whether the unembedding alone gives the model's own logits: what its record says, and what two states show."""
+    architecture = architecture_of(hf)
+    if architecture is None or not architecture.plain_head:
+        return False
+    weight = hf.get_output_embeddings().weight
+    if type(weight) is not nn.Parameter or weight.is_meta:  # no values, or not all of them
+        return True
+    if hf.base_model is not hf and _is_own(hf, weight):
+        return True
+    rank_zero_info(f"{hf.config.model_type}: the model's own logits are not its unembedding's alone; all are computed.")
+    return False
+
+
+@torch.no_grad()
+def _is_own(hf: Any, weight: Tensor) -> bool:
+    head = hf.get_output_embeddings()
+    hidden = torch.arange(2 * weight.shape[1], device=weight.device).view(2, -1).sin()
+    peaks = head(hidden.to(weight.dtype)).float().abs().amax(1, keepdim=True)
+    if not (peaks.isfinite() & (peaks > 0)).all():  # nothing to compare
+        return False
+    # A cap shows in large logits, whatever is added to them in small ones.
+    hidden = (hidden / peaks * peaks.new_tensor([[1.0], [1e4]])).to(weight.dtype)
+    alone, own = head(hidden), own_logits(hf, hidden)
+    return alone.shape == own.shape and torch.allclose(alone.double(), own.double(), 1e-6, 1e-6)
 
 
 def answer_token_logps(logits: Tensor, targets: Tensor) -> Tensor:

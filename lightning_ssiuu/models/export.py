@@ -1,4 +1,4 @@
-"""Write a trained model as a plain transformers directory, wherever its weights lie, whatever was put around them."""
+"""Write a trained model as a plain transformers directory: shards gathered, adapters merged, weights dequantised."""
 
 from __future__ import annotations
 
@@ -65,12 +65,6 @@ def plain_bytes(model: PreTrainedModel, adapter: bool = False) -> int:
     Args:
         model: The model as it will be saved.
         adapter: Count :func:`save_adapter`'s file too.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = load_model("tiny")
-        >>> plain_bytes(model) == 4 * sum(parameter.numel() for parameter in model.parameters())
-        True
     """
     dtype = _float_type(model)
     sizes = {id(entry.tensor): entry.plain_bytes(dtype) for entry in _entries(model)}
@@ -152,7 +146,7 @@ class _Entry:
         return is_quantized(self.module) and self.tensor is self.module.weight
 
     def plain(self, dtype: torch.dtype, keep: bool) -> Tensor | None:
-        """The tensor as it is saved; all ranks take part in gathering it, those that ``keep`` get it."""
+        # All ranks take part in gathering it.
         parts = [self.tensor]
         if self.layer is not None:
             parts += [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight]
@@ -168,7 +162,6 @@ class _Entry:
         return whole.to("cpu", dtype).contiguous()
 
     def plain_bytes(self, dtype: torch.dtype) -> int:
-        """What it takes on the disk."""
         if self._packed:
             return self.module.in_features * self.module.out_features * dtype.itemsize
         return self.tensor.numel() * self.tensor.element_size()

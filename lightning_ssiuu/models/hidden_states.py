@@ -16,27 +16,15 @@ from lightning_ssiuu.utils.errors import UserError
 
 @dataclass(frozen=True)
 class HiddenAnswers(Answers):
-    """Answers with the hidden states they were predicted from.
+    """Answers with the hidden states they were predicted from."""
 
-    Args:
-        hidden: ``[N, H]`` output of a block at the positions whose logits these are.
-    """
-
+    #: ``[N, H]`` output of a block at the positions whose logits these are.
     hidden: Tensor
 
 
 @contextmanager
 def output_of(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, a list that gets the block's output ``[B, L, H]`` at each of its forward passes; the hook never stays.
-
-    Example:
-        >>> import torch
-        >>> layer = nn.Linear(2, 2)
-        >>> with output_of(layer) as seen:
-        ...     output = layer(torch.ones(1, 2))
-        >>> seen[0] is output, len(layer._forward_hooks)
-        (True, 0)
-    """
+    """Inside, a list that gets the block's output ``[B, L, H]`` at each of its forward passes."""
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: object, output: Any) -> None:
@@ -51,21 +39,7 @@ def output_of(block: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAnswers:
-    """One forward pass: logits at the labelled positions, and a block's output where those are predicted from.
-
-    Args:
-        model: The model.
-        part: ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        layer: Block number, from 0.
-
-    Example:
-        >>> import torch
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> ids = torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> answers_with_hidden(AnswerModel(load_model("tiny")), part, 1).hidden.shape
-        torch.Size([2, 128])
-    """
+    """One forward pass: logits at the labelled positions, and the output of block ``layer`` (from 0) behind them."""
     with output_of(transformer_blocks(model.hf)[layer]) as seen:
         answers = model(part["input_ids"], part["attention_mask"], part["labels"])
     # The token at position k is predicted from position k − 1.
@@ -75,20 +49,10 @@ def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAns
 
 
 def block_number(model: AnswerModel, layer: int | None, default: int) -> int:
-    """Which block an option means.
-
-    Args:
-        model: The model.
-        layer: As the user wrote it; None takes ``default``, or the middle of a model that has no such block.
-        default: Block number, from 0.
+    """The block, from 0, of an option ``layer``; None: ``default``, or the middle of a model that has no such block.
 
     Raises:
         UserError: If there is no such block.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> block_number(AnswerModel(load_model("tiny")), None, 7)  # of four blocks
-        2
     """
     n_blocks = len(transformer_blocks(model.hf))
     if layer is None:

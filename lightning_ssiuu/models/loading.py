@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
@@ -83,6 +84,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantization: Literal["8bit", "4bit"] | None = None,
     device: torch.device | None = None,
+    architecture: Architecture | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model: safetensors only, no remote code, cache off, every parameter trainable.
@@ -93,6 +95,8 @@ def load_model(
         quantization: Load the projections in this width, frozen (:mod:`lightning_ssiuu.models.quantization`); what is
             not quantised is in ``dtype``.
         device: Where quantised weights go (None: the CPU). Others are loaded to the CPU, for a Trainer to move.
+        architecture: Where its blocks and neurons are; None: as the table of
+            :mod:`~lightning_ssiuu.models.architectures` says for its type.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
@@ -100,7 +104,7 @@ def load_model(
 
     Raises:
         UserError: If there is no such model, its weights are not safetensors, broken, incomplete or quantised already,
-            or bitsandbytes is missing.
+            bitsandbytes is missing, or ``architecture`` is not this model's.
 
     Example:
         >>> model = load_model("tiny")
@@ -124,6 +128,8 @@ def load_model(
     if quantization is not None:
         prepare_for_training(model)
         check_reading(model)
+    if architecture is not None:
+        use_architecture(model, architecture)
     return model
 
 
@@ -155,14 +161,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
 
 
 def frozen_reference(model: nn.Module) -> nn.Module:
-    """Copy a model for use as the fixed reference: own storage, no gradients, evaluation mode.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> reference = frozen_reference(layer)
-        >>> reference.weight.data_ptr() == layer.weight.data_ptr(), reference.weight.requires_grad
-        (False, False)
-    """
+    """Copy a model for use as the fixed reference: own storage, no gradients, evaluation mode."""
     reference = copy.deepcopy(model)
     for parameter in reference.parameters():
         parameter.grad = None
@@ -171,17 +170,7 @@ def frozen_reference(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after it every submodule is in the mode it was in, also where modes were mixed.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
-        >>> _ = model[1].eval()
-        >>> with evaluation_mode(model):
-        ...     model[0].training
-        False
-        >>> [layer.training for layer in model]
-        [True, False]
-    """
+    """Evaluation mode inside; after it every submodule is in the mode it was in, also where modes were mixed."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -195,8 +184,8 @@ def _inside_package(text: str) -> Path:
     name, _, inner = text.removeprefix(_PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if inner and (found := Path(folder) / inner).exists():
-            return found
+        if inner and (path := Path(folder) / inner).exists():
+            return path
     raise UserError("checkpoint", text, f"package:NAME/FILE of an installed Python package ({name} has no such file)")
 
 
@@ -260,10 +249,6 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
 
     Raises:
         UserError: If they are, or there is no such checkpoint, or its configuration cannot be read.
-
-    Example:
-        >>> plain_configuration("tiny").model_type
-        'llama'
     """
     config = _configuration(checkpoint)
     if (packed := getattr(config, "quantization_config", None)) is not None:

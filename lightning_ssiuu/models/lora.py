@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.models.architectures import SITE_TABLES, neuron_sites
 from lightning_ssiuu.models.quantization import was_conv1d
 from lightning_ssiuu.utils.errors import UserError
 
@@ -38,8 +37,8 @@ class LoRA:
         alpha: Scale of the adapters, > 0, divided by the rank.
         dropout: Probability with which an adapter's input is dropped while training, in [0, 1).
         target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]``; None takes
-            all that hold neurons (:mod:`lightning_ssiuu.models.architectures`), for unknown architectures every linear
-            layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and stay out.
+            every linear layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and
+            stay out.
 
     Raises:
         UserError: If an option is outside its range.
@@ -57,7 +56,6 @@ class LoRA:
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if not (isinstance(self.r, int) and self.r >= 1):
             raise UserError("lora.r", self.r, "a whole number ≥ 1")
         if not 0 < self.alpha < math.inf:
@@ -73,9 +71,6 @@ class LoRA:
         They are drawn on the CPU from torch's global generator, so a seed gives the same ones on any device, and kept
         in float32, or in the model's type where that is wider. On a model without storage (device ``meta``) they have
         none either, and nothing is drawn.
-
-        Args:
-            model: A transformers model, quantised or not.
 
         Raises:
             UserError: If peft is missing, a target names no projection, or the model has adapters already.
@@ -106,20 +101,7 @@ class LoRA:
 
     @staticmethod
     def detach(model: nn.Module) -> None:
-        """Take the adapters out again: the model is the one they were attached to, and its weights train.
-
-        Args:
-            model: With adapters or without.
-
-        Example:
-            >>> from lightning_ssiuu.models.loading import load_model
-            >>> model = load_model("tiny")
-            >>> names = list(model.state_dict())
-            >>> LoRA(r=1).attach(model)
-            >>> LoRA.detach(model)
-            >>> list(model.state_dict()) == names, all(p.requires_grad for p in model.parameters())
-            (True, True)
-        """
+        """Take the adapters out again, if there are any: the weights are those from before, and train."""
         if not (layers := list(adapted_layers(model))):
             return
         for name, layer in layers:
@@ -133,16 +115,15 @@ class LoRA:
     def _targets(self, model: PreTrainedModel) -> list[str]:
         projections = _projections(model)
         if self.target_modules is None:
-            known = getattr(model.config, "model_type", None) in SITE_TABLES
-            chosen = {site.module_name for site in neuron_sites(model)} if known else set(projections)
+            chosen = set(projections)
         else:
             chosen = set()
             for target in self.target_modules:
-                found = {name for name in projections if f".{name}".endswith(f".{target}")} if target else set()
-                if not found:
+                matches = {name for name in projections if f".{name}".endswith(f".{target}")} if target else set()
+                if not matches:
                     there = sorted({name.rpartition(".")[2] for name in projections})
                     raise UserError("lora.target_modules", target, f"projections of this model: {there}")
-                chosen |= found
+                chosen |= matches
         # Ends of names where they say the same: what is saved beside the adapters should be readable.
         ends = sorted({name.rpartition(".")[2] for name in chosen})
         same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends} == chosen
@@ -170,22 +151,17 @@ def _embedding(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _initialise(layer: Any, dtype: torch.dtype) -> None:
-    place = layer.base_layer.weight.device
+    device = layer.base_layer.weight.device
     matrices = {"lora_A": (layer.r[ADAPTER], layer.in_features), "lora_B": (layer.out_features, layer.r[ADAPTER])}
     for name, shape in matrices.items():
-        matrix = torch.zeros(shape, dtype=torch.float32, device="meta" if place.type == "meta" else "cpu")
+        matrix = torch.zeros(shape, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
         if name == "lora_A":
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as nn.Linear's weight, and peft's A
-        getattr(layer, name)[ADAPTER].weight = nn.Parameter(matrix.to(place, dtype))
+        getattr(layer, name)[ADAPTER].weight = nn.Parameter(matrix.to(device, dtype))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and modules of the projections that have an adapter.
-
-    Example:
-        >>> list(adapted_layers(nn.Linear(2, 2)))
-        []
-    """
+    """Names and modules of the projections that have an adapter."""
     for name, module in model.named_modules():
         if is_adapted(module):
             yield name, module
@@ -198,11 +174,11 @@ def is_adapted(module: Any) -> bool:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' matrices under peft's own names (``<projection>.lora_A.weight``), in the model's order."""
-    found = {}
-    for name, layer in adapted_layers(model):
-        for matrix in ("lora_A", "lora_B"):
-            found[f"{name}.{matrix}.weight"] = getattr(layer, matrix)[ADAPTER].weight
-    return found
+    return {
+        f"{name}.{matrix}.weight": getattr(layer, matrix)[ADAPTER].weight
+        for name, layer in adapted_layers(model)
+        for matrix in ("lora_A", "lora_B")
+    }
 
 
 def layer_delta(layer: Any, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> torch.Tensor:
@@ -247,20 +223,14 @@ def without_frozen(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any
     weights that it does not read again.
 
     Args:
-        module: What the state is of.
+        module: Whose state it is.
         state: Its ``state_dict``.
-
-    Example:
-        >>> layers = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-        >>> _ = layers[0].requires_grad_(False)
-        >>> sorted(without_frozen(layers, layers.state_dict()))
-        ['1.bias', '1.weight']
     """
     return {name: state[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def check_adapter_state(module: nn.Module, state: Mapping[str, Any] | None) -> None:
-    """Raise unless a checkpoint's state holds every adapter, as loading it leaves out what it does not hold.
+    """Check that a checkpoint's state holds every adapter; loading it would leave out what it does not hold.
 
     Args:
         module: What the state is to be loaded into.
@@ -268,16 +238,6 @@ def check_adapter_state(module: nn.Module, state: Mapping[str, Any] | None) -> N
 
     Raises:
         UserError: If adapters are missing.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = load_model("tiny")
-        >>> LoRA(r=1, target_modules=["k_proj"]).attach(model)
-        >>> check_adapter_state(model, {})
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: ckpt_path: got 'a checkpoint without 8 of 8 adapter matrices', allowed: one \
-of a run with the same lora options
     """
     if state is None:
         return

@@ -1,4 +1,4 @@
-"""A checkpoint's model without its weights, to be given memory, or what passes for it, later."""
+"""A checkpoint's model on the meta device, and memory for it without values (for ``--estimate-memory``)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.loading import plain_configuration
 from lightning_ssiuu.models.quantization import loading_options, prepare_for_training
 
 _CODES_4BIT, _CODES_8BIT, _BLOCK, _OUTER_BLOCK = 16, 256, 64, 256  # of bitsandbytes' doubly quantised NF4
 
 
-def blueprint(checkpoint: str, dtype: torch.dtype, quantization: Literal["8bit", "4bit"] | None) -> PreTrainedModel:
+def blueprint(
+    checkpoint: str,
+    dtype: torch.dtype,
+    quantization: Literal["8bit", "4bit"] | None,
+    architecture: Architecture | None = None,
+) -> PreTrainedModel:
     """What ``load_model`` gives for the same arguments, on the meta device; only the configuration is read.
-
-    Args:
-        checkpoint: See :func:`~lightning_ssiuu.models.loading.resolve_checkpoint`.
-        dtype: Type of the weights.
-        quantization: Width of the projections' weights, or None.
 
     Raises:
         UserError: As ``load_model``, as far as the configuration tells.
@@ -37,6 +38,8 @@ def blueprint(checkpoint: str, dtype: torch.dtype, quantization: Literal["8bit",
     if quantization is not None:
         _quantize(model, loading_options(quantization, dtype, None)["quantization_config"], dtype)
         prepare_for_training(model)
+    if architecture is not None:
+        use_architecture(model, architecture)
     return model.eval()
 
 

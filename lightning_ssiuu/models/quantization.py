@@ -61,9 +61,9 @@ def loading_options(
 
 
 def prepare_for_training(model: nn.Module) -> None:
-    """Make a model quantised by bitsandbytes fit to be scored and trained in turns.
+    """Let a model quantised by bitsandbytes be scored and trained in turns.
 
-    Two things of bitsandbytes' are undone. On a CPU with AVX512-BF16 the first scoring would repack the 4-bit weights
+    Two of its habits are undone. On a CPU with AVX512-BF16 the first scoring would repack the 4-bit weights
     into a form that has no backward pass, and adapters below would silently stop learning. And an 8-bit layer's
     backward pass keeps the layer's input, which only a gradient of the weight would need: activation checkpointing
     would free nothing.
@@ -89,9 +89,6 @@ def check_reading(model: nn.Module) -> None:
     bitsandbytes packs a weight in blocks of the flattened matrix, and its kernel for CPUs with AVX-512 (seen in 0.50.2)
     reads them as if every row began a block: where the row length is no multiple of the block, most scales are wrong.
 
-    Args:
-        model: Loaded with 4-bit weights, or not.
-
     Raises:
         UserError: If a layer is read wrongly.
     """
@@ -106,18 +103,13 @@ def check_reading(model: nn.Module) -> None:
             continue
         flat = copy(state)
         flat.shape = torch.Size((1, state.shape.numel()))
-        if not torch.equal(*(functional.dequantize_4bit(weight, one).flatten() for one in (state, flat))):
+        if not torch.equal(*(functional.dequantize_4bit(weight, layout).flatten() for layout in (state, flat))):
             rows = f"bitsandbytes misreads {name}, whose rows of {state.shape[-1]} are no multiple of {state.blocksize}"
             raise UserError("quantization", "4bit", f"8bit or null for this model on this CPU: {rows}")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer's weight is in 8 or 4 bits.
-
-    Example:
-        >>> is_quantized(nn.Linear(2, 2))
-        False
-    """
+    """Whether a layer's weight is in 8 or 4 bits."""
     return type(getattr(module, "weight", None)).__name__ in _PACKED
 
 
@@ -125,9 +117,6 @@ def dequantized(module: Any) -> Tensor:
     """The weight a quantised layer computes with, in float32 and in the shape its original layer stored it in.
 
     8-bit: up to the rounding of activations to int8, which happens on GPUs and, on a CPU, outside training mode.
-
-    Args:
-        module: A layer for which :func:`is_quantized`.
 
     Returns:
         ``[out, in]``, or ``[in, out]`` where the original layer was GPT-2's ``Conv1D``.

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
@@ -66,6 +67,8 @@ class UnlearningModule(Stateful, L.LightningModule):
             adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.training.reference`.
         scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
             :mod:`lightning_ssiuu.evaluation.scorer`); None takes every score the data allows without generating text.
+        architecture: Where the model's blocks and neurons are: the name of a registered type, the import path of an
+            :class:`~lightning_ssiuu.models.architectures.Architecture`, or a record; None: by the checkpoint's type.
 
     Raises:
         UserError: If a weight is negative or not finite, or weights are quantised with no adapters to train.
@@ -102,8 +105,10 @@ class UnlearningModule(Stateful, L.LightningModule):
         retain: Retain = "nll",
         reference: ReferenceFrom = "cached",
         scores: list[str] | None = None,
+        architecture: str | dict[str, Any] | Architecture | None = None,
     ) -> None:
         super().__init__()
+        self.architecture = find_architecture(architecture)
         check_number("forget_weight", forget_weight)
         check_number("retain_weight", retain_weight)
         check_choice("retain", retain, Retain)
@@ -364,7 +369,8 @@ class UnlearningModule(Stateful, L.LightningModule):
     def build(self, device: torch.device, **options: Any) -> AnswerModel:
         """Load the checkpoint again, as this module was configured, adapters included."""
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
-        model = load_model(self.checkpoint, torch.get_default_dtype(), self.quantization, device, **options)
+        dtype, record = torch.get_default_dtype(), self.architecture
+        model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
         if self.lora is not None:
             self.lora.attach(model)
         return AnswerModel(model)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part, input_positions
-from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.architectures import feed_forward_sites, neuron_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.shards import wide
@@ -221,7 +221,7 @@ def linear_layers(hf: PreTrainedModel, attention: bool = False) -> list[str]:
     """Names of the feed-forward projections whose weights train, on request also attention's.
 
     Args:
-        hf: A model whose architecture is in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
+        hf: A model of a known architecture.
         attention: Whether to name attention's as well.
 
     Raises:
@@ -232,7 +232,7 @@ def linear_layers(hf: PreTrainedModel, attention: bool = False) -> list[str]:
         >>> linear_layers(load_model("tiny"))[:2]
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
-    sites = [site for site in neuron_sites(hf) if attention or site.kind.startswith("mlp")]
+    sites = neuron_sites(hf) if attention else feed_forward_sites(hf)
     names = dict.fromkeys(site.module_name for site in sites)  # a fused projection has several kinds
     return [name for name in names if cast(Tensor, hf.get_submodule(name).weight).requires_grad]
 

@@ -15,7 +15,7 @@ from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.datamodules.encoding import answered, batch_of
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, sequence_sums
-from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.architectures import feed_forward_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.training.shards import local, reshard
@@ -145,8 +145,10 @@ class KLUE(UnlearningModule):
         masked = []
         for name, (layer, dimension) in neuron_weights(self.model.hf).items():
             parameter = found[name]
-            everything = torch.ones(parameter.shape[dimension], dtype=torch.bool)  # where nothing was chosen yet
-            masked.append((parameter, local_mask(self.neurons.get(layer, everything), parameter, dimension)))
+            size = parameter.shape[dimension]
+            mask = self.neurons.get(layer, torch.ones(size, dtype=torch.bool))  # all where nothing was chosen yet
+            mask = mask.repeat(size // len(mask))  # gate and up of a fused projection are its halves
+            masked.append((parameter, local_mask(mask, parameter, dimension)))
         return masked
 
 
@@ -158,7 +160,7 @@ def neuron_weights(hf: PreTrainedModel) -> dict[str, tuple[int, int]]:
     bias belongs to none.
 
     Args:
-        hf: A model whose architecture is in :data:`~lightning_ssiuu.models.architectures.SITE_TABLES`.
+        hf: A model of a known architecture.
 
     Raises:
         UserError: If it is not.
@@ -169,9 +171,7 @@ def neuron_weights(hf: PreTrainedModel) -> dict[str, tuple[int, int]]:
         [('model.layers.0.mlp.down_proj.weight', (0, 1)), ('model.layers.1.mlp.gate_proj.weight', (1, 0))]
     """
     found = {}
-    for site in neuron_sites(hf):
-        if not site.kind.startswith("mlp"):
-            continue
+    for site in feed_forward_sites(hf):
         module = hf.get_submodule(site.module_name)
         comes_in = site.kind == "mlp_down"
         found[f"{site.module_name}.weight"] = site.layer, int(comes_in != isinstance(module, Conv1D))
@@ -220,7 +220,7 @@ def knowledge_neurons(
         ([0, 1, 2, 3], 154)
     """
     parts = list(parts)
-    sites = [site for site in neuron_sites(model.hf) if site.kind == "mlp_up"]
+    sites = [site for site in feed_forward_sites(model.hf) if site.kind == "mlp_up"]
     scores = neuron_attribution(model, parts, sites).mean_maximum
     if regularization > 0:
         wrong = list(mismatched_parts(parts, mismatched, seed, pad_token_id))

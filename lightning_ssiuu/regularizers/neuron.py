@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers, input_positions, target_logps
-from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.models.architectures import WRITERS, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.regularizers.attribution import AttributionPenalty
@@ -142,8 +142,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         return sites if self.modules is None else select_sites(sites, self.modules, "regularizer.modules")
 
     def _run(self, model: Any, part: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> _Pass:
-        names = dict.fromkeys(site.module_name for site in sites)
-        with torch.autocast(*self._autocast), _outputs(model.hf, list(names)) as outputs:
+        with torch.autocast(*self._autocast), _outputs(model.hf, sites) as outputs:
             answers = model(part["input_ids"], part["attention_mask"], part["labels"])
         logps = target_logps(answers, self.target)
         # Examples do not interact, so the gradient of the sum holds each example's own.
@@ -191,7 +190,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
 
 @contextmanager
-def _outputs(hf: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _outputs(hf: Any, sites: Sequence[NeuronSite]) -> Iterator[dict[str, Tensor]]:
     """Outputs of modules in the forward pass inside, graph attached, also where nothing before them is trained."""
     found: dict[str, Tensor] = {}
 
@@ -199,14 +198,17 @@ def _outputs(hf: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         if not output.requires_grad:
             output.requires_grad_(True)
 
-    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+    def keep(name: str, kind: str) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
             found[name] = output
+            # A block may add to what is written to the residual stream in place.
+            return output.clone() if kind in WRITERS else None
 
         return hook
 
     handles = [hf.get_input_embeddings().register_forward_hook(begin)]
-    handles += [hf.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    kinds = {site.module_name: site.kind for site in sites}
+    handles += [hf.get_submodule(name).register_forward_hook(keep(name, kind)) for name, kind in kinds.items()]
     try:
         yield found
     finally:

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.training.fsdp import load_sharded
 from lightning_ssiuu.utils.console import quiet
@@ -37,6 +38,8 @@ class Devices:
             ``"ddp"`` where there are several devices.
         precision: ``"32-true"``; ``"bf16-mixed"``: weights in float32, training steps in bfloat16; ``"bf16-true"``:
             weights in bfloat16 too.
+        architecture: Where the models' blocks and neurons are, as for ``fit``; None: as in the judged model's run,
+            else by their types.
 
     Raises:
         UserError: If an accelerator or a device is not there.
@@ -57,8 +60,10 @@ class Devices:
         devices: int | Literal["auto"] = 1,
         strategy: Strategy = "auto",
         precision: Precision = "32-true",
+        architecture: str | dict[str, Any] | Architecture | None = None,
     ) -> None:
         self.accelerator, self.devices, self.precision = accelerator, devices, precision
+        self.architecture = find_architecture(architecture)
         self.sharded = strategy == "fsdp2"
         # Sharding needs no more of the launcher than processes that know each other.
         launching = "ddp" if self.sharded else strategy
@@ -131,7 +136,7 @@ class Devices:
 
     def load(self, checkpoint: str) -> AnswerModel:
         """Load a model to this process's device; under ``"fsdp2"`` no process ever holds all of it but the first."""
-        build = partial(_answer_model, checkpoint, self.dtype)
+        build = partial(_answer_model, checkpoint, self.dtype, architecture=self.architecture)
         if not self.sharded:
             return build().to(self.device)
         names = ("data_parallel", "tensor_parallel")

@@ -154,7 +154,8 @@ def load_sharded(
         except UserError as error:
             mistake = error
     # The others wait for this rank: they have to hear of its mistakes.
-    if (mistake := gathered(mistake)[0]) is not None:
+    mistake, model.plain_head = gathered((mistake, model.plain_head if whole is None else whole.plain_head))[0]
+    if mistake is not None:
         raise mistake
     weights = {} if whole is None else whole.state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

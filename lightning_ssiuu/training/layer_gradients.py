@@ -136,7 +136,11 @@ def _norm(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> 
 
 
 #: The same for transformers' own layers, of which each architecture has a copy, by the end of their names.
-_OF_TRANSFORMERS: dict[str, Rule] = {"RMSNorm": _norm, "TextScaledWordEmbedding": _scaled_embedding}
+_OF_TRANSFORMERS: dict[str, Rule] = {
+    "RMSNorm": _norm,
+    "TextScaledWordEmbedding": _scaled_embedding,
+    "FalconLinear": _linear,
+}
 #: Layers whose second gradient is known, by exact type.
 LAYERS: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,

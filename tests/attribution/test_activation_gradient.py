@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toys.attribution import Broken, hooks, mixed_modes, scaled
-from toys.models import ARCHITECTURES, answer_model, part
+from toys.models import RECORDED, answer_model, part
 
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution, neuron_attribution
 from lightning_ssiuu.models.answers import Answers, input_positions
@@ -82,16 +82,16 @@ def test_input_positions() -> None:
 
 
 @pytest.mark.parametrize("target", ["sequence", "length_normalised"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3", "gemma3_text", "phi3", "falcon", "falcon_mq"])
 def test_central_differences(name: str, target: Any) -> None:
     model, one = answer_model(name), part([(4, 2)], 3)
     tensors = {k: one[k] for k in ("input_ids", "attention_mask", "labels")}
     sites = neuron_sites(model.hf)
-    assert {site.kind for site in sites} == set(KINDS) - ({"mlp_gate"} if name.startswith("gpt") else set())
+    assert {site.kind for site in sites} == set(KINDS) - ({"mlp_gate"} if name[:3] in ("gpt", "fal") else set())
     result = neuron_attribution(model, [one], sites, target)
     maxima, minima = result.by_site(result.maximum), result.by_site(result.minimum)
     eps = 1e-4
-    for site, neuron in ((s, n) for s in sites for n in (0, 5, s.width - 1)):
+    for site, neuron in ((s, n) for s in sites for n in (0, s.width // 2 + 1, s.width - 1)):
         by_token = []
         for token in range(5):
             values = []
@@ -106,7 +106,7 @@ def test_central_differences(name: str, target: Any) -> None:
         assert minima[site.key][neuron].item() == pytest.approx(min(by_token), abs=1e-5 * size), site
 
 
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"gemma2"}))
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_batch_with_padding_equals_its_examples_alone(name: str) -> None:
     model = answer_model(name)
     sites = neuron_sites(model.hf)
@@ -133,11 +133,15 @@ def test_a_tiny_probability_scales_and_does_not_vanish() -> None:
 # ---- fused projections -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "falcon", "falcon_mq", "falcon_rw"])
 def test_fused_sites_cut_the_shared_output(name: str) -> None:
     model, one = answer_model(name), part([(3, 2), (4, 1)])
     sites = neuron_sites(model.hf)
-    whole = [NeuronSite("attn_q", n, s.module_name, 48) for n, s in enumerate(s for s in sites if s.kind == "attn_q")]
+    sites = [site for site in sites if site.kind.startswith("attn")]
+    width = sum(s.width for s in sites if s.layer == 0 and s.columns is not None)
+    assert width == model.hf.get_submodule(sites[0].module_name).weight.numel() // 16
+    queries = [s.module_name for s in sites if s.kind == "attn_q"]
+    whole = [NeuronSite("attn_q", layer, name, width) for layer, name in enumerate(queries)]
     uncut = neuron_attribution(model, [one], whole)
     cut = neuron_attribution(model, [one], sites)
     for site in (s for s in sites if s.columns is not None):
@@ -146,7 +150,7 @@ def test_fused_sites_cut_the_shared_output(name: str) -> None:
             assert torch.equal(cut.by_site(getattr(cut, field))[site.key], expected)
     for layer in range(2):
         columns = torch.cat([s.columns for s in sites if s.layer == layer and s.columns is not None])
-        assert sorted(columns.tolist()) == list(range(48))
+        assert sorted(columns.tolist()) == list(range(width))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from confirming import confirmed, put_back
 from torch import nn
-from toys.models import ARCHITECTURES, random_model
+from toys.models import EXPERTS, RECORDED, random_model
 
 from lightning_ssiuu.attribution.weight_change import (
     OwnChange,
@@ -18,10 +18,9 @@ from lightning_ssiuu.attribution.weight_change import (
     site_weights,
 )
 from lightning_ssiuu.models.answers import AnswerModel
-from lightning_ssiuu.models.architectures import SITE_TABLES, NeuronSite, neuron_sites
+from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
 from lightning_ssiuu.utils.errors import UserError
 
-KNOWN = [name for name in ARCHITECTURES if name in SITE_TABLES]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 6, 3, 4], [2, 8, 8, 5]])
 PART = {
     "input_ids": IDS,
@@ -32,7 +31,9 @@ PART = {
 
 def pair(architecture: str) -> tuple[AnswerModel, dict[str, torch.Tensor], AnswerModel]:
     """A random model, its weights, and the model with every site's weights moved."""
-    model = AnswerModel(random_model(architecture, torch.float64))
+    # A token that changes its experts on the way is a jump, which no weight is given: all experts take part.
+    options = {"num_experts_per_tok": 4} if architecture in EXPERTS else {}
+    model = AnswerModel(random_model(architecture, torch.float64, **options))
     original = site_weights(model, neuron_sites(model.hf))
     changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +47,7 @@ def total(change: OwnChange) -> float:
     return sum(values.sum().item() for values in (*change.rows.values(), *change.columns.values()))
 
 
-@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("architecture", RECORDED)
 def test_all_effects_together_are_the_change_of_log_probability(architecture: str) -> None:
     model, original, changed = pair(architecture)
     sites = neuron_sites(model.hf)
@@ -101,18 +102,18 @@ def test_value_channels_of_shared_heads_by_hand() -> None:
     assert units[0, "attn_o"].tolist() == [0.0, -9.0, 0.0]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "phi3", "falcon", "falcon_mq"])
 @pytest.mark.parametrize("kind", ["attn_q", "attn_v", "attn_o", "mlp_up", "mlp_down"])
 def test_a_unit_is_put_back_and_nothing_else(architecture: str, kind: str) -> None:
     model, original, changed = pair(architecture)
     sites = neuron_sites(model.hf)
-    kinds = ("mlp_gate", "mlp_up") if kind == "mlp_up" and architecture == "llama" else (kind,)
-    flag = OwnFlag(1, kinds, 6, 0.0)
+    kinds = ("mlp_gate", "mlp_up") if kind == "mlp_up" and architecture in ("llama", "phi3") else (kind,)
+    flag = OwnFlag(1, kinds, 3, 0.0)
     with put_back(changed, original, flag, sites):
         same = sum(int((changed.hf.get_parameter(name) == value).sum()) for name, value in original.items())
     hidden, inner = 16, next(site.width for site in sites if site.kind == "mlp_up")
-    groups = 2 if architecture == "llama" else 1
-    bias = {"llama": 0, "gpt2": 1, "gpt_neox": 1}[architecture]
+    groups = {"llama": 2, "phi3": 2, "falcon": 2, "falcon_mq": 4}.get(architecture, 1)
+    bias = 0 if architecture in ("llama", "phi3") else 1
     expected = {
         "attn_q": hidden + bias,
         "attn_v": hidden + bias + groups * hidden,

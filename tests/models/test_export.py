@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from toys.models import KNOWN, adapted, equal, part, random_model
+from toys.models import TOYS, adapted, equal, part, random_model
 from toys.training import fit, ssiuu
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def saved(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-@pytest.mark.parametrize("name", [*KNOWN, "gemma2"])
+@pytest.mark.parametrize("name", TOYS)
 def test_adapters_are_merged(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(random_model(name, torch.float32, tie_word_embeddings=name == "gpt2")).eval()
     plain = saved(model, tmp_path / "model", monkeypatch)

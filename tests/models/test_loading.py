@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toys.data import byte_tokenizer
-from toys.models import ARCHITECTURES, answer_model, equal, part, random_model
+from toys.models import answer_model, equal, part, random_model
 
-from lightning_ssiuu.models.architectures import KINDS, SITE_TABLES, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.models.loading import (
     TINY,
     context_length,
@@ -217,87 +216,6 @@ def test_modes_come_back_module_by_module_also_after_an_exception() -> None:
         raise ZeroDivisionError
     assert inside == [False] * 4
     assert [module.training for module in model.modules()] == [True, True, False, False]
-
-
-# ---- sites -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(SITE_TABLES))
-def test_sites(name: str) -> None:
-    model = random_model(name)
-    sites = neuron_sites(model)
-    kinds = [kind for kind in KINDS if kind != "mlp_gate" or not name.startswith("gpt")]
-    assert [site.key for site in sites] == [(layer, kind) for layer in range(2) for kind in kinds]
-    narrow = 8 if "num_key_value_heads" in ARCHITECTURES[name][1] else 16
-    hidden = 64 if name == "gpt2" else 24
-    expected = {"attn_q": 16, "attn_k": narrow, "attn_v": narrow, "attn_o": 16, "mlp_gate": hidden, "mlp_up": hidden}
-    found: dict[str, list[torch.Size]] = {}
-    names = {site.module_name for site in sites}
-    for module_name in names:
-        hook = lambda _m, _a, out, key=module_name: found.setdefault(key, []).append(out.shape)  # noqa: E731
-        model.get_submodule(module_name).register_forward_hook(hook)
-    model(input_ids=part([(3, 2)])["input_ids"])
-    for site in sites:
-        assert site.width == (expected | {"mlp_down": 16})[site.kind]
-        ((*batch, width),) = found[site.module_name]
-        assert batch == [1, 5]
-        assert site.select(torch.zeros(1, 5, width)).shape[-1] == site.width
-    # every projection of a block is a site's: none was forgotten
-    block = model.get_submodule(SITE_TABLES[name].blocks)[0]
-    projections = {n for n, m in block.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    assert projections == {s.module_name.removeprefix(f"{SITE_TABLES[name].blocks}.0.") for s in sites if s.layer == 0}
-
-
-def test_sites_of_something_else() -> None:
-    for model in (nn.Linear(2, 2), random_model("gemma2")):
-        with pytest.raises(UserError) as caught:
-            neuron_sites(model)
-        one_line(caught)
-
-
-SITES = [NeuronSite(kind, layer, f"{layer}.{kind}", 2) for layer in (0, 1, 11) for kind in KINDS]
-
-
-@pytest.mark.parametrize(
-    ("selectors", "expected"),
-    [
-        (["mlp_up"], [(0, "mlp_up"), (1, "mlp_up"), (11, "mlp_up")]),
-        (["layer1"], [(1, kind) for kind in KINDS]),
-        (["layer11.attn_q"], [(11, "attn_q")]),
-        (["layer0.mlp_up", "layer0.attn_q", "layer0.mlp_up"], [(0, "attn_q"), (0, "mlp_up")]),
-        ([], []),
-    ],
-)
-def test_select(selectors: list[str], expected: list[Any]) -> None:
-    assert [site.key for site in select_sites(SITES, selectors)] == expected
-
-
-@pytest.mark.parametrize(
-    "selector",
-    [
-        "",
-        "layer",
-        "layer2",
-        "layer-1",
-        "mlp",
-        "MLP_UP",
-        "layer0.mlp",
-        "layer2.mlp_up",
-        "0.mlp_up",
-        "layer0.mlp_up.x",
-        ".*",
-    ],
-)
-def test_selectors_that_select_nothing(selector: str) -> None:
-    with pytest.raises(UserError) as caught:
-        select_sites(SITES, ["mlp_up", selector], "here")
-    one_line(caught, "here")
-
-
-@pytest.mark.parametrize("selector", ["layer0mlp_up", ".mlp_up", "layer0."])
-def test_the_point_stands_between_layer_and_kind(selector: str) -> None:
-    with pytest.raises(UserError):
-        select_sites(SITES, [selector])
 
 
 def test_the_embedded_model_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from toys.cli import DEFAULT, command
-from toys.models import KNOWN, adapted, answer_model, batch, distance, equal, norm, part, random_model
+from toys.models import KNOWN, TOYS, UNRECORDED, adapted, answer_model, batch, distance, equal, norm, part, random_model
 from toys.regularizers import Reference, trained
+from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.models.answers import AnswerModel
@@ -63,17 +64,17 @@ def test_targets_that_are_no_projections(target: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [*KNOWN, "gemma2"])
+@pytest.mark.parametrize("name", TOYS)
 def test_only_adapters_train_and_nothing_else_changes(name: str) -> None:
     model, original = (random_model(name, torch.float32) for _ in range(2))
     LoRA(r=2).attach(model)
     assert type(model) is type(original)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {n.replace(".weight", ".default.weight") for n in adapter_parameters(model)}
-    if name == "gemma2":  # not in the table of sites: every linear layer but the head
-        linear = {n for n, m in original.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-    else:
-        linear = {site.module_name for site in neuron_sites(original)}
+    head = original.get_output_embeddings()
+    linear = {n for n, m in original.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    if name != UNRECORDED:
+        assert linear >= {site.module_name for site in neuron_sites(original)}
         assert [(s.key, s.module_name, s.width) for s in neuron_sites(model)] == [
             (s.key, s.module_name, s.width) for s in neuron_sites(original)
         ]

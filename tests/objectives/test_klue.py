@@ -14,7 +14,7 @@ from toys.runs import first_gradients, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
-from lightning_ssiuu.models.architectures import SITE_TABLES, transformer_blocks
+from lightning_ssiuu.models.architectures import ARCHITECTURES, transformer_blocks
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.klue import (
     KLUE,
@@ -117,12 +117,12 @@ def test_mismatched_questions() -> None:
 # ---- which weights -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neo", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neo", "gpt_neox", "falcon", "starcoder2", "gptj"])
 def test_a_neuron_s_weights_are_all_it_depends_on_and_all_it_moves(name: str) -> None:
     hf, neuron = random_model(name), 5
     seen: list[Tensor] = []
     blocks = transformer_blocks(hf)
-    down: Any = blocks[0].get_submodule(SITE_TABLES[name].modules["mlp_down"])
+    down: Any = blocks[0].get_submodule(ARCHITECTURES[name].modules["mlp_down"])
     down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     ids = torch.tensor([[5, 6, 7]])
     named = dict(hf.named_parameters())
@@ -141,6 +141,19 @@ def test_a_neuron_s_weights_are_all_it_depends_on_and_all_it_moves(name: str) ->
     assert weight[others].all()
     layers = {layer for layer, _ in neuron_weights(hf).values()}
     assert layers == {0, 1}
+
+
+def test_gate_and_up_of_a_fused_projection_are_a_neuron_s_two_rows() -> None:
+    module = KLUE()
+    module.adopt(answer_model("phi3"), None)  # type: ignore[arg-type]
+    module.neurons = {layer: torch.arange(24) == 5 for layer in range(2)}
+    masks = {name: mask for (parameter, mask) in module._masked() for name, p in _named(module) if p is parameter}
+    assert masks["model.layers.1.mlp.gate_up_proj.weight"].nonzero()[:, 0].tolist() == [5, 24 + 5]
+    assert masks["model.layers.1.mlp.down_proj.weight"].nonzero()[:, -1].tolist() == [5]
+
+
+def _named(module: KLUE) -> list[tuple[str, Tensor]]:
+    return list(module.model.hf.named_parameters())
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))

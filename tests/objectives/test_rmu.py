@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys.models import ARCHITECTURES, answer_model, distance, part
+from toys.models import RECORDED, answer_model, distance, part
 from toys.runs import first_gradients, toy_model, toy_run
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers
@@ -95,7 +95,7 @@ def test_the_direction_is_the_seed_s_alone() -> None:
         assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"gemma2"}))
+@pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("layers_to_train", [1, 3, None])
 def test_what_trains_has_a_gradient_and_all_else_is_frozen(name: str, layers_to_train: int | None) -> None:
     module = RMU(layer=0, layers_to_train=layers_to_train)

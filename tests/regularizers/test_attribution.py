@@ -248,9 +248,9 @@ def test_modules_that_do_not_exist_or_are_fused(name: str, modules: list[str]) -
 
 
 def test_an_architecture_without_known_sites_needs_no_modules() -> None:
-    model = AnswerModel(random_model("gemma2"))
+    model = AnswerModel(random_model("granite"))
     trained(SSIUU(regularizer=AttributionRegularizer(1.0)), model, [batch(0), batch(1)], 2)
-    with pytest.raises(UserError, match="gemma2"):
+    with pytest.raises(UserError, match="granite"):
         trained(SSIUU(regularizer=AttributionRegularizer(1.0, modules=["mlp_up"])), model, [batch(0)], 1)
 
 

@@ -33,6 +33,7 @@ from lightning_ssiuu.models.lora import LoRA, adapter_parameters
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer, NeuronAttributionRegularizer
+from lightning_ssiuu.regularizers.neuron import _outputs
 from lightning_ssiuu.utils.errors import UserError
 
 WEIGHT = 3e4
@@ -413,3 +414,23 @@ def test_an_anchor_of_other_neurons_is_refused() -> None:
     regularizer.collect(model, model(some["input_ids"], some["attention_mask"], some["labels"]), some)
     with pytest.raises(UserError, match=r"regularizer\.modules"):
         regularizer.apply(model)
+
+
+def test_what_a_block_adds_in_place_is_no_part_of_an_output() -> None:
+    hf, ids = random_model("falcon"), part([(3, 2)])["input_ids"]
+    seen: dict[str, Tensor] = {}
+    sites = [site for site in neuron_sites(hf) if site.kind in ("attn_o", "mlp_down")]
+    handles = [
+        hf.get_submodule(site.module_name).register_forward_hook(
+            lambda _m, _a, output, name=site.module_name: seen.__setitem__(name, output.detach().clone())
+        )
+        for site in sites
+    ]
+    expected = hf(ids).logits
+    for handle in handles:
+        handle.remove()
+    with _outputs(hf, sites) as outputs:
+        logits = hf(ids).logits
+    assert torch.equal(logits, expected)
+    assert outputs.keys() == seen.keys()
+    assert all(torch.equal(outputs[name], value) for name, value in seen.items())

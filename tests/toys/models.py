@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import ARCHITECTURES
 from lightning_ssiuu.models.lora import LoRA, adapter_parameters
 
 VOCAB = 31
@@ -30,8 +31,27 @@ _ALIKE = {
     "pad_token_id": 1,
 }
 _GROUPED = {**_ALIKE, "num_key_value_heads": 2}
-#: Per architecture: configuration class, arguments.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+_GPT = {
+    "vocab_size": VOCAB,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+_FALCON = {
+    **{name: value for name, value in _ALIKE.items() if name != "intermediate_size"},
+    "ffn_hidden_size": 24,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "bias": True,
+}
+#: Per toy: configuration class, arguments.
+TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
     "mistral": ("MistralConfig", _GROUPED),
     "qwen2": ("Qwen2Config", _GROUPED),
@@ -39,20 +59,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", _GROUPED),
     "smollm3": ("SmolLM3Config", _GROUPED),
     "gpt_neox": ("GPTNeoXConfig", _ALIKE),
-    "gpt2": (
-        "GPT2Config",
-        {
-            "vocab_size": VOCAB,
-            "n_embd": 16,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 128,
-            "initializer_range": 0.15,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-        },
-    ),
+    "gpt2": ("GPT2Config", {**_GPT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gptj": ("GPTJConfig", {**_GPT, "rotary_dim": 4, "n_inner": 24}),
     "gpt_neo": (
         "GPTNeoConfig",
         {
@@ -63,21 +71,38 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma2": ("Gemma2Config", {**_GROUPED, "head_dim": 4, "final_logit_softcapping": 3.0}),
+    "gemma3_text": ("Gemma3TextConfig", {**_GROUPED, "head_dim": 4}),
+    "phi3": ("Phi3Config", _GROUPED),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_GROUPED, **_EXPERTS, "head_dim": 4}),
+    "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
+    "starcoder2": ("Starcoder2Config", _GROUPED),
+    "falcon": ("FalconConfig", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_mq": ("FalconConfig", {**_FALCON, "multi_query": True}),
+    "falcon_rw": ("FalconConfig", {**_FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
+    "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),
 }
+
+
+EXPERTS = ("qwen2_moe", "qwen3_moe", "mixtral")
+#: Toys with a record, and one without.
+RECORDED = [name for name, (kind, _) in TOYS.items() if getattr(transformers, kind).model_type in ARCHITECTURES]
+UNRECORDED = "granite"
 
 
 def random_model(
     name: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **kwargs: Any
 ) -> PreTrainedModel:
     """A small random model, without dropout unless asked for."""
-    config_class, arguments = ARCHITECTURES[name]
-    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
-    config = getattr(transformers, config_class)(**{**arguments, **quiet, **kwargs})
+    config_class, arguments = TOYS[name]
+    config = getattr(transformers, config_class)(**{**arguments, **kwargs})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        # Products of all experts at once are not there in float64.
+        options = {"experts_implementation": "eager"} if name in EXPERTS else {}
+        model = transformers.AutoModelForCausalLM.from_config(config, **options).to(dtype)
     model.config.use_cache = False
-    return widened(model) if dtype == torch.float64 and name != "gemma2" else model
+    return widened(model) if dtype == torch.float64 else model
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:
@@ -85,10 +110,19 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, device="meta")
+                is_gemma = not hasattr(child, "variance_epsilon")
+                eps = child.eps if is_gemma else child.variance_epsilon
+                wide = (ShiftedNorm if is_gemma else nn.RMSNorm)(child.weight.shape, eps=eps, device="meta")
                 wide.weight = child.weight
                 setattr(module, name, wide)
     return model
+
+
+class ShiftedNorm(nn.RMSNorm):
+    """Gemma's: the weight is what is added to one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, tuple(self.normalized_shape), 1.0 + self.weight, self.eps)
 
 
 def answer_model(name: str = "llama", dtype: torch.dtype = torch.float64, **kwargs: Any) -> AnswerModel:

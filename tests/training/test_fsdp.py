@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from toys.models import ARCHITECTURES, answer_model, random_model
+from torch.distributed.device_mesh import init_device_mesh
+from toys.models import TOYS, UNRECORDED, answer_model, part, random_model
 
-from lightning_ssiuu.models.architectures import transformer_blocks
+from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.architectures import ARCHITECTURES, Architecture, transformer_blocks
 from lightning_ssiuu.training.fsdp import data_parallel, load_sharded, shard, use_all_devices
 from lightning_ssiuu.utils.errors import UserError
 
@@ -62,7 +65,7 @@ def test_a_tensor_parallel_mesh_is_refused() -> None:
         data_parallel(Mesh(2))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TOYS)
 def test_blocks_hold_everything_that_is_repeated(name: str) -> None:
     model = random_model(name, torch.float32)
     blocks = transformer_blocks(model)
@@ -74,9 +77,9 @@ def test_blocks_hold_everything_that_is_repeated(name: str) -> None:
 
 
 def test_unknown_blocks_are_refused() -> None:
-    model = random_model("gemma2", torch.float32)
+    model = random_model(UNRECORDED, torch.float32)
     model._no_split_modules = None
-    with pytest.raises(UserError, match="checkpoint: got 'gemma2', allowed: an architecture whose blocks are known"):
+    with pytest.raises(UserError, match="checkpoint: got 'granite', allowed: an architecture whose blocks are known"):
         transformer_blocks(model)
 
 
@@ -106,3 +109,25 @@ def test_frozen_weights_may_have_another_type(monkeypatch: pytest.MonkeyPatch) -
     model.hf.model.layers[0].mlp.up_proj.bfloat16().requires_grad_(False)
     shard(model, Mesh(2))
     assert sharded == [*model.hf.model.layers, model]
+
+
+def test_shards_have_the_head_that_the_whole_model_was_found_to_have(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Architecture("model.layers", "model.norm", {"mlp_up": "mlp.up_proj"}, plain_head=True)
+    monkeypatch.setitem(ARCHITECTURES, "gemma2", plain)
+
+    def build(device_map: str = "cpu") -> AnswerModel:
+        with torch.device(device_map):
+            return AnswerModel(random_model("gemma2", torch.float32))
+
+    assert build("meta").plain_head
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        model, whole, some = load_sharded(build, mesh, torch.device("cpu")), build(), part([(3, 2), (2, 4)])
+        some.pop("example_id")
+        assert not model.plain_head
+        torch.testing.assert_close(model(**some).logits, whole(**some).logits)
+    finally:
+        dist.destroy_process_group()

@@ -109,6 +109,7 @@ class LogisticLoss(UnlearningModule):
         {"name": "gpt_neox"},
         {"name": "qwen3"},
         {"name": "olmo2"},
+        *({"name": name} for name in ("phi3", "starcoder2", "falcon", "falcon_mq", "gptj")),
     ],
     ids=str,
 )

@@ -220,11 +220,11 @@ def test_no_room_on_the_disk(free: int, tmp_path: Path, monkeypatch: pytest.Monk
 def test_architecture_without_known_neuron_sites(tmp_path: Path) -> None:
     from toys.models import random_model
 
-    random_model("gemma2", torch.float32, vocab_size=2048).save_pretrained(tmp_path / "model")
+    random_model("granite", torch.float32, vocab_size=2048).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path / "model" / name)
     result = fit(tmp_path / "run", "--model.init_args.checkpoint", tmp_path / "model")
-    refused(result, "checkpoint", "'gemma2'", "an architecture with known neuron sites", "llama")
+    refused(result, "checkpoint", "'granite'", "an architecture with known neuron sites", "llama")
     assert not (tmp_path / "run").exists()
 
 
