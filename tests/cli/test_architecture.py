@@ -93,7 +93,7 @@ def test_from_a_recipe(workplace: Path) -> None:
     assert kinds(workplace / "run" / "spurious_neurons.csv") <= {"mlp_up", "mlp_down"}
     kept = yaml.safe_load((workplace / "run" / "config.yaml").read_text())["model"]["init_args"]["architecture"]
     assert kept == RECORD
-    options = ("--model", "run/model", "--kind", "quantization", "--quantization", "[8bit]")
+    options = ("--model", "run/model", "--attack", "Quantization", "--attack.widths", "[8bit]")
     assert command("attack", *options).status == 0
     options = ("--original", "model", "--unlearned", "run/model", "--relearning_probe", "false")
     assert command("audit", *options, "--probe_examples", "8", "--output", "own").status == 0
