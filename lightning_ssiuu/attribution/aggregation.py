@@ -99,9 +99,8 @@ class NeuronAttribution:
         total.highest_log = max(gathered(self.highest_log))
         own = math.exp(self.log_scale - total.log_scale)
         shares = gathered((self.maximum * own, self.positive * own, self.minimum * own, self.n_examples))
-        total.maximum, total.positive, total.minimum, total.n_examples = (
-            sum(values) for values in zip(*shares, strict=True)
-        )
+        sums = (sum(values) for values in zip(*shares, strict=True))
+        total.maximum, total.positive, total.minimum, total.n_examples = sums
         total.log_probabilities = [value for share in gathered(self.log_probabilities) for value in share]
         return total
 

@@ -80,7 +80,7 @@ def _along_path(
     target: Target,
     nodes: Sequence[tuple[float, float]],
 ) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
-    """``[B, L, width]`` integrals per site, and the ``[B]`` logarithms of what they are to be multiplied with."""
+    # ``[B, L, width]`` integrals per site, and the ``[B]`` logarithms of what they are to be multiplied with
     totals: dict[tuple[int, str], Tensor] = {}
     products: dict[tuple[int, str], Tensor] = {}
     highest = torch.tensor(-torch.inf, dtype=torch.float64)

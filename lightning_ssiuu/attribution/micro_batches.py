@@ -83,7 +83,7 @@ def micro_batches(
         return
     batches: Iterable[dict[str, Tensor]] = _cut(hf, parts, sites, parse_bytes(memory_budget), extra)
     missing = 0
-    if world_size() > 1:  # told before the first pass: then ranks with more of them would be waited for
+    if world_size() > 1:  # counted before the first pass: during them, ranks with more batches wait for this one
         batches = list(batches)
         missing = max(gathered(len(batches))) - len(batches)
     for batch in batches:
