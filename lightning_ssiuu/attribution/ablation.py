@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,24 +35,9 @@ def ablation_attribution(
     - ``tokens="each"``: at one token after the other. ``A[i, k] = F(x) − F(x; h[i, k] = 0)``, of which activation ×
       gradient is the first-order term; as many times slower as there are tokens.
 
-    An example is repeated for many neurons in one forward pass, once per neuron (and token). A single neuron moves P
-    little, in float32 often less than rounding does: a float64 model tells more. Not for weights sharded over ranks,
-    which would have to make equally many passes.
-
-    Args:
-        model: As for :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`, as what follows.
-        parts: Batches.
-        sites: Where the neurons are.
-        target: F.
-        memory_budget: Lowers ``rows``.
-        tokens: ``"all"`` or ``"each"``.
-        rows: Repetitions in one forward pass at most.
-
-    Returns:
-        Aggregates in units of F; positive values push the answer up.
-
-    Raises:
-        UserError: If an argument is outside its range, or the budget too small for one example.
+    An example is repeated for many neurons in one forward pass, once per neuron (and token), ``rows`` times at most,
+    and less often where ``memory_budget`` says so. A single neuron moves P little, in float32 often less than rounding
+    does: a float64 model tells more. Not for weights sharded over ranks, which would have to make equally many passes.
     """
     check_choice("tokens", tokens, Tokens)
     check_at_least("rows", rows, 1)
@@ -100,11 +85,11 @@ def _add(
 
 
 def _rows_within(
-    budget: int | None, rows: int, model: AnswerModel, sites: Sequence[NeuronSite], one: Mapping[str, Tensor]
+    budget: int | None, rows: int, model: AnswerModel, sites: Sequence[NeuronSite], example: Mapping[str, Tensor]
 ) -> int:
     if budget is None:
         return rows
-    length, labels = one["input_ids"].shape[1], int((one["labels"] != -100).sum())
+    length, labels = example["input_ids"].shape[1], int((example["labels"] != -100).sum())
     # What a pass takes is linear in its rows.
     first, second = (pass_bytes(model.hf, sites, n, length, n * labels, gradients=False) for n in (1, 2))
     if first > budget:
@@ -114,40 +99,31 @@ def _rows_within(
 
 def _without(
     model: AnswerModel,
-    one: Mapping[str, Tensor],
+    example: Mapping[str, Tensor],
     site: NeuronSite,
     positions: Sequence[int | None],
     target: Target,
     n_rows: int,
 ) -> Tensor:
-    """``[len(positions), width]`` log F with each neuron set to zero, at a position or (None) at all of them."""
+    # ``[len(positions), width]`` log F with each neuron set to zero, at a position or (None) at all of them
     columns = site.columns if site.columns is not None else torch.arange(site.width)
     pairs = [(column, position) for position in positions for column in columns.tolist()]
     logps = []
     for first in range(0, len(pairs), n_rows):
         chunk = pairs[first : first + n_rows]
-        repeated = {name: values.expand(len(chunk), -1) for name, values in one.items()}
-        with _zeroed(model, site, chunk):
+        repeated = {name: values.expand(len(chunk), -1) for name, values in example.items()}
+        with model.hf.get_submodule(site.module_name).register_forward_hook(partial(_zero, chunk)):
             logps.append(target_logps(model(**repeated), target).double())
     return torch.cat(logps).view(len(positions), site.width)
 
 
-@contextmanager
-def _zeroed(model: AnswerModel, site: NeuronSite, pairs: Sequence[tuple[int, int | None]]) -> Iterator[None]:
-    """Set, in row r of a pass, neuron and position r of ``pairs`` to zero."""
-
-    def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        device = output.device
-        row, column = torch.arange(len(pairs), device=device), torch.tensor([c for c, _ in pairs], device=device)
-        output = output.clone()
-        if pairs[0][1] is None:
-            output[row, :, column] = 0
-        else:
-            output[row, torch.tensor([k for _, k in pairs], device=device), column] = 0
-        return output
-
-    handle = model.hf.get_submodule(site.module_name).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _zero(pairs: Sequence[tuple[int, int | None]], _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    # In row r of a pass, neuron and position r of the pairs.
+    device = output.device
+    row, column = torch.arange(len(pairs), device=device), torch.tensor([c for c, _ in pairs], device=device)
+    output = output.clone()
+    if pairs[0][1] is None:
+        output[row, :, column] = 0
+    else:
+        output[row, torch.tensor([k for _, k in pairs], device=device), column] = 0
+    return output

@@ -7,7 +7,8 @@ example the positive influence of a neuron is its maximum over tokens, the negat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,19 @@ def neuron_attribution(
     """
 
     def attribute(part: Mapping[str, Tensor], result: NeuronAttribution) -> None:
-        _attribute_batch(model, part, sites, target, result)
+        outside = ~input_positions(part["attention_mask"], part["labels"])
+        factors = torch.empty(0)
+
+        def reduce_tokens(site: NeuronSite, product: Tensor) -> None:
+            result.add_site(site, *extremes(product, outside), factors)
+
+        with torch.enable_grad(), captured(model, sites, reduce_tokens) as start:
+            logps = target_logps(model(**part), target)
+            factors = result.factors(log_factors(logps, target))
+            # Examples do not interact, so the gradient of the sum holds each example's own gradient. Asking for the
+            # embeddings' gradient alone leaves the parameters out of the graph walk: no .grad is touched.
+            torch.autograd.grad(logps.sum(), start)
+        result.count(logps)
 
     return streamed(model, parts, sites, attribute, memory_budget)
 
@@ -77,13 +90,8 @@ def streamed(
 ) -> NeuronAttribution:
     """What attribution methods share: evaluation mode, micro-batches on the model's device, aggregates on the CPU.
 
-    Args:
-        model: The model.
-        parts: Batches of ``input_ids, attention_mask, labels``.
-        sites: Where the neurons are.
-        attribute: Adds one batch to the aggregates.
-        memory_budget: See :func:`neuron_attribution`.
-        extra: Float32 numbers per token that the method keeps beside a pass's own.
+    ``attribute`` adds one batch to the aggregates; ``extra`` are float32 numbers per token that it keeps beside a
+    pass's own. The rest as for :func:`neuron_attribution`.
     """
     device = next(model.parameters()).device
     result = NeuronAttribution.empty(sites, device)
@@ -100,28 +108,6 @@ def log_factors(logps: Tensor, target: Target) -> Tensor:
     return torch.zeros_like(wide) if target == "log_probability" else wide
 
 
-def _attribute_batch(
-    model: AnswerModel,
-    part: Mapping[str, Tensor],
-    sites: Sequence[NeuronSite],
-    target: Target,
-    result: NeuronAttribution,
-) -> None:
-    outside = ~input_positions(part["attention_mask"], part["labels"])
-    factors = torch.empty(0)
-
-    def reduce_tokens(site: NeuronSite, product: Tensor) -> None:
-        result.add_site(site, *extremes(product, outside), factors)
-
-    with torch.enable_grad(), captured(model, sites, reduce_tokens) as start:
-        logps = target_logps(model(**part), target)
-        factors = result.factors(log_factors(logps, target))
-        # Examples do not interact, so the gradient of the sum holds each example's own gradient. Asking for the
-        # embeddings' gradient alone leaves the parameters out of the graph walk: no .grad is touched.
-        torch.autograd.grad(logps.sum(), start)
-    result.count(logps)
-
-
 def extremes(values: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """Maxima and minima ``[B, width]`` of ``[B, L, width]`` over tokens, without those ``outside``, ``[B, L]`` bool."""
     hidden = outside.unsqueeze(-1)
@@ -135,31 +121,13 @@ def captured(
     receive: Callable[[NeuronSite, Tensor], None],
     scale: float = 1.0,
 ) -> Iterator[list[Tensor]]:
-    """Hooks on embeddings and sites for one pass.
+    """Hooks on embeddings and sites for one pass; gives a list that will hold the tensor to take the gradient for.
 
-    Args:
-        model: The model.
-        sites: Where the neurons are.
-        receive: Is given a site and its ``[B, L, width]`` activation × gradient, in float32 at least, inside the
-            backward pass, so that a gradient lives no longer than its own step.
-        scale: What the sites' activations are multiplied with on their way on. The activation handed over is the one
-            before, its gradient the one after.
-
-    Yields:
-        The list that will hold the embeddings' output, the tensor to ask the gradient of.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> model, ids, seen = AnswerModel(load_model("tiny")), torch.tensor([[5, 6, 7, 8]]), []
-        >>> with captured(model, neuron_sites(model.hf)[:1], lambda site, product: seen.append(product.shape)) as start:
-        ...     logps = model(ids, ids * 0 + 1, ids).logps
-        ...     _ = torch.autograd.grad(logps.sum(), start)
-        >>> seen
-        [torch.Size([1, 4, 128])]
+    ``receive`` is given a site and its ``[B, L, width]`` activation × gradient, in float32 at least, inside the
+    backward pass, so that a gradient lives no longer than its own step. The sites' activations are multiplied with
+    ``scale`` on their way on: the activation handed over is the one before, its gradient the one after.
     """
     start: list[Tensor] = []
-    handles = []
     by_module: dict[str, list[NeuronSite]] = {}
     for site in sites:
         by_module.setdefault(site.module_name, []).append(site)
@@ -169,33 +137,27 @@ def captured(
         start.append(leaf)
         return leaf
 
-    def watch(module_sites: list[NeuronSite]) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
-            # Detached: a hook that held its own tensor would keep it, and the graph behind it, alive for ever.
-            kept = output.detach()
-            # A block may add to what is written to the residual stream in place.
-            activations = [kept.clone() if module_sites[0].kind in WRITERS else kept]
-            scaled = output if scale == 1.0 else output * _factors_of(module_sites, output, scale)
+    def watch(module_sites: list[NeuronSite], _module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
+        # Detached: a hook that held its own tensor would keep it, and the graph behind it, alive for ever.
+        kept = output.detach()
+        # A block may add to what is written to the residual stream in place.
+        activations = [kept.clone() if module_sites[0].kind in WRITERS else kept]
+        scaled = output if scale == 1.0 else output * _factors_of(module_sites, output, scale)
 
-            def on_gradient(gradient: Tensor) -> None:
-                activation = activations.pop()  # and not kept until the whole graph goes
-                wide = torch.promote_types(activation.dtype, torch.float32)
-                for site in module_sites:
-                    receive(site, site.select(activation).to(wide) * site.select(gradient).to(wide))
+        def on_gradient(gradient: Tensor) -> None:
+            activation = activations.pop()  # and not kept until the whole graph goes
+            wide = torch.promote_types(activation.dtype, torch.float32)
+            for site in module_sites:
+                receive(site, site.select(activation).to(wide) * site.select(gradient).to(wide))
 
-            scaled.register_hook(on_gradient)
-            return None if scaled is output else scaled
+        scaled.register_hook(on_gradient)
+        return None if scaled is output else scaled
 
-        return hook
-
-    try:
-        handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
+    with ExitStack() as hooks:
+        hooks.enter_context(model.hf.get_input_embeddings().register_forward_hook(begin))
         for name, module_sites in by_module.items():
-            handles.append(model.hf.get_submodule(name).register_forward_hook(watch(module_sites)))
+            hooks.enter_context(model.hf.get_submodule(name).register_forward_hook(partial(watch, module_sites)))
         yield start
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _factors_of(sites: Sequence[NeuronSite], output: Tensor, scale: float) -> Tensor:

@@ -66,7 +66,7 @@ def _forward(
         with ExitStack() as hooks:
             for site in sites:
                 module = model.hf.get_submodule(site.module_name)
-                hooks.callback(module.register_forward_hook(partial(hook, site)).remove)
+                hooks.enter_context(module.register_forward_hook(partial(hook, site)))
             result.count(target_logps(model(**part), target))
 
     return streamed(model, parts, sites, attribute, memory_budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -36,13 +36,6 @@ class NeuronAttribution:
         n_examples: Number of examples seen.
         log_probabilities: The target's log-probability of each example (nats).
         highest_log: The largest logarithm of a factor of an example so far (nats).
-
-    Example:
-        >>> site = NeuronSite("mlp_up", 0, "up", 2)
-        >>> attribution = NeuronAttribution.empty([site])
-        >>> attribution.add({site.key: torch.tensor([[1.0, -2.0]])}, {site.key: torch.tensor([[0.5, -3.0]])})
-        >>> attribution.mean_maximum, attribution.mean_positive
-        (tensor([ 1., -2.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
 
     sites: Sequence[NeuronSite]
@@ -58,25 +51,6 @@ class NeuronAttribution:
     def empty(cls, sites: Sequence[NeuronSite], device: torch.device | str = "cpu") -> NeuronAttribution:
         zeros = torch.zeros(sum(site.width for site in sites), dtype=torch.float64, device=device)
         return cls(sites, zeros.clone(), zeros.clone(), zeros.clone())
-
-    def add(
-        self,
-        maxima: Mapping[tuple[int, str], Tensor],
-        minima: Mapping[tuple[int, str], Tensor],
-        log_factors: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            maxima: Per site ``[B, width]`` maxima over tokens.
-            minima: Per site ``[B, width]`` minima over tokens.
-            log_factors: ``[B]`` logarithms of what each example's values are still to be multiplied with; None for 0.
-        """
-        n_examples = len(maxima[self.sites[0].key])
-        factors = self.factors(log_factors if log_factors is not None else self.maximum.new_zeros(n_examples))
-        for site in self.sites:
-            self.add_site(site, maxima[site.key], minima[site.key], factors)
-        self.n_examples += n_examples
 
     def factors(self, logs: Tensor) -> Tensor:
         """``[B]`` factors ``e^(logs − log_scale)``, after the scale has been made to fit them; see :meth:`add_site`."""
@@ -125,9 +99,8 @@ class NeuronAttribution:
         total.highest_log = max(gathered(self.highest_log))
         own = math.exp(self.log_scale - total.log_scale)
         shares = gathered((self.maximum * own, self.positive * own, self.minimum * own, self.n_examples))
-        total.maximum, total.positive, total.minimum, total.n_examples = (
-            sum(values) for values in zip(*shares, strict=True)
-        )
+        sums = (sum(values) for values in zip(*shares, strict=True))
+        total.maximum, total.positive, total.minimum, total.n_examples = sums
         total.log_probabilities = [value for share in gathered(self.log_probabilities) for value in share]
         return total
 
@@ -144,7 +117,7 @@ class NeuronAttribution:
 
     def _part(self, values: Tensor, site: NeuronSite) -> Tensor:
         if len(self._starts) != len(self.sites):
-            widths = [one.width for one in self.sites]
-            self._starts = dict(zip([one.key for one in self.sites], accumulate(widths, initial=0), strict=False))
+            starts = accumulate((s.width for s in self.sites), initial=0)
+            self._starts = dict(zip([s.key for s in self.sites], starts, strict=False))
         start = self._starts[site.key]
         return values[start : start + site.width]

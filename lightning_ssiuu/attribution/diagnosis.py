@@ -33,12 +33,7 @@ from lightning_ssiuu.utils.errors import UserError
 
 @dataclass
 class Examined:
-    """What one model says: scores of every split, attributions on forget and retain probes.
-
-    Args:
-        scores: ``{split: {score: percent}}``.
-        attribution: ``{"forget": ..., "retain": ...}``.
-    """
+    """What one model says: ``{split: {score: percent}}``, and attributions on the forget and retain probes."""
 
     scores: dict[str, dict[str, float]]
     attribution: dict[str, NeuronAttribution] = field(repr=False)
@@ -67,12 +62,6 @@ def examine(
     Raises:
         UserError: If the checkpoint's tokenizer splits text differently from the data module's: the models could
             not be compared token by token.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> examined = examine("tiny", Facts(), probe_examples=4, scores=["first_token"])
-        >>> examined.scores["forget"]["first_token"], examined.attribution["forget"].n_examples
-        (100.0, 4)
     """
     tokenizer = load_tokenizer(checkpoint)
     devices = devices if devices is not None else Devices("cpu")
@@ -89,10 +78,7 @@ def examine_model(
     also: Sequence[str] = (),
     method: AttributionMethod | None = None,
 ) -> Examined:
-    """:func:`examine` for a model in memory.
-
-    Args as there; ``also`` names scores to add to ``scores``, ``method`` is as for :func:`attributions`.
-    """
+    """:func:`examine` for a model in memory; ``also`` names scores to add, ``method`` as for :func:`attributions`."""
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError("model", tokenizer.name_or_path, "models that share one tokenizer")
     wanted = None if scores is None else list(dict.fromkeys([*scores, *also]))
@@ -109,15 +95,7 @@ def attributions(
 ) -> dict[str, NeuronAttribution]:
     """Attribute a model's answers on the first examples of the forget and the retain set, over all ranks.
 
-    Args:
-        model: The model.
-        data: The data module.
-        probe_examples: Examples per set, over all ranks.
-        target: See :func:`~lightning_ssiuu.models.answers.target_logps`.
-        method: Attribution method with its own target; None: activation × gradient of ``target``.
-
-    Returns:
-        ``{"forget": ..., "retain": ...}``, the same on every rank.
+    The figures are the same on every rank. ``method`` has its own target; None: activation × gradient of ``target``.
     """
     sites = neuron_sites(model.hf)
     method = method or partial(neuron_attribution, target=target)
@@ -133,12 +111,9 @@ def attributions(
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How a model differs from the original.
+    """How a model differs from the original: D⁺ and D⁻ on the forget set, spurious unlearning neurons by D⁻.
 
-    Args:
-        variation: D⁺ and D⁻ on the forget set.
-        flagged: Spurious unlearning neurons, by D⁻.
-        own: Those by what their own changed weights cost; empty also where that was not measured.
+    ``own`` are those by what their own changed weights cost; empty also where that was not measured.
     """
 
     variation: InfluenceVariation
@@ -148,16 +123,14 @@ class Diagnosis:
     @property
     def table(self) -> list[SpuriousNeuron]:
         """All flagged neurons, each once: by their own change first, then by D⁻, the largest first."""
-        known = {_place(neuron) for neuron in self.own}
-        return [*self.own, *(neuron for neuron in self.flagged if _place(neuron) not in known)]
+        by_place: dict[tuple[str, int, int], SpuriousNeuron] = {}
+        for neuron in (*self.own, *self.flagged):
+            by_place.setdefault((neuron.module, neuron.layer, neuron.index), neuron)
+        return list(by_place.values())
 
     def figures(self) -> dict[str, float]:
         """The ``influence`` block of the JSON files."""
         return self.variation.summary() | {"n_spurious": len(self.flagged)}
-
-
-def _place(neuron: SpuriousNeuron) -> tuple[str, int, int]:
-    return neuron.module, neuron.layer, neuron.index
 
 
 def diagnose(
@@ -172,13 +145,11 @@ def diagnose(
         own: Flags by what the neurons' own changed weights cost, if measured
             (:mod:`~lightning_ssiuu.attribution.weight_change`).
     """
-    by_split = {
-        split: influence_variation(original.attribution[split], changed.attribution[split])
-        for split in ("forget", "retain")
-    }
-    flagged = spurious_neurons(by_split["forget"], by_split["retain"], alpha)
-    own_flagged = [] if own is None else spurious_neurons(by_split["forget"], by_split["retain"], alpha, own)
-    return Diagnosis(by_split["forget"], flagged, own_flagged)
+    forget, retain = (
+        influence_variation(original.attribution[split], changed.attribution[split]) for split in ("forget", "retain")
+    )
+    own_flagged = [] if own is None else spurious_neurons(forget, retain, alpha, own)
+    return Diagnosis(forget, spurious_neurons(forget, retain, alpha), own_flagged)
 
 
 def attribution_correlation(
@@ -186,11 +157,7 @@ def attribution_correlation(
 ) -> Correlation:
     """Pearson ρ between the forget-set attributions of two models, over all neurons' positive and negative influence.
 
-    Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5). NaN is
-    never returned: a model without any attribution correlates with nothing, 0.
-
-    Returns:
-        ρ with the interval of :func:`~lightning_ssiuu.attribution.influence.correlation_interval`.
+    Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5).
     """
     return correlation_interval(influences(first["forget"]), influences(second["forget"]))
 

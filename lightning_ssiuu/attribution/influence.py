@@ -19,14 +19,7 @@ from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 @dataclass(frozen=True)
 class InfluenceVariation:
-    """D⁺ and D⁻ of every neuron, both ≥ 0, in units of probability, in the order of ``before.sites``.
-
-    Args:
-        d_plus: ``[n_neurons]`` decrease of positive influence.
-        d_minus: ``[n_neurons]`` increase of negative influence.
-        before: Attributions of the original model.
-        after: Attributions of the unlearned model on the same examples.
-    """
+    """D⁺ and D⁻ ``[n_neurons]``, both ≥ 0, in units of probability, in the order of ``before.sites``."""
 
     d_plus: Tensor
     d_minus: Tensor
@@ -48,23 +41,6 @@ def influence_variation(before: NeuronAttribution, after: NeuronAttribution) -> 
 
     ``D⁺ = max(0, mean_n[max_k A_before − max(max_k A_after, 0)])``: the inner maximum keeps a positive influence that
     turned negative (over-unlearning) from counting as erasure. ``D⁻ = max(0, mean_n[min_k A_before − min_k A_after])``.
-
-    Args:
-        before: The original model's attributions.
-        after: The unlearned model's, over the same examples and sites.
-
-    Raises:
-        UserError: If the two were not measured on the same number of examples and neurons.
-
-    Example:
-        >>> from lightning_ssiuu.models.architectures import NeuronSite
-        >>> site = NeuronSite("mlp_up", 0, "up", 2)
-        >>> before, after = NeuronAttribution.empty([site]), NeuronAttribution.empty([site])
-        >>> before.add({site.key: torch.tensor([[0.5, 0.2]])}, {site.key: torch.tensor([[0.0, -0.1]])})
-        >>> after.add({site.key: torch.tensor([[-0.3, 0.2]])}, {site.key: torch.tensor([[-0.3, -0.1]])})
-        >>> variation = influence_variation(before, after)
-        >>> variation.d_plus, variation.d_minus  # 0.5 − 0, not 0.5 + 0.3
-        (tensor([0.5000, 0.0000], dtype=torch.float64), tensor([0.3000, 0.0000], dtype=torch.float64))
     """
     if before.n_examples != after.n_examples or len(before.maximum) != len(after.maximum):
         got = (after.n_examples, len(after.maximum))
@@ -80,22 +56,12 @@ def top_sum(values: Tensor, top: int) -> float:
 
 
 def cumulative_curve(values: Tensor, points: int = 500_000) -> Tensor:
-    """Cumulative sum over neurons sorted by decreasing value, at most ``points`` long (the paper's figure).
-
-    Example:
-        >>> cumulative_curve(torch.tensor([1.0, 3.0, 2.0]))
-        tensor([3., 5., 6.])
-    """
+    """Cumulative sum over neurons sorted by decreasing value, at most ``points`` long (the paper's figure)."""
     return values.sort(descending=True).values[:points].cumsum(0)
 
 
 def module_layer_means(by_site: Mapping[tuple[int, str], Tensor], top: int = 100) -> dict[tuple[int, str], float]:
-    """Mean over the ``top`` largest neurons of every module × layer (the paper's heat map).
-
-    Example:
-        >>> module_layer_means({(0, "mlp_up"): torch.tensor([1.0, 3.0, 0.0])}, top=2)
-        {(0, 'mlp_up'): 2.0}
-    """
+    """Mean over the ``top`` largest neurons of every module × layer (the paper's heat map)."""
     return {key: top_sum(v, top) / min(top, v.numel()) for key, v in by_site.items()}
 
 
@@ -132,32 +98,11 @@ def spurious_neurons(
     all layers of a kind as the threshold sets the false-positive rate to α instead of guessing a cut-off.
 
     D⁻ also rises in neurons whose weights nobody touched, upstream and downstream of the one that hides. With ``own``,
-    neurons are flagged by what their own changed weights cost instead: precise where a few neurons hide the answer,
-    empty where the change is spread over all weights.
+    neurons are flagged by what their own changed weights cost instead (alpha is then that of
+    :func:`~lightning_ssiuu.attribution.weight_change.own_flags`): precise where a few neurons hide the answer, empty
+    where the change is spread over all weights.
 
-    Args:
-        forget: Variation on the forget set.
-        retain: Variation on the retain set, same models, same sites.
-        alpha: Share of retain neurons above the threshold, in (0, 1).
-        own: Flags by own change instead, from :func:`~lightning_ssiuu.attribution.weight_change.own_flags`, which
-            need the original's weights; alpha is then theirs. None flags by D⁻.
-
-    Returns:
-        Flagged neurons, largest D⁻ first (with ``own``: largest cost). None where nothing moved: the threshold itself
-        does not flag.
-
-    Raises:
-        UserError: If alpha is outside (0, 1).
-
-    Example:
-        >>> from lightning_ssiuu.models.architectures import NeuronSite
-        >>> site = NeuronSite("mlp_up", 0, "up", 3)
-        >>> zero = NeuronAttribution.empty([site])
-        >>> def variation(values):
-        ...     return InfluenceVariation(torch.zeros(3).double(), torch.tensor(values).double(), zero, zero)
-        >>> flagged = spurious_neurons(variation([0.0, 0.9, 0.1]), variation([0.1, 0.0, 0.2]), alpha=0.1)
-        >>> [(neuron.module, neuron.layer, neuron.index) for neuron in flagged]
-        [('mlp_up', 0, 1)]
+    Largest D⁻ first, with ``own`` largest cost. None where nothing moved: the threshold itself does not flag.
     """
     if not 0 < alpha < 1:
         raise UserError("alpha", alpha, "a false-positive rate in (0, 1)")
@@ -212,20 +157,8 @@ def correlation_interval(
     Before and after a harmful attack: the nearer to 1, the less the attack moved (arXiv 2509.22263, Sec. 5). The
     interval is the percentile bootstrap over neurons. Attributions are heavy-tailed, a few neurons carry most of ρ, and
     Fisher's z assumes normal values: its interval would be far too narrow. Neurons are not independent either, so read
-    it as the spread that the choice of neurons makes, not that of seeds or examples.
-
-    Args:
-        first: ``[n]`` attributions.
-        second: ``[n]`` of the other model, same neurons.
-        confidence: Of the interval, in (0, 1).
-        resamples: Bootstrap resamples.
-        seed: Of the resamples.
-
-    Returns:
-        Correlation; 0 where one side does not vary, never NaN.
-
-    Raises:
-        UserError: If the vectors differ in length or an argument is outside its range.
+    it as the spread that the choice of neurons makes, not that of seeds or examples. 0 where one side does not vary,
+    never NaN.
     """
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise UserError("second", tuple(second.shape), f"as many attributions as the first, {tuple(first.shape)}")
@@ -237,19 +170,15 @@ def correlation_interval(
     moments = torch.stack([x, y, x * x, y * y, x * y], 1)
     generator = torch.Generator().manual_seed(seed)
     n = len(x)
-    drawn = torch.stack(
-        [
-            torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() @ moments / n
-            for _ in range(resamples)
-        ]
-    )
+    draws = (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
+    drawn = torch.stack([torch.bincount(draw, minlength=n).double() @ moments / n for draw in draws])
     tail = (1 - confidence) / 2
     bounds = _pearson(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return Correlation(_pearson(moments.mean(0, keepdim=True)).item(), bounds[0].item(), bounds[1].item())
 
 
 def _pearson(moments: Tensor) -> Tensor:
-    """ρ from rows of mean x, y, x², y², xy; 0 where a variance is 0."""
+    # ρ from rows of mean x, y, x², y², xy; 0 where a variance is 0
     x, y, xx, yy, xy = moments.unbind(1)
     scale = ((xx - x * x).clamp(min=0) * (yy - y * y).clamp(min=0)).sqrt()
     return torch.where(scale > 0, (xy - x * y) / scale.where(scale > 0, 1.0), 0.0).clamp(-1, 1)

@@ -43,22 +43,7 @@ def integrated_gradients(
       batch and step.
 
     The integral is Gauss and Legendre's sum over ``steps`` values of α, in log space per example as in
-    :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`.
-
-    Args:
-        model: As for :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`, as what follows.
-        parts: Batches.
-        sites: Where the neurons are.
-        target: F.
-        memory_budget: Cuts the batches.
-        steps: Number of α, at least 1.
-        path: ``"site"`` or ``"joint"``.
-
-    Returns:
-        Aggregates over the tokens that are inputs to a prediction, in units of F; positive values push the answer up.
-
-    Raises:
-        UserError: If an argument is outside its range.
+    :func:`~lightning_ssiuu.attribution.activation_gradient.neuron_attribution`, whose other options it takes.
     """
     nodes = _nodes(steps)
     groups = _groups(sites, path)
@@ -95,28 +80,26 @@ def _along_path(
     target: Target,
     nodes: Sequence[tuple[float, float]],
 ) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
-    """``[B, L, width]`` integrals per site, and the ``[B]`` logarithms of what they are to be multiplied with."""
+    # ``[B, L, width]`` integrals per site, and the ``[B]`` logarithms of what they are to be multiplied with
     totals: dict[tuple[int, str], Tensor] = {}
-    reference = None
+    products: dict[tuple[int, str], Tensor] = {}
+    highest = torch.tensor(-torch.inf, dtype=torch.float64)
+
+    def keep(site: NeuronSite, product: Tensor) -> None:
+        products[site.key] = product
+
     for alpha, weight in nodes:
-        products: dict[tuple[int, str], Tensor] = {}
-
-        def keep(site: NeuronSite, product: Tensor, products: dict[tuple[int, str], Tensor] = products) -> None:
-            products[site.key] = product
-
         with torch.enable_grad(), captured(model, sites, keep, alpha) as start:
             logps = target_logps(model(**part), target)
             torch.autograd.grad(logps.sum(), start)
         logs = log_factors(logps, target)
         # P differs along the path by orders of magnitude: everything is relative to the largest met so far.
-        new = logs if reference is None else torch.maximum(reference, logs)
-        old = torch.zeros_like(logs) if reference is None else (reference - new).exp()
-        fresh, reference = weight * (logs - new).exp(), new
-        for key, product in products.items():
-            product *= fresh.view(-1, 1, 1).to(product.dtype)
-            if key in totals:
-                totals[key].mul_(old.view(-1, 1, 1).to(product.dtype)).add_(product)
-            else:
-                totals[key] = product
-    assert reference is not None  # nodes are never empty
-    return totals, reference
+        before, highest = highest, torch.maximum(highest, logs)
+        old, new = (before - highest).exp(), weight * (logs - highest).exp()
+        for site in sites:
+            product = products.pop(site.key)
+            product *= new.view(-1, 1, 1).to(product.dtype)
+            if site.key in totals:
+                product += totals[site.key].mul_(old.view(-1, 1, 1).to(product.dtype))
+            totals[site.key] = product
+    return totals, highest

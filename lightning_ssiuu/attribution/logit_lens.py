@@ -21,26 +21,9 @@ from lightning_ssiuu.utils.errors import UserError
 
 
 def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
-    """Mean log-probability per answer token, read off after every block; one forward pass.
+    """``[layers, B]`` mean log-probability per answer token, read off after every block, in nats; one forward pass.
 
-    Args:
-        model: The model.
-        part: ``input_ids, attention_mask, labels``, each ``[B, L]``, on the model's device.
-
-    Returns:
-        ``[layers, B]`` in nats; the last row is the model's own.
-
-    Raises:
-        UserError: See :func:`final_norm`.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> ids = torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> logps = layer_logps(model, part)
-        >>> logps.shape, torch.allclose(logps[-1], model(**part).mean_logps)
-        (torch.Size([4, 1]), True)
+    The last row is the model's own.
     """
     labels = part["labels"]
     labelled = labels[:, 1:] != -100
@@ -64,24 +47,10 @@ def layer_logps(model: AnswerModel, part: Mapping[str, Tensor]) -> Tensor:
 
 
 def prefers_answer(logps: Tensor, option_of: Tensor) -> Tensor:
-    """Whether the true answer beats the first distractor at every layer.
+    """Whether the true answer beats the first distractor at every layer, ``[layers, rows]`` bool; a tie is wrong.
 
-    Args:
-        logps: ``[layers, options]``.
-        option_of: ``[options]`` row each option belongs to; the options of a row lie next to each other, the true
-            answer first, a distractor second. Further ones are left out: chance is one in two.
-
-    Returns:
-        ``[layers, rows]`` bool. A tie is wrong.
-
-    Raises:
-        UserError: If a row has no distractor.
-
-    Example:
-        >>> logps = torch.tensor([[-1.0, -2.0, -0.5, -3.0, -2.0], [-2.0, -1.0, -0.5, -3.0, -3.0]])
-        >>> prefers_answer(logps, torch.tensor([0, 0, 0, 1, 1]))
-        tensor([[ True, False],
-                [False, False]])
+    From ``[layers, options]`` and the row of each option, ascending: the true answer first, a distractor second.
+    Further ones are left out: chance is one in two.
     """
     _, counts = option_of.unique_consecutive(return_counts=True)
     if counts.min() < 2:

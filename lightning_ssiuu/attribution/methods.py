@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from lightning_ssiuu.attribution.ablation import ablation_attribution
 from lightning_ssiuu.attribution.activation_gradient import AttributionMethod, neuron_attribution
-from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.integrated_gradients import integrated_gradients
 from lightning_ssiuu.attribution.micro_batches import parse_bytes
-from lightning_ssiuu.models.answers import AnswerModel, Target
-from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.answers import Target
 from lightning_ssiuu.utils.errors import UserError, check_choice
 from lightning_ssiuu.utils.registry import resolve
 
-
-def log_probability_attribution(
-    model: AnswerModel,
-    parts: Iterable[Mapping[str, Tensor]],
-    sites: Sequence[NeuronSite],
-    target: Target = "log_probability",
-    memory_budget: int | str | None = None,
-) -> NeuronAttribution:
-    """Activation × gradient of log P(y|x) / T, in nats per token: not weighed with P, whatever ``target`` is given."""
-    return neuron_attribution(model, parts, sites, "log_probability", memory_budget)
-
-
-#: Every method takes model, parts, sites, target and memory_budget.
+#: Every method takes model, parts, sites, target and memory_budget, but for what is settled here.
 METHODS: dict[str, Any] = {
     "gradient_x_activation": neuron_attribution,
-    "log_probability": log_probability_attribution,
+    "log_probability": partial(neuron_attribution, target="log_probability"),
     "integrated_gradients": integrated_gradients,
     "joint_integrated_gradients": partial(integrated_gradients, path="joint"),
     "ablation": ablation_attribution,
@@ -64,12 +47,6 @@ def attribution_method(
     Example:
         >>> attribution_method("ablation", "length_normalised").func.__name__
         'ablation_attribution'
-        >>> attribution_method("ablaton")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: method: got 'ablaton', allowed: one of ['gradient_x_activation', \
-'log_probability', 'integrated_gradients', 'joint_integrated_gradients', 'ablation'], or an import path \
-(did you mean 'ablation'?)
     """
     if method is not None and not isinstance(method, str):
         return method
@@ -77,10 +54,10 @@ def attribution_method(
     check_choice(f"{prefix}.target".lstrip("."), target, Target)
     if memory_budget is not None:
         memory_budget = parse_bytes(memory_budget, f"{prefix}.memory_budget".lstrip("."))
-    found = resolve(method or "gradient_x_activation", METHODS, argument)
-    if not callable(found):
-        raise UserError(argument, method, f"the import path of a callable, not of a {type(found).__name__}")
-    own = found.keywords if isinstance(found, partial) else {}  # what its author has settled
+    function = resolve(method or "gradient_x_activation", METHODS, argument)
+    if not callable(function):
+        raise UserError(argument, method, f"the import path of a callable, not of a {type(function).__name__}")
+    settled = function.keywords if isinstance(function, partial) else {}  # by its author
+    parameters = inspect.signature(function).parameters.keys() - settled
     options = {"target": target, "memory_budget": memory_budget}
-    parameters = inspect.signature(found).parameters
-    return partial(found, **{name: value for name, value in options.items() if name in parameters and name not in own})
+    return partial(function, **{name: value for name, value in options.items() if name in parameters})

@@ -23,15 +23,7 @@ _MARGIN = 1.15
 
 
 def parse_bytes(size: int | str, argument: str = "memory_budget") -> int:
-    """A size in bytes: a number, or text such as ``"2GB"`` (10⁹) or ``"512MiB"`` (2²⁰).
-
-    Raises:
-        UserError: If it is neither, or not positive.
-
-    Example:
-        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(1000)
-        (2000000000, 1572864, 1000)
-    """
+    """A size in bytes: a number, or text such as ``"2GB"`` (10⁹) or ``"512MiB"`` (2²⁰)."""
     match = _SIZE.fullmatch(str(size).strip())
     n_bytes = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
     if n_bytes < 1:
@@ -52,16 +44,9 @@ def pass_bytes(
 
     Counted are, per token and layer, the outputs of all seven projections and what norms, rotations, the attention and
     the activation function keep for the backward pass; the attention's weights where they are made at all; logits,
-    their log-softmax and gradients at the labelled positions; temporaries of one site; the aggregates.
-
-    Args:
-        hf: The transformers model.
-        sites: Those attributed.
-        rows: B.
-        length: L, tokens a row.
-        n_labels: Labelled tokens in all rows.
-        gradients: Whether a backward pass follows; without, one layer's values live at a time.
-        extra: Further float32 numbers per token that the caller keeps.
+    their log-softmax and gradients at the labelled positions (``n_labels`` in all rows); temporaries of one site; the
+    aggregates; ``extra`` float32 numbers per token that the caller keeps. Without a backward pass, one layer's values
+    live at a time.
     """
     config = hf.config
     # Of 16-bit models, norms and the attention's weights are kept in 32 bits, projections in 16.
@@ -87,44 +72,24 @@ def micro_batches(
     memory_budget: int | str | None,
     extra: int = 0,
 ) -> Iterator[tuple[Mapping[str, Tensor], bool]]:
-    """The examples of all parts in their order, batched anew so that every pass fits the budget.
+    """The examples of all parts in their order, batched anew so that every pass fits the budget; None: as they are.
 
     As many examples as fit go into a batch, whatever part they came in; padding beyond a batch's longest example goes.
-    On several ranks all get equally many batches, since sharded weights are gathered batch by batch: a rank with fewer
-    repeats its last one, not to be counted.
-
-    Args:
-        hf: The transformers model.
-        parts: Batches of ``input_ids, attention_mask, labels``, padded right.
-        sites: Those attributed.
-        memory_budget: Bytes, or text such as ``"2GB"``; None passes the parts on as they are.
-        extra: See :func:`pass_bytes`.
-
-    Yields:
-        A batch, and whether it counts.
-
-    Raises:
-        UserError: If the budget is no size, or too small for one example.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> ids = torch.arange(12).view(4, 3)
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}
-        >>> [len(batch["labels"]) for batch, _ in micro_batches(load_model("tiny"), [part] * 2, [], "1MB")]
-        [3, 3, 2]
+    Each batch comes with whether it counts: on several ranks all get equally many, since sharded weights are gathered
+    batch by batch, and a rank with fewer repeats its last one.
     """
     if memory_budget is None:
         yield from ((part, True) for part in parts)
         return
-    budget = parse_bytes(memory_budget)
-    batches = _cut(hf, parts, sites, budget, extra)
-    if world_size() == 1:
-        yield from ((batch, True) for batch in batches)
-        return
-    own = list(batches)
-    yield from ((batch, True) for batch in own)
-    for _ in range(max(gathered(len(own))) - len(own)):
-        yield own[-1], False
+    batches: Iterable[dict[str, Tensor]] = _cut(hf, parts, sites, parse_bytes(memory_budget), extra)
+    missing = 0
+    if world_size() > 1:  # counted before the first pass: during them, ranks with more batches wait for this one
+        batches = list(batches)
+        missing = max(gathered(len(batches))) - len(batches)
+    for batch in batches:
+        yield batch, True
+    for _ in range(missing):
+        yield batch, False
 
 
 def _cut(

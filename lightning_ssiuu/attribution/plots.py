@@ -30,13 +30,7 @@ _POINTS = 150  # of a curve, which show the shape of half a million
 
 
 def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, top: int = 100) -> None:
-    """Draw D⁺ and D⁻ as module × layer heat maps of the mean over each module's ``top`` neurons (shared colour scale).
-
-    Args:
-        path: PNG file.
-        variation: On the forget set.
-        top: Neurons averaged per module and layer.
-    """
+    """Draw D⁺ and D⁻ as module × layer heat maps: the mean over each module's ``top`` neurons, on one colour scale."""
     save_png(heat_map_figure(heat_maps(variation, top)), path)
 
 
@@ -58,12 +52,7 @@ def heat_maps(variation: InfluenceVariation, top: int = 100) -> tuple[HeatMap, H
 
 
 def save_cumulative_curves(path: str | os.PathLike[str], variations: Mapping[str, InfluenceVariation]) -> None:
-    """Draw the cumulative D⁺ and D⁻ over neurons sorted by each, one pair of curves per named model.
-
-    Args:
-        path: PNG file.
-        variations: By the model's name; the first is drawn solid, the next dashed, and so on.
-    """
+    """Draw the cumulative D⁺ and D⁻ over neurons sorted by each, a pair of curves for every model by its name."""
     save_png(cumulative_figure(variations), path)
 
 

@@ -31,19 +31,7 @@ Key = tuple[int, str]
 
 
 def site_weights(model: AnswerModel, sites: Sequence[NeuronSite]) -> dict[str, Tensor]:
-    """Copies on the CPU of the weights and biases of all sites' modules, by parameter name of ``model.hf``.
-
-    Raises:
-        UserError: If a site's module has no weight of its own (adapters, quantised weights).
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> weights = site_weights(model, neuron_sites(model.hf))
-        >>> len(weights), weights["model.layers.0.mlp.up_proj.weight"].shape
-        (28, torch.Size([384, 128]))
-    """
+    """Copies on the CPU of the weights and biases of all sites' modules, by parameter name of ``model.hf``."""
     weights: dict[str, Tensor] = {}
     for name in dict.fromkeys(site.module_name for site in sites):
         own = dict(model.hf.get_submodule(name).named_parameters(recurse=False))
@@ -57,15 +45,10 @@ def site_weights(model: AnswerModel, sites: Sequence[NeuronSite]) -> dict[str, T
 class OwnChange:
     """What the changed weights of every neuron do to the answers' log-probability: mean over examples, in nats.
 
-    Negative values cost the answer. Everything is 0 where nothing changed.
-
-    Args:
-        sites: Where the neurons are.
-        rows: Per site ``[width]``: of the neuron's incoming weights and bias.
-        columns: Per site of kind attn_o and mlp_down ``[inputs]``: of the weights that each unit before it writes
-            through. Such a weight lies in a row and in a column; it counts where more changed (mean square).
-        head_size: Width of an attention head, which says what value channel an input of attn_o comes from.
-        n_examples: Number of examples.
+    Negative values cost the answer; everything is 0 where nothing changed. ``rows`` are, per site ``[width]``, of the
+    neuron's incoming weights and bias; ``columns``, per site of kind attn_o and mlp_down ``[inputs]``, of the weights
+    that each unit before it writes through. Such a weight lies in a row and in a column; it counts where more changed
+    (mean square). ``head_size`` says what value channel an input of attn_o comes from.
     """
 
     sites: Sequence[NeuronSite]
@@ -81,8 +64,8 @@ class OwnChange:
         counts, rows, columns = zip(*gathered((self.n_examples, self.rows, self.columns)), strict=True)
 
         def mean(values: Sequence[dict[Key, Tensor]]) -> dict[Key, Tensor]:
-            weighted = [{k: n * v for k, v in one.items()} for n, one in zip(counts, values, strict=True)]
-            return {key: torch.stack([one[key] for one in weighted]).sum(0) / sum(counts) for key in weighted[0]}
+            shares = [{k: n * v for k, v in share.items()} for n, share in zip(counts, values, strict=True)]
+            return {key: torch.stack([share[key] for share in shares]).sum(0) / sum(counts) for key in shares[0]}
 
         return OwnChange(self.sites, mean(rows), mean(columns), self.head_size, sum(counts))
 
@@ -100,13 +83,11 @@ class OwnChange:
                 unit = torch.stack([self.rows[key] for key in hidden]).sum(0)
                 effects |= dict.fromkeys(hidden, unit + self.columns.get((layer, "mlp_down"), 0))
             if (layer, "attn_v") in self.rows and (layer, "attn_o") in self.columns:
-                effects[layer, "attn_v"] = self.rows[layer, "attn_v"] + self._by_channel(layer)
+                row = self.rows[layer, "attn_v"]
+                # Query heads that share a value head are neighbours.
+                readers = self.columns[layer, "attn_o"].view(len(row) // self.head_size, -1, self.head_size)
+                effects[layer, "attn_v"] = row + readers.sum(1).flatten()
         return effects
-
-    def _by_channel(self, layer: int) -> Tensor:
-        # Query heads that share a value head are neighbours.
-        width = len(self.rows[layer, "attn_v"])
-        return self.columns[layer, "attn_o"].view(width // self.head_size, -1, self.head_size).sum(1).flatten()
 
 
 def own_change(
@@ -119,32 +100,10 @@ def own_change(
 ) -> OwnChange:
     """Share the change of the answers' log-probability out over the neurons whose weights changed.
 
-    Costs ``points`` forward and backward passes per batch, and memory for one gradient and one sum of each weight that
-    changed. The model is not touched: interpolated weights are put in its place only inside the passes.
-
-    Args:
-        model: The changed model, whole on this process.
-        original: :func:`site_weights` of the original; the models' other weights are taken from ``model``.
-        parts: Batches of ``input_ids, attention_mask, labels``, each ``[B, L]``; run through ``points`` times.
-        sites: From :func:`lightning_ssiuu.models.architectures.neuron_sites`.
-        target: Whose logarithm is shared out, see :func:`~lightning_ssiuu.models.answers.target_logps`.
-        points: Points of the midpoint rule on the line between the models.
-
-    Raises:
-        UserError: If the models' sites differ, there are no examples, or ``points`` is below 1.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> from lightning_ssiuu.models.architectures import neuron_sites
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> sites = neuron_sites(model.hf)
-        >>> original = site_weights(model, sites)
-        >>> model.hf.model.layers[1].mlp.up_proj.weight.data[7] *= -2
-        >>> ids = torch.tensor([[5, 6, 7, 8]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": torch.tensor([[-100, -100, 7, 8]])}
-        >>> change = own_change(model, original, [part], sites)
-        >>> [(key, values.nonzero().tolist()) for key, values in change.rows.items() if values.any()]
-        [((1, 'mlp_up'), [[7]])]
+    ``original`` are the :func:`site_weights` of the original; other weights are taken from ``model``, which has to be
+    whole on this process. Costs ``points`` forward and backward passes per batch (midpoint rule), and memory for one
+    gradient and one sum of each weight that changed. The model is not touched: interpolated weights are put in its
+    place only inside the passes.
     """
     check_at_least("points", points, 1)
     changed = {name: value for name, value in model.hf.named_parameters() if name in original}
@@ -200,13 +159,9 @@ def _gather(
 
 @dataclass(frozen=True)
 class OwnFlag:
-    """A flagged unit.
+    """A flagged unit: the kinds of its neurons (gate and up for a hidden unit, else one), and their index in the site.
 
-    Args:
-        layer: Block number, from 0.
-        kinds: Of the neurons that it is: gate and up for a hidden unit, else one.
-        index: Which of its sites' neurons.
-        cost: Nats per example that its own change takes from the forget answers.
+    ``cost`` are the nats per example that its own change takes from the forget answers.
     """
 
     layer: int
@@ -226,27 +181,8 @@ def own_flags(
     """Flag units whose own change costs the forget answers more than retain shows, and a minimum.
 
     The threshold of a kind of module is the (1 − alpha) quantile over all its neurons, in all layers, of the cost on
-    the retain set, where nothing was to be unlearned: alpha is the false-positive rate.
-
-    Args:
-        forget: On the forget set.
-        retain: On the retain set, same models, same sites.
-        alpha: Share of retain neurons above the threshold, in (0, 1).
-        minimum_cost: Smallest share of the answers' probability, in [0, 1), that a flagged unit costs.
-
-    Returns:
-        Flags, largest cost first; none where nothing changed.
-
-    Raises:
-        UserError: If an argument is outside its range.
-
-    Example:
-        >>> sites = [NeuronSite("mlp_up", 0, "up", 3), NeuronSite("mlp_down", 0, "down", 2)]
-        >>> def column(effect):
-        ...     rows = {(0, "mlp_up"): torch.zeros(3), (0, "mlp_down"): torch.zeros(2)}
-        ...     return OwnChange(sites, rows, {(0, "mlp_down"): torch.tensor([0.0, effect, 0.0])}, head_size=1)
-        >>> own_flags(column(-0.5), column(-0.1))
-        [OwnFlag(layer=0, kinds=('mlp_up',), index=1, cost=0.5)]
+    the retain set, where nothing was to be unlearned: alpha is the false-positive rate. ``minimum_cost`` is a share of
+    the answers' probability. Largest cost first; none where nothing changed.
     """
     if not 0 < alpha < 1:
         raise UserError("alpha", alpha, "a false-positive rate in (0, 1)")

@@ -35,16 +35,7 @@ def mismatched_level(
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     ROUGE-L compares the answers among themselves; probability, token accuracies and memorisation ask the model for
     another example's answer, as do scores of one's own that need nothing besides. No answer keeps its own question.
-
-    Args:
-        score: A score's name; one among options has no such level.
-        model: The model, asked as it is now.
-        tokenizer: Its tokenizer.
-        loader: Evaluation loader of one split.
-        seed: Of the pairing.
-
-    Raises:
-        UserError: If the score has no mismatched level.
+    Scores of a choice among options have no such level, which is a :class:`UserError`.
     """
     parts = [part for batch in loader for part in batch.values()]
     if score == "rouge_l":

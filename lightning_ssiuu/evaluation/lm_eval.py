@@ -26,11 +26,7 @@ _SUBJECTS = {"mmlu": 57}  # the limit is one for each member of a group
 
 
 def check_harness(argument: str, given: object) -> None:
-    """Check that the harness is installed, without importing it.
-
-    Raises:
-        UserError: If not, naming the extra.
-    """
+    """Check that the harness is installed, without importing it."""
     if importlib.util.find_spec("lm_eval") is None:
         allowed = "embedded or world_facts: tasks of lm-eval need the extra, pip install 'lightning-ssiuu[lm-eval]'"
         raise UserError(argument, given, allowed)
@@ -45,22 +41,10 @@ def harness_scores(
     chat: bool = False,
     directory: str | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Score a model on tasks of the harness.
+    """Percent and number of items by task or group of the harness, on the first ``limit`` items of each.
 
-    Args:
-        model: The model, where it is.
-        tokenizer: Its tokenizer.
-        tasks: Names of tasks or groups.
-        limit: The first so many items of each task; of MMLU as many of its 57 subjects, rounded up, as make that.
-        batch_size: Items at a time.
-        chat: Ask through the tokenizer's chat template.
-        directory: Of task files of one's own.
-
-    Returns:
-        Percent, and number of items, by task.
-
-    Raises:
-        UserError: Unknown task, data that cannot be had, or a task without any figure of :data:`FIGURES`.
+    Of MMLU as many items of each of its 57 subjects, rounded up, as make that. ``chat`` asks through the tokenizer's
+    chat template, ``directory`` holds task files of one's own.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -75,7 +59,7 @@ def harness_scores(
     scores, counts = {}, {}
     for name in tasks:
         try:
-            found = simple_evaluate(
+            results = simple_evaluate(
                 language_model,
                 tasks=[name],
                 limit=math.ceil(limit / _SUBJECTS.get(name, 1)),
@@ -89,13 +73,13 @@ def harness_scores(
                 raise
             allowed = f"tasks whose data can be had: the hub cannot be reached or lacks them ({type(error).__name__})"
             raise UserError("tasks", name, allowed) from error
-        scores[name] = 100 * _figure(name, found)
-        counts[name] = sum(n["effective"] for n in found["n-samples"].values())
+        scores[name] = 100 * _figure(name, results)
+        counts[name] = sum(n["effective"] for n in results["n-samples"].values())
     return scores, counts
 
 
-def _figure(name: str, found: Mapping[str, Any]) -> float:
-    measured = {**found["results"], **found.get("groups", {})}.get(name, {})
+def _figure(name: str, results: Mapping[str, Any]) -> float:
+    measured = {**results["results"], **results.get("groups", {})}.get(name, {})
     for figure in (PAPER.get(name), *FIGURES):
         if figure in measured:
             return float(measured[figure])
@@ -105,4 +89,4 @@ def _figure(name: str, found: Mapping[str, Any]) -> float:
 
 def _of_the_hub(error: BaseException) -> bool:
     modules = ("datasets", "huggingface_hub", "httpx", "requests", "urllib3")
-    return any(isinstance(one, OSError) or type(one).__module__.split(".")[0] in modules for one in causes(error))
+    return any(isinstance(e, OSError) or type(e).__module__.split(".")[0] in modules for e in causes(error))

@@ -19,11 +19,7 @@ Loader = Iterable[Mapping[str, Any]]
 
 
 def evaluation_loaders(trainer: L.Trainer) -> list[Loader]:
-    """The validation loaders (forget, retain, test), set up even where Lightning's own validation never runs.
-
-    Raises:
-        UserError: If the run has none.
-    """
+    """The validation loaders (forget, retain, test), set up even where Lightning's own validation never runs."""
     if trainer.val_dataloaders is None:
         # Lightning sets them up only before it validates; the default recipe leaves validation to the callbacks.
         trainer.validating = True
@@ -49,24 +45,11 @@ def first_parts(loader: Loader, split: str, n_examples: int) -> list[Mapping[str
     """This rank's share of the first ``n_examples`` examples of a set, in equally many parts on every rank.
 
     Rank ``r`` of ``n`` is served examples ``r, r + n, …`` (:class:`~lightning_ssiuu.datamodules.sampling.EvalSampler`),
-    so the examples of all ranks together are the same on any number of ranks. Each rank must call it.
-
-    Args:
-        loader: Evaluation loader of the set.
-        split: The set's name.
-        n_examples: Over all ranks.
-
-    Raises:
-        UserError: If a rank would have no example.
-
-    Example:
-        >>> part = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([[-100, 6], [-100, 8]])}
-        >>> [part["labels"].tolist() for part in first_parts([{"forget": part}] * 2, "forget", 3)]
-        [[[-100, 6], [-100, 8]], [[-100, 6]]]
+    so the examples of all ranks together are the same on any number of ranks. Each rank must call it, and have one.
     """
     parts: list[Mapping[str, Any]] = []
-    mine = missing = len(range(rank(), n_examples, world_size()))
-    for batch in islice(loader, mine):
+    share = missing = len(range(rank(), n_examples, world_size()))
+    for batch in islice(loader, share):
         part = {name: value[:missing] for name, value in batch[split].items() if not isinstance(value, Mapping)}
         parts.append(part)
         missing -= len(part["input_ids"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -22,23 +23,23 @@ class Predictions:
     """What scores read off a model on one part of a batch, on its device; what none asks for is not computed."""
 
     def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
-        self.model, self.tokenizer, self.part = model, tokenizer, part
+        self.model, self.tokenizer = model, tokenizer
+        self.part: Mapping[str, Any] = part
 
     @cached_property
     def answers(self) -> Answers:
         """Teacher-forced forward pass on the true answers."""
-        return self.model(self.part["input_ids"], self.part["attention_mask"], self.part["labels"])
+        return self._answers(self.part)
 
     @cached_property
     def option_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        options: Any = self.part["options"]
-        return self.model(options["input_ids"], options["attention_mask"], options["labels"]).mean_logps
+        return self._answers(self.part["options"]).mean_logps
 
     @property
     def option_of(self) -> Tensor:
-        options: Any = self.part["options"]
-        return options["option_of"]
+        """``[B·K]`` the row of each option."""
+        return self.part["options"]["option_of"]
 
     @cached_property
     def references(self) -> list[str]:
@@ -52,9 +53,7 @@ class Predictions:
         """Continue the prompts: each up to twice its own answer's length, at most 200 tokens.
 
         So an example's text does not depend on which others share its batch, or how many ranks share the set.
-
-        Args:
-            **options: Of ``transformers``' ``generate``, which decodes greedily unless a ``logits_processor`` decides.
+        ``options`` are those of ``generate``, which decodes greedily unless a ``logits_processor`` decides.
         """
         labels = self.part["labels"]
         return self._continued(self.part["input_ids"], labels, 2 * (labels != -100).sum(1), **options)
@@ -62,37 +61,38 @@ class Predictions:
     @cached_property
     def choice_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option after the prompt that lists them all."""
-        choices: Any = self.part["choices"]
-        return self.model(choices["input_ids"], choices["attention_mask"], choices["labels"]).mean_logps
+        return self._answers(self.part["choices"]).mean_logps
 
     @property
     def choice_of(self) -> Tensor:
-        choices: Any = self.part["choices"]
-        return choices["option_of"]
+        """``[B·K]`` the row of each of those."""
+        return self.part["choices"]["option_of"]
 
     @cached_property
     def choice_options(self) -> list[list[str]]:
         """The options of each example as text, the true answer first."""
-        choices: Any = self.part["choices"]
         options: list[list[str]] = [[] for _ in self.part["input_ids"]]
-        for row, text in zip(self.choice_of.tolist(), self._labelled(choices["labels"]), strict=True):
+        for row, text in zip(self.choice_of.tolist(), self._labelled(self.part["choices"]["labels"]), strict=True):
             options[row].append(text)
         return options
 
     @cached_property
     def choice_generations(self) -> list[str]:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
-        choices: Any = self.part["choices"]
+        choices = self.part["choices"]
         first = first_of_each(self.choice_of)
         lengths = (choices["labels"] != -100).sum(1)
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
         return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
 
+    def _answers(self, part: Mapping[str, Tensor]) -> Answers:
+        return self.model(part["input_ids"], part["attention_mask"], part["labels"])
+
     def _labelled(self, labels: Tensor) -> list[str]:
         return [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
 
     def _continued(self, ids: Tensor, labels: Tensor, limits: Tensor, **options: Any) -> list[str]:
-        """Continue what stands before the labels, row by row at most so many tokens (200 where that is less)."""
+        # Continues what stands before the labels, row by row at most so many tokens (200 where that is less).
         answered = labels != -100
         starts = answered.int().argmax(1).tolist()
         prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]

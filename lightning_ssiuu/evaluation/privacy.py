@@ -35,10 +35,9 @@ _SETS = ("forget", "test")
 class Measured:
     """What one model says about the members (the forget set) and the others.
 
-    Args:
-        scores: ``{attack: {"forget" | "test": [B]}}``, higher for what looks like a member.
-        logps: Of each set, batch by batch: token log-probabilities, their rows, and the number of rows.
-        ratios: ``[B]`` truth ratios of the forget set; empty where it has no wrong options.
+    ``scores`` are ``{attack: {"forget" | "test": [B]}}``, higher for what looks like a member; ``logps`` of each set,
+    batch by batch, token log-probabilities, their rows and the number of rows; ``ratios`` ``[B]`` truth ratios of the
+    forget set, empty where it has no wrong options.
     """
 
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -52,62 +51,44 @@ class Measured:
 def measure(
     model: AnswerModel, data: UnlearningDataModule, others: Sequence[QAExample], k: float, gradient_norm: bool
 ) -> Measured:
-    """Run every attack that needs one model.
-
-    Args:
-        model: The model.
-        data: Its forget set are the members; encodes and batches.
-        others: What no model was trained on.
-        k: For min-k and min-k++.
-        gradient_norm: Whether to take gradient norms.
-    """
-    found = Measured()
+    """Run every attack that needs one model: ``data``'s forget set against ``others``, never trained on."""
+    measured = Measured()
     device = next(model.parameters()).device
     ratios = []
     for name, loader in zip(_SETS, (data.eval_dataloader("forget"), data.eval_dataloader("test", others)), strict=True):
-        kept: dict[str, list[Tensor]] = {}
+        batches: dict[str, list[Tensor]] = {}
         with untouched(model):
             for batch in progress(loader, "membership"):
-                one = Predictions(model, data.tokenizer, move_data_to_device(batch[name], device))
+                predictions = Predictions(model, data.tokenizer, move_data_to_device(batch[name], device))
+                scores = {}
                 with torch.set_grad_enabled(gradient_norm):
-                    answers = one.answers
+                    answers = predictions.answers
                 if gradient_norm:
-                    gradients = gradient_norm_score(-answers.mean_logps, model.parameters())
-                    kept.setdefault("gradient_norm", []).append(gradients)
+                    scores["gradient_norm"] = gradient_norm_score(-answers.mean_logps, model.parameters())
                 with torch.no_grad():
                     logps = answers.token_logps.detach()
-                    rows = logps, answers.sequence_index, answers.n_sequences
-                    kept.setdefault("loss", []).append(loss_score(*rows))
-                    kept.setdefault("min_k", []).append(min_k(*rows, k))
-                    spread = min_k_plus_plus(answers.logits.detach(), answers.targets, *rows[1:], k)
-                    kept.setdefault("min_k_plus_plus", []).append(spread)
-                    kept.setdefault("zlib", []).append(zlib_score(*rows, one.references))
-                    found.logps.setdefault(name, []).append((logps.cpu(), rows[1].cpu(), rows[2]))
-                    if name == "forget" and "options" in one.part:
-                        ratios.append(truth_ratio(one.option_scores, one.option_of, answers.n_sequences).cpu())
-        for attack, scores in kept.items():
-            found.scores.setdefault(attack, {})[name] = torch.cat(scores).cpu()
-    found.ratios = torch.cat(ratios) if ratios else found.ratios
-    return found
+                    rows = answers.sequence_index, answers.n_sequences
+                    scores["loss"] = loss_score(logps, *rows)
+                    scores["min_k"] = min_k(logps, *rows, k)
+                    scores["min_k_plus_plus"] = min_k_plus_plus(answers.logits.detach(), answers.targets, *rows, k)
+                    scores["zlib"] = zlib_score(logps, *rows, predictions.references)
+                    measured.logps.setdefault(name, []).append((logps.cpu(), rows[0].cpu(), rows[1]))
+                    if name == "forget" and "options" in predictions.part:
+                        ratio = truth_ratio(predictions.option_scores, predictions.option_of, answers.n_sequences)
+                        ratios.append(ratio.cpu())
+                for attack, values in scores.items():
+                    batches.setdefault(attack, []).append(values)
+        for attack, each in batches.items():
+            measured.scores.setdefault(attack, {})[name] = torch.cat(each).cpu()
+    measured.ratios = torch.cat(ratios) if ratios else measured.ratios
+    return measured
 
 
 def compare_with_oracle(unlearned: Measured, oracle: Measured) -> dict[str, Any]:
-    """What is said of an unlearned model against one retrained without the forget set.
+    """An unlearned model against one retrained without the forget set, measured on the same examples.
 
-    Args:
-        unlearned: Of :func:`measure`.
-        oracle: Of :func:`measure`, on the same examples.
-
-    Returns:
-        ``reference_auc`` in percent, ``privleak`` by attack in percent (NaN where the oracle's AUC is 100) and
-        ``forget_quality``.
-
-    Example:
-        >>> one = {"loss": {"forget": torch.tensor([3.0, 2.0]), "test": torch.tensor([1.0, 2.0])}}
-        >>> other = {"loss": {"forget": torch.tensor([1.0]), "test": torch.tensor([1.0])}}
-        >>> logps = {name: [(torch.tensor([-1.0]), torch.tensor([0]), 1)] for name in ("forget", "test")}
-        >>> compare_with_oracle(Measured(one, logps), Measured(other, logps))
-        {'reference_auc': 50.0, 'privleak': {'loss': -75.0}, 'forget_quality': None}
+    ``reference_auc`` in percent, ``privleak`` by attack in percent (NaN where the oracle's AUC is 100) and
+    ``forget_quality``, a p-value, or None without wrong options.
     """
     relative = {
         name: torch.cat([

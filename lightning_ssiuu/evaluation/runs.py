@@ -24,11 +24,7 @@ def run_of(model: str) -> Path | None:
 
 
 def output_directory(model: str, output: str | None) -> Path:
-    """Where results on a saved model go: ``output``, else beside it in its run.
-
-    Raises:
-        UserError: If there is neither.
-    """
+    """Where results on a saved model go: ``output``, else beside it in its run."""
     if output is not None:
         return Path(output)
     if (run := run_of(model)) is None:
@@ -37,20 +33,7 @@ def output_directory(model: str, output: str | None) -> Path:
 
 
 def resolve_models(models: Mapping[str, str]) -> list[str]:
-    """Resolve checkpoints before any of them is loaded.
-
-    Args:
-        models: Checkpoint by the name of the argument it was given for.
-
-    Raises:
-        UserError: Naming the argument whose checkpoint is missing.
-
-    Example:
-        >>> resolve_models({"oracle": "/no/such/model"})  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: oracle: got '/no/such/model', allowed: ...
-    """
+    """Resolve checkpoints, given by the name of their argument, before any of them is loaded."""
     sources = []
     for argument, checkpoint in models.items():
         with naming(argument):
@@ -59,14 +42,9 @@ def resolve_models(models: Mapping[str, str]) -> list[str]:
 
 
 def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> None:
-    """Check that models split text as the data module does: they are compared token by token.
+    """Check that models, given by the name of their argument, split text as the data module does.
 
-    Args:
-        models: Checkpoint by the name of the argument it was given for.
-        data: The data module they are judged by.
-
-    Raises:
-        UserError: Naming the argument whose model has another vocabulary.
+    They are compared token by token.
     """
     vocabulary = data.tokenizer.get_vocab()
     for argument, checkpoint in models.items():
@@ -83,11 +61,7 @@ def run_score(model: str, default: str = "probability") -> str:
 def run_data(model: str, data: UnlearningDataModule | None) -> UnlearningDataModule:
     """The data module to judge a model by: the one given, else its run's, else the embedded facts.
 
-    Whatever training set the run's data module was told to serve, and whatever tokenizer, what comes back has the
-    saved model's tokenizer.
-
-    Raises:
-        UserError: If the run's configuration names no data module that can be built.
+    Whatever tokenizer the run's data module names, what comes back has the saved model's.
     """
     if data is None:
         run = run_of(model)
@@ -100,15 +74,7 @@ def run_data(model: str, data: UnlearningDataModule | None) -> UnlearningDataMod
 def run_architecture(
     model: str, architecture: str | Mapping[str, Any] | Architecture | None = None
 ) -> Architecture | None:
-    """The record a model is described by: the one given, else its run's; None: by its type.
-
-    Raises:
-        UserError: If there is no such record.
-
-    Example:
-        >>> run_architecture("tiny") is None
-        True
-    """
+    """The record a model is described by: the one given, else its run's; None: by its type."""
     run = run_of(model)
     if architecture is not None or run is None:
         return find_architecture(architecture)

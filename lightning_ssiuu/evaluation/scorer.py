@@ -20,16 +20,9 @@ from lightning_ssiuu.utils.errors import UserError
 
 
 class Scorer:
-    """Accumulates scores per split.
+    """Accumulates scores per split: those named, or the default ones that the parts allow without generating text.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        scores: Names, or None for the default ones that the parts allow without generating text.
-        also: Where ``scores`` is None, names of scores to add to them on the parts that allow it.
-
-    Raises:
-        UserError: If a score is unknown, or asks for what the data lack.
+    Where ``scores`` is None, ``also`` names scores to add to the default ones on the parts that allow it.
     """
 
     def __init__(
@@ -49,9 +42,9 @@ class Scorer:
         device = next(self.model.parameters()).device
         for split, part in batch.items():
             metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
-            evaluated = Predictions(self.model, self.tokenizer, move_data_to_device(part, device))
+            predictions = Predictions(self.model, self.tokenizer, move_data_to_device(part, device))
             for name, metric in metrics.items():
-                metric.update(*SCORES[name].measure(evaluated))
+                metric.update(*SCORES[name].measure(predictions))
 
     def compute(self) -> dict[str, dict[str, float]]:
         return {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
@@ -60,11 +53,7 @@ class Scorer:
         self._metrics.clear()
 
     def names(self, part: Part) -> list[str]:
-        """What is scored on a part: what was asked for, or the default scores it allows without generating text.
-
-        Raises:
-            UserError: If the part lacks what a score asks for.
-        """
+        """What is scored on a part; a named score that needs what the part lacks is a :class:`UserError`."""
         if self.scores is None:
             default = [n for n, s in SCORES.items() if s.default and not s.generates]
             wanted = dict.fromkeys([*default, *self.also])
@@ -86,17 +75,9 @@ def evaluate(
     scores: Sequence[str] | None = None,
     also: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
-    """Score a model on evaluation loaders, leaving its mode and every random state as they were.
+    """``{split: {score: percent}}`` on loaders of ``{split: part}`` batches; see :class:`Scorer`.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        loaders: Loaders of ``{split: part}`` batches.
-        scores: As for :class:`Scorer`.
-        also: As for :class:`Scorer`.
-
-    Returns:
-        ``{split: {score: percent}}``.
+    The model's mode and every random state are left as they were.
     """
     scorer = Scorer(model, tokenizer, scores, also)
     with untouched(model):

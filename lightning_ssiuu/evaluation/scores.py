@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -18,12 +19,12 @@ from lightning_ssiuu.evaluation.metrics import (
     TruthRatio,
 )
 from lightning_ssiuu.evaluation.metrics.answers import (
+    TokenAccuracy,
     answer_accuracy,
     answer_probability,
     generated_choice_accuracy,
     multiple_choice_accuracy,
 )
-from lightning_ssiuu.evaluation.metrics.truth_ratio import TruthRatioKind
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.registry import resolve
@@ -48,23 +49,16 @@ class Score:
     generates: bool = False
 
 
-def _accuracy(kind: Literal["first_token", "all_tokens"]) -> Score:
-    def measure(e: Predictions) -> tuple[Tensor]:
-        a = e.answers
-        return (answer_accuracy(a.token_correct, a.sequence_index, a.n_sequences, kind),)
-
-    return Score(lambda: AnswerAccuracy(kind), measure)
-
-
 def _token_correct(e: Predictions) -> tuple[Tensor, Tensor, int]:
     return e.answers.token_correct, e.answers.sequence_index, e.answers.n_sequences
 
 
-def _truth_ratio(kind: TruthRatioKind) -> Score:
-    def measure(e: Predictions) -> tuple[Tensor, Tensor, int]:
-        return e.option_scores, e.option_of, len(e.part["input_ids"])
+def _accuracy(kind: TokenAccuracy) -> Score:
+    return Score(partial(AnswerAccuracy, kind), lambda e: (answer_accuracy(*_token_correct(e), kind),))
 
-    return Score(lambda: TruthRatio(kind), measure, needs="options", default=False)
+
+def _options(e: Predictions) -> tuple[Tensor, Tensor, int]:
+    return e.option_scores, e.option_of, len(e.part["input_ids"])
 
 
 class _Scores(dict[str, Score]):
@@ -77,17 +71,17 @@ class _Scores(dict[str, Score]):
 SCORES: dict[str, Score] = _Scores(
     {
         "multiple_choice": Score(
-            lambda: AnswerAccuracy("multiple_choice"),
+            partial(AnswerAccuracy, "multiple_choice"),
             lambda e: (multiple_choice_accuracy(e.option_scores, e.option_of),),
             needs="options",
         ),
         "choice_likelihood": Score(
-            lambda: AnswerAccuracy("choice_likelihood"),
+            partial(AnswerAccuracy, "choice_likelihood"),
             lambda e: (multiple_choice_accuracy(e.choice_scores, e.choice_of),),
             needs="choices",
         ),
         "choice_generation": Score(
-            lambda: AnswerAccuracy("choice_generation"),
+            partial(AnswerAccuracy, "choice_generation"),
             lambda e: (generated_choice_accuracy(e.choice_generations, e.choice_options),),
             needs="choices",
             generates=True,
@@ -101,8 +95,8 @@ SCORES: dict[str, Score] = _Scores(
         "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), generates=True),
         "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
         "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
-        "truth_ratio_forget": _truth_ratio("forget"),
-        "truth_ratio_retain": _truth_ratio("retain"),
+        "truth_ratio_forget": Score(partial(TruthRatio, "forget"), _options, needs="options", default=False),
+        "truth_ratio_retain": Score(partial(TruthRatio, "retain"), _options, needs="options", default=False),
     }
 )
 
@@ -122,11 +116,7 @@ def register_score(name: str, score: Score) -> None:
 
 
 def find_score(name: str, argument: str = "scores") -> Score:
-    """The score of a name, or the one at an import path such as ``my_scores.perplexity``.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """The score of a name, or the one at an import path such as ``my_scores.perplexity``."""
     score: object = resolve(name, SCORES, argument)
     if not isinstance(score, Score):
         raise UserError(argument, name, f"the import path of a Score, not of a {type(score).__name__}")

@@ -25,21 +25,14 @@ Tasks = dict[str, list[QAExample]]
 
 
 def suite_of(data: UnlearningDataModule) -> str:
-    """The offline suite for a model: ``"embedded"`` for the tiny model and what was made of it, told by its tokenizer.
-
-    Args:
-        data: A data module with the model's tokenizer.
-    """
+    """The offline suite for a model: ``"embedded"`` for the tiny model and its descendants, by their tokenizer."""
     return "embedded" if data.tokenizer.get_vocab() == Facts().tokenizer.get_vocab() else "world_facts"
 
 
 def suite_tasks(suite: str, seen: Collection[str] = (), limit: int | None = None) -> Tasks:
-    """The items of a suite by task.
+    """The items of a suite by task, at most ``limit`` of each, drawn at random with a fixed seed.
 
-    Args:
-        suite: ``"embedded"`` or ``"world_facts"``.
-        seen: Questions, folded (:attr:`QAExample.folded`), to leave out: what the model was unlearned or trained on.
-        limit: At most so many items of each task, drawn at random with a fixed seed.
+    ``seen`` are questions, folded (:attr:`QAExample.folded`), to leave out: what the model was unlearned or trained on.
     """
     tasks = _embedded() if suite == "embedded" else _real()
     chosen: Tasks = {}
@@ -62,29 +55,15 @@ def seen_questions(suite: str, data: UnlearningDataModule) -> set[str]:
 def score_tasks(
     model: AnswerModel, tasks: Mapping[str, list[QAExample]], score: str, data: UnlearningDataModule
 ) -> dict[str, float]:
-    """Percent by task.
-
-    Args:
-        model: The model.
-        tasks: Items by task.
-        score: Name of the score.
-        data: Encodes and batches the items.
-    """
-    found = {}
-    for name, items in tasks.items():
-        scores = evaluate(model, data.tokenizer, [data.eval_dataloader("test", items)], [score])
-        found[name] = scores["test"][score]
-    return found
+    """Percent by task; ``data`` encodes and batches the items."""
+    return {
+        name: evaluate(model, data.tokenizer, [data.eval_dataloader("test", items)], [score])["test"][score]
+        for name, items in tasks.items()
+    }
 
 
 def encoding_like(suite: str, data: UnlearningDataModule, batch_size: int) -> UnlearningDataModule:
-    """The data module of a suite, asking as a run's data module does: its tokenizer, template and longest sequence.
-
-    Args:
-        suite: ``"embedded"`` or ``"world_facts"``.
-        data: The run's.
-        batch_size: Items at a time.
-    """
+    """The data module of a suite, asking as a run's data module does: its tokenizer, template and longest sequence."""
     kind = Facts if suite == "embedded" else WorldFacts
     return kind(
         tokenizer=data.tokenizer, template=data.template, max_length=data.max_length, eval_batch_size=batch_size

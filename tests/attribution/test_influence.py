@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from flag_overlap import flag_overlap
+from toys.attribution import add
 
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
 from lightning_ssiuu.attribution.influence import (
@@ -32,7 +33,7 @@ def attribution(maxima: list[list[float]], minima: list[list[float]]) -> NeuronA
     high, low = torch.tensor(maxima), torch.tensor(minima)
     for row in range(len(high)):  # in two batches
         one = slice(row, row + 1)
-        result.add({UP.key: high[one, :3], DOWN.key: high[one, 3:]}, {UP.key: low[one, :3], DOWN.key: low[one, 3:]})
+        add(result, *({UP.key: values[one, :3], DOWN.key: values[one, 3:]} for values in (high, low)))
     return result
 
 

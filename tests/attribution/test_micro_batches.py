@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toys.attribution import add
 from toys.models import answer_model, part
 
 from lightning_ssiuu.attribution import aggregation, micro_batches
@@ -76,6 +77,11 @@ def test_ranks_make_equally_many_passes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(micro_batches, "gathered", lambda mine: [mine, 3])
     cut = batches(model, EXAMPLES[:2], "1GB")
     assert [real for _, real in cut] == [True, False, False]
+    asked: list[int] = []
+    monkeypatch.setattr(micro_batches, "gathered", lambda mine: asked.append(mine) or [mine, 3])
+    next(micro_batches.micro_batches(model.hf, EXAMPLES[:2], [], "1GB"))
+    assert asked == [1]  # before the first pass, in which weights are gathered
+    monkeypatch.setattr(micro_batches, "gathered", lambda mine: [mine, 3])
     together = neuron_attribution(model, EXAMPLES[:2], sites, memory_budget="1GB")
     assert torch.equal(together.maximum, alone.maximum)
     assert together.n_examples == 2
@@ -147,7 +153,7 @@ def added(*examples: tuple[list[float], float]) -> NeuronAttribution:
     result = NeuronAttribution.empty([SITE])
     for values, log_factor in examples:
         high = torch.tensor([values])
-        result.add({SITE.key: high}, {SITE.key: high - 1}, torch.tensor([log_factor]))
+        add(result, {SITE.key: high}, {SITE.key: high - 1}, torch.tensor([log_factor]))
     return result
 
 

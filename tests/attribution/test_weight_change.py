@@ -162,6 +162,13 @@ def test_threshold_is_the_quantile_of_retain_for_the_kind() -> None:
     assert min(flag.share for flag in few) > 0.62
 
 
+def test_a_hidden_unit_is_flagged_by_what_it_writes() -> None:
+    sites = [NeuronSite("mlp_up", 0, "up", 3), NeuronSite("mlp_down", 0, "down", 2)]
+    rows = {site.key: torch.zeros(site.width) for site in sites}
+    changes = [OwnChange(sites, rows, {(0, "mlp_down"): torch.tensor([0, cost, 0])}, 1) for cost in (-0.5, -0.1)]
+    assert own_flags(*changes) == [OwnFlag(0, ("mlp_up",), 1, 0.5)]
+
+
 def test_what_users_can_get_wrong() -> None:
     model, original, changed = pair("llama")
     sites = neuron_sites(model.hf)

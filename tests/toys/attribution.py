@@ -10,10 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.attribution.activation_gradient import captured
+from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.integrated_gradients import Path, _along_path, _groups, _nodes
 from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.models.loading import evaluation_mode
+
+
+def add(
+    result: NeuronAttribution,
+    maxima: Mapping[tuple[int, str], Tensor],
+    minima: Mapping[tuple[int, str], Tensor],
+    logs: Tensor | None = None,
+) -> None:
+    """Add a batch of ``[B, width]`` values per site, with the ``[B]`` logarithms of the examples' factors (None: 0)."""
+    n_examples = len(maxima[result.sites[0].key])
+    factors = result.factors(torch.zeros(n_examples) if logs is None else logs)
+    for site in result.sites:
+        result.add_site(site, maxima[site.key], minima[site.key], factors)
+    result.n_examples += n_examples
 
 
 @contextmanager

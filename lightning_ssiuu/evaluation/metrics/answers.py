@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
 from lightning_ssiuu.datamodules.encoding import derangement
-from lightning_ssiuu.evaluation.metrics.base import Percentage, first_of_each, widest_float
+from lightning_ssiuu.evaluation.metrics.base import Percentage, first_of_each, sequence_means
 from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
@@ -22,24 +22,10 @@ TokenAccuracy = Literal["first_token", "all_tokens"]
 def answer_accuracy(
     token_correct: Tensor, sequence_index: Tensor, n_sequences: int, kind: TokenAccuracy = "all_tokens"
 ) -> Tensor:
-    """Whether each answer is what greedy decoding under teacher forcing gives.
+    """Whether each answer is what greedy decoding under teacher forcing gives, ``[B]`` bool.
 
-    Args:
-        token_correct: ``[N]`` bool, the most probable token is the label.
-        sequence_index: ``[N]`` row of each token, ascending.
-        n_sequences: B.
-        kind: ``"first_token"``: the answer's first token decides; ``"all_tokens"``: every one, EOS included.
-
-    Returns:
-        ``[B]`` bool; False for a row without tokens.
-
-    Raises:
-        UserError: Unknown ``kind``.
-
-    Example:
-        >>> correct, rows = torch.tensor([True, False, True]), torch.tensor([0, 0, 1])
-        >>> answer_accuracy(correct, rows, 2, "first_token"), answer_accuracy(correct, rows, 2, "all_tokens")
-        (tensor([True, True]), tensor([False,  True]))
+    From ``[N]`` bool, whether the most probable token is the label, and the ``[N]`` row of each token, ascending. The
+    first token of an answer decides, or all tokens do, EOS included; a row without tokens is wrong.
     """
     check_choice("kind", kind, TokenAccuracy)
     if kind == "first_token":
@@ -51,23 +37,13 @@ def answer_accuracy(
 
 
 def multiple_choice_accuracy(option_scores: Tensor, option_of: Tensor) -> Tensor:
-    """Whether the first option of each example, the true answer, scores strictly higher than all its others.
+    """Whether the first option of each row, the true answer, scores strictly higher than all its others, ``[B]`` bool.
 
-    Args:
-        option_scores: ``[B*K]`` score of each option, higher is better; K may differ between examples.
-        option_of: ``[B*K]`` row each option belongs to, ascending; the options of a row lie next to each other.
-
-    Returns:
-        ``[B]`` bool. A tie is wrong, and so is a NaN anywhere among the options.
-
-    Example:
-        >>> scores = torch.tensor([-1.0, -2.0, -3.0, -1.0, -1.0, -3.0])
-        >>> multiple_choice_accuracy(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
-        tensor([ True, False])
+    ``option_of`` ``[B*K]`` is the row of each option, ascending; K may differ between rows. A tie is wrong, and so is a
+    NaN anywhere among the options.
     """
     _, rows, counts = option_of.unique_consecutive(return_inverse=True, return_counts=True)
-    first = torch.zeros_like(option_of, dtype=torch.bool)
-    first[counts.cumsum(0) - counts] = True
+    first = first_of_each(option_of)
     best_other = option_scores.new_full((len(counts),), -torch.inf)
     # amax carries a NaN on, and no comparison with NaN is true
     best_other = best_other.scatter_reduce(0, rows[~first], option_scores[~first], "amax")
@@ -75,24 +51,11 @@ def multiple_choice_accuracy(option_scores: Tensor, option_of: Tensor) -> Tensor
 
 
 def named_choice(text: str, options: Sequence[str]) -> int | None:
-    """Which option a generated text names first.
+    """The place of the option that a text names first; None: none, or the first one named stands twice among them.
 
     Compared are whole words (runs of letters, digits and underscores) without case; punctuation does not count. Of
-    options that begin at the same word the longest counts, so "Guinea-Bissau" is not taken for "Guinea".
-
-    Args:
-        text: A model's output. What it says about an option is not understood: "not Paris" names Paris.
-        options: The options.
-
-    Returns:
-        The option's place, or None: no option is named, or the first one named stands twice among them.
-
-    Example:
-        >>> options = ["Guinea", "Guinea-Bissau", "Mali"]
-        >>> named_choice("Guinea-Bissau.", options), named_choice("It is MALI, not Guinea", options)
-        (1, 2)
-        >>> named_choice("Niger", options) is None
-        True
+    options that begin at the same word the longest counts, so "Guinea-Bissau" is not taken for "Guinea". What the text
+    says about an option is not understood: "not Paris" names Paris.
     """
     words = _words(text)
     best, place = None, None
@@ -115,37 +78,19 @@ def _words(text: str) -> list[str]:
 
 
 def generated_choice_accuracy(texts: Sequence[str], options: Sequence[Sequence[str]]) -> Tensor:
-    """Whether each generated text names the first of its options, the true answer, before any other.
-
-    Args:
-        texts: B generated texts.
-        options: The options of each, the true answer first.
-
-    Returns:
-        ``[B]`` bool; a text that names none is wrong (:func:`named_choice`).
-
-    Raises:
-        ValueError: Different numbers of texts and lists of options.
-
-    Example:
-        >>> generated_choice_accuracy(["Mali.", "no idea"], [["Mali", "Niger"], ["Mali", "Niger"]])
-        tensor([ True, False])
-    """
+    """Whether each text names the first of its options, the true answer, before any other: ``[B]`` bool."""
     pairs = zip(texts, options, strict=True)
     return torch.tensor([named_choice(text, listed) == 0 for text, listed in pairs], dtype=torch.bool)
 
 
 class AnswerAccuracy(Percentage):
-    """Share of correct answers, in percent.
+    """Share of correct answers, in percent, from ``[B]`` bool; anything but booleans is a TypeError.
 
     Args:
         kind: What "correct" means: :func:`answer_accuracy` says it for ``"first_token"`` and ``"all_tokens"``,
             :func:`multiple_choice_accuracy` for ``"multiple_choice"`` and ``"choice_likelihood"``, and
-            :func:`generated_choice_accuracy` for ``"choice_generation"``.
+            :func:`generated_choice_accuracy` for ``"choice_generation"``; else a :class:`UserError`.
         **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: Unknown ``kind``.
 
     Example:
         >>> accuracy = AnswerAccuracy("multiple_choice")
@@ -161,47 +106,22 @@ class AnswerAccuracy(Percentage):
         self.kind = kind
 
     def update(self, correct: Tensor) -> None:
-        """Add examples.
-
-        Args:
-            correct: ``[B]`` bool.
-
-        Raises:
-            TypeError: Anything but booleans, such as scores or token ids.
-        """
         if correct.dtype != torch.bool:
             raise TypeError(f"correct: expected a bool tensor [B], received {correct.dtype} {list(correct.shape)}")
         self._add(correct)
 
 
-def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, normalise: bool = True) -> Tensor:
+def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
     """Probability of each answer, length-normalised as in TOFU (arXiv 2401.06121, §2.2.1): ``P(y|x)^(1/|y|)``.
 
-    Args:
-        token_logps: ``[N]`` log-probability of each answer token, in nats, any float type.
-        sequence_index: ``[N]`` row of each token, ascending.
-        n_sequences: B.
-        normalise: False: the plain product over the tokens, ``P(y|x)``.
-
-    Returns:
-        ``[B]`` values in [0, 1], float64. A row without tokens, or with a NaN among them, is NaN.
-
-    Example:
-        >>> logps = torch.tensor([0.5, 0.5, 0.1]).log()
-        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2)
-        tensor([0.5000, 0.1000], dtype=torch.float64)
-        >>> answer_probability(logps, torch.tensor([0, 0, 1]), 2, normalise=False)
-        tensor([0.2500, 0.1000], dtype=torch.float64)
+    ``[B]`` values in [0, 1], float64, from ``[N]`` log-probabilities in nats. A row without tokens, or with a NaN among
+    them, is NaN.
     """
-    wide = token_logps.to(widest_float(token_logps.device))
-    sums = sequence_sums(wide, sequence_index, n_sequences)
-    counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
-    exponent = sums / counts if normalise else sums.masked_fill(counts == 0, torch.nan)
-    return exponent.exp().clamp(max=1.0)
+    return sequence_means(token_logps, sequence_index, n_sequences).exp().clamp(max=1.0)
 
 
 class AnswerProbability(Percentage):
-    """Mean of :func:`answer_probability`, in percent. A NaN among the values makes the result NaN.
+    """Mean of :func:`answer_probability`, in percent, from ``[B]`` in [0, 1]; a NaN among them makes the result NaN.
 
     Example:
         >>> probability = AnswerProbability()
@@ -211,51 +131,23 @@ class AnswerProbability(Percentage):
     """
 
     def update(self, probabilities: Tensor) -> None:
-        """Add examples.
-
-        Args:
-            probabilities: ``[B]`` in [0, 1], any float type.
-        """
         self._add(probabilities)
 
 
 def rouge_l_recall(prediction: str, reference: str) -> float:
-    """ROUGE-L recall: the share of the reference's words in its longest common subsequence with the prediction.
+    """ROUGE-L recall, in [0, 1]: share of the reference's words in its longest common subsequence with the prediction.
 
     Words are runs of ``a–z0–9`` after lowercasing, without stemming; a text without any (empty, or in another
     alphabet) scores 0. Lin (2004), "ROUGE: A Package for Automatic Evaluation of Summaries".
-
-    Returns:
-        A fraction in [0, 1].
-
-    Example:
-        >>> round(rouge_l_recall("the cat lay on the mat", "The cat sat on the mat."), 4)
-        0.8333
-        >>> rouge_l_recall("", "The cat")
-        0.0
     """
     return float(rouge_score(prediction, reference, use_stemmer=False, rouge_keys="rougeL")["rougeL_recall"])
 
 
 def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
-    """Mean ROUGE-L recall of answers paired with another question's answer: what an ignorant model scores.
+    """Mean ROUGE-L recall of answers paired with another question's answer, in percent: what an ignorant model scores.
 
     The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
     another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
-
-    Args:
-        answers: The true answers.
-        seed: Seeds the pairing.
-
-    Returns:
-        Percent.
-
-    Raises:
-        UserError: Fewer than two answers.
-
-    Example:
-        >>> round(mismatched_rouge_l(["in the north", "in the south"]), 2)  # two of three words agree
-        66.67
     """
     if len(answers) < 2:
         raise UserError("answers", len(answers), "at least 2")
@@ -265,7 +157,7 @@ def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
 
 
 class RougeLRecall(Percentage):
-    """Mean :func:`rouge_l_recall` of generated answers, in percent; keeps sums only, never text.
+    """Mean :func:`rouge_l_recall` of generated answers against the true ones, in percent; keeps sums only, never text.
 
     Example:
         >>> rouge = RougeLRecall()
@@ -275,15 +167,6 @@ class RougeLRecall(Percentage):
     """
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        """Add examples.
-
-        Args:
-            predictions: B generated texts.
-            references: B true answers.
-
-        Raises:
-            ValueError: Different numbers of predictions and references.
-        """
         if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
             given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
             raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")

@@ -56,17 +56,11 @@ class Percentage(WideMetric):
         self.count = self.count + values.numel()
 
     def compute(self) -> Tensor:
-        """Percent, a scalar; NaN when nothing was added."""
         return 100 * self.total / self.count
 
 
 class KeptValues(WideMetric):
-    """A metric of all values at once, which have to be kept (8 bytes each): ranks of two samples.
-
-    Args:
-        *names: The lists of values.
-        **kwargs: See :class:`torchmetrics.Metric`.
-    """
+    """A metric of all values at once, which have to be kept in lists of these names (8 bytes each)."""
 
     def __init__(self, *names: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -96,32 +90,14 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def first_of_each(rows: Tensor) -> Tensor:
-    """Which entries are the first of their row: ``[N]`` bool, of ``[N]`` row numbers; equal ones are neighbours.
-
-    Example:
-        >>> first_of_each(torch.tensor([0, 0, 1, 3, 3]))
-        tensor([ True, False,  True,  True, False])
-    """
+    """Which entries are the first of their row: ``[N]`` bool, of ``[N]`` row numbers; equal ones are neighbours."""
     first = torch.ones_like(rows, dtype=torch.bool)
     first[1:] = rows[1:] != rows[:-1]
     return first
 
 
 def sequence_means(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
-    """Mean of per-token values within each sequence.
-
-    Args:
-        values: ``[N]`` any type.
-        sequence_index: ``[N]`` row of each token.
-        n_sequences: B.
-
-    Returns:
-        ``[B]`` float64; NaN for a row without tokens.
-
-    Example:
-        >>> sequence_means(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 3)
-        tensor([1.5000, 5.0000,    nan], dtype=torch.float64)
-    """
+    """Mean of ``[N]`` per-token values within each sequence: ``[B]`` float64, NaN for a row without tokens."""
     wide = values.to(widest_float(values.device))
     counts = sequence_sums(torch.ones_like(wide), sequence_index, n_sequences)
     return sequence_sums(wide, sequence_index, n_sequences) / counts

@@ -20,21 +20,14 @@ from lightning_ssiuu.utils.errors import UserError
 
 
 def loss_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
-    """Minus the loss: mean log-probability per token, in nats (Yeom et al., arXiv 1709.01604).
-
-    Example:
-        >>> loss_score(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
-        tensor([-2., -5.], dtype=torch.float64)
-    """
+    """Minus the loss: mean log-probability per token, in nats (Yeom et al., arXiv 1709.01604)."""
     return sequence_means(token_logps, sequence_index, n_sequences)
 
 
 def min_k(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, k: float = 0.4) -> Tensor:
     """Min-K %: mean of the share ``k`` of an answer's token log-probabilities that are lowest, in nats.
 
-    Of L tokens ⌊k·L⌋ count, at least one; ``k`` is in (0, 1], else a :class:`UserError`.
-
-    Source: Shi et al., arXiv 2310.16789.
+    Of L tokens ⌊k·L⌋ count, at least one; ``k`` is in (0, 1], else a :class:`UserError` (Shi et al., arXiv 2310.16789).
 
     Example:
         >>> logps, rows = torch.tensor([-1.0, -4.0, -2.0, -3.0, -5.0]), torch.tensor([0, 0, 0, 0, 1])
@@ -62,15 +55,7 @@ def min_k_plus_plus(
     ``(log p(y) − μ) / σ`` with μ and σ the mean and standard deviation of ``log p(v)``, v drawn from the prediction, of
     ``logits`` ``[N, V]`` (any float type; works in float32 or wider) at the answer tokens ``targets`` ``[N]``. σ counts
     as 1e-6 where it is smaller: a uniform prediction gives 0 within rounding, a certain one that is wrong a very low
-    value. In standard deviations.
-
-    Source: Zhang et al., arXiv 2404.02936.
-
-    Example:
-        >>> logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()  # μ = 0.8 log 0.8 + 0.2 log 0.2, σ = 0.4 log 4
-        >>> rows = torch.tensor([0, 1])
-        >>> min_k_plus_plus(logits, torch.tensor([0, 1]), rows, 2)
-        tensor([ 0.5000, -2.0000], dtype=torch.float64)
+    value. In standard deviations (Zhang et al., arXiv 2404.02936).
     """
     logps = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     probabilities = logps.exp()
@@ -84,16 +69,8 @@ def min_k_plus_plus(
 def zlib_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, texts: Sequence[str]) -> Tensor:
     """Mean log-probability per token over the size of the compressed answer, in nats per byte.
 
-    Repetitive text is probable to every model; its few bytes make up for that.
-
-    Takes B answers as ``texts``, else raises a :class:`UserError`.
-
-    Source: Carlini et al., arXiv 2012.07805; size of the UTF-8 text compressed by zlib at its default level.
-
-    Example:
-        >>> score = zlib_score(torch.tensor([-1.0, -1.0]), torch.tensor([0, 1]), 2, ["ab" * 50, "a few words of text"])
-        >>> bool(score[0] < score[1])  # just as probable, but there is less to know about it
-        True
+    Repetitive text is probable to every model; its few bytes make up for that (Carlini et al., arXiv 2012.07805). Size
+    of the UTF-8 text compressed by zlib at its default level.
     """
     if isinstance(texts, str) or len(texts) != n_sequences:
         raise UserError("texts", len(texts), f"a list of {n_sequences}, one for each answer")
@@ -104,15 +81,9 @@ def zlib_score(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, te
 def reference_score(
     token_logps: Tensor, reference_token_logps: Tensor, sequence_index: Tensor, n_sequences: int
 ) -> Tensor:
-    """Mean log-probability per token above that of a reference model, in nats.
-
-    ``reference_token_logps`` ``[N]`` are the same under a model that did not see the answers.
+    """Mean log-probability per token above that of a model that did not see the answers, in nats.
 
     Source: Carlini et al., arXiv 2012.07805.
-
-    Example:
-        >>> reference_score(torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -2.0]), torch.tensor([0, 0]), 1)
-        tensor([1.5000], dtype=torch.float64)
     """
     wide = widest_float(token_logps.device)
     return sequence_means(token_logps.to(wide) - reference_token_logps.to(wide), sequence_index, n_sequences)
@@ -121,24 +92,9 @@ def reference_score(
 def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Minus the Euclidean norm of each answer's gradient: what was trained on has little left to learn from.
 
-    One backward pass for each answer. Not for sharded models, whose ranks hold parts of the gradient.
-
-    Args:
-        losses: ``[B]`` loss of each answer, e.g. ``-answers.mean_logps``, with its graph.
-        parameters: The gradient is taken for these; frozen ones are left out.
-
-    Returns:
-        ``[B]`` values ≤ 0, float64, without a graph.
-
-    Raises:
-        UserError: No parameter needs a gradient.
+    One backward pass for each of the ``[B]`` losses. Not for sharded models, whose ranks hold parts of the gradient.
 
     Source: Wang et al., "Pandora's White-Box", arXiv 2402.17012.
-
-    Example:
-        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> gradient_norm_score(torch.tensor([[3.0, 4.0], [0.0, 1.0]]) @ weight, [weight])
-        tensor([-5., -1.], dtype=torch.float64)
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -154,16 +110,7 @@ def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 def membership_auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
     """Area under the ROC curve: the probability that a member scores higher than a non-member, ties counting half.
 
-    Args:
-        member_scores: ``[M]`` e.g. of the forget set, higher for what looks like a member.
-        nonmember_scores: ``[M']`` e.g. of a held-out set.
-
-    Returns:
-        A fraction in [0, 1]: 0.5, nothing tells them apart. NaN if one is empty or has a NaN.
-
-    Example:
-        >>> membership_auc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0]))  # (1 + 1 + 1 + ½) / 4
-        0.875
+    In [0, 1]; 0.5: nothing tells them apart. NaN if one sample is empty or has a NaN.
     """
     members, others = (scores.detach().flatten() for scores in (member_scores, nonmember_scores))
     if not (members.numel() and others.numel()) or members.isnan().any() or others.isnan().any():
@@ -175,24 +122,13 @@ def membership_auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
 
 
 def privleak(auc: float, reference_auc: float) -> float:
-    """Privacy leakage: how far an unlearned model's AUC is from a retrained model's, in percent.
+    """Privacy leakage: how far an unlearned model's AUC is from that of a model retrained without the forget set.
 
-    Args:
-        auc: :func:`membership_auc` of the unlearned model, forget set against held-out set.
-        reference_auc: The same of a model retrained without the forget set.
-
-    Returns:
-        ``100·[(1 − AUC) − (1 − AUC_ref)] / (1 − AUC_ref)``: 0 leaks nothing; below 0 the forget set still looks
-        learned, above 0 it looks suspiciously unknown.
-
-    Raises:
-        UserError: An AUC outside [0, 1], or a reference of 1, to which nothing can be related.
+    ``100·[(1 − AUC) − (1 − AUC_ref)] / (1 − AUC_ref)`` percent, the AUC being :func:`membership_auc` of the forget set
+    against a held-out set: 0 leaks nothing; below 0 the forget set still looks learned, above 0 it looks suspiciously
+    unknown. To a reference of 1 nothing can be related.
 
     Source: Shi et al., MUSE, arXiv 2407.06460; with 1 − AUC as in open-unlearning.
-
-    Example:
-        >>> privleak(1.0, 0.5), privleak(0.5, 0.5), privleak(0.25, 0.5)
-        (-100.0, 0.0, 50.0)
     """
     if auc < 0 or auc > 1:
         raise UserError("auc", auc, "a fraction in [0, 1]")
@@ -202,7 +138,10 @@ def privleak(auc: float, reference_auc: float) -> float:
 
 
 class MembershipAUC(KeptValues):
-    """:func:`membership_auc` in percent; 50: members and others look alike.
+    """:func:`membership_auc` in percent; 50: members and others look alike, NaN: no members, or no others.
+
+    Updated with ``[B]`` scores, higher for what looks like a member, and whether they are members, such as the forget
+    set.
 
     Example:
         >>> auc = MembershipAUC()
@@ -221,16 +160,9 @@ class MembershipAUC(KeptValues):
         super().__init__("member_scores", "nonmember_scores", **kwargs)
 
     def update(self, scores: Tensor, member: bool) -> None:
-        """Add examples.
-
-        Args:
-            scores: ``[B]`` any float type, higher for what looks like a member.
-            member: Whether they are members, such as the forget set.
-        """
         self._keep("member_scores" if member else "nonmember_scores", scores)
 
     def compute(self) -> Tensor:
-        """Percent, a scalar; NaN while there are no members, or no others."""
         members = self._kept("member_scores")
         return members.new_tensor(100 * membership_auc(members, self._kept("nonmember_scores")))
 
@@ -239,11 +171,8 @@ class PrivLeak(MembershipAUC):
     """:func:`privleak` against a retrained model; updated as :class:`MembershipAUC` is.
 
     Args:
-        reference_auc: ``MembershipAUC().compute()`` of the retrained model on the same sets, in percent.
+        reference_auc: ``MembershipAUC().compute()`` of the retrained model on the same sets, in percent, below 100.
         **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: A reference outside [0, 100).
 
     Example:
         >>> leak = PrivLeak(reference_auc=50.0)
@@ -262,6 +191,5 @@ class PrivLeak(MembershipAUC):
             raise UserError("reference_auc", self.reference_auc, "a percentage in [0, 100)")
 
     def compute(self) -> Tensor:
-        """Percent, a scalar; NaN while there are no members, or no others."""
         auc = super().compute()
         return auc.new_tensor(privleak(auc.item() / 100, self.reference_auc / 100))

@@ -12,6 +12,9 @@ from lightning_ssiuu.models.answers import sequence_sums
 class ExtractionStrength(Percentage):
     """Mean extraction strength ``1 − k/L``, in percent: k of an answer's L tokens suffice to be given the rest.
 
+    Updated with ``[N]`` bool, whether the most probable token is the label, the ``[N]`` row of each token, ascending,
+    and the number of rows; a row without tokens makes the result NaN.
+
     A prefix suffices when every later token is the most probable one after those before it, so k is the position of
     the last token that is not, and nothing has to be generated. 100: the question alone does; 0: the last token is
     wrong.
@@ -26,13 +29,6 @@ class ExtractionStrength(Percentage):
     """
 
     def update(self, token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> None:
-        """Add examples.
-
-        Args:
-            token_correct: ``[N]`` bool, the most probable token is the label.
-            sequence_index: ``[N]`` row of each token, ascending.
-            n_sequences: B; a row without tokens makes the result NaN.
-        """
         self._add(self._strengths(token_correct, sequence_index, n_sequences))
 
     @staticmethod
@@ -48,6 +44,8 @@ class ExtractionStrength(Percentage):
 class ExactMemorization(Percentage):
     """Mean share of an answer's tokens that greedy decoding under teacher forcing gives, in percent.
 
+    Updated as :class:`ExtractionStrength` is.
+
     Source: Tirumala et al., arXiv 2205.10770.
 
     Example:
@@ -58,5 +56,4 @@ class ExactMemorization(Percentage):
     """
 
     def update(self, token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> None:
-        """Add examples; arguments as for :meth:`ExtractionStrength.update`."""
         self._add(sequence_means(token_correct, sequence_index, n_sequences))

@@ -24,19 +24,9 @@ def truth_ratio(option_logps: Tensor, option_of: Tensor, n_examples: int) -> Ten
     A model that knows the answer has T near 0, one that cannot tell T near 1. TOFU takes a *paraphrase* of the answer
     for the true one; give its log-probability first to do the same.
 
-    Args:
-        option_logps: ``[B*K]`` mean log-probability per token of every option, in nats, any float type; the true
-            answer's first. K may differ between examples.
-        option_of: ``[B*K]`` the example each option belongs to, ascending.
-        n_examples: B.
-
-    Returns:
-        ``[B]`` values ≥ 0, float64. NaN for an example without wrong options, or with a NaN among them.
-
-    Example:
-        >>> logps = torch.tensor([0.5, 0.25, 0.0625, 0.1, 0.2], dtype=torch.float64).log()
-        >>> truth_ratio(logps, torch.tensor([0, 0, 0, 1, 1]), 2)  # sqrt(0.25 · 0.0625) / 0.5, 0.2 / 0.1
-        tensor([0.2500, 2.0000], dtype=torch.float64)
+    ``[B]`` values ≥ 0, float64, from the ``[B*K]`` mean log-probability of every option (nats), the true answer's
+    first, and the example each belongs to, ascending; K may differ. NaN for an example without wrong options, or with a
+    NaN.
     """
     wide = option_logps.to(widest_float(option_logps.device))
     first = first_of_each(option_of)
@@ -47,15 +37,12 @@ def truth_ratio(option_logps: Tensor, option_of: Tensor, n_examples: int) -> Ten
 
 
 class TruthRatio(Percentage):
-    """Mean of what truth ratios T (:func:`truth_ratio`) are worth, in percent.
+    """Mean of what truth ratios T (:func:`truth_ratio`, whose arguments it takes) are worth, in percent.
 
     Args:
         kind: ``"forget"``: ``min(T, 1/T)``, 1 where the model cannot tell the true answer from wrong ones;
             ``"retain"``: ``max(0, 1 − T)``, 1 where it is sure of the true answer. Higher is better in both.
         **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: Unknown ``kind``.
 
     Example:
         >>> metric = TruthRatio("forget")
@@ -72,7 +59,6 @@ class TruthRatio(Percentage):
         self.kind = kind
 
     def update(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> None:
-        """Add examples; arguments as for :func:`truth_ratio`, whose NaN makes the result NaN."""
         self._add(self._worth(truth_ratio(option_logps, option_of, n_examples)))
 
     def _worth(self, ratios: Tensor) -> Tensor:
@@ -83,22 +69,7 @@ def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
     """Forget quality: p-value of the two-sample Kolmogorov–Smirnov test between two models' truth ratios.
 
     Near 1: on the forget set the unlearned model cannot be told from one retrained without it; below 0.05 it can.
-
-    Args:
-        ratios: ``[B]`` of :func:`truth_ratio` on the forget set, the unlearned model's.
-        retrained_ratios: ``[B']`` the retrained model's (trained on the retain set alone), on the same set.
-
-    Returns:
-        A probability in [0, 1], NaN if there is a NaN among the ratios. Two-sided; exact for small samples
-        (``scipy.stats.ks_2samp``).
-
-    Raises:
-        UserError: One of the samples is empty.
-
-    Example:
-        >>> ratios = torch.tensor([0.1, 0.2, 0.3, 0.4])
-        >>> forget_quality(ratios, ratios), round(forget_quality(ratios, ratios + 1), 4)  # 2 of 70 orders
-        (1.0, 0.0286)
+    Two-sided, exact for small samples; NaN if there is a NaN among the ratios.
     """
     for name, sample in (("ratios", ratios), ("retrained_ratios", retrained_ratios)):
         if not sample.numel():
@@ -108,14 +79,13 @@ def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
 
 
 class ForgetQuality(KeptValues):
-    """:func:`forget_quality` of the truth ratios seen; not in percent, a p-value is read as it is.
+    """:func:`forget_quality` of the truth ratios seen, in [0, 1]: a p-value, not percent; NaN when nothing was added.
+
+    Updated with the arguments of :func:`truth_ratio`.
 
     Args:
         retrained_ratios: ``[B']`` :func:`truth_ratio` of a model trained without the forget set, on the forget set.
         **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: No reference values.
 
     Example:
         >>> metric = ForgetQuality(torch.tensor([0.25, 0.5]))
@@ -135,11 +105,9 @@ class ForgetQuality(KeptValues):
             raise UserError("retrained_ratios", 0, "at least one example")
 
     def update(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> None:
-        """Add examples; arguments as for :func:`truth_ratio`."""
         self._keep("ratios", truth_ratio(option_logps, option_of, n_examples))
 
     def compute(self) -> Tensor:
-        """The p-value, a scalar in [0, 1]; NaN when nothing was added."""
         ratios = self._kept("ratios")
         return ratios.new_tensor(forget_quality(ratios, self.retrained_ratios) if ratios.numel() else torch.nan)
 
@@ -147,15 +115,13 @@ class ForgetQuality(KeptValues):
 class ModelUtility(WideMetric):
     """Model utility: harmonic mean of the means of several scores, in percent, so that no other makes one near 0 good.
 
-    TOFU takes nine: probability, ROUGE-L recall and truth ratio (kind ``"retain"``) on the retain set, real authors
-    and world facts.
+    TOFU takes nine: probability, ROUGE-L recall and truth ratio (kind ``"retain"``) on the retain set, real authors and
+    world facts. Updated with a score's name and ``[B]`` fractions in [0, 1]; 0 if one of the means is 0, NaN while a
+    score has no values.
 
     Args:
-        names: Of the scores, e.g. ``retain probability``; none may stay without values.
+        names: Of the scores, e.g. ``retain probability``, each once.
         **kwargs: See :class:`torchmetrics.Metric`.
-
-    Raises:
-        UserError: No names, or one twice.
 
     Example:
         >>> utility = ModelUtility(["probability", "rouge_l"])
@@ -179,15 +145,6 @@ class ModelUtility(WideMetric):
         self.add_state("counts", torch.zeros(len(names), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, name: str, values: Tensor) -> None:
-        """Add examples of one score.
-
-        Args:
-            name: Of the score.
-            values: ``[B]`` fractions in [0, 1], any float type, or bool.
-
-        Raises:
-            UserError: Unknown name.
-        """
         if name not in self.names:
             raise UserError("name", name, f"one of {self.names}")
         here = torch.tensor([name == other for other in self.names], device=self.totals.device)
@@ -195,12 +152,7 @@ class ModelUtility(WideMetric):
         self.counts = self.counts + here * values.numel()
 
     def compute(self) -> Tensor:
-        """Percent, a scalar; 0 if one of the means is 0, NaN while one of the scores has no values."""
-        return self.totals.new_tensor(self._harmonic_mean(100 * self.totals / self.counts))
-
-    @staticmethod
-    def _harmonic_mean(values: Tensor) -> float:
-        wide = values.detach().cpu().double()
-        if (wide < 0).any():
-            raise UserError("values", wide.min().item(), "scores ≥ 0")
-        return float(wide.numel() / (1 / wide).sum())
+        means = (100 * self.totals / self.counts).cpu().double()
+        if (means < 0).any():
+            raise UserError("values", means.min().item(), "scores ≥ 0")
+        return self.totals.new_tensor(float(means.numel() / (1 / means).sum()))
