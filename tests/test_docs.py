@@ -10,6 +10,8 @@ import pkgutil
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,11 +78,19 @@ def test_python_blocks_run(marker: str | None, text: str, tmp_path: Path, monkey
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One directory for all commands of all pages, as a reader would have."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(RECIPES, folder / "recipes")
-    return folder
+    written = [block.values[1] for block in blocks("python")]
+    shown = "".join(block.values[1] for block in blocks("bash"))
+    for module, name in sorted(set(re.findall(r"\b(my_\w+)\.(\w+)", shown))):
+        (text,) = [text for text in written if re.search(rf"^(class|def) {name}\b|^{name} =", text, re.MULTILINE)]
+        with (folder / f"{module}.py").open("a", encoding="utf-8") as file:
+            file.write(text)
+    yield folder
+    for module in [name for name in sys.modules if name.startswith("my_")]:  # others may write files of these names
+        del sys.modules[module]
 
 
 @pytest.mark.parametrize(("marker", "text"), blocks("bash", marked="run"))
@@ -106,6 +116,7 @@ def test_options_of_shown_commands_exist(
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(UnlearningCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(UnlearningCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.syspath_prepend(workplace)
     for name in ("attack", "audit", "compare", "privacy", "utility"):
         function = getattr(importlib.import_module(f"lightning_ssiuu.cli.{name}"), name)
         monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: None))
