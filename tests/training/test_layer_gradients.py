@@ -1,4 +1,4 @@
-"""Sums of gradients by parameter, and which layers are known; the rules themselves are tested in test_single_pass.py."""
+"""Sums of gradients by parameter, and which layers are known; the rules are tested in test_single_pass.py."""
 
 from __future__ import annotations
 
