@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ class AnswerModel(nn.Module):
     """A causal language model that computes logits only where there are labels.
 
     The vocabulary projection of prompt and padding positions is most of a small model's wasted work and the largest
-    tensor of a step; selecting hidden states first avoids both. It is a module of its own, not a function, so that
-    sharding strategies find one root whose ``forward`` they can hook.
+    tensor of a step; selecting hidden states first avoids both. It is a module, not a function, so that sharding
+    strategies find one root whose ``forward`` they can hook.
 
     Args:
         hf: The transformers model. Where the head may do more than a projection (soft caps, scales), full logits are
@@ -54,16 +54,7 @@ class AnswerModel(nn.Module):
         self.plain_head = _has_plain_head(hf)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
-        """Run the model on one part of a batch.
-
-        Args:
-            input_ids: ``[B, L]`` token ids.
-            attention_mask: ``[B, L]`` ones on real tokens.
-            labels: ``[B, L]`` answer tokens, −100 elsewhere.
-
-        Returns:
-            Logits, targets and sequence numbers of the N labelled positions.
-        """
+        """The :class:`Answers` at the N labelled positions of ``[B, L]`` tokens (labels: −100 elsewhere)."""
         # The token at position k is predicted from position k − 1.
         labelled = labels[:, 1:] != -100
         sequence_index, position = labelled.nonzero(as_tuple=True)
@@ -83,7 +74,7 @@ class AnswerModel(nn.Module):
 
 @dataclass
 class _Hidden(BaseModelOutput):
-    """What a base model gives, but for caches, attentions and routers: those are None."""
+    """What a base model gives; caches, attentions and routers are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -91,21 +82,7 @@ class _Hidden(BaseModelOutput):
 
 
 def own_logits(hf: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The logits that a model's own forward pass makes of hidden states, with soft caps, scales and all.
-
-    Args:
-        hf: The transformers model.
-        hidden: ``[..., H]`` as the final norm gives them.
-
-    Returns:
-        ``[..., V]``.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> hf, hidden = load_model("tiny"), torch.ones(2, 128)
-        >>> torch.equal(own_logits(hf, hidden), hf.lm_head(hidden))
-        True
-    """
+    """The logits ``[..., V]`` that a model's own forward pass makes of final hidden states ``[..., H]``."""
     base: Any = hf.base_model
     states = hidden.reshape(1, -1, hidden.shape[-1])
     forward = vars(base).get("forward")
@@ -121,7 +98,6 @@ def own_logits(hf: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _has_plain_head(hf: Any) -> bool:
-    """Whether the unembedding alone gives the model's own logits: what its record says, and what two states show."""
     architecture = architecture_of(hf)
     if architecture is None or not architecture.plain_head:
         return False
@@ -148,38 +124,13 @@ def _is_own(hf: Any, weight: Tensor) -> bool:
 
 
 def answer_token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each answer token, in nats.
-
-    Args:
-        logits: ``[N, V]``.
-        targets: ``[N]`` token ids.
-
-    Returns:
-        ``[N]`` values ≤ 0, in float32 or wider whatever the logits' type.
-
-    Example:
-        >>> answer_token_logps(torch.zeros(1, 4), torch.tensor([2])).exp()
-        tensor([0.2500])
-    """
+    """Log-probability of each answer token, ``[N]`` nats, in float32 or wider whatever the logits' type."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, targets, reduction="none")
 
 
 def sequence_sums(values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
-    """Sum per-token values within each sequence.
-
-    Args:
-        values: ``[N]`` one value per labelled token.
-        sequence_index: ``[N]`` the row of the batch each belongs to.
-        n_sequences: B.
-
-    Returns:
-        ``[B]``; zero for a sequence without labels.
-
-    Example:
-        >>> sequence_sums(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 2)
-        tensor([3., 5.])
-    """
+    """Sum per-token values ``[N]`` within each sequence: ``[B]``, zero for a sequence without labels."""
     return values.new_zeros(n_sequences).index_add(0, sequence_index, values)
 
 
@@ -192,11 +143,6 @@ class Answers:
         targets: ``[N]`` the answer tokens.
         sequence_index: ``[N]`` the row of the batch each belongs to, sorted.
         n_sequences: B.
-
-    Example:
-        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
-        >>> answers.logps.exp(), answers.lengths
-        (tensor([0.0625, 0.2500]), tensor([2., 1.]))
     """
 
     logits: Tensor
@@ -232,17 +178,9 @@ class Answers:
 
 
 def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None = None) -> Tensor:
-    """Mean over sequences of the mean over each answer's tokens; a sequence with none of them adds 0 to the sum.
+    """Mean over sequences of the mean of ``values [N]`` over each answer's tokens.
 
-    Args:
-        values: ``[N]`` one per labelled token.
-        answers: Whose tokens they are.
-        counted: ``[N]`` bool, the tokens that count; None for all.
-
-    Example:
-        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
-        >>> mean_over_answers(torch.tensor([1.0, 2.0, 5.0]), answers)  # (1.5 + 5) / 2
-        tensor(3.2500)
+    Only the tokens ``counted`` (``[N]`` bool; None: all) take part; a sequence with none of them adds 0 to the sum.
     """
     lengths = answers.lengths
     if counted is not None:
@@ -252,30 +190,21 @@ def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None =
 
 
 Target = Literal["sequence", "length_normalised", "log_probability"]
-
-
-TARGETS: tuple[Target, ...] = ("sequence", "length_normalised", "log_probability")
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def target_logps(answers: Answers, target: Target) -> Tensor:
     """Log of the probability that is attributed: ``[B]`` values in nats.
 
+    ``"sequence"`` is P(y|x), the paper's; ``"length_normalised"`` P(y|x)^{1/T}, T the number of answer tokens,
+    comparable between lengths; ``"log_probability"`` is log P(y|x) / T.
+
     Every attribution of P carries the factor P. Where unlearning has pushed P to almost nothing, all attributions
     are almost nothing, negative ones included: D⁻ then vanishes although nothing was erased. ``"log_probability"`` has
     no such factor, but its gradient grows as P falls, also for a model that never knew the answer.
 
-    Args:
-        answers: A forward pass.
-        target: ``"sequence"`` for P(y|x), the paper's; ``"length_normalised"`` for P(y|x)^{1/T}, T the number of answer
-            tokens, comparable between lengths; ``"log_probability"`` for log P(y|x) / T.
-
     Raises:
         UserError: If the target is unknown.
-
-    Example:
-        >>> answers = Answers(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
-        >>> target_logps(answers, "sequence").exp(), target_logps(answers, "length_normalised").exp()
-        (tensor([0.0625]), tensor([0.2500]))
     """
     if target not in TARGETS:
         raise UserError("target", target, f"one of {list(TARGETS)}")
@@ -283,12 +212,7 @@ def target_logps(answers: Answers, target: Target) -> Tensor:
 
 
 def input_positions(attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Which tokens are inputs to the prediction of some answer token: ``[B, L]`` bool.
-
-    Example:
-        >>> input_positions(torch.tensor([[1, 1, 1, 0]]), torch.tensor([[-100, -100, 7, -100]]))
-        tensor([[ True,  True, False, False]])
-    """
+    """Which tokens are inputs to the prediction of some answer token: ``[B, L]`` bool."""
     answer_follows = (labels[:, 1:] != -100).flip(1).cumsum(1).flip(1) > 0
     inside = torch.cat([answer_follows, torch.zeros_like(answer_follows[:, :1])], dim=1)
     return inside & attention_mask.bool()

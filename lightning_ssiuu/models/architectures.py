@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -22,7 +22,7 @@ from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.registry import resolve
 
 Kind = Literal["attn_q", "attn_k", "attn_v", "attn_o", "mlp_gate", "mlp_up", "mlp_down"]
-KINDS: tuple[Kind, ...] = ("attn_q", "attn_k", "attn_v", "attn_o", "mlp_gate", "mlp_up", "mlp_down")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Kinds whose outputs are added to the residual stream; some blocks (Falcon's) add them up in place.
 WRITERS = ("attn_o", "mlp_down")
 _QKV, _GATE_UP = KINDS[:3], KINDS[4:6]
@@ -121,19 +121,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 def find_architecture(
     given: str | Mapping[str, Any] | Architecture | None, argument: str = "architecture"
 ) -> Architecture | None:
-    """What the option ``architecture`` means.
+    """The record that an option ``architecture`` means; None: by the model's type.
 
-    Args:
-        given: None (by the model's type), a key of :data:`ARCHITECTURES`, the import path of a record (the working
-            directory is looked in too), or the record itself, also as a mapping.
-        argument: Its name as the user wrote it.
+    Else it is a key of :data:`ARCHITECTURES`, the import path of a record (the working directory is looked in too), or
+    the record itself, also as a mapping.
 
     Raises:
         UserError: If it is none of those.
-
-    Example:
-        >>> find_architecture("mistral") is ARCHITECTURES["llama"], find_architecture(None)
-        (True, None)
     """
     if given is None or isinstance(given, Architecture):
         return given
@@ -159,13 +153,6 @@ def use_architecture(hf: PreTrainedModel, architecture: Architecture) -> None:
 
     Raises:
         UserError: If the model has no module of a name in the record.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> use_architecture(load_model("tiny"), Architecture("model.layers", "model.norm", {"mlp_up": "mlp.fc"}))
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: architecture: got 'model.layers.0.mlp.fc', allowed: names of modules of this llama
     """
     hf._architecture = architecture  # type: ignore[assignment]
     neuron_sites(hf)
@@ -192,14 +179,9 @@ def _module(hf: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class NeuronSite:
-    """One kind of neuron in one layer.
+    """One kind of neuron in one layer (block number from 0), ``width`` of them.
 
-    Args:
-        kind: One of :data:`KINDS`.
-        layer: Block number, from 0.
-        module_name: Dotted name inside the transformers model.
-        width: Number of neurons.
-        columns: ``[width]`` indices into the module's output where it is shared by several kinds, else None.
+    ``columns [width]`` are their indices into the module's output where several kinds share it, else None.
     """
 
     kind: Kind
@@ -221,18 +203,11 @@ class NeuronSite:
 def neuron_sites(model: Any) -> list[NeuronSite]:
     """List the neuron sites of a transformers causal language model, layer by layer, in the order of :data:`KINDS`.
 
-    Returns:
-        One site per layer and kind; kinds an architecture lacks (GPT-2 has no gate) are absent, which is logged once
-        where attention or the feed-forward networks lack them.
+    Kinds an architecture lacks (GPT-2 has no gate) are absent, which is logged once where attention or the feed-forward
+    networks lack them.
 
     Raises:
         UserError: If the architecture is unknown, or its record names what the model does not have.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> sites = neuron_sites(load_model("tiny"))
-        >>> [site.kind for site in sites[:3]], sites[0].layer
-        (['attn_q', 'attn_k', 'attn_v'], 0)
     """
     architecture = _known(model, "neuron sites")
     sites = []
@@ -255,11 +230,7 @@ def _tell(model_type: str, left_out: tuple[str, ...]) -> None:
 
 
 def feed_forward_sites(hf: Any) -> list[NeuronSite]:
-    """The sites of the feed-forward networks.
-
-    Raises:
-        UserError: If the architecture is unknown, or has none (its experts are kept as one tensor).
-    """
+    """The sites of the feed-forward networks; a UserError where there are none (experts kept as one tensor)."""
     if not (sites := [site for site in neuron_sites(hf) if site.kind.startswith("mlp")]):
         raise UserError("checkpoint", _model_type(hf), "an architecture whose feed-forward networks hold neurons")
     return sites
@@ -279,7 +250,6 @@ def head_size(config: Any) -> int:
 
 
 def _columns(kind: Kind, width: int, architecture: Architecture, config: Any) -> Tensor | None:
-    """Which outputs of a projection belong to a kind, where several kinds share it."""
     modules, columns = architecture.modules, torch.arange(width)
     if kind in _GATE_UP and modules.get("mlp_gate") == modules.get("mlp_up"):
         return columns.chunk(2)[_GATE_UP.index(kind)]
@@ -307,23 +277,18 @@ def select_sites(sites: Sequence[NeuronSite], selectors: Sequence[str], argument
 
     Raises:
         UserError: If a selector names no site.
-
-    Example:
-        >>> sites = [NeuronSite("attn_q", 0, "q", 2), NeuronSite("mlp_up", 0, "u", 4), NeuronSite("mlp_up", 1, "u", 4)]
-        >>> [site.key for site in select_sites(sites, ["mlp_up"])]
-        [(0, 'mlp_up'), (1, 'mlp_up')]
     """
     chosen: set[tuple[int, str]] = set()
     for selector in selectors:
         match = _SELECTOR.fullmatch(selector)
-        found = set()
+        keys = set()
         if match and selector:
             layer, kind = match["layer"], match["kind"]
-            found = {s.key for s in sites if (not layer or s.layer == int(layer)) and (not kind or s.kind == kind)}
-        if not found:
+            keys = {s.key for s in sites if (not layer or s.layer == int(layer)) and (not kind or s.kind == kind)}
+        if not keys:
             kinds, layers = sorted({s.kind for s in sites}), max((s.layer for s in sites), default=-1)
             raise UserError(argument, selector, f"a kind of {kinds}, 'layerN' with N ≤ {layers}, or 'layerN.kind'")
-        chosen |= found
+        chosen |= keys
     return [site for site in sites if site.key in chosen]
 
 
@@ -333,11 +298,6 @@ def transformer_blocks(hf: PreTrainedModel) -> list[nn.Module]:
     Raises:
         UserError: If neither the architecture is known, nor the model's class names its blocks for transformers
             (``_no_split_modules``).
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> [type(block).__name__ for block in transformer_blocks(load_model("tiny"))][:1]
-        ['LlamaDecoderLayer']
     """
     if (architecture := architecture_of(hf)) is not None:
         if blocks := list(_module(hf, architecture.blocks).children()):
@@ -351,38 +311,14 @@ def transformer_blocks(hf: PreTrainedModel) -> list[nn.Module]:
 
 
 def final_norm(hf: Any) -> nn.Module:
-    """The norm between the last block and the unembedding of a transformers model.
-
-    Raises:
-        UserError: If the architecture is unknown.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> type(final_norm(load_model("tiny"))).__name__
-        'LlamaRMSNorm'
-    """
+    """The norm between the last block and the unembedding."""
     return _module(hf, _known(hf, "final norm").final_norm)
 
 
 def neuron_rows(hf: Any, sites: Sequence[NeuronSite], chosen: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """The incoming weights and biases of some neurons.
+    """The incoming weights and biases of the neurons ``chosen`` (``[n_neurons]`` bool, in the order of the sites).
 
-    Args:
-        hf: The model.
-        sites: Of the model.
-        chosen: ``[n_neurons]`` bool, in the order of the sites.
-
-    Returns:
-        Parameters of the sites' modules, each with a mask that broadcasts to it.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = load_model("tiny")
-        >>> sites = neuron_sites(model)
-        >>> chosen = torch.arange(sum(site.width for site in sites)) < 3
-        >>> parameter, mask = neuron_rows(model, sites, chosen)[0]
-        >>> parameter is model.model.layers[0].self_attn.q_proj.weight, mask.shape[1], int(mask.sum())
-        (True, 1, 3)
+    Each parameter comes with a mask that broadcasts to it.
     """
     by_module: dict[str, Tensor] = {}
     for site, part in zip(sites, chosen.split([site.width for site in sites]), strict=True):

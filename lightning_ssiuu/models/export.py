@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.lora import ADAPTER, adapter_parameters, is_adapted, layer_delta
-from lightning_ssiuu.models.quantization import dequantized, is_quantized
+from lightning_ssiuu.models.quantization import dequantized, float_type, is_quantized
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.files import written_atomically
 
@@ -28,27 +28,10 @@ def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     1e-6 relative); only, on a GPU, and on a CPU outside training mode, an 8-bit projection also rounds its
     input to 8 bits, which a plain one does not.
 
-    With several ranks each must call this. Weights are gathered one at a time and kept by the first rank. The
-    model is not changed.
-
-    Args:
-        model: A transformers model, in whatever state it was trained.
-
-    Returns:
-        The state dict of the original class, tied weights being one tensor under several names; empty on other ranks.
-        Weights that need no work share their memory with the model.
-
-    Example:
-        >>> from lightning_ssiuu.models.lora import LoRA
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = load_model("tiny")
-        >>> before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        >>> LoRA(r=2).attach(model)
-        >>> after = plain_state_dict(model)  # B is zero at the start
-        >>> after.keys() == before.keys(), all(torch.equal(after[name], before[name]) for name in before)
-        (True, True)
+    Every rank must call this; weights are gathered one at a time and kept by the first, on others the result is empty.
+    Tied weights are one tensor under several names, and weights that need no work share their memory with the model.
     """
-    keep, dtype = rank() == 0, _float_type(model)
+    keep, dtype = rank() == 0, float_type(model)
     known: dict[int, Tensor | None] = {}
     plain: dict[str, Tensor] = {}
     for entry in _entries(model):
@@ -60,13 +43,8 @@ def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def plain_bytes(model: PreTrainedModel, adapter: bool = False) -> int:
-    """Size of what :func:`save_pretrained` writes, in bytes of weights; nothing is gathered or computed.
-
-    Args:
-        model: The model as it will be saved.
-        adapter: Count :func:`save_adapter`'s file too.
-    """
-    dtype = _float_type(model)
+    """Size in bytes of the weights :func:`save_pretrained` (and :func:`save_adapter`) writes; nothing is computed."""
+    dtype = float_type(model)
     sizes = {id(entry.tensor): entry.plain_bytes(dtype) for entry in _entries(model)}
     alone = adapter_parameters(model).values() if adapter else ()
     return sum(sizes.values()) + sum(p.numel() * p.element_size() for p in alone)
@@ -78,23 +56,8 @@ def save_pretrained(
     """Save model and tokenizer as one transformers directory, whole or not at all; every rank must call it.
 
     ``AutoModelForCausalLM.from_pretrained`` loads it with neither peft nor bitsandbytes: safetensors weights as
-    :func:`plain_state_dict` gives them, and a configuration that knows nothing of quantisation or adapters.
-
-    Args:
-        model: The trained model; not changed.
-        tokenizer: Its tokenizer.
-        directory: What is there is replaced, once the new files are complete.
-
-    Example:
-        >>> import tempfile
-        >>> from lightning_ssiuu.models.lora import LoRA
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> model = load_model("tiny", quantization="8bit")
-        >>> LoRA(r=2).attach(model)
-        >>> folder = os.path.join(tempfile.mkdtemp(), "model")
-        >>> save_pretrained(model, load_tokenizer("tiny"), folder)
-        >>> load_model(folder).get_parameter("model.layers.0.mlp.up_proj.weight").dtype
-        torch.float32
+    :func:`plain_state_dict` gives them, and a configuration that knows nothing of quantisation or adapters. An earlier
+    directory is replaced once the new files are complete.
     """
     state = plain_state_dict(model)
     if rank() > 0:
@@ -109,12 +72,8 @@ def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], base
     """Save the adapters alone in peft's format, whole or not at all; every rank must call it.
 
     ``PeftModel.from_pretrained(base_model, directory)`` puts them on. Trained beside quantised weights they belong to
-    those: put on a base loaded in another width they give a slightly different model.
-
-    Args:
-        model: A model with adapters; not changed.
-        directory: What is there is replaced, once the new files are complete.
-        base: Name of the checkpoint they were trained on, for the record.
+    those: put on a base loaded in another width they give a slightly different model. ``base`` is the name of the
+    checkpoint they were trained on, for the record.
     """
     matrices = adapter_parameters(model)
     state = {f"base_model.model.{name}": _whole(matrix).cpu() for name, matrix in matrices.items()}
@@ -131,10 +90,7 @@ def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], base
 
 @dataclass
 class _Entry:
-    """One tensor of the original model.
-
-    ``module`` holds it now; ``layer`` is the adapted projection around that module, when this is the adapted weight.
-    """
+    """One tensor of the original model; ``layer`` is the adapted projection around ``module`` if this is its weight."""
 
     name: str
     tensor: Tensor
@@ -168,7 +124,6 @@ class _Entry:
 
 
 def _entries(module: Any, prefix: str = "", layer: Any = None) -> Iterator[_Entry]:
-    """Every tensor of the original state dict, in its order and under its name."""
     if is_adapted(module):
         yield from _entries(module.base_layer, prefix, module)
         return
@@ -182,24 +137,16 @@ def _entries(module: Any, prefix: str = "", layer: Any = None) -> Iterator[_Entr
 
 
 def _whole(tensor: Any) -> Tensor:
-    """The tensor itself, or what its shards on all ranks make up."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _float_type(model: PreTrainedModel) -> torch.dtype:
-    """The type of what is not quantised."""
-    embeddings: Any = model.get_input_embeddings()
-    return embeddings.weight.dtype
-
-
 def _skeleton(model: Any) -> PreTrainedModel:
-    """The original class without storage, to write the original configuration and know which weights are tied."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        skeleton = type(model)(config).to(_float_type(model))
+        skeleton = type(model)(config).to(float_type(model))
     skeleton.generation_config = model.generation_config
     if hasattr(model, "_weight_conversions") and not getattr(model, "is_quantized", False):
         # How the file's names became the model's, to be undone.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import transformer_blocks
@@ -22,29 +20,19 @@ class HiddenAnswers(Answers):
     hidden: Tensor
 
 
-@contextmanager
-def output_of(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, a list that gets the block's output ``[B, L, H]`` at each of its forward passes."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: object, output: Any) -> None:
-        # Nothing is computed here: gradient checkpointing repeats the block, by then without this hook.
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = block.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAnswers:
     """One forward pass: logits at the labelled positions, and the output of block ``layer`` (from 0) behind them."""
-    with output_of(transformer_blocks(model.hf)[layer]) as seen:
+    outputs: list[Any] = []
+    # Nothing is computed in the hook: gradient checkpointing repeats the block, by then without it.
+    handle = transformer_blocks(model.hf)[layer].register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
         answers = model(part["input_ids"], part["attention_mask"], part["labels"])
+    finally:
+        handle.remove()
     # The token at position k is predicted from position k − 1.
     rows, positions = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-    hidden = seen[0][rows, positions]
+    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # [B, L, H]
+    hidden = output[rows, positions]
     return HiddenAnswers(answers.logits, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
 
 

@@ -35,30 +35,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
-    """Turn what the user wrote as ``checkpoint`` into something ``from_pretrained`` takes.
+    """Turn what the user wrote as ``checkpoint`` into what ``from_pretrained`` takes: a local directory or a hub id.
 
-    A GGUF file is dequantised once into a cache directory (``$LIGHTNING_SSIUU_CACHE``, by default
-    ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so later loads are fast and the model
-    can be saved again.
-
-    Args:
-        checkpoint: ``"tiny"``, a local directory, a ``.gguf`` file, ``"package:NAME/FILE"`` for either inside an
-            installed Python package (which is not imported), or a hub id.
-
-    Returns:
-        A local directory, or the hub id unchanged.
+    It is ``"tiny"``, a local directory, a ``.gguf`` file, ``"package:NAME/FILE"`` for either inside an installed Python
+    package (which is not imported), or a hub id. A GGUF file is dequantised once into a cache directory
+    (``$LIGHTNING_SSIUU_CACHE``, by default ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so
+    later loads are fast and the model can be saved again.
 
     Raises:
         UserError: If it is none of those: a missing path, a directory without ``config.json``.
-
-    Example:
-        >>> resolve_checkpoint("tiny").endswith("tiny")
-        True
-        >>> resolve_checkpoint("/no/such/model")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: checkpoint: got '/no/such/model', allowed: "tiny", a transformers \
-directory with safetensors weights, a .gguf file, or a hub id
     """
     text = os.fspath(checkpoint)
     if text == "tiny":
@@ -87,7 +72,7 @@ def load_model(
     architecture: Architecture | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model: safetensors only, no remote code, cache off, every parameter trainable.
+    """Load a causal language model in evaluation mode: safetensors only, no remote code, no cache, all of it trainable.
 
     Args:
         checkpoint: See :func:`resolve_checkpoint`.
@@ -99,16 +84,12 @@ def load_model(
             :mod:`~lightning_ssiuu.models.architectures` says for its type.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
-    Returns:
-        The model in evaluation mode (``from_pretrained``'s default).
-
     Raises:
         UserError: If there is no such model, its weights are not safetensors, broken, incomplete or quantised already,
             bitsandbytes is missing, or ``architecture`` is not this model's.
 
     Example:
-        >>> model = load_model("tiny")
-        >>> model.config.model_type
+        >>> load_model("tiny").config.model_type
         'llama'
     """
     source = resolve_checkpoint(checkpoint)
@@ -136,16 +117,8 @@ def load_model(
 def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer, right padding, with a padding token in any case (EOS when it has none).
 
-    Args:
-        checkpoint: See :func:`resolve_checkpoint`.
-
     Raises:
         UserError: If there is no tokenizer, or it has no end-of-sequence token (answers must end somewhere).
-
-    Example:
-        >>> tokenizer = load_tokenizer("tiny")
-        >>> tokenizer.padding_side, tokenizer.pad_token_id is not None
-        ('right', True)
     """
     source = resolve_checkpoint(checkpoint)
     try:
@@ -232,24 +205,12 @@ def _converted_gguf(path: Path) -> Path:
 
 
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
-    """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say.
-
-    Raises:
-        UserError: If there is no such checkpoint, or its configuration cannot be read.
-
-    Example:
-        >>> context_length("tiny")
-        128
-    """
+    """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say."""
     return getattr(_configuration(checkpoint), "max_position_embeddings", None)
 
 
 def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
-    """The transformers configuration of a checkpoint whose weights are not quantised.
-
-    Raises:
-        UserError: If they are, or there is no such checkpoint, or its configuration cannot be read.
-    """
+    """The transformers configuration of a checkpoint; a UserError if its weights are quantised already."""
     config = _configuration(checkpoint)
     if (packed := getattr(config, "quantization_config", None)) is not None:
         method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.models.quantization import was_conv1d
+from lightning_ssiuu.models.quantization import float_type, was_conv1d
 from lightning_ssiuu.utils.errors import UserError
 
 #: The name peft gives the only adapter there is.
@@ -74,28 +73,24 @@ class LoRA:
 
         Raises:
             UserError: If peft is missing, a target names no projection, or the model has adapters already.
-
-        Example:
-            >>> from lightning_ssiuu.models.loading import load_model
-            >>> model = load_model("tiny")
-            >>> LoRA(r=2, target_modules=["mlp.up_proj"]).attach(model)
-            >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]  # doctest: +NORMALIZE_WHITESPACE
-            ['model.layers.0.mlp.up_proj.lora_A.default.weight', 'model.layers.0.mlp.up_proj.lora_B.default.weight']
         """
-        peft = _peft()
+        try:
+            import peft
+        except ImportError as error:
+            raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
         if any(True for _ in adapted_layers(model)):
             raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
         targets = self._targets(model)
         config = peft.LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
             lora_dropout=self.dropout,
             target_modules=targets,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
         peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
-        width = torch.promote_types(_embedding(model).dtype, torch.float32)
+        width = torch.promote_types(float_type(model), torch.float32)
         for _, layer in adapted_layers(model):
             _initialise(layer, width)
 
@@ -113,7 +108,8 @@ class LoRA:
         model.requires_grad_(True)
 
     def _targets(self, model: PreTrainedModel) -> list[str]:
-        projections = _projections(model)
+        head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
+        projections = [n for n, module in model.named_modules() if isinstance(module, linear) and module is not head]
         if self.target_modules is None:
             chosen = set(projections)
         else:
@@ -128,26 +124,6 @@ class LoRA:
         ends = sorted({name.rpartition(".")[2] for name in chosen})
         same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends} == chosen
         return ends if same else sorted(chosen)
-
-
-def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
-    return peft
-
-
-def _projections(model: PreTrainedModel) -> list[str]:
-    head = model.get_output_embeddings()
-    named = model.named_modules()
-    return [name for name, module in named if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
-
-
-def _embedding(model: PreTrainedModel) -> torch.Tensor:
-    # Of all weights the one that is never quantised and never adapted.
-    embeddings: Any = model.get_input_embeddings()
-    return embeddings.weight
 
 
 def _initialise(layer: Any, dtype: torch.dtype) -> None:
@@ -182,13 +158,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def layer_delta(layer: Any, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> torch.Tensor:
-    """``alpha / r · B A``, what an adapter adds to its projection's weight, in the shape that is stored.
-
-    Args:
-        layer: From :func:`adapted_layers`.
-        matrix_a: Its A, ``[r, in]``, whole.
-        matrix_b: Its B, ``[out, r]``, whole.
-    """
+    """``alpha / r · B A`` of A ``[r, in]`` and B ``[out, r]``: what an adapter adds to the weight as it is stored."""
     delta = layer.scaling[ADAPTER] * (matrix_b @ matrix_a)
     return delta.T if was_conv1d(layer.base_layer) else delta
 
@@ -199,15 +169,6 @@ def adapters_kept_wide(model: nn.Module) -> Iterator[None]:
 
     Lightning's ``bf16-true`` casts a whole module. What an optimiser adds to an adapter in a step is mostly too small
     for bfloat16's eight bits, and adapters are too few for their width to matter.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = load_model("tiny")
-        >>> LoRA(r=1).attach(model)
-        >>> with adapters_kept_wide(model):
-        ...     _ = model.to(torch.bfloat16)
-        >>> model.dtype, next(iter(adapter_parameters(model).values())).dtype
-        (torch.bfloat16, torch.float32)
     """
     before = [(parameter, parameter.data) for parameter in adapter_parameters(model).values()]
     yield
@@ -221,23 +182,14 @@ def without_frozen(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any
 
     For quantised weights it is also the only part that can be put back: bitsandbytes writes constants beside 4-bit
     weights that it does not read again.
-
-    Args:
-        module: Whose state it is.
-        state: Its ``state_dict``.
     """
     return {name: state[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def check_adapter_state(module: nn.Module, state: Mapping[str, Any] | None) -> None:
-    """Check that a checkpoint's state holds every adapter; loading it would leave out what it does not hold.
+    """Raise a UserError unless a checkpoint's state holds every adapter (None: a strategy keeps it elsewhere).
 
-    Args:
-        module: What the state is to be loaded into.
-        state: The state; None where a strategy keeps it elsewhere.
-
-    Raises:
-        UserError: If adapters are missing.
+    Loading it would leave out what it does not hold.
     """
     if state is None:
         return

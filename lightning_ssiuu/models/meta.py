@@ -21,16 +21,7 @@ def blueprint(
     quantization: Literal["8bit", "4bit"] | None,
     architecture: Architecture | None = None,
 ) -> PreTrainedModel:
-    """What ``load_model`` gives for the same arguments, on the meta device; only the configuration is read.
-
-    Raises:
-        UserError: As ``load_model``, as far as the configuration tells.
-
-    Example:
-        >>> model = blueprint("tiny", torch.float32, None)
-        >>> model.device, sum(p.numel() for p in model.parameters())
-        (device(type='meta'), 918656)
-    """
+    """What ``load_model`` gives for the same arguments, on the meta device; only the configuration is read."""
     config = plain_configuration(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -93,7 +84,6 @@ def _is_8bit(module: nn.Module) -> bool:
 
 
 def _give_scales(module: Any) -> None:
-    """The constants beside a packed weight, which bitsandbytes makes while it quantises."""
     weight, rows, columns = module.weight, int(module.out_features), int(module.in_features)
 
     def new(size: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.utils.errors import UserError
@@ -23,20 +24,11 @@ def loading_options(
     """What ``from_pretrained`` is told in order to quantise every projection while loading.
 
     8-bit is LLM.int8() (arXiv 2208.07339). 4-bit is NF4 with doubly quantised constants (QLoRA, arXiv 2305.14314)
-    whose products are computed in ``dtype``. The output head, embeddings and norms stay in ``dtype``.
-
-    Args:
-        quantization: Width.
-        dtype: Type of everything that is not quantised, and of the activations.
-        device: Where the weights go; None is the CPU. They cannot be moved between kinds of device afterwards.
+    whose products are computed in ``dtype``. The output head, embeddings and norms stay in ``dtype``. The weights
+    cannot be moved between kinds of device afterwards; no ``device`` is the CPU.
 
     Raises:
         UserError: If bitsandbytes is missing or cannot do it in ``dtype``.
-
-    Example:
-        >>> options = loading_options("4bit", torch.float32, None)
-        >>> options["device_map"], options["quantization_config"].bnb_4bit_quant_type
-        ({'': device(type='cpu')}, 'nf4')
     """
     if quantization == "4bit" and dtype == torch.float64:
         raise UserError("quantization", quantization, "null or 8bit with 64-bit floats: 4-bit knows at most 32")
@@ -84,13 +76,10 @@ def _forget_input(module: nn.Module, inputs: Any, output: Tensor) -> None:
 
 
 def check_reading(model: nn.Module) -> None:
-    """Make sure that this CPU reads 4-bit weights back as they were packed.
+    """Raise a UserError unless this CPU reads 4-bit weights back as they were packed.
 
     bitsandbytes packs a weight in blocks of the flattened matrix, and its kernel for CPUs with AVX-512 (seen in 0.50.2)
     reads them as if every row began a block: where the row length is no multiple of the block, most scales are wrong.
-
-    Raises:
-        UserError: If a layer is read wrongly.
     """
     from bitsandbytes import functional
 
@@ -108,6 +97,12 @@ def check_reading(model: nn.Module) -> None:
             raise UserError("quantization", "4bit", f"8bit or null for this model on this CPU: {rows}")
 
 
+def float_type(model: PreTrainedModel) -> torch.dtype:
+    """The type of what is not quantised: that of the embeddings, which are never adapted either."""
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight.dtype
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer's weight is in 8 or 4 bits."""
     return type(getattr(module, "weight", None)).__name__ in _PACKED
@@ -117,9 +112,6 @@ def dequantized(module: Any) -> Tensor:
     """The weight a quantised layer computes with, in float32 and in the shape its original layer stored it in.
 
     8-bit: up to the rounding of activations to int8, which happens on GPUs and, on a CPU, outside training mode.
-
-    Returns:
-        ``[out, in]``, or ``[in, out]`` where the original layer was GPT-2's ``Conv1D``.
     """
     weight = module.weight
     if type(weight).__name__ == "Int8Params":

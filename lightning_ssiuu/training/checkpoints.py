@@ -1,4 +1,4 @@
-"""Checkpoints of a training run that are whole or absent, and a clear word where one is neither."""
+"""Checkpoints of a training run that are whole or absent, and a clear error for one that is neither."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     on another disk that is a copy, and a process killed within it leaves half a file under the checkpoint's name. Here
     nothing is held twice, and a process killed at any moment leaves the last checkpoint as it was.
 
-    Reads plain values and tensors only (``weights_only``) unless told otherwise. Paths with a protocol (``s3://``) are
-    left to Lightning.
+    Reads plain values and tensors only, unless ``weights_only`` is False: pickled objects can run any code. Paths with
+    a protocol (``s3://``) are left to Lightning.
+
+    Raises:
+        UserError: If the disk refuses, or there is no checkpoint or it cannot be read.
 
     Example:
         >>> import tempfile
@@ -46,23 +49,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         >>> AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
         >>> AtomicCheckpointIO().load_checkpoint(path)
         {'step': 3}
-        >>> [file.name for file in path.parent.iterdir()]
-        ['a.ckpt']
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a checkpoint, whole or not at all.
-
-        Args:
-            checkpoint: Plain values and tensors.
-            path: Where to.
-            storage_options: Not for local files.
-
-        Raises:
-            UserError: If the disk refuses; an earlier file at ``path`` is then still there.
-        """
         if storage_options is not None or not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[arg-type]
             return
@@ -76,16 +67,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Args:
-            path: Where from.
-            map_location: As for ``torch.load``.
-            weights_only: False also reads pickled objects, which can run any code; None is True.
-
-        Raises:
-            UserError: If there is no checkpoint or it cannot be read.
-        """
         weights_only = True if weights_only is None else weights_only
         if not _is_local(path):
             return super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]
@@ -98,20 +79,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_whole_checkpoints(trainer: L.Trainer) -> None:
-    """Have a Trainer write checkpoints whole or not at all, whatever its strategy.
+    """Have a Trainer that has not started write checkpoints whole or not at all, whatever its strategy.
 
     Strategies that use a ``CheckpointIO`` get :class:`AtomicCheckpointIO` where the user chose none. Those that write
     by themselves (FSDP2's folders of shards) do so beside the checkpoint's place, and the first rank renames when
     all have written.
-
-    Args:
-        trainer: A Trainer that has not started yet.
-
-    Example:
-        >>> trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, barebones=True)
-        >>> write_whole_checkpoints(trainer)
-        >>> type(trainer.strategy.checkpoint_io).__name__
-        'AtomicCheckpointIO'
     """
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -133,41 +105,17 @@ def write_whole_checkpoints(trainer: L.Trainer) -> None:
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of the latest step (``step=<n>.ckpt``) in a directory, or None.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> for name in ("step=9.ckpt", "step=10.ckpt", "other.ckpt"):
-        ...     (folder / name).touch()
-        >>> newest_checkpoint(folder).name
-        'step=10.ckpt'
-    """
+    """The checkpoint of the latest step (``step=<n>.ckpt``) in a directory, or None."""
     clear_leftovers(folder)
-    steps = {int(found[1]): path for path in Path(folder).glob("*.ckpt") if (found := _STEP.search(path.name))}
+    steps = {int(match[1]): path for path in Path(folder).glob("*.ckpt") if (match := _STEP.search(path.name))}
     return steps[max(steps)] if steps else None
 
 
 def check_checkpoint(argument: str, path: str | os.PathLike[str], weights_only: bool = True) -> dict[str, Any]:
-    """Make sure that a checkpoint is there and whole before anything is loaded.
+    """Raise a UserError unless a checkpoint (a file, or a folder of shards) is there and whole; nothing is loaded.
 
-    Args:
-        argument: Its name for the user.
-        path: A file, or a folder of shards.
-        weights_only: False: it may hold pickled objects, which only the Trainer is to read.
-
-    Returns:
-        What it holds besides the weights; tensors are mapped from the file, not read. Empty for what only Lightning
-        can read (a path with a protocol).
-
-    Raises:
-        UserError: If it is missing, cut off, damaged or no checkpoint.
-
-    Example:
-        >>> check_checkpoint("ckpt_path", "no/such.ckpt")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: ckpt_path: got 'no/such.ckpt', allowed: an existing checkpoint
+    What it holds besides the weights comes back; tensors are mapped from the file, not read. It is empty for what only
+    Lightning can read (a path with a protocol, or pickled objects, which ``weights_only=False`` allows).
     """
     place = Path(path)
     if not _is_local(path):
@@ -186,8 +134,7 @@ def check_checkpoint(argument: str, path: str | os.PathLike[str], weights_only: 
             return {}
         rest = place / _REST if place.is_dir() else place
         content = torch.load(rest, map_location="cpu", mmap=True, weights_only=True)
-        missing = {"loops", "global_step"} - set(content)
-        if missing:
+        if missing := {"loops", "global_step"} - set(content):
             raise KeyError(missing)
     except _UNREADABLE as error:
         raise _unreadable(argument, path, error) from error
@@ -200,10 +147,8 @@ def _unreadable(argument: str, path: str | os.PathLike[str], error: Exception) -
 
 
 def _check_shards(folder: Path) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
-
     # A folder that lacks the index was killed before all shards were written; one that has it may have lost some since.
-    for stored in FileSystemReader(folder).read_metadata().storage_data.values():
+    for stored in distributed_checkpoint.FileSystemReader(folder).read_metadata().storage_data.values():
         size = (folder / stored.relative_path).stat().st_size
         if size < stored.offset + stored.length:
             raise ValueError(f"{stored.relative_path} has {size} bytes")
@@ -216,7 +161,7 @@ def _is_local(path: str | os.PathLike[str]) -> bool:
 class Stateful:
     """What objectives and regularisers have in common: state that an interrupted run goes on with.
 
-    Who needs more than some attributes overrides :meth:`state` and :meth:`load_state`.
+    Those that need more than some attributes override :meth:`state` and :meth:`load_state`.
 
     Example:
         >>> class Counter(Stateful):
@@ -246,21 +191,11 @@ class Stateful:
 
 
 def put_state(checkpoint: dict[str, Any], key: str, state: Mapping[str, Any]) -> None:
-    """Put ``state`` under ``key`` into a checkpoint; each rank must call it.
+    """Put ``state`` under ``key`` into a checkpoint, as ``on_save_checkpoint`` gets it; each rank must call it.
 
-    In a distributed checkpoint (a folder) the shards go beside the weights, each rank's by that rank; in one file they
-    are put together on the first rank's CPU. A state without shards stands there as it is.
-
-    Args:
-        checkpoint: As Lightning gives it to ``on_save_checkpoint``: shards among its weights tell that it is a folder.
-        key: What the checkpoint is to call it.
-        state: Plain values, tensors, dictionaries of those; shards (``DTensor``) under their parameter's name.
-
-    Example:
-        >>> checkpoint = {"state_dict": {}}
-        >>> put_state(checkpoint, "regularizer", {"scale": 1.0})
-        >>> checkpoint
-        {'state_dict': {}, 'regularizer': {'scale': 1.0}}
+    In a distributed checkpoint (a folder: there are shards among its weights) the shards of a state go beside the
+    weights, each rank's by that rank; in one file they are put together on the first rank's CPU. Shards have to stand
+    under the name of the parameter they are cut like; everything else stands there as it is.
     """
     weights = checkpoint["state_dict"]
     in_folder = any(isinstance(value, DTensor) for value in weights.values())
@@ -282,29 +217,17 @@ def put_state(checkpoint: dict[str, Any], key: str, state: Mapping[str, Any]) ->
 
 
 def take_state(checkpoint: Mapping[str, Any], key: str, model: nn.Module, folder: str | os.PathLike[str] | None) -> Any:
-    """Read back what :func:`put_state` put there, cut as the model is now; each rank must call it.
+    """What :func:`put_state` put under ``key``, cut as ``model`` is now, or None; each rank must call it.
 
-    The number of ranks may be another one, and shards may have become whole or the other way round.
-
-    Args:
-        checkpoint: As Lightning gives it to ``on_load_checkpoint``.
-        key: What the checkpoint calls it.
-        model: Its parameters' names and shards are the pattern.
-        folder: The checkpoint, where it is a folder.
-
-    Returns:
-        The state, or None if the checkpoint has none.
-
-    Example:
-        >>> take_state({"regularizer": {"anchor": {"weight": torch.ones(1, 2)}}}, "regularizer", nn.Linear(2, 1), None)
-        {'anchor': {'weight': tensor([[1., 1.]])}}
+    The number of ranks may be another one, and shards may have become whole or the other way round. ``folder`` is the
+    checkpoint, where it is a folder.
     """
     parameters = dict(model.named_parameters())
     elsewhere: dict[str, Tensor] = {}
 
     def cut(value: Any, path: str, name: str) -> Any:
         if isinstance(value, Mapping):
-            return {inner: cut(one, f"{path}.{inner}", inner) for inner, one in value.items()}
+            return {key: cut(inner, f"{path}.{key}", key) for key, inner in value.items()}
         if not isinstance(value, Tensor) or name not in parameters:
             return value
         parameter = parameters[name].detach()

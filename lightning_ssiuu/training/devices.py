@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -43,15 +42,6 @@ class Devices:
 
     Raises:
         UserError: If an accelerator or a device is not there.
-
-    Example:
-        >>> here = Devices("cpu", 1, precision="bf16-true")
-        >>> here.n_ranks, here.dtype
-        (1, torch.bfloat16)
-        >>> Devices("cpu", 0)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: devices: got 0, allowed: what this machine has (...)
     """
 
     def __init__(
@@ -78,7 +68,6 @@ class Devices:
 
     @property
     def n_ranks(self) -> int:
-        """Number of processes."""
         return self._fabric.world_size
 
     @property
@@ -88,16 +77,14 @@ class Devices:
 
     @property
     def device(self) -> torch.device:
-        """This process's device."""
         return self._fabric.device
 
     @contextmanager
     def launched(self) -> Iterator[None]:
         """Start the other processes, which run the same command again from its beginning, and meet them here.
 
-        Whatever the user may have got wrong is to be checked before, so that it is told once; whatever is written,
-        inside, by the first process. Trainers made inside find the processes and start none. What ends one process
-        ends all.
+        Check what the user may have got wrong before, so that it is reported once; inside, only the first process
+        writes. Trainers made inside find the processes and start none. What ends one process ends all.
         """
         watch = EndTogether()
         with watch.ending():
@@ -136,7 +123,10 @@ class Devices:
 
     def load(self, checkpoint: str) -> AnswerModel:
         """Load a model to this process's device; under ``"fsdp2"`` no process ever holds all of it but the first."""
-        build = partial(_answer_model, checkpoint, self.dtype, architecture=self.architecture)
+
+        def build(**options: Any) -> AnswerModel:
+            return AnswerModel(load_model(checkpoint, self.dtype, architecture=self.architecture, **options))
+
         if not self.sharded:
             return build().to(self.device)
         names = ("data_parallel", "tensor_parallel")
@@ -144,13 +134,9 @@ class Devices:
         return load_sharded(build, mesh, self.device)
 
 
-def _answer_model(checkpoint: str, dtype: torch.dtype, **options: Any) -> AnswerModel:
-    return AnswerModel(load_model(checkpoint, dtype, **options))
-
-
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """A sweep makes a Trainer per attack; their banners and tips would drown the progress bar."""
+    """Without Lightning's banners and tips, which would drown the progress bar of a sweep's many Trainers."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -22,21 +22,11 @@ FLOATS_ONLY = "null under FSDP2, which cannot cut quantised weights; strategy dd
 def use_all_devices(strategy: Strategy) -> None:
     """Have FSDP2 shard over all devices of all nodes where ``data_parallel_size`` is ``"auto"``.
 
-    Lightning's own default shards over nodes alone and leaves the devices of a node to tensor parallelism, which nobody
-    here applies: each would hold all weights.
-
-    Args:
-        strategy: Of a Trainer that has not started yet; any but ``ModelParallelStrategy`` is left as it is.
+    Lightning's own default shards over nodes alone and leaves the devices of a node to tensor parallelism, which is not
+    used here: each would hold all weights.
 
     Raises:
         UserError: If the sizes given leave devices without a part, or ask for tensor parallelism.
-
-    Example:
-        >>> strategy = ModelParallelStrategy()
-        >>> strategy.parallel_devices = [torch.device("cpu")] * 2
-        >>> use_all_devices(strategy)
-        >>> strategy._data_parallel_size, strategy._tensor_parallel_size
-        (2, 1)
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return
@@ -52,10 +42,7 @@ def use_all_devices(strategy: Strategy) -> None:
 
 
 def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks that share a batch: all of them, for nobody here cuts a single layer's arithmetic over ranks.
-
-    Args:
-        mesh: Of ``ModelParallelStrategy``, with the dimensions ``data_parallel`` and ``tensor_parallel``.
+    """The ranks of ``ModelParallelStrategy``'s mesh that share a batch: all of them.
 
     Raises:
         UserError: If the mesh has tensor-parallel ranks; they would hold and compute the same thing several times.
@@ -65,30 +52,14 @@ def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def shard(model: AnswerModel, mesh: DeviceMesh) -> None:
-    """Cut the weights over a mesh in place: a unit per transformer block, and one of all the rest.
+    """Cut the weights over a one-dimensional mesh in place: a unit per transformer block, and one of all the rest.
 
-    Tied weights stay tied, frozen weights may stand beside trained ones. ``forward`` and ``generate`` gather what they
-    need; other methods of ``model`` or of what is inside it see shards.
-
-    Args:
-        model: A model on the CPU, on the mesh's device, or without memory (on the meta device).
-        mesh: One-dimensional, over the data-parallel ranks.
+    The model may be on the CPU, on the mesh's device, or without memory (on the meta device). Tied weights stay tied,
+    frozen weights may stand beside trained ones. ``forward`` and ``generate`` gather what they need; other methods of
+    ``model`` or of what is inside it see shards (``torch.distributed.fsdp.fully_shard``).
 
     Raises:
         UserError: If the weights are quantised, trained weights have several types, or the blocks are not known.
-
-    Source:
-        ``torch.distributed.fsdp.fully_shard``.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> _ = model.hf.lm_head.bfloat16()
-        >>> shard(model, None)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: trainer.precision: got ['torch.bfloat16', 'torch.float32'], allowed: one \
-type for all trained weights, or strategy ddp: FSDP2 sums the gradients of a block together
     """
     if getattr(model.hf, "is_quantized", False):
         raise UserError("quantization", str(model.hf.config.quantization_config.quant_method), FLOATS_ONLY)
@@ -112,12 +83,7 @@ type for all trained weights, or strategy ddp: FSDP2 sums the gradients of a blo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is a shard.
-
-    Example:
-        >>> is_sharded(nn.Linear(2, 2))
-        False
-    """
+    """Whether any parameter is a shard."""
     return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
@@ -127,19 +93,10 @@ def load_sharded(
     """Build a model of which each rank holds its shards alone; the first rank reads it and hands them out.
 
     So the host memory is one whole model for all ranks of a node together, not one for each. Every rank must call this.
-
-    Args:
-        build: Makes the model from the checkpoint; ``build(device_map="meta")`` makes one without memory.
-        mesh: Of ``ModelParallelStrategy``.
-        device: Where this rank's shards go.
-        quantization: As the user gave it, to be refused before anything is loaded.
-
-    Returns:
-        The model, sharded by :func:`shard`.
+    ``build()`` makes the model from the checkpoint, ``build(device_map="meta")`` one without memory.
 
     Raises:
-        UserError: On every rank alike: what ``build`` and :func:`shard` raise, quantised weights, a tensor-parallel
-            mesh.
+        UserError: On every rank alike: as ``build`` and :func:`shard`; quantised weights, a tensor-parallel mesh.
     """
     ranks = data_parallel(mesh)
     if quantization is not None:

@@ -17,19 +17,9 @@ def extra_gradient(
 ) -> list[Tensor]:
     """``∂total/∂φ`` of this rank (under FSDP2: its shard of the ranks' mean), leaving every ``.grad`` as it was.
 
-    Args:
-        total: A scalar.
-        parameters: With respect to what; zero where ``total`` does not depend on one.
-        model: That they belong to, resharded (:func:`reshard`) before they were taken from it.
-        keep_graph: Whether the graph is needed again.
-
-    Returns:
-        A tensor, or shard, like each parameter; :func:`sum_over_ranks` makes them the sum over all ranks.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> extra_gradient(layer(torch.ones(1, 2)).sum(), [layer.weight], layer), layer.weight.grad
-        ([tensor([[1., 1.]])], None)
+    Zero where the scalar ``total`` does not depend on a parameter. ``model`` has to be resharded
+    (:func:`~lightning_ssiuu.training.shards.reshard`) before the parameters are taken from it. :func:`sum_over_ranks`
+    makes the sum over all ranks.
     """
     stash = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     for parameter, _ in stash:
@@ -43,12 +33,7 @@ def extra_gradient(
 
 
 def sum_over_ranks(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Turn what :func:`extra_gradient` gave on each rank into the sum over the ranks, in place.
-
-    Args:
-        parameters: As there.
-        gradients: As it gave them.
-    """
+    """Turn what :func:`extra_gradient` gave on each rank into the sum over the ranks, in place."""
     if (ranks := world_size()) == 1:
         return
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -15,17 +15,7 @@ from lightning_ssiuu.training.shards import wide
 class Sums:
     """Sums of gradients by parameter, in at least float32; what nothing was added to takes no memory.
 
-    Args:
-        parameters: Of which gradients are wanted.
-        tensors: One entry per parameter, None where there is no sum yet; changed in place.
-
-    Example:
-        >>> weight = nn.Parameter(torch.zeros(1, 2))
-        >>> sums = Sums([weight], [None])
-        >>> sums.add_product(weight, torch.ones(3, 1), torch.ones(3, 2))
-        >>> sums.add(weight, torch.ones(1, 2))
-        >>> sums.tensors
-        [tensor([[4., 4.]])]
+    ``tensors`` has one entry per parameter, None where there is no sum yet; it is changed in place.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], tensors: list[Tensor | None]) -> None:
@@ -44,13 +34,7 @@ class Sums:
             known.add_(gradient)
 
     def add_product(self, parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
-        """Add ``leftᵀ right``.
-
-        Args:
-            parameter: ``[r, c]``.
-            left: ``[n, r]``.
-            right: ``[n, c]``, in the same type.
-        """
+        """Add ``leftᵀ right`` to a parameter ``[r, c]``: ``[n, r]`` and ``[n, c]`` in the same type."""
         known = self.tensors[self._index[id(parameter)]]
         if known is None or known.dtype != left.dtype:
             self.add(parameter, left.t() @ right)
@@ -58,14 +42,7 @@ class Sums:
             known.addmm_(left.t(), right)
 
     def add_rows(self, parameter: nn.Parameter, ids: Tensor, rows: Tensor, skipped: int | None) -> None:
-        """Add rows where ``ids`` say.
-
-        Args:
-            parameter: ``[V, c]``.
-            ids: ``[n]`` numbers of rows.
-            rows: ``[n, c]``.
-            skipped: A row that gets none.
-        """
+        """Add ``rows [n, c]`` to a parameter ``[V, c]`` where ``ids [n]`` say; the row ``skipped`` gets none."""
         known = self.tensors[self._index[id(parameter)]]
         if known is None:
             at = -1 if skipped is None else skipped
@@ -80,37 +57,22 @@ Rule = Callable[[Any, Tensor, Tensor, Tensor, Sums], None]
 
 
 def _weighted_pair(x: Tensor, delta: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, in]`` and ``[n, out]``, the narrower one times the weights, both in δ's type."""
+    # [n, in] and [n, out], the narrower one times the weights, both in δ's type.
     x, delta = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1])
     if x.shape[1] < delta.shape[1]:
         return (x * weights.unsqueeze(1)).to(delta.dtype), delta
     return x.to(delta.dtype), (delta * weights.unsqueeze(1)).to(delta.dtype)
 
 
-def _per_row(weights: Tensor, like: Tensor) -> Tensor:
-    """``[B]`` for the rows of ``[B, L, ...]``, or as it is for ``[N, ...]``."""
-    return weights if like.dim() == 2 else weights.repeat_interleave(like.shape[1:-1].numel())
-
-
-def _bias(layer: Any, delta: Tensor, weights: Tensor, sums: Sums) -> None:
+def _linear(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
+    if delta.dim() > 2:  # [B, L, ...], else [N, ...] with weights [N]
+        weights = weights.repeat_interleave(delta.shape[1:-1].numel())
+    if layer.weight in sums:
+        x, scaled = _weighted_pair(x, delta, weights)
+        sums.add_product(layer.weight, *((x, scaled) if isinstance(layer, Conv1D) else (scaled, x)))
     if layer.bias is not None and layer.bias in sums:
         rows = delta.reshape(-1, delta.shape[-1]).to(torch.promote_types(delta.dtype, torch.float32))
         sums.add(layer.bias, rows.t() @ weights.to(rows.dtype))
-
-
-def _linear(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
-    weights = _per_row(weights, delta)
-    if layer.weight in sums:
-        x, scaled = _weighted_pair(x, delta, weights)
-        sums.add_product(layer.weight, scaled, x)
-    _bias(layer, delta, weights, sums)
-
-
-def _conv1d(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
-    weights = _per_row(weights, delta)
-    if layer.weight in sums:
-        sums.add_product(layer.weight, *_weighted_pair(x, delta, weights))
-    _bias(layer, delta, weights, sums)
 
 
 def _embedding(layer: Any, ids: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
@@ -126,7 +88,7 @@ def _scaled_embedding(layer: Any, ids: Tensor, delta: Tensor, weights: Tensor, s
 
 
 def _norm(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
-    """Whatever it computes, row by row: its own formula is differentiated, ``weight · x̂`` as ``(1 + weight) · x̂``."""
+    # Whatever it computes, row by row: its own formula is differentiated, weight · x̂ as (1 + weight) · x̂.
     parameters = [p for p in layer.parameters(recurse=False) if p in sums]
     scaled = (delta * weights.view(-1, *[1] * (delta.dim() - 1))).to(delta.dtype)
     with torch.enable_grad():
@@ -147,17 +109,12 @@ LAYERS: dict[type[nn.Module], Rule] = {
     nn.Embedding: _embedding,
     nn.LayerNorm: _norm,
     nn.RMSNorm: _norm,
-    Conv1D: _conv1d,
+    Conv1D: _linear,
 }
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
-    """How a layer's second gradient is formed; None for layers that are not known.
-
-    Example:
-        >>> rule_of(nn.Linear(1, 1)) is LAYERS[nn.Linear], rule_of(nn.Bilinear(1, 1, 1))
-        (True, None)
-    """
+    """How a layer's second gradient is formed; None for layers that are not known."""
     kind = type(layer)
     if "forward" in vars(layer):  # somebody has replaced what it computes
         return None

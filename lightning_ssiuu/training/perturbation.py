@@ -23,22 +23,8 @@ from lightning_ssiuu.utils.distributed import gathered
 def displaced(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Inside, the trained weights (with adapters: the adapters) may be moved; after it they are what they were.
 
-    Bit for bit, also after an exception. No graph of a forward pass may be kept across its beginning or its end.
-
-    Args:
-        model: The model.
-
-    Yields:
-        The trained parameters, for :func:`gradient_at` and :func:`move`.
-
-    Example:
-        >>> layer = nn.Linear(1, 1, bias=False).requires_grad_(True)
-        >>> before = layer.weight.item()
-        >>> with displaced(layer) as parameters:
-        ...     move(parameters, [torch.ones(1, 1)], 0.5)
-        ...     moved = layer.weight.item() != before
-        >>> moved, layer.weight.item() == before
-        (True, True)
+    Bit for bit, also after an exception. No graph of a forward pass may be kept across its beginning or its end. What
+    it yields are the trained parameters, for :func:`gradient_at` and :func:`move`.
     """
     reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -52,29 +38,14 @@ def displaced(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 @torch.no_grad()
 def place(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Give the parameters these values (tensors or shards), in place.
-
-    Example:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> place([layer.weight], [torch.ones(1, 1)])
-        >>> layer.weight.item()
-        1.0
-    """
+    """Give the parameters these values (tensors or shards), in place."""
     torch._foreach_copy_([local(p) for p in parameters], [local(value) for value in values])
     torch.clear_autocast_cache()  # it may hold the old weights in narrow types
 
 
 @torch.no_grad()
 def move(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], size: float) -> None:
-    """Add ``size · direction`` to every parameter (or this rank's shard of it), in place.
-
-    Example:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> place([layer.weight], [torch.ones(1, 1)])
-        >>> move([layer.weight], [torch.ones(1, 1)], -0.25)
-        >>> layer.weight.item()
-        0.75
-    """
+    """Add ``size · direction`` to every parameter (or this rank's shard of it), in place."""
     weights = [local(p) for p in parameters]
     torch._foreach_add_(weights, [d.to(w.dtype) for d, w in zip(directions, weights, strict=True)], alpha=size)
     torch.clear_autocast_cache()
@@ -85,19 +56,7 @@ def gradient_at(
 ) -> list[Tensor]:
     """``∂/∂φ`` of the sum of all ranks' ``total``, at least float32, equal on all ranks; ``.grad`` stays as it was.
 
-    Args:
-        total: This rank's scalar; each rank must call it.
-        parameters: Of :func:`displaced`.
-        model: That they belong to.
-        keep_graph: Whether the graph is needed again.
-
-    Returns:
-        A tensor, or this rank's shard, like each parameter.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> gradient_at(layer(torch.ones(1, 2)).sum(), [layer.weight], layer), layer.weight.grad
-        ([tensor([[1., 1.]])], None)
+    Each rank must call it with its own scalar, and gets a tensor, or its shard, like each parameter.
     """
     reshard(model)
     gradients = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph)]
@@ -107,34 +66,17 @@ def gradient_at(
 
 
 def answered(part: Part) -> Tensor:
-    """Numbers of the rows with an answer, ``[n]``.
-
-    Example:
-        >>> answered({"labels": torch.tensor([[-100, 5], [-100, -100], [-100, 6]])})
-        tensor([0, 2])
-    """
+    """Numbers of the rows with an answer, ``[n]``."""
     return (part["labels"] != -100).any(1).nonzero().squeeze(1)
 
 
 def rows_of(part: Part, rows: Tensor) -> Part:
-    """Some examples of a part, in the order of ``rows``.
-
-    Example:
-        >>> rows_of({"labels": torch.tensor([[1], [2], [3]])}, torch.tensor([0, 2]))
-        {'labels': tensor([[1],
-                [3]])}
-    """
+    """Some examples of a part, in the order of ``rows``."""
     return {name: value[rows] for name, value in part.items() if isinstance(value, Tensor)}
 
 
 def answers_of(answers: Answers, rows: Tensor) -> Answers:
-    """What a forward pass says about some of its examples, without another one; ``rows`` ascending.
-
-    Example:
-        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
-        >>> answers_of(answers, torch.tensor([1])).targets
-        tensor([2])
-    """
+    """What a forward pass says about some of its examples, without another one; ``rows`` ascending."""
     number = torch.full((answers.n_sequences,), -1, device=rows.device)
     number[rows] = torch.arange(len(rows), device=rows.device)
     index = number[answers.sequence_index]
@@ -146,13 +88,6 @@ def share_of_mean(rows: Tensor) -> tuple[Tensor, float]:
     """Rows of this rank to run, and the weight of their mean in the mean over all ranks' rows; each rank must call it.
 
     A rank without any still takes part in the passes, as sharded weights want: with row 0, which counts nothing.
-
-    Args:
-        rows: ``[n]`` numbers of this rank's examples, may be empty.
-
-    Example:
-        >>> share_of_mean(torch.tensor([1, 3])), share_of_mean(torch.tensor([], dtype=torch.long))
-        ((tensor([1, 3]), 1.0), (tensor([0]), 0.0))
     """
     everywhere = sum(gathered(len(rows)))
     return rows if len(rows) else rows.new_zeros(1), len(rows) / max(everywhere, 1)
@@ -160,18 +95,7 @@ def share_of_mean(rows: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Add to ``.grad``.
-
-    Args:
-        parameters: All trained ones.
-        gradients: Like them, or this rank's shards.
-
-    Example:
-        >>> weight = nn.Parameter(torch.zeros(1))
-        >>> add_gradients([weight], [torch.ones(1)])
-        >>> weight.grad
-        tensor([1.])
-    """
+    """Add to ``.grad`` of all trained parameters (of this rank's shards)."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -30,6 +30,7 @@ from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode, frozen_reference
 from lightning_ssiuu.models.lora import adapted_layers
 from lightning_ssiuu.training.fsdp import is_sharded
+from lightning_ssiuu.training.shards import local
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory, check_space
@@ -53,13 +54,10 @@ def reference_logits(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | N
 
 
 class StoredReference:
-    """Values kept on disk, read batch by batch (memory-mapped).
-
-    Args:
-        folder: A finished directory, from :func:`store`.
+    """Values kept on disk by :func:`store`, read batch by batch (memory-mapped).
 
     Raises:
-        UserError: If it is not there.
+        UserError: If the directory is not there or not complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,32 +69,23 @@ class StoredReference:
             raise UserError("ckpt_path", "a checkpoint of a run with a cached reference", allowed) from error
 
     def __call__(self, name: str, part: Part) -> Tensor:
-        """The values of a part's examples, in their order: ``[N, ...]`` on the part's device.
-
-        Args:
-            name: As the objective calls it.
-            part: Its ``example_id`` tells the rows.
+        """The values of a part's examples (by ``example_id``), in their order: ``[N, ...]`` on the part's device.
 
         Raises:
             UserError: If an example was not among those the reference was computed on.
         """
-        found = []
+        values = []
         for example in part["example_id"].tolist():
             if (place := self._index[name].get(str(example))) is None:
                 raise UserError("data", f"example id {example}", "training examples known when training began")
             file, start, stop = place
             with safe_open(self.folder / file, framework="pt") as content:
-                found.append(content.get_slice("values")[start:stop])
-        return torch.cat(found).to(part["example_id"].device)
+                values.append(content.get_slice("values")[start:stop])
+        return torch.cat(values).to(part["example_id"].device)
 
 
 class LiveReference:
-    """Values computed when asked for: by a frozen second model, or by the same one with its adapters off.
-
-    Args:
-        model: The second model, or the one with adapters.
-        observations: By name.
-    """
+    """Values computed when asked for: by a frozen second model, or by the same one with its adapters off."""
 
     def __init__(self, model: AnswerModel, observations: Mapping[str, Observation]) -> None:
         self.model, self.observations = model, observations
@@ -109,12 +98,7 @@ class LiveReference:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, a model with adapters is the one they were attached to.
-
-    Example:
-        >>> with without_adapters(nn.Linear(1, 1)):
-        ...     pass
-    """
+    """Inside, a model with adapters is the one they were attached to."""
     layers = [layer for _, layer in adapted_layers(model)]
     before = [layer.disable_adapters for layer in layers]
     try:
@@ -127,25 +111,19 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def reference_key(model: nn.Module, observations: Iterable[str], examples: Mapping[str, Iterable[Part]]) -> str:
-    """A digest of weights, training examples and what is observed; every rank gets the same.
-
-    Args:
-        model: With the weights that are about to change.
-        observations: Their names.
-        examples: By part.
-    """
+    """A digest of weights, training examples (by part) and names of what is observed; the same on every rank."""
     own = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        own.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
-        own.update(local.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if local.numel() else b"")
+        part = local(tensor)
+        own.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+        own.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if part.numel() else b"")
     digest = hashlib.sha256("".join(gathered(own.hexdigest())).encode())
     digest.update(json.dumps([torch.__version__, sorted(observations)]).encode())
-    for name, parts in examples.items():
+    for name, batches in examples.items():
         digest.update(name.encode())
-        for part in parts:
+        for batch in batches:
             for field in ("example_id", "input_ids", "labels"):
-                digest.update(str(part[field].tolist()).encode())
+                digest.update(str(batch[field].tolist()).encode())
     return digest.hexdigest()[:32]
 
 
@@ -161,14 +139,9 @@ def store(
     examples: Mapping[str, Callable[[], Iterable[Part]]],
     writes: bool = True,
 ) -> None:
-    """Compute all values and keep them; each rank must call it and computes them all, one of a machine writes.
+    """Compute all values and keep them in a folder, which appears when it is complete; the model is left as it was.
 
-    Args:
-        folder: Where to; appears when it is complete.
-        model: Gives the values; left as it was.
-        observations: By name, ``"<part>/<what>"``.
-        examples: By part, gives all of its examples in batches, the same ones on every rank.
-        writes: Whether this rank writes.
+    Each rank must call it and computes them all, on the same ``examples`` (by part), and one of a machine ``writes``.
 
     Raises:
         UserError: If the disk refuses.
@@ -206,12 +179,9 @@ def store(
 def find_reference(
     module: Any, observations: Mapping[str, Observation], resumed: bool
 ) -> StoredReference | LiveReference:
-    """The original model's voice for an objective; each rank must call it.
+    """What gives an objective the original model's values, when training starts; each rank must call it.
 
-    Args:
-        module: The objective, at the start of training; its ``reference`` says how, its ``reference_key`` is set.
-        observations: What it asks.
-        resumed: Whether its weights are an interrupted run's, no longer the original ones.
+    ``resumed`` says whether the weights are an interrupted run's, no longer the original ones.
 
     Raises:
         UserError: If the disk refuses, or an interrupted run's values are gone.

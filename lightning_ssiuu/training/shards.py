@@ -20,26 +20,12 @@ _CACHED = 1 << 18
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, each tied one once.
-
-    Example:
-        >>> list(trained_parameters(nn.Linear(1, 1)))
-        ['weight', 'bias']
-    """
+    """By name, each tied one once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def chunks(tensors: Sequence[Tensor], limit: int | None = None) -> Iterator[slice]:
-    """Slices of a list, of about equally many elements.
-
-    Args:
-        tensors: The list.
-        limit: Elements; larger tensors stand alone. By default what launches few kernels on a GPU.
-
-    Example:
-        >>> list(chunks([torch.zeros(1), torch.zeros(2)]))
-        [slice(0, 2, None)]
-    """
+    """Slices of a list, of about ``limit`` elements each (by default what launches few kernels on a GPU)."""
     start = size = 0
     limit = _CHUNK if limit is None else limit
     for index, tensor in enumerate(tensors):
@@ -54,45 +40,26 @@ def chunks(tensors: Sequence[Tensor], limit: int | None = None) -> Iterator[slic
 def blocks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
     """Go through lists of tensors side by side, a few at a time; on a CPU large ones are cut, into views.
 
-    Args:
-        *lists: Equally long; tensors at the same place have the same shape. What is done to them has to be done element
-            by element.
-
-    Example:
-        >>> [[len(one) for one in block] for block in blocks([torch.ones(2), torch.ones(3)], [torch.ones(2)] * 2)]
-        [[2, 2]]
+    Tensors at the same place have the same shape. What is done to them has to be done element by element.
     """
     columns: list[list[Tensor]] = [[] for _ in lists]
+    on_cpu = bool(lists[0]) and lists[0][0].device.type == "cpu"
+    limit = min(_CHUNK, _CACHED) if on_cpu else _CHUNK
     for row in zip(*lists, strict=True):
-        size = min(_CHUNK, _CACHED)
-        if row[0].device.type == "cpu" and row[0].numel() > size and all(t.is_contiguous() for t in row):
-            parts: Iterator[tuple[Tensor, ...]] = zip(*(tensor.view(-1).split(size) for tensor in row), strict=True)
-        else:
-            parts = iter([row])
-        for part in parts:
-            for column, tensor in zip(columns, part, strict=True):
-                column.append(tensor)
-    limit = min(_CHUNK, _CACHED) if columns[0] and columns[0][0].device.type == "cpu" else _CHUNK
-    for where in chunks(columns[0], limit):
-        yield [column[where] for column in columns]
+        cuts = on_cpu and row[0].numel() > limit and all(t.is_contiguous() for t in row)
+        for column, tensor in zip(columns, row, strict=True):
+            column += tensor.view(-1).split(limit) if cuts else [tensor]
+    for piece in chunks(columns[0], limit):
+        yield [column[piece] for column in columns]
 
 
 def shard_device(parameters: Iterable[Tensor]) -> torch.device | None:
-    """Where the parameters are if any of them is a shard, else None.
-
-    Example:
-        >>> shard_device([torch.zeros(1)])
-    """
+    """Where the parameters are if any of them is a shard, else None."""
     return next((p.device for p in parameters if isinstance(p, DTensor)), None)
 
 
 def reduced(value: Tensor, operation: Any) -> float:
-    """A scalar over all ranks; each must call it.
-
-    Example:
-        >>> reduced(torch.tensor(2.0), None)
-        2.0
-    """
+    """A scalar over all ranks; each must call it."""
     if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value, op=operation)
@@ -100,15 +67,9 @@ def reduced(value: Tensor, operation: Any) -> float:
 
 
 def over_shards(value: float, shards: torch.device | None) -> float:
-    """The sum of a count or a squared norm over the shards; replicas hold all of it each.
+    """The sum of this rank's count or squared norm over the shards; replicas hold all of it each.
 
-    Args:
-        value: This rank's.
-        shards: Of :func:`shard_device`: NCCL needs the sum on the device.
-
-    Example:
-        >>> over_shards(2.0, None)
-        2.0
+    ``shards`` is :func:`shard_device`'s: NCCL needs the sum on the device.
     """
     if shards is None:
         return value
@@ -116,24 +77,14 @@ def over_shards(value: float, shards: torch.device | None) -> float:
 
 
 def square(tensors: Sequence[Tensor]) -> float:
-    """Sum of squares of this rank's tensors, in at least float32.
-
-    Example:
-        >>> square([torch.tensor([3.0]), torch.tensor([4.0])])
-        25.0
-    """
+    """Sum of squares of this rank's tensors, in at least float32."""
     # Chunk by chunk: widened copies of all bfloat16 gradients at once would be the step's memory peak.
     norms = (n for (part,) in blocks(tensors) for n in torch._foreach_norm([wide(t) for t in part]))
     return math.fsum(float(n) ** 2 for n in norms)
 
 
 def shard_like(part: Tensor, parameter: Tensor) -> Tensor:
-    """The shard that ``part`` is where ``parameter`` is one; what checkpoints are written from.
-
-    Example:
-        >>> shard_like(torch.zeros(1), nn.Parameter(torch.zeros(1)))
-        tensor([0.])
-    """
+    """The shard that ``part`` is where ``parameter`` is one; what checkpoints are written from."""
     if not isinstance(parameter, DTensor):
         return part
     shape, stride = parameter.shape, parameter.stride()
@@ -146,22 +97,13 @@ def local_state(
     """A state by parameter name where its parameters are, and this rank's parts of it.
 
     A resumed run's comes from the file to the CPU, wherever the weights are.
-
-    Example:
-        >>> local_state({"weight": torch.zeros(1)}, {"weight": nn.Parameter(torch.ones(1))})
-        ({'weight': tensor([0.])}, [tensor([0.])])
     """
     moved = {name: state[name].to(p.device) for name, p in parameters.items()}
     return moved, [local(value) for value in moved.values()]
 
 
 def snapshot(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Copies of this rank's parts of the weights.
-
-    Example:
-        >>> snapshot([nn.Parameter(torch.ones(1))])
-        [tensor([1.])]
-    """
+    """Copies of this rank's parts of the weights."""
     return [local(p.detach()).clone() for p in parameters]
 
 
@@ -177,42 +119,22 @@ def reshard(model: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be cut over the ranks.
-
-    Example:
-        >>> local(torch.ones(1))
-        tensor([1.])
-    """
+    """This rank's part of a tensor that may be cut over the ranks."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In at least float32, without history: differences of attributions are lost in bfloat16 (docs/precision.md).
-
-    Example:
-        >>> wide(torch.ones(1, dtype=torch.bfloat16))
-        tensor([1.])
-    """
+    """In at least float32, without history: differences of attributions are lost in bfloat16 (docs/precision.md)."""
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 
 def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
-    """Euclidean norm of tensors, over all shards where these parameters are cut; equal on all ranks.
-
-    Example:
-        >>> norm_over_shards([torch.tensor([3.0]), torch.tensor([4.0])], [nn.Parameter(torch.zeros(1))] * 2)
-        5.0
-    """
+    """Euclidean norm of tensors, over all shards where these parameters are cut; equal on all ranks."""
     return math.sqrt(over_shards(square(tensors), shard_device(parameters)))
 
 
 def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor.
-
-    Example:
-        >>> cut_like(torch.ones(1), nn.Parameter(torch.zeros(1)))
-        tensor([1.])
-    """
+    """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor."""
     if not isinstance(parameter, DTensor):
         return whole.to(parameter.device)
     expanded = whole.expand(parameter.shape).contiguous().to(parameter.device)

@@ -30,12 +30,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 class NotExact(Exception):  # noqa: N818 - no mistake of anybody's
-    """A single pass would not give what two give; the message says why.
-
-    Args:
-        reason: Why.
-        is_momentary: Whether the next step may well allow it.
-    """
+    """A single pass would not give what two give; the message says why, ``is_momentary`` if the next may."""
 
     def __init__(self, reason: str, is_momentary: bool = False) -> None:
         super().__init__(reason)
@@ -43,17 +38,7 @@ class NotExact(Exception):  # noqa: N818 - no mistake of anybody's
 
 
 def obstacle(model: nn.Module, parameters: Collection[nn.Parameter]) -> str | None:
-    """Why a model's gradients cannot be taken in a single pass, as far as its layers tell; None if they can.
-
-    Args:
-        model: The model.
-        parameters: Of which gradients are wanted.
-
-    Example:
-        >>> layer = nn.Bilinear(1, 1, 1)
-        >>> obstacle(layer, [layer.weight]), obstacle(layer, [])
-        ('no rule for trained weights of Bilinear', None)
-    """
+    """Why a model's gradients cannot be taken in a single pass, as far as its layers tell; None if they can."""
     if is_sharded(model):
         return "weights are cut over the ranks"
     config = getattr(getattr(model, "hf", model), "config", None)
@@ -93,8 +78,6 @@ class _Forward:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; see :mod:`lightning_ssiuu.training.single_pass`."""
-
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, x: Tensor, rule: Rule, layer: nn.Module, forward: _Forward | None, is_head: bool
@@ -122,25 +105,7 @@ class _Tap(torch.autograd.Function):
 
 
 class SinglePass:
-    """Takes ``Σ_b w_b ∂log P_b/∂φ`` of a forward pass in the backward pass of the loss; one micro-batch at a time.
-
-    Example:
-        >>> from lightning_ssiuu.models.answers import AnswerModel
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> ids = torch.tensor([[5, 6, 7], [5, 8, 9]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids.where(ids > 6, -100)}
-        >>> parameters, sums = list(model.parameters()), [None] * len(list(model.parameters()))
-        >>> single = SinglePass()
-        >>> single.watch(model, part, parameters)
-        >>> answers = model(**part)
-        >>> loss = -answers.logps.mean()
-        >>> single.arm(answers, torch.tensor([0.0, -0.5]), loss, parameters, sums)
-        >>> loss.backward()  # the first sequence counts 0, the second is all of ∂L/∂φ, but for w = c = −1/2 of it
-        >>> expected = torch.autograd.grad(-0.5 * model(**part).logps[1], parameters)
-        >>> all(torch.allclose(a, b, atol=1e-5) for a, b in zip(sums, expected))
-        True
-    """
+    """Takes ``Σ_b w_b ∂log P_b/∂φ`` of a forward pass in the backward pass of the loss; one micro-batch at a time."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -154,12 +119,7 @@ class SinglePass:
         return bool(self._handles)
 
     def watch(self, model: nn.Module, part: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        """Tap the forward passes on ``part`` from now to the end of the backward pass.
-
-        Args:
-            model: Called with ``input_ids`` first.
-            part: Recognised by its ``input_ids``.
-            parameters: Of which gradients are wanted.
+        """Tap the forward passes on ``part`` (known by its ``input_ids``) from now to the end of the backward pass.
 
         Raises:
             NotExact: If the layers do not allow it.
@@ -220,33 +180,28 @@ class SinglePass:
         parameters: Sequence[nn.Parameter],
         into: list[Tensor | None],
     ) -> None:
-        """Have the backward pass of ``loss`` add ``Σ_b weights_b ∂log P_b/∂φ`` to ``into``.
+        """Have the backward pass of ``loss``, which comes next, add ``Σ_b weights_b ∂log P_b/∂φ`` to ``into``.
 
-        Args:
-            answers: Of a forward pass that was watched.
-            weights: ``[B]``, constants.
-            loss: What is differentiated next.
-            parameters: As in :meth:`watch`.
-            into: See :class:`Sums`.
+        ``answers`` are those of a watched forward pass, ``weights [B]`` constants, ``into`` as for :class:`Sums`.
 
         Raises:
             NotExact: If the loss depends on these answers in another way than through ``answers.logps``, or not at
                 all, or not on every sequence; if a weight is used outside its layer. Nothing is armed then.
         """
         try:
-            one = next((known for known in self._known if known.answers is answers), None)
-            if one is None:
+            forward = next((known for known in self._known if known.answers is answers), None)
+            if forward is None:
                 raise NotExact("the forget part's forward pass was not watched")
-            if one.problem is not None:
-                raise NotExact(one.problem)
-            taps, one.taps = one.taps, {}  # they know of each other: the graph would outlive the step
+            if forward.problem is not None:
+                raise NotExact(forward.problem)
+            taps, forward.taps = forward.taps, {}  # they know of each other: the graph would outlive the step
             logps = answers.logps
             _check_loss(loss, logps, taps)
-            one.n_expected = _check_weights(logps, taps, parameters)
+            forward.n_expected = _check_weights(logps, taps, parameters)
             (slope,) = torch.autograd.grad(loss, logps, retain_graph=True)
             if not slope.abs().min().item() >= _SMALLEST:
                 raise NotExact("the loss does not depend on every forget sequence of a batch", is_momentary=True)
-            one.sums = Sums(parameters, into)
+            forward.sums = Sums(parameters, into)
             index = answers.sequence_index  # not the answers: their hook would keep them alive
             is_real = False  # other regularisers may differentiate log P before the loss is
 
@@ -256,8 +211,8 @@ class SinglePass:
 
             def take(gradient: Tensor) -> None:
                 if is_real:
-                    one.weights = weights / gradient
-                    one.by_label = one.weights[index]
+                    forward.weights = weights / gradient
+                    forward.by_label = forward.weights[index]
 
             loss.register_hook(begin)
             logps.register_hook(take)
@@ -276,11 +231,12 @@ class SinglePass:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for one in done:
-            one.taps = {}
-            if one.weights is not None and one.n_seen != one.n_expected:
-                raise RuntimeError(f"a single pass saw {one.n_seen} of {one.n_expected} layers; take passes: two")
-            one.weights = one.by_label = one.sums = one.answers = None
+        for forward in done:
+            forward.taps = {}
+            if forward.weights is not None and forward.n_seen != forward.n_expected:
+                seen = f"{forward.n_seen} of {forward.n_expected}"
+                raise RuntimeError(f"a single pass saw {seen} layers; take passes: two")
+            forward.weights = forward.by_label = forward.sums = forward.answers = None
 
 
 def _problem(layer: nn.Module, args: Any, kwargs: Any, output: Any, by_label: bool, n_sequences: int) -> str | None:

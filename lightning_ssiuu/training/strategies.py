@@ -29,19 +29,10 @@ class Trained(Protocol):
 def check_engine(given: Mapping[str, Any]) -> None:
     """Refuse engines by name, before Lightning makes them: it would first look for their packages and devices.
 
-    Args:
-        given: The Trainer's options as the user set them: ``strategy`` a name or a mapping with ``class_path``.
+    ``given`` are the Trainer's options as the user set them: ``strategy`` a name or a mapping with ``class_path``.
 
     Raises:
         UserError: Naming the option, and what is supported.
-
-    Example:
-        >>> check_engine({"strategy": "ddp", "precision": "bf16-mixed"})
-        >>> check_engine({"strategy": "deepspeed_stage_2"})
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: trainer.strategy: got 'deepspeed_stage_2', allowed: auto, ddp, \
-ModelParallelStrategy (FSDP2, recipes/scale/fsdp2.yaml) or a single device
     """
     strategy = given.get("strategy")
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
@@ -53,7 +44,6 @@ ModelParallelStrategy (FSDP2, recipes/scale/fsdp2.yaml) or a single device
 
 
 def _strategy_class(name: str) -> type | None:
-    """What a name or an import path stands for; None for what Lightning has to find out, such as ``"auto"``."""
     if name in StrategyRegistry:
         return StrategyRegistry[name]["strategy"]
     module, _, attribute = name.rpartition(".")
@@ -70,25 +60,10 @@ def _is_supported(kind: type) -> bool:
 
 
 def check_strategy(trainer: L.Trainer, module: Trained) -> None:
-    """Refuse combinations that would fail late, or train something else than asked.
-
-    Args:
-        trainer: Has not started, or is about to set the module up.
-        module: What it is to train.
+    """Refuse combinations that would fail late, or train something else than asked, before or as a Trainer sets up.
 
     Raises:
         UserError: Naming the Trainer's option and what to take instead.
-
-    Example:
-        >>> from lightning_ssiuu.objectives.gradient_difference import GradientDifference
-        >>> from lightning_ssiuu.regularizers import AttributionRegularizer
-        >>> trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, strategy=DDPStrategy(static_graph=True))
-        >>> check_strategy(trainer, GradientDifference())
-        >>> check_strategy(trainer, GradientDifference(regularizer=AttributionRegularizer()))
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: trainer.strategy.static_graph: got True, allowed: false with a regularizer, \
-whose second backward pass a static graph does not know: the ranks' weights would drift apart
     """
     strategy, who = trainer.strategy, module.second_gradient
     if not _is_supported(type(strategy)):
