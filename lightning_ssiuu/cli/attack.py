@@ -8,8 +8,6 @@ from typing import Any
 import lightning
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
 import lightning_ssiuu
 from lightning_ssiuu.attacks import Attack, Harmful, Relearning
@@ -24,7 +22,7 @@ from lightning_ssiuu.attacks.records import (
     read_attacks,
 )
 from lightning_ssiuu.cli.parsing import run_function
-from lightning_ssiuu.cli.report import Report
+from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.training.devices import Devices
@@ -99,7 +97,7 @@ def attack(
 
 
 class _Sweep:
-    """A sweep of the command's: what is finished is kept beside ``attack.json``."""
+    # A sweep of the command's: what is finished is kept beside attack.json.
 
     def __init__(self, report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> None:
         self.report, self.attack, self.score = report, attack, score
@@ -116,7 +114,7 @@ class _Sweep:
         self.log.anew = self.finished is None or (self.saved is not None and not self.saved.exists())
 
     def _determined(self) -> dict[str, Any]:
-        """Everything that determines the curves."""
+        # Everything that determines the curves.
         attack, report, data, devices = self.attack, self.report, self.report.data, self.report.devices
         encoder = data.encoder
         return {
@@ -133,56 +131,32 @@ class _Sweep:
         }
 
     def run(self, targets: Sequence[Target]) -> list[RecoveryCurve]:
-        """Go on, on launched devices."""
         finished = gathered({} if self.log.anew else self.finished)[0] or {}
         data, devices = self.report.data, self.report.devices
         return self.attack.sweep(targets, data, self.score, devices, self.log, finished, self.saved)
 
 
 def run(args: list[str]) -> None:
-    """Parse and run ``attack``.
-
-    Args:
-        args: ``["--config", "recipes/attack/harmful.yaml", "--model", "runs/ssiuu/model", ...]``.
-    """
+    """Parse and run ``attack``."""
     run_function(attack, "attack", args, {"attack": "Harmful"})
 
 
-def print_attacks(rows: Sequence[Mapping[str, Any]], score: str, console: Console | None = None) -> None:
-    """Print rows of ``attack.json`` as a table.
-
-    Args:
-        rows: Of one score.
-        score: Its name.
-        console: Where to.
-
-    Example:
-        >>> cell = {"before": {"mean": 5.0, "std": 0.0}, "forget_score": {"mean": 30.0, "std": 1.0}}
-        >>> row = {"attack": "harmful", "p": 0.1, "variant": None, "unlearned": {**cell, "inside_grid": True}}
-        >>> print_attacks([row], "probability", Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        Highest forget probability under attack, %
-        attack       model      before  highest
-        harmful 0.1  unlearned  5.0      30.0 ± 1.0
-    """
-    console = console or Console()
+def print_attacks(rows: Sequence[Mapping[str, Any]], score: str) -> None:
+    """Print rows of ``attack.json``, all of one score, as a table."""
     swept = any("inside_grid" in row.get("unlearned", {}) for row in rows)
-    console.print(f"{'Highest forget' if swept else 'Forget'} {score} under attack, %")
-    output = Table(box=None)
-    for column in ("attack", "model", "before", "highest" if swept else "after"):
-        output.add_column(column)
+    lines = [("attack", "model", "before", "highest" if swept else "after")]
     for row in rows:
         detail = row["p"] if row["variant"] is None else row["variant"]
         label = row["attack"] if detail is None else f"{row['attack']} {detail}"
         for name in ("unlearned", "oracle"):
-            if name in row:
-                one = row[name]
-                edge = "" if one.get("inside_grid", True) else "  (at the edge of the grid)"
-                output.add_row(label, name, f"{one['before']['mean']:.1f}", f"{_shown(one['forget_score'])}{edge}")
-                if control := row.get("control") if name == "unlearned" else one.get("control"):
-                    output.add_row(label, f"{name}, control", "", _shown(control["forget_score"]))
+            if model := row.get(name):
+                edge = "" if model.get("inside_grid", True) else "  (at the edge of the grid)"
+                lines.append((label, name, f"{model['before']['mean']:.1f}", f"{_shown(model['forget_score'])}{edge}"))
+                if control := row.get("control") if name == "unlearned" else model.get("control"):
+                    lines.append((label, f"{name}, control", "", _shown(control["forget_score"])))
         if "gap" in row:
-            output.add_row(label, "gap", "", _shown(row["gap"]))
-    console.print(output)
+            lines.append((label, "gap", "", _shown(row["gap"])))
+    print_table(lines, f"{'Highest forget' if swept else 'Forget'} {score} under attack, %", right=False)
 
 
 def _shown(spread: Mapping[str, Any]) -> str:

@@ -63,14 +63,8 @@ _BATCHES = 2000  # looked through for the largest
 class MemoryEstimate:
     """What one device needs, in bytes, at the worst moment of a run.
 
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        n_ranks: Number of processes, each with a device of its own (on CPUs: with its own share of the memory).
-        phase: When the worst moment is.
-        uses: Bytes in use at that moment, by the keys of :data:`USES`.
-        by_phase: Bytes at the worst moment of each phase.
-        paged: Bytes of optimiser states that bitsandbytes pages out to the host's memory; not part of the total.
-        capacity: Bytes the device has (CUDA) or has available now (CPU); None if that is not known.
+    ``uses`` are the bytes at that moment by the keys of :data:`USES`, ``by_phase`` those at the worst moment of each
+    phase, ``paged`` those of optimiser states that bitsandbytes pages out to the host's memory, not part of the total.
     """
 
     device: str
@@ -79,7 +73,6 @@ class MemoryEstimate:
     uses: Mapping[str, int]
     by_phase: Mapping[str, int]
     paged: int = 0
-    capacity: int | None = None
 
     @property
     def total(self) -> int:
@@ -89,17 +82,16 @@ class MemoryEstimate:
 def estimate_memory(
     module: UnlearningModule, data: UnlearningDataModule, trainer: L.Trainer | None = None
 ) -> MemoryEstimate:
-    """Say what ``trainer.fit(module, data)`` will need per device. Nothing is loaded, trained or written.
+    """What ``trainer.fit(module, data)`` will need per device. Nothing is loaded, trained or written.
 
     Args:
         module: An objective whose model is not loaded yet; not changed.
         data: Its data; is set up (read and tokenised).
-        trainer: Says device, ranks, strategy, precision, gradient accumulation and callbacks; not started. None takes
-            a Trainer with its defaults.
+        trainer: Has device, ranks, strategy, precision, gradient accumulation and callbacks; not started. None takes a
+            Trainer with its defaults.
 
     Raises:
-        UserError: If the strategy or the objective cannot be simulated, and what loading would raise of the
-            configuration.
+        UserError: If the strategy or the objective cannot be simulated, or loading would refuse the configuration.
         ValueError: If the module has its model already.
 
     Example:
@@ -161,7 +153,7 @@ class _Run:
         uses["activations"] = 0
         uses["activations"] = by_phase[phase] - sum(uses.values())
         paged = peaks[phase].by_tag.get("paged", 0)
-        return MemoryEstimate(self.device.type, self.n_ranks, phase, uses, by_phase, paged, _capacity(self.device))
+        return MemoryEstimate(self.device.type, self.n_ranks, phase, uses, by_phase, paged)
 
     def _blueprint(self) -> AnswerModel:
         if self.sharded and self.module.quantization is not None:
@@ -189,7 +181,7 @@ class _Run:
         self.simulation.tag_rest("weights")
 
     def _refer(self, batch: Mapping[str, Any]) -> None:
-        # Give the losses an original model to compare with: live, or what stands for values read from the disk.
+        # Give the losses an original model to compare with: live, or tensors in place of values read from the disk.
         module = self.module
         if not (observations := module.references()):
             return
@@ -346,31 +338,8 @@ def _workspace(device: torch.device) -> int:
     return 2 * (32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8_519_680)
 
 
-def _capacity(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            known = dict(line.split(":") for line in file)
-        return int(known["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
-
-
 def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> None:
-    """Print an estimate as a table, in MB (10⁶ bytes).
-
-    Example:
-        >>> uses = {"weights": 4_000_000, "activations": 500_000}
-        >>> estimate = MemoryEstimate("cpu", 1, "scoring", uses, {"loading": 4_000_000, "scoring": 4_500_000})
-        >>> print_estimate(estimate, Console(width=90, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        Memory per process, 1 on cpu, at the worst moment (scoring)
-          weights                             4.0 MB
-          activations and temporaries         0.5 MB
-          total                               4.5 MB
-        Worst moment of each phase: loading 4.0 MB, scoring 4.5 MB
-        The process itself takes about 550 MB more (libraries).
-    """
+    """Print an estimate as a table, in MB (10⁶ bytes)."""
     console = console or Console()
     what = "process" if estimate.device == "cpu" else "device"
     console.print(f"Memory per {what}, {estimate.n_ranks} on {estimate.device}, at the worst moment ({estimate.phase})")

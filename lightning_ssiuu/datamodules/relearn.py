@@ -21,7 +21,6 @@ ALPACA = "tatsu-lab/alpaca"
 #: Chooses attacked and scored examples from the forget set, p and random numbers that depend on the seed alone.
 Selection = Callable[[list[QAExample], float | None, np.random.Generator], tuple[list[QAExample], list[QAExample]]]
 
-_KINDS = ("harmful", "benign")
 _SELECTION = 2  # salt of the generator that selects, beside those of the batch order
 
 
@@ -37,7 +36,7 @@ class RelearnDataModule(UnlearningDataModule):
     Args:
         source: The benchmark; its tokenizer, template, lengths and evaluation settings hold here too.
         kind: ``"harmful"`` or ``"benign"``; with a ``selection`` the name of that attack.
-        p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked. Handed to a
+        p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked. Passed to a
             ``selection``; None where it needs none.
         benign_path: Benign: file or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``,
             ``output`` or with ``question``, ``answer``; None: the benign items of ``source``, or where it has none
@@ -90,19 +89,18 @@ class RelearnDataModule(UnlearningDataModule):
             multiple_choice=source.multiple_choice,
         )
         if selection is None:
-            if kind not in _KINDS:
-                raise UserError("kind", kind, ", ".join(_KINDS))
+            if kind not in ("harmful", "benign"):
+                raise UserError("kind", kind, "harmful, benign")
             p = p if kind == "harmful" else None
         if not (0 < p < 1 if p is not None else selection or kind == "benign"):
             raise UserError("p", p, "a fraction in (0, 1)")
         self.source, self.kind, self.p, self.selection = source, kind, p, selection
         self.harmless = HarmlessItems(source, benign_path, benign_size)
         self.pool = None if pool is None else frozenset(pool)
-        self._scored: tuple[tuple[int, int], list[Mapping[str, Any]]] | None = None
+        self._scored: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
 
     @property
     def encoder(self) -> Encoder:
-        """The source's template and tokenizer at work."""
         return self.source.encoder
 
     @property
@@ -134,31 +132,21 @@ class RelearnDataModule(UnlearningDataModule):
 
     @property
     def eval_splits(self) -> list[str]:
-        """Only the scored examples, under the name ``"forget"``."""
         return ["forget"]
 
     def scored_batches(self) -> list[Mapping[str, Any]]:
-        """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``.
-
-        Example:
-            >>> from lightning_ssiuu.datamodules import Facts
-            >>> data = RelearnDataModule(Facts(eval_batch_size=20), p=0.25)
-            >>> [len(batch["forget"]["example_id"]) for batch in data.scored_batches()]
-            [13, 14]
-        """
-        if self._scored is None or self._scored[0] != self._ranks():
-            self._scored = self._ranks(), list(self.eval_dataloader("forget"))
-        return self._scored[1]
+        """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``."""
+        ranks = self._ranks()
+        if ranks not in self._scored:
+            self._scored = {ranks: list(self.eval_dataloader("forget"))}
+        return self._scored[ranks]
 
     def select(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
-        """Choose what is attacked and what is scored.
+        """Choose attacked and scored examples: neither empty, no question in both.
 
         Args:
             forget: The forget set of the source, or what ``pool`` leaves of it.
             rng: Random numbers that depend on the seed alone.
-
-        Returns:
-            Attacked and scored examples: neither empty, no question in both.
         """
         if self.selection is not None:
             return self.selection(forget, self.p, rng)
@@ -170,16 +158,7 @@ class RelearnDataModule(UnlearningDataModule):
 def random_fraction(
     forget: list[QAExample], p: float, rng: np.random.Generator
 ) -> tuple[list[QAExample], list[QAExample]]:
-    """``round(p * n)`` random examples of n, and the rest without the questions that stand among them.
-
-    Raises:
-        UserError: If nothing is drawn or nothing left.
-
-    Example:
-        >>> forget = [QAExample(n, f"Q{n}?", "a") for n in range(4)]
-        >>> random_fraction(forget, 0.25, np.random.default_rng(0))
-        ([QAExample(example_id=2)], [QAExample(example_id=0), QAExample(example_id=1), QAExample(example_id=3)])
-    """
+    """``round(p * n)`` random examples of n, and the rest without the questions of those."""
     chosen = set(rng.permutation(len(forget))[: round(p * len(forget))].tolist())
     attacked = [example for index, example in enumerate(forget) if index in chosen]
     # By question, not only by id: a question that occurs twice would be scored after it was taught
@@ -192,15 +171,9 @@ def random_fraction(
 
 
 class HarmlessItems:
-    """Harmless items to train on in a benign attack: a data module's own, a file's or a hub data set's, read once.
+    """Harmless items for a benign attack, at most ``size``: of a file or hub id ``path``, else the ``source``'s own.
 
-    Args:
-        source: The data module under attack.
-        path: File or hub id; None: the module's own, or where it has none ``tatsu-lab/alpaca``.
-        size: Number of items at most.
-
-    Raises:
-        UserError: ``size`` below 1; later if there are no items, or none that fits.
+    A source that has none takes ``tatsu-lab/alpaca``.
     """
 
     def __init__(self, source: UnlearningDataModule, path: str | None = None, size: int = 1000) -> None:
@@ -210,7 +183,6 @@ class HarmlessItems:
 
     @cached_property
     def items(self) -> list[QAExample]:
-        """All there are, read on first use."""
         own = self.source.splits.benign if self.path is None else []
         items = own or self._read(self.path or ALPACA)
         if not items:
@@ -218,7 +190,7 @@ class HarmlessItems:
         return items
 
     def draw(self, rng: np.random.Generator) -> list[QAExample]:
-        """A random choice of those that ``max_length`` lets in; how many it does not is logged."""
+        """A random choice of those that fit into ``max_length``; how many do not is logged."""
         encoder = self.source.encoder
         chosen: list[QAExample] = []
         n_long = 0
@@ -229,12 +201,11 @@ class HarmlessItems:
                 n_long += 1
             if len(chosen) == self.size:
                 break
+        limit = encoder.max_length
         if not chosen:
-            raise UserError("max_length", encoder.max_length, "a length that some benign item fits in")
+            raise UserError("max_length", limit, "a length that some benign item fits in")
         if n_long:
-            rank_zero_info(
-                f"Benign attack: left out {n_long} items longer than {encoder.max_length} tokens (max_length)."
-            )
+            rank_zero_info(f"Benign attack: left out {n_long} items longer than {limit} tokens (max_length).")
         return chosen
 
     def _read(self, path: str) -> list[QAExample]:
@@ -243,12 +214,11 @@ class HarmlessItems:
             records = [_from_instruction(record) for record in records]
         questions, answers = column(records, "question", "benign_path"), column(records, "answer", "benign_path")
         first_id = 1 + max(example.example_id for _, examples in self.source.splits.items() for example in examples)
-        items = [
-            QAExample(first_id + n, question, answer)
-            for n, (question, answer) in enumerate(zip(questions, answers, strict=True))
-        ]
+        pairs = enumerate(zip(questions, answers, strict=True), first_id)
         # Instruction data sets hold a few empty outputs; there is nothing to learn from one
-        return [item for item in items if item.question.strip() and item.answer.strip()]
+        return [
+            QAExample(n, question, answer) for n, (question, answer) in pairs if question.strip() and answer.strip()
+        ]
 
 
 def _from_instruction(record: Record) -> Record:
