@@ -7,7 +7,7 @@ of the same kinds are the control. Nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -71,15 +71,11 @@ class Recording:
     def of(self, hf: nn.Module) -> AbstractContextManager[None]:
         """Records the forward passes made inside."""
 
-        def watch(name: str) -> Callable[..., None]:
-            columns, kept = self.columns[name], self.passes.setdefault(name, [])
+        def record(name: str, output: Tensor) -> None:
+            columns = self.columns[name].to(output.device)
+            self.passes.setdefault(name, []).append(output.detach()[..., columns].cpu())
 
-            def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-                kept.append(output.detach()[..., columns.to(output.device)].cpu())
-
-            return hook
-
-        return _hooked(hf, {name: watch(name) for name in self.columns})
+        return _hooked(hf, self.columns, record)
 
 
 def patched(hf: nn.Module, columns: Columns, recording: Recording | None = None) -> AbstractContextManager[None]:
@@ -87,27 +83,25 @@ def patched(hf: nn.Module, columns: Columns, recording: Recording | None = None)
 
     The recording holds at least these neurons, for the same passes in the same order.
     """
+    passes = {} if recording is None else {name: iter(recording.passes[name]) for name in columns}
 
-    def change(name: str) -> Callable[..., Tensor]:
-        own = columns[name]
-        values = None if recording is None else iter(recording.passes[name])
-        places = None if recording is None else torch.searchsorted(recording.columns[name], own)
+    def change(name: str, output: Tensor) -> Tensor:
+        output, own = output.clone(), columns[name]
+        values: Tensor | int = 0
+        if recording is not None:
+            values = next(passes[name])[..., torch.searchsorted(recording.columns[name], own)].to(output)
+        output[..., own.to(output.device)] = values
+        return output
 
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[..., own.to(output.device)] = 0 if values is None else next(values)[..., places].to(output)
-            return output
-
-        return hook
-
-    return _hooked(hf, {name: change(name) for name in columns})
+    return _hooked(hf, columns, change)
 
 
 @contextmanager
-def _hooked(hf: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+def _hooked(hf: nn.Module, names: Iterable[str], function: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     with ExitStack() as handles:
-        for name, hook in hooks.items():
-            handles.enter_context(hf.get_submodule(name).register_forward_hook(hook))
+        for name in names:
+            hook = hf.get_submodule(name).register_forward_hook
+            handles.enter_context(hook(lambda _module, _args, output, name=name: function(name, output)))
         yield
 
 
@@ -145,7 +139,7 @@ class Ablation(Attack):
         >>> from lightning_ssiuu import Facts
         >>> cpu = Devices("cpu")
         >>> attack = Ablation("tiny", probe_examples=4, draws=1)
-        >>> outcomes = list(attack.run([Target("model", "tiny", cpu)], Facts(), "first_token", cpu))
+        >>> outcomes = attack.run([Target("model", "tiny", cpu)], Facts(), "first_token", cpu)
         >>> [(outcome.variant, outcome.control, outcome.n_neurons, outcome.forget_score) for outcome in outcomes[:2]]
         [('original', False, 0, 100.0), ('original', True, 0, 100.0)]
         >>> Ablation(alpha=1.0)
@@ -187,9 +181,7 @@ class Ablation(Attack):
         resolve_models({_ORIGINAL: self.original})
         check_tokenizers({_ORIGINAL: self.original}, data)
 
-    def run(
-        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> Iterator[Outcome]:
+    def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
         original = Target(_ORIGINAL, str(self.original), devices)
         reference, _ = self._examined(original, data)
         plans = [self._plan(target, reference, data, score) for target in targets]
@@ -200,8 +192,10 @@ class Ablation(Attack):
             with recording.of(model.hf):
                 forget_score(model, tokenizer, data, score)
             del model  # before the next one is loaded
+        outcomes: list[Outcome] = []
         for target, plan in zip(targets, plans, strict=True):
-            yield from self._outcomes(target, plan, recording, data, score)
+            outcomes += self._outcomes(target, plan, recording, data, score)
+        return outcomes
 
     def _examined(
         self, target: Target, data: UnlearningDataModule, score: str | None = None

@@ -7,8 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.attacks.curves import RecoveryCurve
@@ -18,6 +16,7 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.training.devices import Devices, quiet_lightning
+from lightning_ssiuu.training.shards import local
 
 
 class Recorder(L.Callback):
@@ -92,15 +91,11 @@ class Snapshot:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.tensors = {name: _local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
+        self.tensors = {name: local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
 
     @torch.no_grad()
     def restore(self) -> None:
         for name, tensor in self.model.state_dict().items():
-            _local(tensor).copy_(self.tensors[name])
+            local(tensor).copy_(self.tensors[name])
         for parameter in self.model.parameters():
             parameter.grad = None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -43,8 +43,6 @@ class Harmful(Relearning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.p:
-            raise UserError("attack.p", list(self.p), "at least one value")
         for p in self.p:
             if not 0 < p < 1:
                 raise UserError("attack.p", p, "a fraction in (0, 1)")

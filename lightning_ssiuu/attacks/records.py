@@ -60,12 +60,14 @@ class FinishedAttacks:
 
     A line is on the disk before the next attack begins. The first one is the digest of everything that determines the
     curves: another sweep's file is never continued. A line that a killed process left half written does not count.
-    With ``anew`` what is there goes before the first curve is written.
+    With ``anew`` what is there goes before the first curve is written. ``finished`` are the curves to go on from, the
+    same on every rank; ``saved`` is where the attacked unlearned model with the highest score goes.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, path: Path, fingerprint: str, saved: Path | None = None) -> None:
+        self.path, self.fingerprint, self.saved = path, fingerprint, saved
         self.anew = self._begun = False
+        self.finished: dict[Cell, RecoveryCurve] = {}
 
     def read(self) -> dict[Cell, RecoveryCurve] | None:
         """The finished curves; None if the file is another sweep's. Writes nothing."""

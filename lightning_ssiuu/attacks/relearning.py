@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_ssiuu.attacks.base import Attack, Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, table
-from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
+from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.attacks.sweep import Sweep, SweptModel
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.scores import check_score
@@ -69,7 +68,7 @@ class Relearning(Attack):
     until_saturated: bool = False
 
     def __post_init__(self) -> None:
-        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds), ("p", self.fractions)):
             if not values:
                 raise UserError(f"attack.{name}", list(values), "at least one value")
         for learning_rate in self.learning_rates:
@@ -131,30 +130,22 @@ class Relearning(Attack):
             cell.check_share(devices.n_ranks)
 
     def run(
-        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> list[RecoveryCurve]:
-        return self.sweep(targets, data, score, devices)
-
-    def sweep(
         self,
         targets: Sequence[Target],
         data: UnlearningDataModule,
         score: str,
         devices: Devices,
         log: FinishedAttacks | None = None,
-        finished: Mapping[Cell, RecoveryCurve] | None = None,
-        saved: Path | None = None,
     ) -> list[RecoveryCurve]:
-        """:meth:`run`, without what an interrupted sweep had ``finished`` (the same on every rank).
+        """As in :class:`~lightning_ssiuu.Attack`; ``log`` has what is finished already, and keeps what is finished now.
 
-        Each model is loaded once, only one is in memory at a time. ``log`` keeps every finished curve; ``saved`` is
-        where the attacked unlearned model with the highest score goes.
+        Each model is loaded once, only one is in memory at a time.
         """
         models = [SweptModel(target) for target in targets]
         cells = self.cells(data, self._pool(models[0], data, score))
         for cell in cells:
             cell.check_share(devices.n_ranks)
-        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.lora, log, finished or {}, saved)
+        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.lora, log)
         return sweep.run(models, self.learning_rates, self.epochs, self.until_saturated)
 
     def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger
 from lightning_ssiuu.attacks.finetune import Snapshot, attack_score, relearn
-from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
+from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
@@ -29,6 +28,7 @@ from lightning_ssiuu.utils.distributed import gathered
 
 #: How often an attack is made stronger for one model and p.
 _MOST_WIDENINGS = 8
+_Run = tuple[RelearnDataModule, RecoveryCurve]
 
 
 class SweptModel:
@@ -57,8 +57,9 @@ class SweptModel:
     ) -> RecoveryCurve:
         """Attack it; :meth:`restore` before the next."""
         _ = self._snapshot  # taken before the first attack
-        options = (data, learning_rate, epochs, score, self.name, self.target.devices, every, lora)
-        return relearn(*self.loaded, *options, before=self._before[_scored(data)])
+        model, tokenizer = self.loaded
+        before, devices = self._before[_scored(data)], self.target.devices
+        return relearn(model, tokenizer, data, learning_rate, epochs, score, self.name, devices, every, lora, before)
 
     def restore(self) -> None:
         LoRA.detach(self.loaded[0])
@@ -86,7 +87,7 @@ def _scored(data: RelearnDataModule) -> tuple[int, ...]:
 
 @dataclass
 class Sweep:
-    """Attacks on models, one after another, without those in ``finished``; see :meth:`Relearning.sweep`."""
+    """Attacks on models, one after another, without those that the log has."""
 
     devices: Devices
     data: Sequence[RelearnDataModule]
@@ -94,8 +95,6 @@ class Sweep:
     every_n_epochs: int
     lora: LoRA | None
     log: FinishedAttacks | None
-    finished: Mapping[Cell, RecoveryCurve]
-    saved: Path | None
     _highest: float = -1.0
 
     def run(
@@ -119,31 +118,27 @@ class Sweep:
         return curves
 
     def _curve(self, target: SweptModel, cell: RelearnDataModule, learning_rate: float, epochs: int) -> RecoveryCurve:
-        curve = self.finished.get((target.name, cell.p, cell.seed, learning_rate, epochs))
+        log, finished = self.log, {} if self.log is None else self.log.finished
+        curve = finished.get((target.name, cell.p, cell.seed, learning_rate, epochs))
         if attacked := curve is None:
             target.score_before(self.data, self.score)
-            if self.log is not None and self.devices.is_first:
-                self.log.begin()  # no sooner: until a model is there, a mistake leaves nothing behind
+            if log is not None and self.devices.is_first:
+                log.begin()  # no sooner: until a model is there, a mistake leaves nothing behind
             curve = target.attack(cell, learning_rate, epochs, self.score, self.every_n_epochs, self.lora)
         assert curve is not None
         if target.name == "unlearned" and max(curve.forget_scores) > self._highest:
             self._highest = max(curve.forget_scores)
-            if attacked and self.saved is not None:
+            if attacked and log is not None and log.saved is not None:
                 model, tokenizer = target.loaded
-                save_pretrained(model.hf, tokenizer, self.saved)
+                save_pretrained(model.hf, tokenizer, log.saved)
         if attacked:
             target.restore()
-            if self.log is not None and self.devices.is_first:
-                self.log.add(curve)  # after the model was saved: what counts as finished is whole
+            if log is not None and self.devices.is_first:
+                log.add(curve)  # after the model was saved: what counts as finished is whole
         self._bar.update()
         return curve
 
-    def _saturate(
-        self,
-        target: SweptModel,
-        curves: list[tuple[RelearnDataModule, RecoveryCurve]],
-        cells: Sequence[RelearnDataModule],
-    ) -> None:
+    def _saturate(self, target: SweptModel, curves: list[_Run], cells: Sequence[RelearnDataModule]) -> None:
         # Attack more and more strongly until the highest score of these cells lies inside what was tried.
         for _ in range(_MOST_WIDENINGS):
             if (attack := stronger([curve for cell, curve in curves if cell in cells])) is None:

@@ -12,7 +12,6 @@ import transformers
 import lightning_ssiuu
 from lightning_ssiuu.attacks import Attack, Harmful, Relearning
 from lightning_ssiuu.attacks.base import Target
-from lightning_ssiuu.attacks.curves import RecoveryCurve
 from lightning_ssiuu.attacks.records import (
     REPORT,
     FinishedAttacks,
@@ -80,9 +79,13 @@ def attack(
     score = score or run_score(model)
     method.check(report.data, score, devices)
     targets = [Target(*given, devices) for given in report.models.items()]
-    sweep = _Sweep(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
+    log = _log(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
     with devices.launched():
-        results = list(sweep.run(targets) if sweep else method.run(targets, report.data, score, devices))
+        more: dict[str, Any] = {}
+        if log is not None:
+            log.finished = gathered(log.finished)[0]
+            more["log"] = log
+        results = list(method.run(targets, report.data, score, devices, **more))
         if not results:
             raise UserError("attack", method.name, "an attack that gives at least one outcome")
         rows = method.rows(results, score)
@@ -91,49 +94,38 @@ def attack(
             settings["provenance"] = report.provenance(settings)
             merge_attacks(report.folder, method.name, rows, settings, results)
             print_attacks(rows, rows[0]["score"])
-            if sweep:
-                sweep.log.remove()
+            if log is not None:
+                log.remove()
     return rows
 
 
-class _Sweep:
-    # A sweep of the command's: what is finished is kept beside attack.json.
-
-    def __init__(self, report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> None:
-        self.report, self.attack, self.score = report, attack, score
-        folder, name = report.folder, attack.name
-        self.saved = folder / f"attacked_{name}" if save_attacked else None
-        self.log = FinishedAttacks(folder / f"attack.{name}.partial.jsonl", fingerprint(self._determined()))
-        self.finished = self.log.read()
-        if self.finished is None and not overwrite:
-            allowed = f"with the options of the {name} attack that was interrupted there, or with --overwrite"
-            raise UserError("output", str(folder), allowed)
-        if self.saved is not None and (self.finished is None or not self.log.path.exists()):
-            refuse_existing("output", folder, [self.saved.name], overwrite)
-        # The model that finished attacks were for may be lost.
-        self.log.anew = self.finished is None or (self.saved is not None and not self.saved.exists())
-
-    def _determined(self) -> dict[str, Any]:
-        # Everything that determines the curves.
-        attack, report, data, devices = self.attack, self.report, self.report.data, self.report.devices
-        encoder = data.encoder
-        return {
-            "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
-            "score": self.score,
-            "data": report.data_sha256,
-            "selected": [cell.content_sha256() for cell in attack.cells(data)],
-            "encoding": [encoder.template, encoder.choice_template, encoder.max_length, data.multiple_choice],
-            "eval_batch_size": data.eval_batch_size,
-            "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
-            "devices": [devices.device.type, devices.n_ranks, devices.sharded, devices.precision],
-            "saved": self.saved is not None,
-            "versions": [package.__version__ for package in (lightning_ssiuu, torch, lightning, transformers)],
-        }
-
-    def run(self, targets: Sequence[Target]) -> list[RecoveryCurve]:
-        finished = gathered({} if self.log.anew else self.finished)[0] or {}
-        data, devices = self.report.data, self.report.devices
-        return self.attack.sweep(targets, data, self.score, devices, self.log, finished, self.saved)
+def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> FinishedAttacks:
+    # What is finished of a sweep is kept beside attack.json, and is of use to the same sweep only.
+    folder, data, devices, encoder = report.folder, report.data, report.devices, report.data.encoder
+    saved = folder / f"attacked_{attack.name}" if save_attacked else None
+    determined = {  # everything that determines the curves
+        "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
+        "score": score,
+        "data": report.data_sha256,
+        "selected": [cell.content_sha256() for cell in attack.cells(data)],
+        "encoding": [encoder.template, encoder.choice_template, encoder.max_length, data.multiple_choice],
+        "eval_batch_size": data.eval_batch_size,
+        "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
+        "devices": [devices.device.type, devices.n_ranks, devices.sharded, devices.precision],
+        "saved": save_attacked,
+        "versions": [package.__version__ for package in (lightning_ssiuu, torch, lightning, transformers)],
+    }
+    log = FinishedAttacks(folder / f"attack.{attack.name}.partial.jsonl", fingerprint(determined), saved)
+    finished = log.read()
+    if finished is None and not overwrite:
+        allowed = f"with the options of the {attack.name} attack that was interrupted there, or with --overwrite"
+        raise UserError("output", str(folder), allowed)
+    if saved is not None and (finished is None or not log.path.exists()):
+        refuse_existing("output", folder, [saved.name], overwrite)
+    # The model that finished attacks were for may be lost.
+    log.anew = finished is None or (saved is not None and not saved.exists())
+    log.finished = {} if log.anew else finished or {}
+    return log
 
 
 def run(args: list[str]) -> None:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 from torch import Tensor
 
-from lightning_ssiuu.attribution.diagnosis import (
-    Diagnosis,
-    Examined,
-    attribution_correlation,
-    check_probes,
-    diagnose,
-    influences,
-)
-from lightning_ssiuu.attribution.influence import CSV_HEADER
+from lightning_ssiuu.attribution.diagnosis import attribution_correlation, check_probes, diagnose, influences
+from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.cli.parsing import run_function
@@ -76,11 +69,11 @@ def audit(
         data: The data module to judge by; by default the unlearned model's run's, else the embedded facts.
         score: The forget score of the verdict; by default that of the run's relearning attacks, else the one the run
             was stopped by, else probability.
-        relearning_probe: Where the run has no relearning attack with this score in its ``attack.json`` (and with the
-            oracle, if one is given): make a small one.
+        relearning_probe: Make a small relearning attack where the run's ``attack.json`` has none with this score and
+            oracle.
         probe: Options of that attack; its learning rates suit small models.
         own_change: Also flag neurons by what their own changed weights cost: precise where few neurons hide the answer,
-            empty where the change is spread out. Costs eight more passes over the probes and, in main memory, three
+            empty where the change is spread out. Takes eight more passes over the probes and, in main memory, three
             times the weights. Not with strategy ``fsdp2``.
         show_text: Put questions of the forget set, and the answers of both models, into the report.
         probe_examples: Examples per set on which attributions are taken, over all devices.
@@ -160,45 +153,36 @@ def audit(
             "method": method or "gradient_x_activation",
             "alpha": alpha,
         }
-        moved = _moved(examined, content)
+        moved: tuple[Tensor, Tensor] | None = None  # influences before and after the attack
+        if "after_attack" in examined:
+            before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
+            content["correlation"] = asdict(attribution_correlation(before, after))
+            content["attribution_correlation"] = content["correlation"]["rho"]
+            moved = influences(before["forget"]), influences(after["forget"])
         content["provenance"] = report.provenance(options)
         if devices.is_first:
-            chosen = {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
-            shown = _command(models, chosen, show_text)
-            _write(report.folder, content, diagnoses, Measured(models, shown, {}, moved, 0, measured.examples(data)))
+            chosen = (
+                models | {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
+            )
+            words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
+            command = " ".join(["lightning-ssiuu audit", *words, *(["--show_text"] if show_text else [])])
+            variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
+            examples = measured.examples(data)
+            table = diagnoses["unlearned"].table
+            _write(report.folder, content, table, Measured(models, command, variations, moved, len(table), examples))
             print_audit(content)
     return content
 
 
-def _moved(examined: Mapping[str, Examined], content: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    # Influences before and after the attack; puts the correlation of attributions into the content.
-    if "after_attack" not in examined:
-        return None
-    before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
-    content["correlation"] = asdict(attribution_correlation(before, after))
-    content["attribution_correlation"] = content["correlation"]["rho"]
-    return influences(before["forget"]), influences(after["forget"])
-
-
-def _write(folder: Path, content: Mapping[str, Any], diagnoses: Mapping[str, Diagnosis], measured: Measured) -> None:
-    table = diagnoses["unlearned"].table
-    variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
-    page = report_html(content, replace(measured, variations=variations, n_flagged=len(table)))
+def _write(folder: Path, content: dict[str, Any], table: Sequence[SpuriousNeuron], measured: Measured) -> None:
+    page = report_html(content, measured)
     write_csv(folder / "audit_spurious_neurons.csv", CSV_HEADER, map(astuple, table))
-    for name, variation in variations.items():
+    for name, variation in measured.variations.items():
         save_heat_maps(folder / "plots" / f"audit_heat_maps_{name}.png", variation)
-    save_cumulative_curves(folder / "plots" / "audit_cumulative_curves.png", variations)
+    save_cumulative_curves(folder / "plots" / "audit_cumulative_curves.png", measured.variations)
     with written_atomically(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "audit.json", content)
-
-
-def _command(checkpoints: Mapping[str, str], options: Mapping[str, Any], show_text: bool) -> str:
-    words = [
-        f"--{name}" if value is None else f"--{name} {shlex.quote(str(value))}"
-        for name, value in [*checkpoints.items(), *options.items(), *([("show_text", None)] if show_text else [])]
-    ]
-    return " ".join(["lightning-ssiuu audit", *words])
 
 
 def print_audit(content: dict[str, Any]) -> None:

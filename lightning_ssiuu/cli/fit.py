@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ssiuu.callbacks import (
     ForgetThresholdStopping,
@@ -87,11 +87,8 @@ class UnlearningCLI(LightningCLI):
             parser.add_argument("--estimate-memory", "--estimate_memory", action="store_true", help=text)
         return parser
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Lightning's own would warn that sys.argv holds the same.
-        if not isinstance(args, list):
-            raise TypeError(f"args: got {type(args).__name__}, expected a list of command-line arguments")
-        self.config = parser.parse_args(args)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
 
     def before_instantiate_classes(self) -> None:
         check_engine(self._get(self.config, "trainer", default={}))

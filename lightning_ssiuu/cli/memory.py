@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -97,8 +98,7 @@ def estimate_memory(
     Example:
         >>> from lightning_ssiuu import Facts, GradientDifference
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
-        >>> data = Facts(batch_size=16, eval_batch_size=4)
-        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), data, trainer)
+        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), Facts(eval_batch_size=4), trainer)
         >>> estimate.uses["weights"] // 10**5, estimate.phase
         (36, 'training step')
     """
@@ -107,7 +107,8 @@ def estimate_memory(
     trainer = trainer or L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     run = _Run(copy.deepcopy(module), data, trainer)
     try:
-        with isolate_rng(), warnings.catch_warnings(), _pretended_ranks(run.n_ranks if run.distributed else 0):
+        group = _pretended_ranks(run.n_ranks) if run.distributed else nullcontext()
+        with isolate_rng(), warnings.catch_warnings(), group:
             warnings.simplefilter("ignore")  # on what numbers that are all 1 look like
             return run.estimate()
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
@@ -227,7 +228,7 @@ class _Run:
                 for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
                     large = isinstance(tensor, Tensor) and tensor.numel() >= _PAGED_FROM
                     self.simulation.tag(tensor, "paged" if is_paged and large else "optimizer")
-        self.simulation.tag_rest("buckets" if isinstance(step, nn.Module) else "activations")
+        self.simulation.tag_rest("buckets" if isinstance(self.strategy, DDPStrategy) else "activations")
         self.held = step, optimizer  # to the end of the run
 
     def _attribute(self) -> None:
@@ -269,7 +270,7 @@ class _Run:
         n_tensors = 2 * self.config.num_hidden_layers + 1  # a layer's grown cache is made beside the old one
         shape, dtype = (rows, heads, longest, size), self.module.model.hf.dtype
         cache = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(n_tensors)]
-        self.module.model(part["input_ids"], part["attention_mask"], part["labels"])
+        self.module.model(**part)
         del cache
 
     def _save(self) -> None:
@@ -290,34 +291,20 @@ class _Run:
         return [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
-class _Step(nn.Module):
-    # What Lightning makes of a module for DistributedDataParallel: its training step as the forward pass.
-
-    def __init__(self, module: UnlearningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.module.training_step(*args)
-
-
-def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> nn.Module:
+def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> Callable[..., Any]:
     def reduced(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations, which are strings here
         future: Any = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    wrapped = nn.parallel.DistributedDataParallel(_Step(module), **{**strategy._ddp_kwargs, "init_sync": False})
+    wrapped = nn.parallel.DistributedDataParallel(module, **{**strategy._ddp_kwargs, "init_sync": False})
     wrapped.register_comm_hook(None, reduced)  # a pretended group's own reduction has no result
-    return wrapped
+    return partial(strategy._forward_redirection, wrapped, module, "training_step")
 
 
 @contextmanager
 def _pretended_ranks(n_ranks: int) -> Iterator[None]:
-    # Inside, this process is the first of so many (0: no group), and what it sends comes to nothing.
-    if n_ranks == 0:
-        yield
-        return
+    # Inside, this process is the first of so many, and what it sends comes to nothing.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)

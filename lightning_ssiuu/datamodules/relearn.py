@@ -27,27 +27,25 @@ _SELECTION = 2  # salt of the generator that selects, beside those of the batch 
 class RelearnDataModule(UnlearningDataModule):
     """Attacked and scored examples of a relearning attack on an unlearned model (Yang et al. 2026, arXiv 2509.22263).
 
-    *Harmful*: attacked is a random fraction ``p`` of the forget set, scored its disjoint remainder. *Benign*: attacked
-    is harmless instruction data, scored the whole forget set. Any other attack is a ``selection``, or a subclass that
-    overrides :meth:`select`. Training batches are ``{"retain": part}`` with a part of the attacked examples (what is
-    learned now); there is one evaluation loader, with batches ``{"forget": part}`` of the scored ones. An epoch is one
-    permutation of the attacked examples, its last batch may be short.
+    *Harmful*: a random fraction ``p`` of the forget set is attacked, its disjoint remainder scored. *Benign*: harmless
+    instruction data are attacked, the whole forget set is scored. Any other attack is a ``selection``, or a subclass
+    that overrides :meth:`select`. Training batches are ``{"retain": part}`` of the attacked examples, an epoch is one
+    permutation of them and its last batch may be short; evaluation batches are ``{"forget": part}`` of the scored ones.
 
     Args:
         source: The benchmark; its tokenizer, template, lengths and evaluation settings hold here too.
         kind: ``"harmful"`` or ``"benign"``; with a ``selection`` the name of that attack.
-        p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked. Passed to a
-            ``selection``; None where it needs none.
-        benign_path: Benign: file or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``,
-            ``output`` or with ``question``, ``answer``; None: the benign items of ``source``, or where it has none
-            those of ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
-        benign_size: Benign: number of items at most; a random choice where there are more.
+        p: Fraction of the forget set (or of ``pool``): ``round(p * n)`` examples are attacked; None where a
+            ``selection`` needs none.
+        benign_path: File or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``, ``output`` or
+            with ``question``, ``answer``; None: the benign items of ``source``, or where it has none those of
+            ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
+        benign_size: Number of benign items at most; a random choice where there are more.
         pool: Ids of the forget examples that may be attacked or scored; None: all. With those that the unlearned model
             answers wrongly, the score before the attack is 0 by construction.
         batch_size: Attacked sequences per micro-batch over all ranks.
         seed: Seeds the selection and the order.
-        selection: Chooses attacked and scored examples instead of ``kind``: from the forget set, ``p`` and a
-            ``numpy`` generator that depends on the seed alone.
+        selection: Chooses as :meth:`select` does, with ``p`` as second argument, instead of ``kind``.
 
     Raises:
         UserError: ``p`` outside (0, 1), nothing attacked or nothing scored, a question that is both, no benign items,
@@ -58,9 +56,6 @@ class RelearnDataModule(UnlearningDataModule):
         >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.25, seed=1)
         >>> len(data.attacked), len(data.scored), data.eval_splits
         (9, 27, ['forget'])
-        >>> data = RelearnDataModule(Facts(), "first", 0.5, selection=lambda forget, p, rng: (forget[:3], forget[3:]))
-        >>> len(data.attacked), len(data.scored)
-        (3, 33)
     """
 
     fill_batches = False
@@ -77,17 +72,10 @@ class RelearnDataModule(UnlearningDataModule):
         seed: int = 0,
         selection: Selection | None = None,
     ) -> None:
-        super().__init__(
-            tokenizer=source.tokenizer_or_name,
-            template=source.template,
-            batch_size=batch_size,
-            eval_batch_size=source.eval_batch_size,
-            max_length=source.max_length,
-            num_workers=source.num_workers,
-            seed=seed,
-            train_on="retain",
-            multiple_choice=source.multiple_choice,
-        )
+        names = ("template", "eval_batch_size", "max_length", "num_workers", "multiple_choice")
+        options: dict[str, Any] = {name: getattr(source, name) for name in names}
+        options |= {"tokenizer": source.tokenizer_or_name, "train_on": "retain"}
+        super().__init__(batch_size=batch_size, seed=seed, **options)
         if selection is None:
             if kind not in ("harmful", "benign"):
                 raise UserError("kind", kind, "harmful, benign")
@@ -136,18 +124,12 @@ class RelearnDataModule(UnlearningDataModule):
 
     def scored_batches(self) -> list[Mapping[str, Any]]:
         """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``."""
-        ranks = self._ranks()
-        if ranks not in self._scored:
+        if (ranks := self._ranks()) not in self._scored:
             self._scored = {ranks: list(self.eval_dataloader("forget"))}
         return self._scored[ranks]
 
     def select(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
-        """Choose attacked and scored examples: neither empty, no question in both.
-
-        Args:
-            forget: The forget set of the source, or what ``pool`` leaves of it.
-            rng: Random numbers that depend on the seed alone.
-        """
+        """Attacked and scored examples of the forget set or pool, no question in both; ``rng`` depends on the seed."""
         if self.selection is not None:
             return self.selection(forget, self.p, rng)
         if self.p is None:
@@ -171,10 +153,7 @@ def random_fraction(
 
 
 class HarmlessItems:
-    """Harmless items for a benign attack, at most ``size``: of a file or hub id ``path``, else the ``source``'s own.
-
-    A source that has none takes ``tatsu-lab/alpaca``.
-    """
+    """At most ``size`` items for a benign attack: of ``path`` (file, hub id), else the source's own, else of Alpaca."""
 
     def __init__(self, source: UnlearningDataModule, path: str | None = None, size: int = 1000) -> None:
         if size < 1:
@@ -191,7 +170,7 @@ class HarmlessItems:
 
     def draw(self, rng: np.random.Generator) -> list[QAExample]:
         """A random choice of those that fit into ``max_length``; how many do not is logged."""
-        encoder = self.source.encoder
+        encoder, limit = self.source.encoder, self.source.encoder.max_length
         chosen: list[QAExample] = []
         n_long = 0
         for index in rng.permutation(len(self.items)).tolist():
@@ -201,7 +180,6 @@ class HarmlessItems:
                 n_long += 1
             if len(chosen) == self.size:
                 break
-        limit = encoder.max_length
         if not chosen:
             raise UserError("max_length", limit, "a length that some benign item fits in")
         if n_long:
@@ -216,12 +194,9 @@ class HarmlessItems:
         first_id = 1 + max(example.example_id for _, examples in self.source.splits.items() for example in examples)
         pairs = enumerate(zip(questions, answers, strict=True), first_id)
         # Instruction data sets hold a few empty outputs; there is nothing to learn from one
-        return [
-            QAExample(n, question, answer) for n, (question, answer) in pairs if question.strip() and answer.strip()
-        ]
+        return [QAExample(n, asked, answer) for n, (asked, answer) in pairs if asked.strip() and answer.strip()]
 
 
 def _from_instruction(record: Record) -> Record:
-    question, answer = record.get("instruction") or "", record.get("output") or ""
-    extra = record.get("input") or ""
-    return {"question": f"{question}\n{extra}" if extra else question, "answer": answer}
+    question, extra = record.get("instruction") or "", record.get("input") or ""
+    return {"question": f"{question}\n{extra}" if extra else question, "answer": record.get("output") or ""}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toys.cli import ROOT, read_json
+from toys.cli import ROOT, attacking, read_json
 
 from lightning_ssiuu.evaluation.scores import SCORES, Score, check_score, find_score
 from lightning_ssiuu.utils.errors import UserError
@@ -88,7 +88,7 @@ def test_fit(run: Path) -> None:
 
 
 def test_attack_takes_the_score_of_the_run(run: Path, here: Path) -> None:
-    options = ("--learning_rates", "[1e-4]", "--seeds", "[0]", "--p", "[0.5]", "--epochs", "1")
+    options = attacking(learning_rates=[1e-4], seeds=[0], p=[0.5], epochs=1)
     done = script(here, "attack", "--model", "run/model", *options)
     assert done.returncode == 0, done.stderr
     (row,) = read_json(run / "attack.json")["attacks"]
