@@ -86,6 +86,9 @@ UTILITY = {
         ),
     ],
 )
-def test_tables(show: Callable[[], None], lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(
+    show: Callable[[], None], lines: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     show()
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == lines
