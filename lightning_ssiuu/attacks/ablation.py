@@ -7,8 +7,8 @@ of the same kinds are the control. Nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score
 from lightning_ssiuu.attribution.activation_gradient import NeuronAttribution
-from lightning_ssiuu.attribution.diagnosis import Examined, attributions, diagnose
+from lightning_ssiuu.attribution.diagnosis import Examined, attributions, check_probes, diagnose
+from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import check_tokenizers, resolve_models
 from lightning_ssiuu.evaluation.scores import SCORES
-from lightning_ssiuu.models.answers import TARGETS, AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.answers import Target as TargetOfAttribution
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.training.devices import Devices
@@ -35,38 +36,19 @@ _ORIGINAL = "attack.original"
 
 
 def output_columns(sites: Sequence[NeuronSite], neurons: Iterable[Neuron]) -> Columns:
-    """Where neurons stand in the outputs of their modules; those of a shared projection come together.
-
-    Example:
-        >>> site = NeuronSite("attn_k", 0, "qkv", 2, torch.tensor([4, 5]))
-        >>> output_columns([site], [(0, "attn_k", 1), (0, "attn_k", 0)])
-        {'qkv': tensor([4, 5])}
-    """
+    """The neurons' columns in the outputs of their modules; kinds that share a projection come together."""
     by_key: dict[tuple[int, str], NeuronSite] = {site.key: site for site in sites}
-    found: dict[str, set[int]] = {}
+    columns: dict[str, set[int]] = {}
     for layer, kind, index in neurons:
         site = by_key[layer, kind]
-        column = index if site.columns is None else int(site.columns[index])
-        found.setdefault(site.module_name, set()).add(column)
-    return {name: torch.tensor(sorted(columns)) for name, columns in found.items()}
+        columns.setdefault(site.module_name, set()).add(index if site.columns is None else int(site.columns[index]))
+    return {name: torch.tensor(sorted(of_module)) for name, of_module in columns.items()}
 
 
 def control_neurons(sites: Sequence[NeuronSite], flagged: Iterable[Neuron], seed: int) -> list[Neuron]:
     """As many random neurons of each kind as are flagged, none of them flagged, from all layers.
 
-    Args:
-        sites: The model's.
-        flagged: The flagged neurons.
-        seed: Of the draw.
-
-    Returns:
-        The drawn neurons; fewer than flagged where a kind has no more that are not.
-
-    Example:
-        >>> sites = [NeuronSite("mlp_up", layer, f"up{layer}", 2) for layer in range(2)]
-        >>> drawn = control_neurons(sites, [(0, "mlp_up", 1)], seed=0)
-        >>> len(drawn), (0, "mlp_up", 1) in drawn
-        (1, False)
+    Fewer where a kind has no more that are not flagged.
     """
     taken = set(flagged)
     generator = torch.Generator().manual_seed(seed)
@@ -81,88 +63,50 @@ def control_neurons(sites: Sequence[NeuronSite], flagged: Iterable[Neuron], seed
 
 @dataclass
 class Recording:
-    """Activations of some neurons in every forward pass of an evaluation, in main memory.
-
-    Args:
-        columns: Which.
-        passes: By module, ``[B, L, n]`` for every pass, in the order of the passes.
-
-    Example:
-        >>> layer = nn.Sequential(nn.Linear(1, 2))
-        >>> recording = Recording({"0": torch.tensor([1])})
-        >>> with recording.of(layer):
-        ...     y = layer(torch.ones(1, 1, 1))
-        >>> bool((recording.passes["0"][0] == y[..., 1:]).all())
-        True
-    """
+    """Activations of some neurons in every forward pass, in main memory: by module ``[B, L, n]`` pass by pass."""
 
     columns: Columns
     passes: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    @contextmanager
-    def of(self, hf: nn.Module) -> Iterator[None]:
-        """Record whatever forward passes are made inside."""
+    def of(self, hf: nn.Module) -> AbstractContextManager[None]:
+        """Records the forward passes made inside."""
 
-        def watch(name: str) -> Callable[..., None]:
-            columns, kept = self.columns[name], self.passes.setdefault(name, [])
+        def record(name: str, output: Tensor) -> None:
+            columns = self.columns[name].to(output.device)
+            self.passes.setdefault(name, []).append(output.detach()[..., columns].cpu())
 
-            def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-                kept.append(output.detach()[..., columns.to(output.device)].cpu())
-
-            return hook
-
-        with _hooked(hf, {name: watch(name) for name in self.columns}):
-            yield
+        return _hooked(hf, self.columns, record)
 
 
-@contextmanager
-def patched(hf: nn.Module, columns: Columns, recording: Recording | None = None) -> Iterator[None]:
-    """Inside, some neurons have recorded activations instead of their own, or are zero.
+def patched(hf: nn.Module, columns: Columns, recording: Recording | None = None) -> AbstractContextManager[None]:
+    """Inside, some neurons have recorded activations instead of their own, or are zero where there is no recording.
 
-    Args:
-        hf: The transformers model.
-        columns: Which neurons.
-        recording: Holds at least these, for the same passes in the same order; None: zero.
-
-    Example:
-        >>> layer = nn.Sequential(nn.Linear(1, 2))
-        >>> with patched(layer, {"0": torch.tensor([0])}):
-        ...     layer(torch.ones(1, 1))[0, 0].item()
-        0.0
+    The recording holds at least these neurons, for the same passes in the same order.
     """
+    passes = {} if recording is None else {name: iter(recording.passes[name]) for name in columns}
 
-    def change(name: str) -> Callable[..., Tensor]:
-        own = columns[name]
-        values = None if recording is None else iter(recording.passes[name])
-        places = None if recording is None else torch.searchsorted(recording.columns[name], own)
+    def change(name: str, output: Tensor) -> Tensor:
+        output, own = output.clone(), columns[name]
+        values: Tensor | int = 0
+        if recording is not None:
+            values = next(passes[name])[..., torch.searchsorted(recording.columns[name], own)].to(output)
+        output[..., own.to(output.device)] = values
+        return output
 
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[..., own.to(output.device)] = 0 if values is None else next(values)[..., places].to(output)
-            return output
-
-        return hook
-
-    with _hooked(hf, {name: change(name) for name in columns}):
-        yield
+    return _hooked(hf, columns, change)
 
 
 @contextmanager
-def _hooked(hf: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    handles = []
-    try:
-        for name, hook in hooks.items():
-            handles.append(hf.get_submodule(name).register_forward_hook(hook))
+def _hooked(hf: nn.Module, names: Iterable[str], function: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    with ExitStack() as handles:
+        for name in names:
+            hook = hf.get_submodule(name).register_forward_hook
+            handles.enter_context(hook(lambda _module, _args, output, name=name: function(name, output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be done to one model."""
-
     before: float
     flagged: Columns
     controls: list[Columns]
@@ -185,15 +129,17 @@ class Ablation(Attack):
         alpha: False-positive rate of the flags, in (0, 1).
         draws: Draws of control neurons, ≥ 1.
         target: What is attributed: ``sequence``, ``length_normalised`` or ``log_probability``.
+        method: Attribution method: a key of :data:`~lightning_ssiuu.attribution.methods.METHODS` or the import path of
+            a callable; None: activation × gradient.
 
     Raises:
         UserError: If an option is outside its range.
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> here = Devices("cpu")
+        >>> cpu = Devices("cpu")
         >>> attack = Ablation("tiny", probe_examples=4, draws=1)
-        >>> outcomes = attack.run([Target("model", "tiny", here)], Facts(), "first_token", here)
+        >>> outcomes = attack.run([Target("model", "tiny", cpu)], Facts(), "first_token", cpu)
         >>> [(outcome.variant, outcome.control, outcome.n_neurons, outcome.forget_score) for outcome in outcomes[:2]]
         [('original', False, 0, 100.0), ('original', True, 0, 100.0)]
         >>> Ablation(alpha=1.0)
@@ -209,22 +155,26 @@ class Ablation(Attack):
     alpha: float = 1e-3
     draws: int = 5
     target: TargetOfAttribution = "length_normalised"
+    method: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("probe_examples", self.probe_examples), ("draws", self.draws)):
-            if not (isinstance(value, int) and value >= 1):
-                raise UserError(f"attack.{name}", value, "a whole number ≥ 1")
-        if not 0 < self.alpha < 1:
-            raise UserError("attack.alpha", self.alpha, "a false-positive rate in (0, 1)")
-        if self.target not in TARGETS:
-            raise UserError("attack.target", self.target, f"one of {list(TARGETS)}")
+        check_probes(self.probe_examples, self.alpha, "attack.")
+        if not (isinstance(self.draws, int) and self.draws >= 1):
+            raise UserError("attack.draws", self.draws, "a whole number ≥ 1")
+        self._attribute = attribution_method(self.method, self.target, argument="attack.method")
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        if self.method is None:
+            del settings["method"]  # as in files written before there was a choice
+        return settings
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         super().check(data, score, devices)
         if self.original is None:
             raise UserError(_ORIGINAL, None, "the model before unlearning: a directory, a hub id or another checkpoint")
         if SCORES[score].generates:
-            forced = sorted(name for name, given in SCORES.items() if not given.generates)
+            forced = sorted(name for name, known in SCORES.items() if not known.generates)
             raise UserError("score", score, f"a teacher-forced score for attack Ablation: {forced}")
         if self.probe_examples < devices.n_ranks:
             raise UserError("attack.probe_examples", self.probe_examples, f"at least {devices.n_ranks}, one per device")
@@ -238,19 +188,21 @@ class Ablation(Attack):
         needed = _union([columns for plan in plans for columns in (plan.flagged, *plan.controls)])
         recording = Recording(needed)
         if needed:
-            _record(original, recording, data, score)
-        return [
-            outcome
-            for target, plan in zip(targets, plans, strict=True)
-            for outcome in self._outcomes(target, plan, recording, data, score)
-        ]
+            model, tokenizer = original.load()
+            with recording.of(model.hf):
+                forget_score(model, tokenizer, data, score)
+            del model  # before the next one is loaded
+        outcomes: list[Outcome] = []
+        for target, plan in zip(targets, plans, strict=True):
+            outcomes += self._outcomes(target, plan, recording, data, score)
+        return outcomes
 
     def _examined(
         self, target: Target, data: UnlearningDataModule, score: str | None = None
     ) -> tuple[dict[str, NeuronAttribution], float]:
         model, tokenizer = target.load()
         with naming(target.argument):  # an architecture without known neurons
-            measured = attributions(model, data, self.probe_examples, self.target)
+            measured = attributions(model, data, self.probe_examples, self.target, self._attribute)
         return measured, 0.0 if score is None else forget_score(model, tokenizer, data, score)
 
     def _plan(
@@ -277,12 +229,6 @@ class Ablation(Attack):
                         after = forget_score(model, tokenizer, data, score)
                 more = {"seed": max(number - 1, 0), "control": number > 0, "n_neurons": plan.n_neurons}
                 yield self.outcome(target, data, score, plan.before, after, variant, **more)
-
-
-def _record(original: Target, recording: Recording, data: UnlearningDataModule, score: str) -> None:
-    model, tokenizer = original.load()
-    with recording.of(model.hf):
-        forget_score(model, tokenizer, data, score)
 
 
 def _union(several: Sequence[Columns]) -> Columns:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -11,13 +13,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.curves import RecoveryCurve, gap, spread
-from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.attacks.curves import RecoveryCurve, by_model, spread
+from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import naming
 
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -25,18 +28,9 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 @dataclass(frozen=True)
 class Target:
-    """A saved model to attack.
+    """A saved model to attack, by the argument it was given for (``"model"``, ``"oracle"``).
 
-    Args:
-        argument: The argument it was given for, e.g. ``"model"`` or ``"oracle"``.
-        checkpoint: What was given.
-        devices: Launched before :meth:`load`.
-
-    Example:
-        >>> target = Target("model", "tiny", Devices("cpu"))
-        >>> model, tokenizer = target.load()
-        >>> target.name, tokenizer.padding_side
-        ('unlearned', 'right')
+    The devices are launched before :meth:`load`.
     """
 
     argument: str
@@ -45,11 +39,11 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Its name in the results: ``"unlearned"`` or that of the argument."""
+        """Its name in the results: ``"unlearned"`` for ``"model"``, else that of the argument."""
         return "unlearned" if self.argument == "model" else self.argument
 
     def load(self) -> tuple[AnswerModel, PreTrainedTokenizerBase]:
-        """Load the model and its tokenizer; what is wrong with them is told under the argument's name."""
+        """Load the model and its tokenizer; errors name the argument."""
         if self.devices.sharded:
             gc.collect()  # units of FSDP refer to each other, and two models at once may not fit
         with naming(self.argument):
@@ -63,14 +57,14 @@ class Outcome:
     Args:
         model: ``"unlearned"`` or ``"oracle"``.
         kind: The attack's class in snake case, e.g. ``"quantization"``.
-        variant: Which form of it, e.g. ``"8bit"``; None where there is one only.
-        seed: Of what is random; 0 where nothing is. For controls the number of the draw.
-        n_scored: Questions scored.
-        before: The model's score without the attack, percent.
-        forget_score: Its score under the attack, percent.
-        control: Whether this is the attack's control: random neurons instead of the flagged ones.
-        n_neurons: How many neurons were changed; None where that is not what the attack does.
-        score: What was measured; the score asked for, except where :mod:`~.sampling` counts answers given.
+        variant: Form of the attack, e.g. ``"8bit"``; None where there is only one.
+        seed: 0 where nothing is random; for controls the number of the draw.
+        n_scored: Number of questions.
+        before: Score without the attack, percent.
+        forget_score: Score under the attack, percent.
+        control: Whether random neurons were changed instead of the flagged ones.
+        n_neurons: How many neurons were changed; None for attacks that change none.
+        score: What was measured: the score asked for, except where :mod:`~.sampling` counts answers given.
     """
 
     model: str
@@ -89,8 +83,8 @@ class Outcome:
 class Attack(ABC):
     """An attack on a saved model. Its options are dataclass fields; :meth:`run` is what it does.
 
-    ``attack --attack my_attacks.Noise --attack.std 0.2`` runs one of one's own and puts it into ``attack.json`` under
-    its name. An attack that fine-tunes is a :class:`~lightning_ssiuu.Relearning` attack, which is swept and resumed.
+    ``attack --attack my_attacks.Noise --attack.std 0.2`` runs your own and puts it into ``attack.json`` under its name.
+    An attack that fine-tunes is a :class:`~lightning_ssiuu.Relearning` attack, which is swept and resumed.
 
     Example:
         >>> @dataclass
@@ -104,8 +98,8 @@ class Attack(ABC):
         ...                 parameter.data += self.std * parameter.data.std()
         ...             yield self.outcome(target, data, score, before, forget_score(model, tokenizer, data, score))
         >>> from lightning_ssiuu import Facts
-        >>> here = Devices("cpu")
-        >>> (outcome,) = Noise(std=0.0).run([Target("model", "tiny", here)], Facts(), "first_token", here)
+        >>> cpu = Devices("cpu")
+        >>> (outcome,) = Noise(std=0.0).run([Target("model", "tiny", cpu)], Facts(), "first_token", cpu)
         >>> outcome.kind, outcome.before, outcome.forget_score
         ('noise', 100.0, 100.0)
     """
@@ -120,28 +114,20 @@ class Attack(ABC):
 
     @property
     def name(self) -> str:
-        """The name of its entries in ``attack.json``, the same for whatever replaces them."""
+        """The name of its entries in ``attack.json``; a later attack of this name replaces them."""
         return self.kind
 
     def options(self) -> dict[str, Any]:
-        """All options, as JSON can write them."""
-        return {name: _plain(value) for name, value in vars(self).items() if not name.startswith("_")}
+        """All options as JSON values."""
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return json.loads(json.dumps(options, default=_plain))
 
     def settings(self) -> dict[str, Any]:
-        """The options that ``attack.json`` tells: no paths."""
+        """The options written to ``attack.json``: no paths."""
         return {name: value for name, value in self.options().items() if name not in self.paths}
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Check everything a user may have got wrong, before processes are started and models are loaded.
-
-        Args:
-            data: The data module.
-            score: A score's name.
-            devices: Not launched yet.
-
-        Raises:
-            UserError: Naming the argument.
-        """
+        """Raise a :class:`UserError` for whatever is wrong, before ``devices`` are launched and models are loaded."""
         check_score(score, "score")
         data.setup("validate")
         data.check_share(devices.n_ranks)
@@ -153,13 +139,13 @@ class Attack(ABC):
         """Attack; the weights on disk and the data stay as they are.
 
         Args:
-            targets: The models, ``"unlearned"`` and perhaps ``"oracle"``, none of them loaded yet.
+            targets: ``"unlearned"`` and perhaps ``"oracle"``, not loaded yet.
             data: The data module the model was unlearned with.
-            score: A score's name.
+            score: Name of the forget score.
             devices: Launched; each rank scores its share of the questions and gets the outcome of all.
 
         Returns:
-            An outcome for each model, variant and seed; of relearning a curve for each attack.
+            An outcome for each model, variant and seed; of relearning a curve for each run.
         """
 
     def outcome(
@@ -172,65 +158,32 @@ class Attack(ABC):
         variant: str | None = None,
         **more: Any,
     ) -> Outcome:
-        """What the attack found on one model.
+        """The :class:`Outcome` on one model from its scores without and under the attack, percent.
 
-        Args:
-            target: The model.
-            data: Whose whole forget set was scored, unless ``n_scored`` is given.
-            score: What was measured.
-            before: Percent, without the attack.
-            after: Percent, under the attack.
-            variant: Which form of the attack; None where there is one only.
-            **more: ``seed``, ``control``, ``n_neurons`` or ``n_scored``, see :class:`Outcome`.
+        ``more`` has ``seed``, ``control``, ``n_neurons``, or ``n_scored`` where that is not the whole forget set.
         """
         figures = {"seed": 0, "n_scored": len(data.splits.forget), "before": before, "forget_score": after}
         return Outcome(target.name, self.kind, variant, **(figures | {"score": score} | more))
 
     def rows(self, results: Sequence[Any], score: str) -> list[dict[str, Any]]:
-        """The rows of ``attack.json`` that sum up what :meth:`run` gave.
-
-        Args:
-            results: Of all models, variants and seeds.
-            score: The score asked for.
-        """
+        """The rows of ``attack.json`` that sum up all that :meth:`run` gave."""
         return [row | {"attack": self.name} for row in outcome_rows(results)]
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One row for each variant: both models, the gap to the oracle seed by seed, and the control.
+    """A row of ``attack.json`` for each variant: both models, the gap to the oracle seed by seed, and the control.
 
-    Args:
-        outcomes: All seeds of both models.
-
-    Returns:
-        Rows of ``attack.json``. ``control`` and ``n_neurons`` beside the models are the unlearned model's; the oracle's
-        are inside ``oracle``.
-
-    Example:
-        >>> outcomes = [Outcome(model, "quantization", "4bit", 0, 36, 5.0, score)
-        ...             for model, score in (("unlearned", 30.0), ("oracle", 12.0))]
-        >>> (row,) = outcome_rows(outcomes)
-        >>> row["attack"], row["variant"], row["unlearned"]["forget_score"]["mean"], row["gap"]["mean"]
-        ('quantization', '4bit', 30.0, 18.0)
+    ``control`` and ``n_neurons`` beside the models are the unlearned model's; the oracle's are inside ``oracle``.
     """
     rows = []
     for kind, variant in dict.fromkeys((outcome.kind, outcome.variant) for outcome in outcomes):
         own = [outcome for outcome in outcomes if (outcome.kind, outcome.variant) == (kind, variant)]
         row: dict[str, Any] = {"attack": kind, "kind": kind, "p": None, "variant": variant, "score": own[0].score}
-        row |= {"n_attack": None, "n_scored": own[0].n_scored}
-        for name in dict.fromkeys(outcome.model for outcome in own):
-            row[name] = _summary([outcome for outcome in own if outcome.model == name])
-        row |= gap(row)
+        row |= {"n_attack": None, "n_scored": own[0].n_scored} | by_model(own, _summary)
         for key in ("control", "n_neurons"):
             if key in row.get("unlearned", {}):
                 row[key] = row["unlearned"].pop(key)
@@ -254,14 +207,14 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def forget_score(
-    model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule, score: str
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: UnlearningDataModule,
+    score: str,
+    examples: Sequence[QAExample] | None = None,
 ) -> float:
-    """A model's score on the whole forget set, percent; each rank scores its share.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> forget_score(AnswerModel(load_model("tiny")), load_tokenizer("tiny"), Facts(), "first_token")
-        100.0
-    """
-    return evaluate(model, tokenizer, [data.eval_dataloader("forget")], [score])["forget"][score]
+    """A model's score on the whole forget set, or on some ``examples``, percent; each rank scores its share."""
+    if examples is not None:
+        # Every rank needs an example; asking all of them equally often leaves the mean as it is.
+        examples = list(examples) * math.ceil(world_size() / len(examples))
+    return evaluate(model, tokenizer, [data.eval_dataloader("forget", examples)], [score])["forget"][score]

@@ -16,9 +16,7 @@ from lightning_ssiuu.utils.errors import UserError
 
 @dataclass
 class Benign(Relearning):
-    """Train on harmless instruction data and score the whole forget set.
-
-    Its other options are those of :class:`~lightning_ssiuu.Relearning`.
+    """Train on harmless instruction data and score the whole forget set; other options as in ``Relearning``.
 
     Args:
         benign_path: Instruction data (file or hub id); by default the data module's own harmless items, or where it

@@ -7,8 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.attacks.curves import RecoveryCurve
@@ -18,16 +16,11 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.training.devices import Devices, quiet_lightning
+from lightning_ssiuu.training.shards import local
 
 
 class Recorder(L.Callback):
-    """Scores the attacked model after every so many epochs and after the last.
-
-    Args:
-        score: A score's name.
-        curve: Receives the scores.
-        every_n_epochs: Epochs from one score to the next.
-    """
+    """Scores the attacked model after every so many epochs and after the last, into a curve."""
 
     def __init__(self, score: str, curve: RecoveryCurve, every_n_epochs: int = 1) -> None:
         self.score, self.curve, self.every_n_epochs = score, curve, every_n_epochs
@@ -61,32 +54,9 @@ def relearn(
 ) -> RecoveryCurve:
     """Attack a model in memory once; its weights are the attacked ones afterwards, or its adapters are.
 
-    The curve is the same on any number of ranks, but for rounding.
-
-    Args:
-        model: The model to attack.
-        tokenizer: Its tokenizer.
-        data: What to train on and what to score.
-        learning_rate: AdamW's, > 0.
-        epochs: Passes over the attack set, ≥ 1.
-        score: A score's name.
-        name: Written into the curve.
-        devices: Launched; None: one device.
-        every_n_epochs: Epochs from one score to the next; scoring can cost more than the attack.
-        lora: Train adapters instead of the weights; they stay in the model until ``LoRA.detach``.
-        before: The score before the attack, where it is known: all attacks on a model begin with the same one.
-
-    Returns:
-        The recovery curve.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model, load_tokenizer
-        >>> model = AnswerModel(load_model("tiny"))
-        >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.1)
-        >>> curve = relearn(model, load_tokenizer("tiny"), data, learning_rate=1e-4, epochs=1)
-        >>> len(curve.forget_scores), curve.n_attack, curve.n_scored
-        (2, 4, 32)
+    The curve is the same on any number of ranks, but for rounding. ``devices`` are launched (None: one device),
+    adapters stay in the model until ``LoRA.detach``, and ``before`` is the score before the attack where it is known:
+    all attacks on a model begin with the same one.
     """
     sizes = len(data.attacked), len(data.scored)
     curve = RecoveryCurve(name, data.kind, data.p, learning_rate, data.seed, *sizes, [0])
@@ -109,41 +79,23 @@ def relearn(
 
 
 def _release(trainer: Any, module: Any, data: RelearnDataModule) -> None:
-    """Take apart what refers to each other: a sweep would hold several runs' optimiser states.
-
-    Collecting garbage instead takes a fifth of a second, which on a small model is a third of an attack.
-    """
+    # Take apart what refers to each other: a sweep would hold several runs' optimiser states. Collecting garbage
+    # instead takes a fifth of a second, which on a small model is a third of an attack.
     trainer.strategy.optimizers = []
     trainer.strategy._lightning_module = trainer.strategy.model = None
     module._trainer = data.trainer = None
 
 
 class Snapshot:
-    """A model's weights in main memory, to be put back after each attack: one load serves a whole sweep.
-
-    Of weights that are cut over the ranks, each rank keeps its shard.
-
-    Example:
-        >>> layer = torch.nn.Linear(1, 1)
-        >>> snapshot = Snapshot(layer)
-        >>> _ = layer.weight.data.add_(1.0)
-        >>> snapshot.restore()
-        >>> bool((layer.weight == snapshot.tensors["weight"]).all())
-        True
-    """
+    """A model's weights in main memory (of sharded ones this rank's): one load serves a whole sweep."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.tensors = {name: _local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
+        self.tensors = {name: local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back and drop the gradients."""
         for name, tensor in self.model.state_dict().items():
-            _local(tensor).copy_(self.tensors[name])
+            local(tensor).copy_(self.tensors[name])
         for parameter in self.model.parameters():
             parameter.grad = None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

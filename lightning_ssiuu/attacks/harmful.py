@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -15,16 +15,14 @@ from lightning_ssiuu.datamodules.relearn import random_fraction
 from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_choice
 
 Pool = Literal["all", "wrong"]
 
 
 @dataclass
 class Harmful(Relearning):
-    """Train on a random fraction p of the forget set and score the rest.
-
-    Its other options are those of :class:`~lightning_ssiuu.Relearning`.
+    """Train on a random fraction p of the forget set and score the rest; other options as in ``Relearning``.
 
     Args:
         p: Fractions of the forget set.
@@ -45,17 +43,13 @@ class Harmful(Relearning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.p:
-            raise UserError("attack.p", list(self.p), "at least one value")
         for p in self.p:
             if not 0 < p < 1:
                 raise UserError("attack.p", p, "a fraction in (0, 1)")
-        if self.pool not in get_args(Pool):
-            raise UserError("attack.pool", self.pool, f"one of {list(get_args(Pool))}")
+        check_choice("attack.pool", self.pool, Pool)
 
     @property
     def fractions(self) -> Sequence[float | None]:
-        """Those given as ``p``."""
         return self.p
 
     def select(
@@ -66,9 +60,9 @@ class Harmful(Relearning):
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         super().check(data, score, devices)
-        telling = [name for name, given in SCORES.items() if isinstance(given.metric(), AnswerAccuracy)]
-        if self.pool == "wrong" and score not in telling:
-            allowed = f"all with score {score!r}: wrong answers are told by {', '.join(telling)}"
+        accuracies = [name for name, known in SCORES.items() if isinstance(known.metric(), AnswerAccuracy)]
+        if self.pool == "wrong" and score not in accuracies:
+            allowed = f"all with score {score!r}: wrong answers are told by {', '.join(accuracies)}"
             raise UserError("attack.pool", "wrong", allowed)
 
     def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:

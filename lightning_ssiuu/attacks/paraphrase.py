@@ -7,15 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from lightning_ssiuu.attacks.base import Attack, Outcome, Target
+from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.splits import QAExample
-from lightning_ssiuu.evaluation.scorer import evaluate
-from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import Given, UserError
 
 _PROBES = ("hop2_test", "same_object")
@@ -23,12 +18,7 @@ _PROBES = ("hop2_test", "same_object")
 
 @dataclass(frozen=True)
 class Questions:
-    """What one variant asks.
-
-    Args:
-        base: The questions the model was unlearned by.
-        groups: Other questions, with the weight that a group's mean score has.
-    """
+    """What one variant asks: the questions the model was unlearned by, and groups of others with their weights."""
 
     base: list[QAExample]
     groups: list[tuple[float, list[QAExample]]]
@@ -40,35 +30,23 @@ class Questions:
 def other_questions(data: UnlearningDataModule) -> dict[str, Questions]:
     """The questions by variant: paraphrases, and where the data have them two-hop and same-answer questions.
 
-    Args:
-        data: The data module.
-
-    Returns:
-        ``"reworded"``: every paraphrase of every forget example that has any; ``"hop2_test"``, ``"same_object"``:
-        ``data.probes("forget", kind)`` where there is such a method and it finds questions.
-
-    Raises:
-        UserError: If there is nothing to ask, or a question is too long.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> {variant: len(questions) for variant, questions in other_questions(Facts()).items()}
-        {'reworded': 144}
+    ``"reworded"`` is every paraphrase of every forget example that has any; ``"hop2_test"`` and ``"same_object"`` are
+    ``data.probes("forget", kind)``, where there is such a method and it finds questions.
     """
     forget = data.splits.forget
-    found: dict[str, Questions] = {}
+    variants: dict[str, Questions] = {}
     if reworded := [example for example in forget if example.paraphrases]:
-        found["reworded"] = Questions(reworded, _wordings(reworded))
+        variants["reworded"] = Questions(reworded, _wordings(reworded))
     probes: Any = getattr(data, "probes", None)
     for kind in _PROBES if callable(probes) else ():
         if asked := probes("forget", kind):
-            found[kind] = Questions(forget, [(float(len(asked)), asked)])
-    if not found:
+            variants[kind] = Questions(forget, [(float(len(asked)), asked)])
+    if not variants:
         raise UserError("data", Given("a forget set without paraphrases"), "data whose forget examples have some")
-    for questions in found.values():
+    for questions in variants.values():
         for _, group in questions.groups:
             data.encoder.encode(group)  # what is too long is told before a model is loaded
-    return found
+    return variants
 
 
 def _wordings(examples: Sequence[QAExample]) -> list[tuple[float, list[QAExample]]]:
@@ -77,30 +55,9 @@ def _wordings(examples: Sequence[QAExample]) -> list[tuple[float, list[QAExample
     for count in sorted({len(example.paraphrases) for example in examples}):
         alike = [example for example in examples if len(example.paraphrases) == count]
         for number in range(count):
-            asked = [replace(one, question=one.paraphrases[number], paraphrases=()) for one in alike]
+            asked = [replace(base, question=base.paraphrases[number], paraphrases=()) for base in alike]
             groups.append((len(alike) / count, asked))
     return groups
-
-
-def mean_score(
-    model: AnswerModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: UnlearningDataModule,
-    score: str,
-    examples: Sequence[QAExample],
-) -> float:
-    """A model's mean score over some examples, percent, also where there are fewer than ranks.
-
-    Example:
-        >>> from lightning_ssiuu import Facts
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> data = Facts()
-        >>> mean_score(AnswerModel(load_model("tiny")), data.tokenizer, data, "first_token", data.splits.forget[:1])
-        100.0
-    """
-    # Every rank needs an example; asking all of them equally often leaves the mean as it is.
-    enough = list(examples) * math.ceil(world_size() / len(examples))
-    return evaluate(model, tokenizer, [data.eval_dataloader("forget", enough)], [score])["forget"][score]
 
 
 @dataclass
@@ -112,8 +69,8 @@ class Paraphrase(Attack):
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> here = Devices("cpu")
-        >>> (outcome,) = Paraphrase().run([Target("model", "tiny", here)], Facts(), "first_token", here)
+        >>> cpu = Devices("cpu")
+        >>> (outcome,) = Paraphrase().run([Target("model", "tiny", cpu)], Facts(), "first_token", cpu)
         >>> outcome.variant, outcome.n_scored, outcome.before
         ('reworded', 144, 100.0)
     """
@@ -132,8 +89,8 @@ class Paraphrase(Attack):
             for variant, questions in variants.items():
                 n_base = len(questions.base)
                 if n_base not in known:
-                    known[n_base] = mean_score(model, tokenizer, data, score, questions.base)
-                scores = [(w, mean_score(model, tokenizer, data, score, group)) for w, group in questions.groups]
+                    known[n_base] = forget_score(model, tokenizer, data, score, questions.base)
+                scores = [(w, forget_score(model, tokenizer, data, score, group)) for w, group in questions.groups]
                 after = math.fsum(w * value for w, value in scores) / math.fsum(w for w, _ in scores)
                 yield self.outcome(target, data, score, known[n_base], after, variant, n_scored=len(questions))
             del model  # before the next one is loaded

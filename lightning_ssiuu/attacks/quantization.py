@@ -36,8 +36,8 @@ class Quantization(Attack):
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> here = Devices("cpu")
-        >>> (outcome,) = Quantization(["8bit"]).run([Target("model", "tiny", here)], Facts(), "first_token", here)
+        >>> cpu = Devices("cpu")
+        >>> (outcome,) = Quantization(["8bit"]).run([Target("model", "tiny", cpu)], Facts(), "first_token", cpu)
         >>> outcome.variant, outcome.n_scored, outcome.before, outcome.forget_score
         ('8bit', 36, 100.0, 100.0)
     """
@@ -53,8 +53,7 @@ class Quantization(Attack):
         if devices.sharded:
             raise UserError("strategy", "fsdp2", "auto or ddp: quantised weights cannot be cut over devices")
         for width in self.widths:
-            options: Any = (width, devices.dtype, devices.device)
-            loading_options(*options)
+            loading_options(width, devices.dtype, devices.device)  # type: ignore[arg-type]
 
     def run(self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices) -> list[Outcome]:
         outcomes = []

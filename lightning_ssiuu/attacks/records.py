@@ -25,18 +25,7 @@ Cell = tuple[str, float | None, int, float, int]
 
 
 def read_attacks(folder: Path) -> dict[str, Any]:
-    """``attack.json`` as it is, or an empty one.
-
-    Args:
-        folder: Where it is kept.
-
-    Raises:
-        UserError: If there is one that this version did not write.
-
-    Example:
-        >>> sorted(read_attacks(Path("/no/such/folder")))
-        ['attacks', 'curves', 'outcomes', 'settings']
-    """
+    """The ``attack.json`` of a directory, or an empty one; one that this version did not write is a UserError."""
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -55,7 +44,7 @@ def merge_attacks(
     settings: Mapping[str, Any],
     results: Sequence[RecoveryCurve | Outcome],
 ) -> None:
-    """Put an attack's entries into ``attack.json``, in place of those it had; other attacks' stay."""
+    """Put an attack's entries into ``attack.json`` in place of those it had; other attacks' stay."""
     content = read_attacks(folder)
     curves = [asdict(result) for result in results if isinstance(result, RecoveryCurve)]
     outcomes = [asdict(result) for result in results if isinstance(result, Outcome)]
@@ -67,31 +56,18 @@ def merge_attacks(
 
 
 class FinishedAttacks:
-    """The curves of a sweep that is not finished, one a line in a file beside ``attack.json``.
+    """The finished curves of an interrupted sweep, one a line in a file beside ``attack.json``.
 
-    A line is on the disk before the next attack begins. The first one tells what the sweep was: a file of another
-    sweep is never gone on with. A line that a killed process left half written counts as not there.
-
-    Args:
-        path: The file.
-        fingerprint: Digest of everything that determines the curves.
-
-    Attributes:
-        anew: Whether what is there goes when the first curve is to come.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "attack.harmful.partial.jsonl"
-        >>> log = FinishedAttacks(path, "a")
-        >>> log.begin()
-        >>> log.add(RecoveryCurve("unlearned", "harmful", 0.1, 1e-4, 0, 4, 36, [0, 1], [5.0, 9.0]))
-        >>> list(FinishedAttacks(path, "a").read()), FinishedAttacks(path, "b").read()
-        ([('unlearned', 0.1, 0, 0.0001, 1)], None)
+    A line is on the disk before the next attack begins. The first one is the digest of everything that determines the
+    curves: another sweep's file is never continued. A line that a killed process left half written does not count.
+    With ``anew`` what is there goes before the first curve is written. ``finished`` are the curves to go on from, the
+    same on every rank; ``saved`` is where the attacked unlearned model with the highest score goes.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, path: Path, fingerprint: str, saved: Path | None = None) -> None:
+        self.path, self.fingerprint, self.saved = path, fingerprint, saved
         self.anew = self._begun = False
+        self.finished: dict[Cell, RecoveryCurve] = {}
 
     def read(self) -> dict[Cell, RecoveryCurve] | None:
         """The finished curves; None if the file is another sweep's. Writes nothing."""
@@ -104,7 +80,7 @@ class FinishedAttacks:
         return {cell(curve): curve for curve in curves}
 
     def begin(self) -> None:
-        """Make the file ready to be added to, once: a half line goes."""
+        """Make the file ready to append to, once: a half line goes."""
         if self._begun:
             return
         self._begun = True
@@ -118,11 +94,9 @@ class FinishedAttacks:
                 file.truncate(sum(map(len, lines)))
 
     def add(self, curve: RecoveryCurve) -> None:
-        """Keep a curve."""
         self._append(asdict(curve))
 
     def remove(self) -> None:
-        """The sweep is finished, and in ``attack.json``."""
         self.path.unlink(missing_ok=True)
 
     def _append(self, content: Mapping[str, Any]) -> None:
@@ -138,36 +112,21 @@ class FinishedAttacks:
 
 
 def cell(curve: RecoveryCurve) -> Cell:
-    """Which of a sweep's attacks a curve is of."""
+    """The run of a sweep that a curve is of."""
     return curve.model, curve.p, curve.seed, curve.learning_rate, curve.epochs[-1]
 
 
 def fingerprint(content: Any) -> str:
-    """SHA-256 hex digest of what JSON can write.
-
-    Example:
-        >>> fingerprint({"p": 0.1})[:8]
-        'c7fc38ee'
-    """
+    """SHA-256 hex digest of JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(checkpoint: str) -> str:
-    """Digest of a saved model: of every file in its directory, or of a hub model's id and commit.
-
-    Reading the weights is little beside loading and attacking them, and size and date would not tell a model from
-    another one that was put in its place.
-
-    Args:
-        checkpoint: See :func:`~lightning_ssiuu.models.loading.resolve_checkpoint`.
-
-    Example:
-        >>> checkpoint_fingerprint("tiny") == checkpoint_fingerprint("tiny")
-        True
-    """
+    """Digest of a saved model: of every file in its directory, or of a hub model's id and commit."""
     folder = Path(resolve_checkpoint(checkpoint))
     if not folder.is_dir():
         return f"{folder} {getattr(plain_configuration(checkpoint), '_commit_hash', None)}"
+    # Size and date would not tell a model from another one put in its place, and reading the weights costs little.
     digests = {}
     for file in sorted(folder.iterdir()):
         if file.is_file():

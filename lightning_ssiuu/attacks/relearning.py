@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_ssiuu.attacks.base import Attack, Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, table
-from lightning_ssiuu.attacks.records import Cell, FinishedAttacks
+from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.attacks.sweep import Sweep, SweptModel
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
 @dataclass
@@ -69,24 +68,23 @@ class Relearning(Attack):
     until_saturated: bool = False
 
     def __post_init__(self) -> None:
-        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds), ("p", self.fractions)):
             if not values:
                 raise UserError(f"attack.{name}", list(values), "at least one value")
         for learning_rate in self.learning_rates:
             if not 0 < learning_rate < math.inf:
                 raise UserError("attack.learning_rates", learning_rate, "finite numbers > 0")
-        for name, value in (("epochs", self.epochs), ("every_n_epochs", self.every_n_epochs)):
-            if value < 1:
-                raise UserError(f"attack.{name}", value, "a number ≥ 1")
+        check_at_least("attack.epochs", self.epochs, 1)
+        check_at_least("attack.every_n_epochs", self.every_n_epochs, 1)
 
     @property
     def name(self) -> str:
-        """The name of its entries in ``attack.json``: with adapters it is an attack of its own."""
+        """As in :class:`~lightning_ssiuu.Attack`; with adapters it is an attack of its own."""
         return self.kind if self.lora is None else f"{self.kind}_lora"
 
     @property
     def fractions(self) -> Sequence[float | None]:
-        """What ``p`` is swept over; None alone where the attack has no such option."""
+        """Values of ``p`` to sweep over; None alone where the attack has no such option."""
         return [None]
 
     @abstractmethod
@@ -105,12 +103,7 @@ class Relearning(Attack):
         """
 
     def cells(self, data: UnlearningDataModule, pool: Collection[int] | None = None) -> list[RelearnDataModule]:
-        """What is attacked and what is scored, for every fraction and seed.
-
-        Args:
-            data: The data module.
-            pool: Ids of the forget examples that may be selected; None: all.
-        """
+        """What is attacked and what is scored, for every fraction and seed, out of the forget examples in ``pool``."""
         try:
             cells = [
                 RelearnDataModule(
@@ -137,37 +130,23 @@ class Relearning(Attack):
             cell.check_share(devices.n_ranks)
 
     def run(
-        self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
-    ) -> list[RecoveryCurve]:
-        return self.sweep(targets, data, score, devices)
-
-    def sweep(
         self,
         targets: Sequence[Target],
         data: UnlearningDataModule,
         score: str,
         devices: Devices,
         log: FinishedAttacks | None = None,
-        finished: Mapping[Cell, RecoveryCurve] | None = None,
-        saved: Path | None = None,
     ) -> list[RecoveryCurve]:
-        """:meth:`run`, without the attacks that an interrupted sweep had finished.
+        """As in :class:`~lightning_ssiuu.Attack`; ``log`` has what is finished already, and keeps what is finished now.
 
-        Args:
-            targets: The models; each is loaded once, only one is in memory at a time.
-            data: The data module.
-            score: The forget score's name.
-            devices: Launched.
-            log: Keeps every finished curve; None keeps none.
-            finished: What the log held, the same on every rank.
-            saved: Where the attacked unlearned model with the highest score goes; None saves none.
+        Each model is loaded once, only one is in memory at a time.
         """
         models = [SweptModel(target) for target in targets]
         cells = self.cells(data, self._pool(models[0], data, score))
         for cell in cells:
             cell.check_share(devices.n_ranks)
-        sweep = Sweep(devices, score, self.every_n_epochs, self.lora, log, finished, saved)
-        return sweep.run(models, cells, self.learning_rates, self.epochs, self.until_saturated)
+        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.lora, log)
+        return sweep.run(models, self.learning_rates, self.epochs, self.until_saturated)
 
     def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:
         return None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -54,8 +55,8 @@ class Sampling(Attack):
 
     Example:
         >>> from lightning_ssiuu import Facts
-        >>> here, few = Devices("cpu"), Sampling(k=1, temperature=0.0, seeds=[0])
-        >>> (outcome,) = few.run([Target("model", "tiny", here)], Facts(), "rouge_l", here)
+        >>> cpu, attack = Devices("cpu"), Sampling(k=1, temperature=0.0, seeds=[0])
+        >>> (outcome,) = attack.run([Target("model", "tiny", cpu)], Facts(), "rouge_l", cpu)
         >>> outcome.variant, outcome.forget_score == outcome.before
         ('k=1, temperature=0', True)
         >>> Sampling(k=0)
@@ -80,12 +81,7 @@ class Sampling(Attack):
 
     @property
     def variant(self) -> str:
-        """How the results name it.
-
-        Example:
-            >>> Sampling().variant, Sampling(4, 0.7, 0.9).variant
-            ('k=8, temperature=1', 'k=4, temperature=0.7, top_p=0.9')
-        """
+        """Its name in the results."""
         nucleus = "" if self.top_p is None else f", top_p={self.top_p:g}"
         return f"k={self.k}, temperature={self.temperature:g}{nucleus}"
 
@@ -99,14 +95,14 @@ class Sampling(Attack):
                 yield self.outcome(target, data, measured, before, value, self.variant, seed=seed)
 
     def _best(self, target: Target, data: UnlearningDataModule, score: str) -> tuple[float, list[float]]:
-        """The greedy value, and for each seed the value of the best of k, in percent."""
+        # The greedy value, and for each seed the value of the best of k, in percent.
         model, tokenizer = target.load()
         value: Callable[[str, str], float] = rouge_l_recall if score == "rouge_l" else begins_with
         greedy: list[float] = []
         best: list[list[float]] = [[] for _ in self.seeds]
         with untouched(model), torch.no_grad():
             for batch in progress(data.eval_dataloader("forget"), "sampling"):
-                part = {name: given.to(target.devices.device) for name, given in _tensors(batch["forget"])}
+                part = move_data_to_device(batch["forget"], target.devices.device)
                 predictions = Predictions(model, tokenizer, part)
                 answers = predictions.references
                 greedy += map(value, predictions.generations, answers)
@@ -122,19 +118,8 @@ class Sampling(Attack):
 class Drawn(LogitsProcessor):
     """Leaves greedy decoding one token to choose: the one that a given random number falls on.
 
-    Decoding then samples, with one random number per row and token, so that a row's text depends on its own numbers
-    and on nothing else of its batch.
-
-    Args:
-        uniforms: ``[B, T]`` float64 in [0, 1), T at least the number of new tokens.
-        temperature: See :class:`Sampling`.
-        top_p: See :class:`Sampling`.
-
-    Example:
-        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(3, 1)
-        >>> draw = Drawn(torch.tensor([[0.49], [0.51], [0.81]], dtype=torch.float64), 1.0)
-        >>> draw(torch.zeros(3, 4, dtype=torch.long), logits).argmax(-1)
-        tensor([0, 1, 2])
+    Decoding then samples, with one random number per row and token (``uniforms``, ``[B, T]`` float64 in [0, 1)), so
+    that a row's text depends on its own numbers and on nothing else of its batch.
     """
 
     def __init__(self, uniforms: Tensor, temperature: float, top_p: float | None = None) -> None:
@@ -142,12 +127,6 @@ class Drawn(LogitsProcessor):
         self._start: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores of the next token, −inf for all but the token drawn.
-
-        Args:
-            input_ids: ``[B, L]`` what there is so far.
-            scores: ``[B, V]`` logits.
-        """
         if self._start is None:
             self._start = input_ids.shape[1]
         uniform = self.uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
@@ -158,19 +137,7 @@ class Drawn(LogitsProcessor):
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float | None = None) -> Tensor:
     """The token that a random number falls on, in the cumulative distribution over the vocabulary in its order.
 
-    Args:
-        logits: ``[B, V]``.
-        uniform: ``[B]`` in [0, 1).
-        temperature: ≥ 0; 0 takes the likeliest token.
-        top_p: See :class:`Sampling`.
-
-    Returns:
-        ``[B]`` token ids.
-
-    Example:
-        >>> logits = torch.tensor([[0.2, 0.3, 0.5]]).log()
-        >>> draw(logits, torch.tensor([0.1]), 1.0), draw(logits, torch.tensor([0.1]), 1.0, top_p=0.6)
-        (tensor([0]), tensor([1]))
+    Logits ``[B, V]`` and numbers ``[B]`` in [0, 1) in, token ids ``[B]`` out; temperature 0 takes the likeliest token.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -187,40 +154,21 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float | Non
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Whether a text begins with an answer, word by word: runs of letters and digits, whatever their case.
-
-    Example:
-        >>> begins_with("The red-fox, of course", "the Red Fox."), begins_with("The reds", "the red")
-        (True, False)
-    """
-    words, wanted = (re.findall(r"[^\W_]+", one.casefold()) for one in (text, answer))
+    """Whether a text begins with an answer, word by word: runs of letters and digits, whatever their case."""
+    words, wanted = (re.findall(r"[^\W_]+", string.casefold()) for string in (text, answer))
     if not wanted:  # an answer of signs alone
         return text.strip().startswith(answer.strip())
     return words[: len(wanted)] == wanted
 
 
 def sampled(evaluated: Predictions, seed: int, number: int, options: Sampling) -> list[str]:
-    """One sampled continuation of every prompt.
-
-    Args:
-        evaluated: A part of a batch, and the model.
-        seed: Of the attack.
-        number: Which of the k samples.
-        options: How to sample.
-
-    Returns:
-        B texts, as long as :meth:`Predictions.continuations` has it.
-    """
-    ids = evaluated.part["example_id"].tolist()
-    uniforms = np.stack([np.random.default_rng([seed, one % 2**64, number]).random(_MOST_TOKENS) for one in ids])
+    """One sampled continuation of every prompt, ``number`` of the k."""
+    generators = [np.random.default_rng([seed, i % 2**64, number]) for i in evaluated.part["example_id"].tolist()]
+    uniforms = np.stack([generator.random(_MOST_TOKENS) for generator in generators])
     processor = Drawn(torch.from_numpy(uniforms), options.temperature, options.top_p)
     return evaluated.continuations(logits_processor=LogitsProcessorList([processor]))
 
 
-def _tensors(part: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in part.items() if isinstance(value, Tensor)]
-
-
 def _percent(values: Sequence[float]) -> float:
-    everything = [value for share in gathered(list(values)) for value in share]
-    return 100 * math.fsum(everything) / len(everything)  # exact, whatever the order over ranks
+    of_all_ranks = [value for share in gathered(list(values)) for value in share]
+    return 100 * math.fsum(of_all_ranks) / len(of_all_ranks)  # exact, whatever the order over ranks

@@ -162,6 +162,14 @@ def attribution_correlation(
     return correlation_interval(influences(first["forget"]), influences(second["forget"]))
 
 
+def check_probes(probe_examples: int, alpha: float, section: str = "", least: int = 1) -> None:
+    """Refuse fewer probes than ``least`` and a false-positive rate outside (0, 1), named with their ``section``."""
+    if not (isinstance(probe_examples, int) and probe_examples >= least):
+        raise UserError(f"{section}probe_examples", probe_examples, f"a whole number ≥ {least}")
+    if not 0 < alpha < 1:
+        raise UserError(f"{section}alpha", alpha, "a false-positive rate in (0, 1)")
+
+
 def influences(attribution: NeuronAttribution) -> Tensor:
     """``[2 · n_neurons]`` mean positive, then mean negative influence of every neuron."""
     return torch.cat([attribution.mean_maximum, attribution.mean_minimum])

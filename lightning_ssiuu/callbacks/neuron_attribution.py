@@ -13,6 +13,7 @@ import torch
 
 from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
 from lightning_ssiuu.attribution.aggregation import NeuronAttribution
+from lightning_ssiuu.attribution.diagnosis import check_probes
 from lightning_ssiuu.attribution.influence import (
     CSV_HEADER,
     InfluenceVariation,
@@ -83,12 +84,9 @@ class NeuronAttributionCallback(L.Callback):
         write: bool = True,
         memory_budget: int | str | None = None,
     ) -> None:
-        if probe_examples < 0:
-            raise UserError("attribution.probe_examples", probe_examples, "a number ≥ 0")
+        check_probes(probe_examples, alpha, "attribution.", least=0)
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError("attribution.every_n_steps", every_n_steps, "a number ≥ 1, or null")
-        if not 0 < alpha < 1:
-            raise UserError("attribution.alpha", alpha, "a false-positive rate in (0, 1)")
         self.probe_examples, self.every_n_steps, self.alpha = probe_examples, every_n_steps, alpha
         self.method = attribution_method(method, target, memory_budget, "attribution.method")
         self.write = write

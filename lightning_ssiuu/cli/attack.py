@@ -8,13 +8,10 @@ from typing import Any
 import lightning
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
 import lightning_ssiuu
 from lightning_ssiuu.attacks import Attack, Harmful, Relearning
 from lightning_ssiuu.attacks.base import Target
-from lightning_ssiuu.attacks.curves import RecoveryCurve
 from lightning_ssiuu.attacks.records import (
     REPORT,
     FinishedAttacks,
@@ -24,7 +21,7 @@ from lightning_ssiuu.attacks.records import (
     read_attacks,
 )
 from lightning_ssiuu.cli.parsing import run_function
-from lightning_ssiuu.cli.report import Report
+from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.training.devices import Devices
@@ -82,9 +79,13 @@ def attack(
     score = score or run_score(model)
     method.check(report.data, score, devices)
     targets = [Target(*given, devices) for given in report.models.items()]
-    sweep = _Sweep(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
+    log = _log(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
     with devices.launched():
-        results = list(sweep.run(targets) if sweep else method.run(targets, report.data, score, devices))
+        more: dict[str, Any] = {}
+        if log is not None:
+            log.finished = gathered(log.finished)[0]
+            more["log"] = log
+        results = list(method.run(targets, report.data, score, devices, **more))
         if not results:
             raise UserError("attack", method.name, "an attack that gives at least one outcome")
         rows = method.rows(results, score)
@@ -93,96 +94,61 @@ def attack(
             settings["provenance"] = report.provenance(settings)
             merge_attacks(report.folder, method.name, rows, settings, results)
             print_attacks(rows, rows[0]["score"])
-            if sweep:
-                sweep.log.remove()
+            if log is not None:
+                log.remove()
     return rows
 
 
-class _Sweep:
-    """A sweep of the command's: what is finished is kept beside ``attack.json``."""
-
-    def __init__(self, report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> None:
-        self.report, self.attack, self.score = report, attack, score
-        folder, name = report.folder, attack.name
-        self.saved = folder / f"attacked_{name}" if save_attacked else None
-        self.log = FinishedAttacks(folder / f"attack.{name}.partial.jsonl", fingerprint(self._determined()))
-        self.finished = self.log.read()
-        if self.finished is None and not overwrite:
-            allowed = f"with the options of the {name} attack that was interrupted there, or with --overwrite"
-            raise UserError("output", str(folder), allowed)
-        if self.saved is not None and (self.finished is None or not self.log.path.exists()):
-            refuse_existing("output", folder, [self.saved.name], overwrite)
-        # The model that finished attacks were for may be lost.
-        self.log.anew = self.finished is None or (self.saved is not None and not self.saved.exists())
-
-    def _determined(self) -> dict[str, Any]:
-        """Everything that determines the curves."""
-        attack, report, data, devices = self.attack, self.report, self.report.data, self.report.devices
-        encoder = data.encoder
-        return {
-            "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
-            "score": self.score,
-            "data": report.data_sha256,
-            "selected": [cell.content_sha256() for cell in attack.cells(data)],
-            "encoding": [encoder.template, encoder.choice_template, encoder.max_length, data.multiple_choice],
-            "eval_batch_size": data.eval_batch_size,
-            "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
-            "devices": [devices.device.type, devices.n_ranks, devices.sharded, devices.precision],
-            "saved": self.saved is not None,
-            "versions": [package.__version__ for package in (lightning_ssiuu, torch, lightning, transformers)],
-        }
-
-    def run(self, targets: Sequence[Target]) -> list[RecoveryCurve]:
-        """Go on, on launched devices."""
-        finished = gathered({} if self.log.anew else self.finished)[0] or {}
-        data, devices = self.report.data, self.report.devices
-        return self.attack.sweep(targets, data, self.score, devices, self.log, finished, self.saved)
+def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> FinishedAttacks:
+    # What is finished of a sweep is kept beside attack.json, and is of use to the same sweep only.
+    folder, data, devices, encoder = report.folder, report.data, report.devices, report.data.encoder
+    saved = folder / f"attacked_{attack.name}" if save_attacked else None
+    determined = {  # everything that determines the curves
+        "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
+        "score": score,
+        "data": report.data_sha256,
+        "selected": [cell.content_sha256() for cell in attack.cells(data)],
+        "encoding": [encoder.template, encoder.choice_template, encoder.max_length, data.multiple_choice],
+        "eval_batch_size": data.eval_batch_size,
+        "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
+        "devices": [devices.device.type, devices.n_ranks, devices.sharded, devices.precision],
+        "saved": save_attacked,
+        "versions": [package.__version__ for package in (lightning_ssiuu, torch, lightning, transformers)],
+    }
+    log = FinishedAttacks(folder / f"attack.{attack.name}.partial.jsonl", fingerprint(determined), saved)
+    finished = log.read()
+    if finished is None and not overwrite:
+        allowed = f"with the options of the {attack.name} attack that was interrupted there, or with --overwrite"
+        raise UserError("output", str(folder), allowed)
+    if saved is not None and (finished is None or not log.path.exists()):
+        refuse_existing("output", folder, [saved.name], overwrite)
+    # The model that finished attacks were for may be lost.
+    log.anew = finished is None or (saved is not None and not saved.exists())
+    log.finished = {} if log.anew else finished or {}
+    return log
 
 
 def run(args: list[str]) -> None:
-    """Parse and run ``attack``.
-
-    Args:
-        args: ``["--config", "recipes/attack/harmful.yaml", "--model", "runs/ssiuu/model", ...]``.
-    """
+    """Parse and run ``attack``."""
     run_function(attack, "attack", args, {"attack": "Harmful"})
 
 
-def print_attacks(rows: Sequence[Mapping[str, Any]], score: str, console: Console | None = None) -> None:
-    """Print rows of ``attack.json`` as a table.
-
-    Args:
-        rows: Of one score.
-        score: Its name.
-        console: Where to.
-
-    Example:
-        >>> cell = {"before": {"mean": 5.0, "std": 0.0}, "forget_score": {"mean": 30.0, "std": 1.0}}
-        >>> row = {"attack": "harmful", "p": 0.1, "variant": None, "unlearned": {**cell, "inside_grid": True}}
-        >>> print_attacks([row], "probability", Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        Highest forget probability under attack, %
-        attack       model      before  highest
-        harmful 0.1  unlearned  5.0      30.0 ± 1.0
-    """
-    console = console or Console()
+def print_attacks(rows: Sequence[Mapping[str, Any]], score: str) -> None:
+    """Print rows of ``attack.json``, all of one score, as a table."""
     swept = any("inside_grid" in row.get("unlearned", {}) for row in rows)
-    console.print(f"{'Highest forget' if swept else 'Forget'} {score} under attack, %")
-    output = Table(box=None)
-    for column in ("attack", "model", "before", "highest" if swept else "after"):
-        output.add_column(column)
+    lines = [("attack", "model", "before", "highest" if swept else "after")]
     for row in rows:
         detail = row["p"] if row["variant"] is None else row["variant"]
         label = row["attack"] if detail is None else f"{row['attack']} {detail}"
         for name in ("unlearned", "oracle"):
-            if name in row:
-                one = row[name]
-                edge = "" if one.get("inside_grid", True) else "  (at the edge of the grid)"
-                output.add_row(label, name, f"{one['before']['mean']:.1f}", f"{_shown(one['forget_score'])}{edge}")
-                if control := row.get("control") if name == "unlearned" else one.get("control"):
-                    output.add_row(label, f"{name}, control", "", _shown(control["forget_score"]))
+            if model := row.get(name):
+                edge = "" if model.get("inside_grid", True) else "  (at the edge of the grid)"
+                lines.append((label, name, f"{model['before']['mean']:.1f}", f"{_shown(model['forget_score'])}{edge}"))
+                if control := row.get("control") if name == "unlearned" else model.get("control"):
+                    lines.append((label, f"{name}, control", "", _shown(control["forget_score"])))
         if "gap" in row:
-            output.add_row(label, "gap", "", _shown(row["gap"]))
-    console.print(output)
+            lines.append((label, "gap", "", _shown(row["gap"])))
+    print_table(lines, f"{'Highest forget' if swept else 'Forget'} {score} under attack, %", right=False)
 
 
 def _shown(spread: Mapping[str, Any]) -> str:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_ssiuu.attribution.diagnosis import Diagnosis, Examined, attribution_correlation, diagnose, influences
-from lightning_ssiuu.attribution.influence import CSV_HEADER
+from lightning_ssiuu.attribution.diagnosis import attribution_correlation, check_probes, diagnose, influences
+from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.cli.parsing import run_function
-from lightning_ssiuu.cli.report import Report
+from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.models.answers import TARGETS, Target
+from lightning_ssiuu.models.answers import Target
 from lightning_ssiuu.reports.audit.evidence import (
     RelearningProbe,
     neuron_evidence,
@@ -71,11 +69,11 @@ def audit(
         data: The data module to judge by; by default the unlearned model's run's, else the embedded facts.
         score: The forget score of the verdict; by default that of the run's relearning attacks, else the one the run
             was stopped by, else probability.
-        relearning_probe: Where the run has no relearning attack with this score in its ``attack.json`` (and with the
-            oracle, if one is given): make a small one.
+        relearning_probe: Make a small relearning attack where the run's ``attack.json`` has none with this score and
+            oracle.
         probe: Options of that attack; its learning rates suit small models.
         own_change: Also flag neurons by what their own changed weights cost: precise where few neurons hide the answer,
-            empty where the change is spread out. Costs eight more passes over the probes and, in main memory, three
+            empty where the change is spread out. Takes eight more passes over the probes and, in main memory, three
             times the weights. Not with strategy ``fsdp2``.
         show_text: Put questions of the forget set, and the answers of both models, into the report.
         probe_examples: Examples per set on which attributions are taken, over all devices.
@@ -97,7 +95,9 @@ def audit(
         UserError: If an argument is outside its range, before anything is written.
     """
     devices = devices if devices is not None else Devices()
-    _check_options(probe_examples, alpha, target, devices)
+    check_probes(probe_examples, alpha)
+    if devices.precision == "bf16-mixed":
+        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
     for name in scores or []:
         check_score(name)
     if score is not None:
@@ -153,102 +153,53 @@ def audit(
             "method": method or "gradient_x_activation",
             "alpha": alpha,
         }
-        moved = _moved(examined, content)
+        moved: tuple[Tensor, Tensor] | None = None  # influences before and after the attack
+        if "after_attack" in examined:
+            before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
+            content["correlation"] = asdict(attribution_correlation(before, after))
+            content["attribution_correlation"] = content["correlation"]["rho"]
+            moved = influences(before["forget"]), influences(after["forget"])
         content["provenance"] = report.provenance(options)
         if devices.is_first:
-            chosen = {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
-            shown = _command(models, chosen, show_text)
-            _write(report.folder, content, diagnoses, Measured(models, shown, {}, moved, 0, measured.examples(data)))
+            chosen = (
+                models | {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
+            )
+            words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
+            command = " ".join(["lightning-ssiuu audit", *words, *(["--show_text"] if show_text else [])])
+            variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
+            examples = measured.examples(data)
+            table = diagnoses["unlearned"].table
+            _write(report.folder, content, table, Measured(models, command, variations, moved, len(table), examples))
             print_audit(content)
     return content
 
 
-def _check_options(probe_examples: int, alpha: float, target: str, devices: Devices) -> None:
-    if probe_examples < 1:
-        raise UserError("probe_examples", probe_examples, "a number ≥ 1")
-    if not 0 < alpha < 1:
-        raise UserError("alpha", alpha, "a false-positive rate in (0, 1)")
-    if target not in TARGETS:
-        raise UserError("target", target, f"one of {list(TARGETS)}")
-    if devices.precision == "bf16-mixed":
-        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
-
-
-def _moved(examined: Mapping[str, Examined], content: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Influences before and after the attack; puts the correlation of attributions into the content."""
-    if "after_attack" not in examined:
-        return None
-    before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
-    content["correlation"] = asdict(attribution_correlation(before, after))
-    content["attribution_correlation"] = content["correlation"]["rho"]
-    return influences(before["forget"]), influences(after["forget"])
-
-
-def _write(folder: Path, content: Mapping[str, Any], diagnoses: Mapping[str, Diagnosis], measured: Measured) -> None:
-    table = diagnoses["unlearned"].table
-    variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
-    page = report_html(content, replace(measured, variations=variations, n_flagged=len(table)))
+def _write(folder: Path, content: dict[str, Any], table: Sequence[SpuriousNeuron], measured: Measured) -> None:
+    page = report_html(content, measured)
     write_csv(folder / "audit_spurious_neurons.csv", CSV_HEADER, map(astuple, table))
-    save_plots(folder / "plots", diagnoses)
+    for name, variation in measured.variations.items():
+        save_heat_maps(folder / "plots" / f"audit_heat_maps_{name}.png", variation)
+    save_cumulative_curves(folder / "plots" / "audit_cumulative_curves.png", measured.variations)
     with written_atomically(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "audit.json", content)
 
 
-def _command(checkpoints: Mapping[str, str], options: Mapping[str, Any], show_text: bool) -> str:
-    words = [
-        f"--{name}" if value is None else f"--{name} {shlex.quote(str(value))}"
-        for name, value in [*checkpoints.items(), *options.items(), *([("show_text", None)] if show_text else [])]
-    ]
-    return " ".join(["lightning-ssiuu audit", *words])
-
-
-def save_plots(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> None:
-    """Heat maps per model, and one picture of all cumulative curves, as ``audit_*.png``."""
-    for name, diagnosis in diagnoses.items():
-        save_heat_maps(folder / f"audit_heat_maps_{name}.png", diagnosis.variation)
-    curves = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
-    save_cumulative_curves(folder / "audit_cumulative_curves.png", curves)
-
-
-def print_audit(content: dict[str, Any], console: Console | None = None) -> None:
-    """Print the contents of ``audit.json`` as a table, and the verdict.
-
-    Example:
-        >>> scores = {name: {"forget": {"probability": p}} for name, p in (("original", 90.0), ("unlearned", 9.0))}
-        >>> content = {"scores": scores, "influence": {"unlearned": {"d_plus_total": 1.0, "d_minus_total": 2.0}}}
-        >>> content["verdict"] = {"sentence": "Mixed: [sic]."}
-        >>> print_audit(content, Console(width=60, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-                              original  unlearned
-        forget probability        90.0        9.0  %
-        d_plus_total                            1
-        d_minus_total                           2
-        Mixed: [sic].
-    """
-    console = console or Console()
-    models = list(content["scores"])
-    table = Table(box=None)
-    table.add_column("")
-    for name in models:
-        table.add_column(name, justify="right")
-    table.add_column("")
+def print_audit(content: dict[str, Any]) -> None:
+    """Print the contents of ``audit.json`` as a table, and the verdict."""
+    models, influence = list(content["scores"]), content["influence"]
+    rows = [["", *models, ""]]
     for split, measured in content["scores"][models[0]].items():
         for score in measured:
-            values = [f"{content['scores'][name][split][score]:.1f}" for name in models]
-            table.add_row(f"{split} {score}", *values, "%")
-    for figure in next(iter(content["influence"].values())):
-        values = [f"{content['influence'][n][figure]:.3g}" if n in content["influence"] else "" for n in models]
-        table.add_row(figure, *values, "")
-    console.print(table)
+            rows.append([f"{split} {score}", *(f"{content['scores'][m][split][score]:.1f}" for m in models), "%"])
+    for figure in next(iter(influence.values())):
+        rows.append([figure, *(f"{influence[m][figure]:.3g}" if m in influence else "" for m in models), ""])
+    notes: list[str | Text] = [Text(content["verdict"]["sentence"])]  # Text: brackets are no markup
     if "attribution_correlation" in content:
-        console.print(f"attribution correlation before/after attack: {content['attribution_correlation']:.3f}")
-    console.print(Text(content["verdict"]["sentence"]))
+        notes.insert(0, f"attribution correlation before/after attack: {content['attribution_correlation']:.3f}")
+    print_table(rows, notes=notes)
 
 
 def run(args: list[str]) -> None:
-    """Parse and run ``audit``.
-
-    Args:
-        args: ``["--original", "tiny", "--unlearned", "runs/ssiuu/model", ...]``.
-    """
+    """Parse and run ``audit``."""
     run_function(audit, "audit", args)

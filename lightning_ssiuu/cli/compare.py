@@ -37,13 +37,13 @@ def compare(
         UserError: If a path is missing or cannot be read, or the runs do not belong in one table: other data, another
             score, the same configuration and seed twice.
     """
-    found, skipped = read_runs(runs)
-    score = check_comparable(found, score)
-    parents = [os.path.dirname(os.path.abspath(run.path)) for run in found]
+    finished, skipped = read_runs(runs)
+    score = check_comparable(finished, score)
+    parents = [os.path.dirname(os.path.abspath(run.path)) for run in finished]
     folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / "compare"
     refuse_existing("output", folder, _OUTPUTS, overwrite)
     check_space("output", folder, 1 << 20)
-    comparison = compare_runs(found, score)
+    comparison = compare_runs(finished, score)
     _write(folder, comparison)
     print_comparison(comparison)
     passed_over = [
@@ -67,18 +67,14 @@ def _write(folder: Path, comparison: Comparison) -> None:
 
 
 def run(args: list[str]) -> None:
-    """Parse and run ``compare``.
-
-    Args:
-        args: ``["runs/a", "runs/b", "--output", "runs/compare"]``.
-    """
+    """Parse and run ``compare``."""
     from jsonargparse import ArgumentParser
 
     text = "Put finished runs side by side: a table on the screen, as CSV, Markdown and LaTeX, and two plots."
     parser = ArgumentParser(prog="lightning-ssiuu compare", description=text, exit_on_error=False)
     parser.add_argument("runs", nargs="+", type=str, help="run directories; those of several seeds become one row")
-    where = "directory for the results (default: compare/ in the directory that all runs lie in)"
-    parser.add_argument("--output", type=str, help=where)
+    text = "directory for the results (default: compare/ in the directory that all runs lie in)"
+    parser.add_argument("--output", type=str, help=text)
     parser.add_argument("--score", type=str, help="score to compare by (default: the one the runs were stopped by)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison")
     config = parser.parse_args(args)

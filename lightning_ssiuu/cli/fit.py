@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ssiuu.callbacks import (
     ForgetThresholdStopping,
@@ -39,19 +39,17 @@ class SaveConfig(SaveConfigCallback):
     text: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: the data and the threshold have not been checked."""
+        pass  # the data and the threshold have not been checked yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the report hash what will be written."""
         self.text = config_text(self.parser, self.config)
         for callback in getattr(trainer, "callbacks", ()):
             if isinstance(callback, RunReport):
-                callback.config_text = self.text
+                callback.config_text = self.text  # of which it writes the digest
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write once: every check of the model and the data has been passed."""
         if self.text is not None and trainer.is_global_zero:
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
@@ -59,7 +57,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class UnlearningCLI(LightningCLI):
-    """LightningCLI with this package's callbacks as sections of their own, so that recipes can set them one by one.
+    """LightningCLI with this package's callbacks as sections of their own, which recipes set one by one.
 
     A YAML list is replaced as a whole when recipes are composed; sections are merged key by key. Hence
     ``attribution:``, ``stopping:``, ``saving:``, ``checkpoints:`` and ``report:`` instead of entries under
@@ -89,22 +87,17 @@ class UnlearningCLI(LightningCLI):
             parser.add_argument("--estimate-memory", "--estimate_memory", action="store_true", help=text)
         return parser
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse what the dispatcher handed over; ``sys.argv`` holds the same, which Lightning would warn about."""
-        if not isinstance(args, list):
-            raise TypeError(f"args: got {type(args).__name__}, expected a list of command-line arguments")
-        self.config = parser.parse_args(args)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an engine that is not supported; let the run's seed order the data where those have none."""
         check_engine(self._get(self.config, "trainer", default={}))
         seed, options = self._get(self.config, "seed_everything"), self._get(self.config, "data").init_args
         if options.get("seed", 0) is None and isinstance(seed, int):
-            # Written to config.yaml as the number it is. True stands for a random seed of Lightning's choice.
+            # The run's seed orders the data, too, and config.yaml has the number. True: a seed of Lightning's choice.
             options["seed"] = int(os.environ["PL_GLOBAL_SEED"]) if seed is True else int(seed)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Make the Trainer; a device that is not there is the user's mistake."""
         checkpoints = self._get(self.config_init, "checkpoints")
         if checkpoints.every_n_steps is not None:
             # Not one of the callback sections: a Trainer that keeps no checkpoints refuses a callback that could.
@@ -118,10 +111,9 @@ class UnlearningCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would read the whole checkpoint here, to let its hyperparameters win over the configuration."""
+        pass  # Lightning would read the whole checkpoint, to let its hyperparameters win over the configuration
 
     def before_fit(self) -> None:
-        """Refuse to run into existing results, or from a checkpoint that is none, before anything is loaded."""
         config, root = self.config.fit, self.trainer.default_root_dir
         check_strategy(self.trainer, self.model)
         self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, is_fit=True)
@@ -145,7 +137,6 @@ class UnlearningCLI(LightningCLI):
     before_test = before_validate
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, or say what that would need; a refused run leaves no trace."""
         if self.config.fit.estimate_memory:
             print_estimate(estimate_memory(self.model, self.datamodule, self.trainer))
             return
@@ -178,11 +169,7 @@ class UnlearningCLI(LightningCLI):
 
 
 def run(args: list[str]) -> None:
-    """Run one Lightning subcommand.
-
-    Args:
-        args: ``["fit", "--config", ...]``.
-    """
+    """Parse and run ``fit``, ``validate`` or ``test``."""
     end_with_parent()
     objectives()  # imports every file, so that class_path may be a bare class name
     # Tokenising is done once, before any worker process exists; the library would warn about forking all the same.

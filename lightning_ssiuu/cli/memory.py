@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -63,14 +64,8 @@ _BATCHES = 2000  # looked through for the largest
 class MemoryEstimate:
     """What one device needs, in bytes, at the worst moment of a run.
 
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        n_ranks: Number of processes, each with a device of its own (on CPUs: with its own share of the memory).
-        phase: When the worst moment is.
-        uses: Bytes in use at that moment, by the keys of :data:`USES`.
-        by_phase: Bytes at the worst moment of each phase.
-        paged: Bytes of optimiser states that bitsandbytes pages out to the host's memory; not part of the total.
-        capacity: Bytes the device has (CUDA) or has available now (CPU); None if that is not known.
+    ``uses`` are the bytes at that moment by the keys of :data:`USES`, ``by_phase`` those at the worst moment of each
+    phase, ``paged`` those of optimiser states that bitsandbytes pages out to the host's memory, not part of the total.
     """
 
     device: str
@@ -79,7 +74,6 @@ class MemoryEstimate:
     uses: Mapping[str, int]
     by_phase: Mapping[str, int]
     paged: int = 0
-    capacity: int | None = None
 
     @property
     def total(self) -> int:
@@ -89,24 +83,22 @@ class MemoryEstimate:
 def estimate_memory(
     module: UnlearningModule, data: UnlearningDataModule, trainer: L.Trainer | None = None
 ) -> MemoryEstimate:
-    """Say what ``trainer.fit(module, data)`` will need per device. Nothing is loaded, trained or written.
+    """What ``trainer.fit(module, data)`` will need per device. Nothing is loaded, trained or written.
 
     Args:
         module: An objective whose model is not loaded yet; not changed.
         data: Its data; is set up (read and tokenised).
-        trainer: Says device, ranks, strategy, precision, gradient accumulation and callbacks; not started. None takes
-            a Trainer with its defaults.
+        trainer: Has device, ranks, strategy, precision, gradient accumulation and callbacks; not started. None takes a
+            Trainer with its defaults.
 
     Raises:
-        UserError: If the strategy or the objective cannot be simulated, and what loading would raise of the
-            configuration.
+        UserError: If the strategy or the objective cannot be simulated, or loading would refuse the configuration.
         ValueError: If the module has its model already.
 
     Example:
         >>> from lightning_ssiuu import Facts, GradientDifference
         >>> trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
-        >>> data = Facts(batch_size=16, eval_batch_size=4)
-        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), data, trainer)
+        >>> estimate = estimate_memory(GradientDifference(checkpoint="tiny"), Facts(eval_batch_size=4), trainer)
         >>> estimate.uses["weights"] // 10**5, estimate.phase
         (36, 'training step')
     """
@@ -115,7 +107,8 @@ def estimate_memory(
     trainer = trainer or L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     run = _Run(copy.deepcopy(module), data, trainer)
     try:
-        with isolate_rng(), warnings.catch_warnings(), _pretended_ranks(run.n_ranks if run.distributed else 0):
+        group = _pretended_ranks(run.n_ranks) if run.distributed else nullcontext()
+        with isolate_rng(), warnings.catch_warnings(), group:
             warnings.simplefilter("ignore")  # on what numbers that are all 1 look like
             return run.estimate()
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
@@ -161,7 +154,7 @@ class _Run:
         uses["activations"] = 0
         uses["activations"] = by_phase[phase] - sum(uses.values())
         paged = peaks[phase].by_tag.get("paged", 0)
-        return MemoryEstimate(self.device.type, self.n_ranks, phase, uses, by_phase, paged, _capacity(self.device))
+        return MemoryEstimate(self.device.type, self.n_ranks, phase, uses, by_phase, paged)
 
     def _blueprint(self) -> AnswerModel:
         if self.sharded and self.module.quantization is not None:
@@ -189,7 +182,7 @@ class _Run:
         self.simulation.tag_rest("weights")
 
     def _refer(self, batch: Mapping[str, Any]) -> None:
-        # Give the losses an original model to compare with: live, or what stands for values read from the disk.
+        # Give the losses an original model to compare with: live, or tensors in place of values read from the disk.
         module = self.module
         if not (observations := module.references()):
             return
@@ -235,7 +228,7 @@ class _Run:
                 for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
                     large = isinstance(tensor, Tensor) and tensor.numel() >= _PAGED_FROM
                     self.simulation.tag(tensor, "paged" if is_paged and large else "optimizer")
-        self.simulation.tag_rest("buckets" if isinstance(step, nn.Module) else "activations")
+        self.simulation.tag_rest("buckets" if isinstance(self.strategy, DDPStrategy) else "activations")
         self.held = step, optimizer  # to the end of the run
 
     def _attribute(self) -> None:
@@ -277,7 +270,7 @@ class _Run:
         n_tensors = 2 * self.config.num_hidden_layers + 1  # a layer's grown cache is made beside the old one
         shape, dtype = (rows, heads, longest, size), self.module.model.hf.dtype
         cache = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(n_tensors)]
-        self.module.model(part["input_ids"], part["attention_mask"], part["labels"])
+        self.module.model(**part)
         del cache
 
     def _save(self) -> None:
@@ -298,34 +291,20 @@ class _Run:
         return [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
-class _Step(nn.Module):
-    # What Lightning makes of a module for DistributedDataParallel: its training step as the forward pass.
-
-    def __init__(self, module: UnlearningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.module.training_step(*args)
-
-
-def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> nn.Module:
+def _distributed(module: UnlearningModule, strategy: DDPStrategy) -> Callable[..., Any]:
     def reduced(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations, which are strings here
         future: Any = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    wrapped = nn.parallel.DistributedDataParallel(_Step(module), **{**strategy._ddp_kwargs, "init_sync": False})
+    wrapped = nn.parallel.DistributedDataParallel(module, **{**strategy._ddp_kwargs, "init_sync": False})
     wrapped.register_comm_hook(None, reduced)  # a pretended group's own reduction has no result
-    return wrapped
+    return partial(strategy._forward_redirection, wrapped, module, "training_step")
 
 
 @contextmanager
 def _pretended_ranks(n_ranks: int) -> Iterator[None]:
-    # Inside, this process is the first of so many (0: no group), and what it sends comes to nothing.
-    if n_ranks == 0:
-        yield
-        return
+    # Inside, this process is the first of so many, and what it sends comes to nothing.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
@@ -346,31 +325,8 @@ def _workspace(device: torch.device) -> int:
     return 2 * (32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8_519_680)
 
 
-def _capacity(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            known = dict(line.split(":") for line in file)
-        return int(known["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
-
-
 def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> None:
-    """Print an estimate as a table, in MB (10⁶ bytes).
-
-    Example:
-        >>> uses = {"weights": 4_000_000, "activations": 500_000}
-        >>> estimate = MemoryEstimate("cpu", 1, "scoring", uses, {"loading": 4_000_000, "scoring": 4_500_000})
-        >>> print_estimate(estimate, Console(width=90, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        Memory per process, 1 on cpu, at the worst moment (scoring)
-          weights                             4.0 MB
-          activations and temporaries         0.5 MB
-          total                               4.5 MB
-        Worst moment of each phase: loading 4.0 MB, scoring 4.5 MB
-        The process itself takes about 550 MB more (libraries).
-    """
+    """Print an estimate as a table, in MB (10⁶ bytes)."""
     console = console or Console()
     what = "process" if estimate.device == "cpu" else "device"
     console.print(f"Memory per {what}, {estimate.n_ranks} on {estimate.device}, at the worst moment ({estimate.phase})")

@@ -14,19 +14,9 @@ def run_function(
 ) -> None:
     """Run a function as a command: its parameters are the options, its docstring the help, ``--config`` reads YAML.
 
-    Args:
-        function: The command. Parameters annotated ``bool``, and those of the classes it takes, may be given as bare
-            flags; one annotated ``Devices`` becomes ``--accelerator``, ``--devices``, ``--strategy`` and
-            ``--precision``.
-        name: The command's name.
-        args: Command-line arguments after the name.
-        defaults: Of the command line, where a function's own are null: the class of an object it makes by itself.
-
-    Example:
-        >>> def greet(name: str, loud: bool = False):
-        ...     print(name.upper() if loud else name)
-        >>> run_function(greet, "greet", ["--name", "you", "--loud"])
-        YOU
+    Parameters annotated ``bool``, and those of the classes it takes, may be given as bare flags; one annotated
+    ``Devices`` becomes ``--accelerator``, ``--devices``, ``--strategy`` and ``--precision``. ``defaults`` are those of
+    the command line where the function's own are null.
     """
     from jsonargparse import ArgumentParser
 
@@ -53,7 +43,7 @@ def run_function(
 
 
 def _spelled(args: list[str], flags: set[str]) -> list[str]:
-    """Bare flags, also of nested options, with the value that jsonargparse asks for."""
+    # Bare flags, also of nested options, with the value that jsonargparse asks for.
     spelled = []
     for arg, after in zip(args, [*args[1:], "--"], strict=False):
         nested = re.fullmatch(r"--\w+(\.\w+)+", arg) and not arg.endswith(".help") and after.startswith("--")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from lightning_ssiuu.cli.parsing import run_function
-from lightning_ssiuu.cli.report import Report
+from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import column, read_records
 from lightning_ssiuu.evaluation.privacy import compare_with_oracle, measure
@@ -65,7 +62,7 @@ def privacy(
             loaded = devices.load(checkpoint)
         measured[name] = measure(loaded, data, others, k, gradient_norm)
         del loaded  # before the next one is loaded
-    content: dict[str, Any] = {"membership_auc": {name: one.auc() for name, one in measured.items()}}
+    content: dict[str, Any] = {"membership_auc": {name: attacks.auc() for name, attacks in measured.items()}}
     if oracle is not None:
         content |= compare_with_oracle(measured["model"], measured["oracle"])
     content |= {
@@ -79,34 +76,19 @@ def privacy(
     return content
 
 
-def print_privacy(content: dict[str, Any], console: Console | None = None) -> None:
-    """Print the contents of ``privacy.json`` as a table.
-
-    Example:
-        >>> content = {"membership_auc": {"model": {"loss": 40.0}, "oracle": {"loss": 50.0}}, "reference_auc": 30.0,
-        ...            "privleak": {"loss": 20.0}, "forget_quality": 0.5, "n_forget": 4, "n_nonmembers": 9}
-        >>> print_privacy(content, Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        Membership inference, AUC in %: 4 members, 9 others
-        attack     model  oracle  privleak
-        loss        40.0    50.0     +20.0
-        reference   30.0
-        forget quality: p = 0.5
-    """
-    console = console or Console()
-    sizes = f"{content['n_forget']} members, {content['n_nonmembers']} others"
-    console.print(f"Membership inference, AUC in %: {sizes}")
-    auc = content["membership_auc"]
-    table = Table(box=None)
-    for name in ("attack", *auc, *(["privleak"] if "privleak" in content else [])):
-        table.add_column(name, justify="left" if name == "attack" else "right")
+def print_privacy(content: dict[str, Any]) -> None:
+    """Print the contents of ``privacy.json`` as a table."""
+    auc, privleak = content["membership_auc"], content.get("privleak")
+    rows = [["attack", *auc, *(["privleak"] if privleak else [])]]
     for attack in auc["model"]:
-        leak = [f"{content['privleak'][attack]:+.1f}"] if "privleak" in content else []
-        table.add_row(attack, *(f"{one[attack]:.1f}" for one in auc.values()), *leak)
+        leak = [f"{privleak[attack]:+.1f}"] if privleak else []
+        rows.append([attack, *(f"{of_model[attack]:.1f}" for of_model in auc.values()), *leak])
     if "reference_auc" in content:
-        table.add_row("reference", f"{content['reference_auc']:.1f}")
-    console.print(table)
-    if content.get("forget_quality") is not None:
-        console.print(f"forget quality: p = {content['forget_quality']:.3g}")
+        rows.append(["reference", f"{content['reference_auc']:.1f}"])
+    quality = content.get("forget_quality")
+    sizes = f"{content['n_forget']} members, {content['n_nonmembers']} others"
+    notes = [] if quality is None else [f"forget quality: p = {quality:.3g}"]
+    print_table(rows, f"Membership inference, AUC in %: {sizes}", notes)
 
 
 def _read(path: str) -> list[QAExample]:
@@ -116,9 +98,5 @@ def _read(path: str) -> list[QAExample]:
 
 
 def run(args: list[str]) -> None:
-    """Parse and run ``privacy``.
-
-    Args:
-        args: ``["--model", "runs/ssiuu/model", "--oracle", "runs/oracle/model", ...]``.
-    """
+    """Parse and run ``privacy``."""
     run_function(privacy, "privacy", args)

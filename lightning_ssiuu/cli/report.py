@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import (
     check_tokenizers,
@@ -24,25 +27,11 @@ from lightning_ssiuu.utils.provenance import provenance
 
 
 class Report:
-    """What a command is about and where its results go; checked, nothing loaded or written.
+    """The models, data and output directory of a command; checked, nothing loaded or written.
 
-    Args:
-        models: Checkpoint by the name of the argument it was given for; None is left out.
-        data: The data module given; None: that of the run, see :func:`~lightning_ssiuu.evaluation.runs.run_data`.
-        devices: Where the command runs.
-        output: The directory given; None: the run of ``subject``.
-        names: What the command writes and may not replace unasked.
-        overwrite: Whether it may.
-        subject: The argument of the model that is judged.
-        needed: Bytes of disk space.
-
-    Raises:
-        UserError: A missing model or one with another tokenizer, nowhere to write, or results in the way.
-
-    Example:
-        >>> report = Report({"model": "tiny", "oracle": None}, None, Devices("cpu"), "runs/tiny")
-        >>> report.models, report.folder.name, type(report.data).__name__
-        ({'model': 'tiny'}, 'tiny', 'Facts')
+    ``models`` are checkpoints by argument (None is left out), ``subject`` is the argument of the one that is judged:
+    its run is the default for ``data`` and ``output``. The files ``names`` are refused unless ``overwrite``; ``needed``
+    is disk space in bytes.
     """
 
     def __init__(
@@ -71,18 +60,26 @@ class Report:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Of the data module."""
         return self.data.content_sha256()
 
     def provenance(self, options: Any) -> dict[str, Any]:
-        """The ``provenance`` block.
-
-        Args:
-            options: What determined the results, as JSON can write it.
-        """
+        """The ``provenance`` block; ``options`` are JSON values that determined the results."""
         seconds = time.monotonic() - self._start
         return provenance(seconds, self.devices.device, json.dumps(options), self.data_sha256)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write results into a file, whole or not at all."""
         write_json(self.folder / name, content)
+
+
+def print_table(
+    rows: Sequence[Sequence[str]], title: str | None = None, notes: Sequence[Any] = (), right: bool = True
+) -> None:
+    """Print rows, the first of them the header, columns after the first aligned right; title above, notes below."""
+    console, table = Console(), Table(box=None)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if right and number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    for part in (title, table, *notes):
+        if part is not None:
+            console.print(part)

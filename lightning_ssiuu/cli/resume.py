@@ -34,19 +34,11 @@ def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, is_fit: bool) -> A
 
     ``last`` is the newest that :class:`~lightning_ssiuu.callbacks.KeepCheckpoints` left in the run's directory. Where
     there is none the run begins, so that one command can be given again and again until it has finished.
-
-    Args:
-        config: The subcommand's configuration.
-        trainer: Its Trainer.
-        is_fit: Whether training goes on; else only the weights are wanted.
-
-    Raises:
-        UserError: If the checkpoint is missing, damaged, none at all, of another strategy, or of the end of the run.
     """
     path = config.get("ckpt_path")
     if path == "last":
         newest = newest_checkpoint(Path(trainer.default_root_dir) / config.checkpoints.folder)
-        has_own = any(isinstance(one, ModelCheckpoint) for one in trainer.checkpoint_callbacks)
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks)
         path = str(newest) if newest else "last" if has_own else None
     if path is None or path in _LIGHTNINGS:
         return path
@@ -65,22 +57,7 @@ def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, is_fit: bool) -> A
 
 @contextmanager
 def checkpoint_mistakes(path: Any) -> Iterator[None]:
-    """Inside, a checkpoint that does not fit the model or the optimiser is the user's mistake.
-
-    Args:
-        path: The checkpoint; None for none.
-
-    Raises:
-        UserError: Naming ``ckpt_path``.
-
-    Example:
-        >>> with checkpoint_mistakes("a.ckpt"):
-        ...     raise RuntimeError("Error(s) in loading state_dict for SSIUU: Missing key(s) ...")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: ckpt_path: got 'a.ckpt', allowed: a checkpoint of this model, optimiser and \
-run: Error(s) in loading state_dict for SSIUU: Missing key(s) ...
-    """
+    """Inside, a checkpoint that does not fit the model or the optimiser is a UserError."""
     try:
         yield
     except BaseException as error:  # torch.distributed.checkpoint's is no Exception
@@ -93,17 +70,8 @@ run: Error(s) in loading state_dict for SSIUU: Missing key(s) ...
 def refuse_to_lose(config: Any, root: str | Path, ckpt_path: Any, text: Callable[[], str]) -> None:
     """Refuse to begin a run where that would replace another one's results, or progress that could be taken up.
 
-    What an interrupted run left may be replaced by the same run: by one with the same configuration, word for word,
-    where there is no checkpoint to go on from.
-
-    Args:
-        config: The configuration of ``fit``.
-        root: The run's directory.
-        ckpt_path: What the run goes on from; None for nothing.
-        text: Gives what it would write to ``config.yaml``.
-
-    Raises:
-        UserError: If there is something to lose and no ``--overwrite``.
+    What an interrupted run left may be replaced by the same run: by one with the same configuration, word for word
+    (``text()`` is what it would write to ``config.yaml``), where there is no checkpoint to go on from.
     """
     argument, folder = "trainer.default_root_dir", Path(root)
     saved = config.saving.folder or "model"

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from lightning_ssiuu.cli.parsing import run_function
-from lightning_ssiuu.cli.report import Report
+from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.lm_eval import PAPER, check_harness, harness_scores
 from lightning_ssiuu.evaluation.utility import SUITES, encoding_like, score_tasks, seen_questions, suite_of, suite_tasks
@@ -92,35 +89,13 @@ def utility(
     return content
 
 
-def print_utility(content: dict[str, Any], console: Console | None = None) -> None:
-    """Print the contents of ``utility.json`` as a table.
-
-    Example:
-        >>> content = {"utility_score": 75.0, "suite": "embedded", "tasks": {"days": 50.0, "numbers": 100.0},
-        ...            "n_items": {"days": 14, "numbers": 22}}
-        >>> print_utility(content, Console(width=60, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        Utility (embedded), %
-        task     items  score
-        days        14   50.0
-        numbers     22  100.0
-        mean             75.0
-    """
-    console = console or Console()
-    console.print(f"Utility ({content['suite']}), %")
-    table = Table(box=None)
-    table.add_column("task")
-    for column in ("items", "score"):
-        table.add_column(column, justify="right")
-    for name, value in content["tasks"].items():
-        table.add_row(name, str(content["n_items"][name]), f"{value:.1f}")
-    table.add_row("mean", "", f"{content['utility_score']:.1f}")
-    console.print(table)
+def print_utility(content: dict[str, Any]) -> None:
+    """Print the contents of ``utility.json`` as a table."""
+    rows = [(name, str(content["n_items"][name]), f"{value:.1f}") for name, value in content["tasks"].items()]
+    mean = ("mean", "", f"{content['utility_score']:.1f}")
+    print_table([("task", "items", "score"), *rows, mean], f"Utility ({content['suite']}), %")
 
 
 def run(args: list[str]) -> None:
-    """Parse and run ``utility``.
-
-    Args:
-        args: ``["--model", "runs/ssiuu/model", ...]``.
-    """
+    """Parse and run ``utility``."""
     run_function(utility, "utility", args)

@@ -21,34 +21,31 @@ ALPACA = "tatsu-lab/alpaca"
 #: Chooses attacked and scored examples from the forget set, p and random numbers that depend on the seed alone.
 Selection = Callable[[list[QAExample], float | None, np.random.Generator], tuple[list[QAExample], list[QAExample]]]
 
-_KINDS = ("harmful", "benign")
 _SELECTION = 2  # salt of the generator that selects, beside those of the batch order
 
 
 class RelearnDataModule(UnlearningDataModule):
     """Attacked and scored examples of a relearning attack on an unlearned model (Yang et al. 2026, arXiv 2509.22263).
 
-    *Harmful*: attacked is a random fraction ``p`` of the forget set, scored its disjoint remainder. *Benign*: attacked
-    is harmless instruction data, scored the whole forget set. Any other attack is a ``selection``, or a subclass that
-    overrides :meth:`select`. Training batches are ``{"retain": part}`` with a part of the attacked examples (what is
-    learned now); there is one evaluation loader, with batches ``{"forget": part}`` of the scored ones. An epoch is one
-    permutation of the attacked examples, its last batch may be short.
+    *Harmful*: a random fraction ``p`` of the forget set is attacked, its disjoint remainder scored. *Benign*: harmless
+    instruction data are attacked, the whole forget set is scored. Any other attack is a ``selection``, or a subclass
+    that overrides :meth:`select`. Training batches are ``{"retain": part}`` of the attacked examples, an epoch is one
+    permutation of them and its last batch may be short; evaluation batches are ``{"forget": part}`` of the scored ones.
 
     Args:
         source: The benchmark; its tokenizer, template, lengths and evaluation settings hold here too.
         kind: ``"harmful"`` or ``"benign"``; with a ``selection`` the name of that attack.
-        p: Harmful: fraction of the forget set (or of ``pool``); ``round(p * n)`` examples are attacked. Handed to a
-            ``selection``; None where it needs none.
-        benign_path: Benign: file or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``,
-            ``output`` or with ``question``, ``answer``; None: the benign items of ``source``, or where it has none
-            those of ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
-        benign_size: Benign: number of items at most; a random choice where there are more.
+        p: Fraction of the forget set (or of ``pool``): ``round(p * n)`` examples are attacked; None where a
+            ``selection`` needs none.
+        benign_path: File or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``, ``output`` or
+            with ``question``, ``answer``; None: the benign items of ``source``, or where it has none those of
+            ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
+        benign_size: Number of benign items at most; a random choice where there are more.
         pool: Ids of the forget examples that may be attacked or scored; None: all. With those that the unlearned model
             answers wrongly, the score before the attack is 0 by construction.
         batch_size: Attacked sequences per micro-batch over all ranks.
         seed: Seeds the selection and the order.
-        selection: Chooses attacked and scored examples instead of ``kind``: from the forget set, ``p`` and a
-            ``numpy`` generator that depends on the seed alone.
+        selection: Chooses as :meth:`select` does, with ``p`` as second argument, instead of ``kind``.
 
     Raises:
         UserError: ``p`` outside (0, 1), nothing attacked or nothing scored, a question that is both, no benign items,
@@ -59,9 +56,6 @@ class RelearnDataModule(UnlearningDataModule):
         >>> data = RelearnDataModule(Facts(), kind="harmful", p=0.25, seed=1)
         >>> len(data.attacked), len(data.scored), data.eval_splits
         (9, 27, ['forget'])
-        >>> data = RelearnDataModule(Facts(), "first", 0.5, selection=lambda forget, p, rng: (forget[:3], forget[3:]))
-        >>> len(data.attacked), len(data.scored)
-        (3, 33)
     """
 
     fill_batches = False
@@ -78,31 +72,23 @@ class RelearnDataModule(UnlearningDataModule):
         seed: int = 0,
         selection: Selection | None = None,
     ) -> None:
-        super().__init__(
-            tokenizer=source.tokenizer_or_name,
-            template=source.template,
-            batch_size=batch_size,
-            eval_batch_size=source.eval_batch_size,
-            max_length=source.max_length,
-            num_workers=source.num_workers,
-            seed=seed,
-            train_on="retain",
-            multiple_choice=source.multiple_choice,
-        )
+        names = ("template", "eval_batch_size", "max_length", "num_workers", "multiple_choice")
+        options: dict[str, Any] = {name: getattr(source, name) for name in names}
+        options |= {"tokenizer": source.tokenizer_or_name, "train_on": "retain"}
+        super().__init__(batch_size=batch_size, seed=seed, **options)
         if selection is None:
-            if kind not in _KINDS:
-                raise UserError("kind", kind, ", ".join(_KINDS))
+            if kind not in ("harmful", "benign"):
+                raise UserError("kind", kind, "harmful, benign")
             p = p if kind == "harmful" else None
         if not (0 < p < 1 if p is not None else selection or kind == "benign"):
             raise UserError("p", p, "a fraction in (0, 1)")
         self.source, self.kind, self.p, self.selection = source, kind, p, selection
         self.harmless = HarmlessItems(source, benign_path, benign_size)
         self.pool = None if pool is None else frozenset(pool)
-        self._scored: tuple[tuple[int, int], list[Mapping[str, Any]]] | None = None
+        self._scored: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
 
     @property
     def encoder(self) -> Encoder:
-        """The source's template and tokenizer at work."""
         return self.source.encoder
 
     @property
@@ -134,32 +120,16 @@ class RelearnDataModule(UnlearningDataModule):
 
     @property
     def eval_splits(self) -> list[str]:
-        """Only the scored examples, under the name ``"forget"``."""
         return ["forget"]
 
     def scored_batches(self) -> list[Mapping[str, Any]]:
-        """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``.
-
-        Example:
-            >>> from lightning_ssiuu.datamodules import Facts
-            >>> data = RelearnDataModule(Facts(eval_batch_size=20), p=0.25)
-            >>> [len(batch["forget"]["example_id"]) for batch in data.scored_batches()]
-            [13, 14]
-        """
-        if self._scored is None or self._scored[0] != self._ranks():
-            self._scored = self._ranks(), list(self.eval_dataloader("forget"))
-        return self._scored[1]
+        """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``."""
+        if (ranks := self._ranks()) not in self._scored:
+            self._scored = {ranks: list(self.eval_dataloader("forget"))}
+        return self._scored[ranks]
 
     def select(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
-        """Choose what is attacked and what is scored.
-
-        Args:
-            forget: The forget set of the source, or what ``pool`` leaves of it.
-            rng: Random numbers that depend on the seed alone.
-
-        Returns:
-            Attacked and scored examples: neither empty, no question in both.
-        """
+        """Attacked and scored examples of the forget set or pool, no question in both; ``rng`` depends on the seed."""
         if self.selection is not None:
             return self.selection(forget, self.p, rng)
         if self.p is None:
@@ -170,16 +140,7 @@ class RelearnDataModule(UnlearningDataModule):
 def random_fraction(
     forget: list[QAExample], p: float, rng: np.random.Generator
 ) -> tuple[list[QAExample], list[QAExample]]:
-    """``round(p * n)`` random examples of n, and the rest without the questions that stand among them.
-
-    Raises:
-        UserError: If nothing is drawn or nothing left.
-
-    Example:
-        >>> forget = [QAExample(n, f"Q{n}?", "a") for n in range(4)]
-        >>> random_fraction(forget, 0.25, np.random.default_rng(0))
-        ([QAExample(example_id=2)], [QAExample(example_id=0), QAExample(example_id=1), QAExample(example_id=3)])
-    """
+    """``round(p * n)`` random examples of n, and the rest without the questions of those."""
     chosen = set(rng.permutation(len(forget))[: round(p * len(forget))].tolist())
     attacked = [example for index, example in enumerate(forget) if index in chosen]
     # By question, not only by id: a question that occurs twice would be scored after it was taught
@@ -192,16 +153,7 @@ def random_fraction(
 
 
 class HarmlessItems:
-    """Harmless items to train on in a benign attack: a data module's own, a file's or a hub data set's, read once.
-
-    Args:
-        source: The data module under attack.
-        path: File or hub id; None: the module's own, or where it has none ``tatsu-lab/alpaca``.
-        size: Number of items at most.
-
-    Raises:
-        UserError: ``size`` below 1; later if there are no items, or none that fits.
-    """
+    """At most ``size`` items for a benign attack: of ``path`` (file, hub id), else the source's own, else of Alpaca."""
 
     def __init__(self, source: UnlearningDataModule, path: str | None = None, size: int = 1000) -> None:
         if size < 1:
@@ -210,7 +162,6 @@ class HarmlessItems:
 
     @cached_property
     def items(self) -> list[QAExample]:
-        """All there are, read on first use."""
         own = self.source.splits.benign if self.path is None else []
         items = own or self._read(self.path or ALPACA)
         if not items:
@@ -218,8 +169,8 @@ class HarmlessItems:
         return items
 
     def draw(self, rng: np.random.Generator) -> list[QAExample]:
-        """A random choice of those that ``max_length`` lets in; how many it does not is logged."""
-        encoder = self.source.encoder
+        """A random choice of those that fit into ``max_length``; how many do not is logged."""
+        encoder, limit = self.source.encoder, self.source.encoder.max_length
         chosen: list[QAExample] = []
         n_long = 0
         for index in rng.permutation(len(self.items)).tolist():
@@ -230,11 +181,9 @@ class HarmlessItems:
             if len(chosen) == self.size:
                 break
         if not chosen:
-            raise UserError("max_length", encoder.max_length, "a length that some benign item fits in")
+            raise UserError("max_length", limit, "a length that some benign item fits in")
         if n_long:
-            rank_zero_info(
-                f"Benign attack: left out {n_long} items longer than {encoder.max_length} tokens (max_length)."
-            )
+            rank_zero_info(f"Benign attack: left out {n_long} items longer than {limit} tokens (max_length).")
         return chosen
 
     def _read(self, path: str) -> list[QAExample]:
@@ -243,15 +192,11 @@ class HarmlessItems:
             records = [_from_instruction(record) for record in records]
         questions, answers = column(records, "question", "benign_path"), column(records, "answer", "benign_path")
         first_id = 1 + max(example.example_id for _, examples in self.source.splits.items() for example in examples)
-        items = [
-            QAExample(first_id + n, question, answer)
-            for n, (question, answer) in enumerate(zip(questions, answers, strict=True))
-        ]
+        pairs = enumerate(zip(questions, answers, strict=True), first_id)
         # Instruction data sets hold a few empty outputs; there is nothing to learn from one
-        return [item for item in items if item.question.strip() and item.answer.strip()]
+        return [QAExample(n, asked, answer) for n, (asked, answer) in pairs if asked.strip() and answer.strip()]
 
 
 def _from_instruction(record: Record) -> Record:
-    question, answer = record.get("instruction") or "", record.get("output") or ""
-    extra = record.get("input") or ""
-    return {"question": f"{question}\n{extra}" if extra else question, "answer": answer}
+    question, extra = record.get("instruction") or "", record.get("input") or ""
+    return {"question": f"{question}\n{extra}" if extra else question, "answer": record.get("output") or ""}

@@ -91,6 +91,8 @@ def test_columns_are_the_neurons(name: str) -> None:
     plain = look()
     with patched(model, output_columns([site], [(1, "attn_k", 3)])):
         zeroed = look()
+    shared = NeuronSite("attn_k", 0, "qkv", 2, torch.tensor([4, 5]))
+    assert output_columns([shared], [(0, "attn_k", 1), (0, "attn_k", 0)])["qkv"].tolist() == [4, 5]  # ascending
     assert (site.select(zeroed)[..., 3] == 0).all()
     assert ((plain != zeroed).any(0).any(0)).sum() == 1
 

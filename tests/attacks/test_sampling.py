@@ -199,6 +199,13 @@ def test_mistakes(options: dict[str, Any], argument: str) -> None:
         Sampling(**options)
 
 
+def test_the_variant_names_all_options() -> None:
+    assert [Sampling().variant, Sampling(4, 0.7, 0.9).variant] == [
+        "k=8, temperature=1",
+        "k=4, temperature=0.7, top_p=0.9",
+    ]
+
+
 def test_text_stays_inside(checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = Toy(Splits(examples(0, 2), examples(10, 3)))
     found = outcomes(checkpoint, data, "rouge_l", Sampling(k=1, seeds=[0]))

@@ -15,7 +15,7 @@ from toys.models import random_model
 from lightning_ssiuu import Facts, FaithUn
 from lightning_ssiuu.attacks import Ablation, Paraphrase, Quantization, Sampling, quantization
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score, outcome_rows
-from lightning_ssiuu.attacks.paraphrase import mean_score, other_questions
+from lightning_ssiuu.attacks.paraphrase import other_questions
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import plain_state_dict
@@ -157,7 +157,7 @@ def test_clusters_are_asked_in_every_way(checkpoint: str, tmp_path: Path) -> Non
     for one, kind in zip(found, ("hop1_test", "hop2_test", "same_object"), strict=True):
         questions = data.probes("forget", kind)
         assert one.n_scored == len(questions) > 0
-        assert one.forget_score == mean_score(model, data.tokenizer, data, "multiple_choice", questions)
+        assert one.forget_score == forget_score(model, data.tokenizer, data, "multiple_choice", questions)
         assert one.before == forget_score(model, data.tokenizer, data, "multiple_choice")
     assert len({one.forget_score for one in found}) > 1
 

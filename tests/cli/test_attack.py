@@ -171,6 +171,7 @@ def test_what_is_tried_next() -> None:
         return RecoveryCurve("unlearned", "harmful", 0.1, rate, seed, 4, 36, list(range(len(scores))), scores)
 
     assert stronger([curve(1e-4, [0, 9, 1]), curve(1e-3, [0, 2, 1])]) is None
+    assert stronger([curve(1e-4, [5, 9])]) == (3e-4, 1)  # a single rate says nothing of the step to the next
     assert stronger([curve(1e-4, [0, 1, 0]), curve(1e-3, [0, 9, 1])]) == (1e-2, 2)  # as the rates go on
     assert stronger([curve(1e-3, [0, 9, 1]), curve(8e-4, [0, 1, 0])]) == (2e-3, 2)  # at least twice as large
     assert stronger([curve(1e-4, [0, 1, 9]), curve(1e-3, [0, 2, 1])]) == (1e-4, 4)  # longer

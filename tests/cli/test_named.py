@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from toys.cli import ROOT, read_json
+from toys.cli import ROOT, attacking, read_json, script
 
 from lightning_ssiuu.evaluation.scores import SCORES, Score, check_score, find_score
 from lightning_ssiuu.utils.errors import UserError
@@ -40,21 +37,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text, encoding="utf-8")
     for library in ("torch", "yaml", "json"):
         (folder / f"{library}.py").write_text("raise RuntimeError('not the library')", encoding="utf-8")
-    bin_folder = folder / "bin"
-    bin_folder.mkdir()
-    (bin_folder / "lightning-ssiuu").write_text(
-        "import sys\nfrom lightning_ssiuu.__main__ import main\nsys.exit(main())\n", encoding="utf-8"
-    )
     return folder
-
-
-def script(folder: Path, *args: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the console script as it is installed: in a directory that is not the working directory."""
-    line = [sys.executable, str(folder / "bin" / "lightning-ssiuu"), *args]
-    paths = {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        line, cwd=cwd or folder, env=os.environ | paths | environment, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +46,8 @@ def run(here: Path) -> Path:
     done = script(
         *(here, "fit", "--model", "GradientDifference", "--model.checkpoint", "tiny", "--data", "my_data.Sums"),
         *("--model.scores", f"[{PERPLEXITY}]", "--stopping.score", PERPLEXITY, "--stopping.threshold", "0"),
-        *(
-            "--attribution.method",
-            ACTIVATION,
-            "--attribution.memory_budget",
-            "20MB",
-            "--attribution.probe_examples",
-            "4",
-        ),
+        *("--attribution.method", ACTIVATION, "--attribution.memory_budget", "20MB"),
+        *("--attribution.probe_examples", "4"),
         *("--trainer.max_steps", "1", "--trainer.default_root_dir", "run"),
     )
     assert done.returncode == 0, done.stderr
@@ -88,12 +65,29 @@ def test_fit(run: Path) -> None:
 
 
 def test_attack_takes_the_score_of_the_run(run: Path, here: Path) -> None:
-    options = ("--learning_rates", "[1e-4]", "--seeds", "[0]", "--p", "[0.5]", "--epochs", "1")
+    options = attacking(learning_rates=[1e-4], seeds=[0], p=[0.5], epochs=1)
     done = script(here, "attack", "--model", "run/model", *options)
     assert done.returncode == 0, done.stderr
     (row,) = read_json(run / "attack.json")["attacks"]
     assert row["score"] == PERPLEXITY
     assert row["unlearned"]["before"]["mean"] > 1
+
+
+def test_ablation_takes_the_method(run: Path, here: Path) -> None:
+    models = ("--model", "run/model", "--output", "ablated", "--score", "probability")
+    few = attacking(original="tiny", probe_examples=4, draws=1)
+    counts = []
+    for method in ([], attacking(method=ACTIVATION)):
+        done = script(here, "attack", *models, "--attack", "Ablation", *few, *method, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        content = read_json(here / "ablated" / "attack.json")
+        assert content["settings"]["ablation"].get("method") == (ACTIVATION if method else None)
+        assert ("method" in content["settings"]["ablation"]) == bool(method)
+        counts.append(content["attacks"][0]["n_neurons"])
+    assert counts[0] != counts[1]  # other attributions, other flags
+    wrong = script(here, "attack", *models, "--attack", "Ablation", *few, "--attack.method", "ablaton", "--overwrite")
+    assert wrong.returncode == 2
+    assert "attack.method: got 'ablaton', allowed: one of" in wrong.stderr
 
 
 def test_audit(run: Path, here: Path) -> None:

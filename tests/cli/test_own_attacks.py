@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from toys.cli import ROOT, attacking, command, default_run, files, leaks, read_json
+from toys.cli import ROOT, attacking, command, default_run, files, leaks, read_json, script
 
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 
@@ -44,7 +43,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs in this process runs as from the user's directory."""
     monkeypatch.chdir(workplace)
-    monkeypatch.syspath_prepend(workplace)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the command adds the working directory
 
 
 MODELS = ("--model", "run/model", "--oracle", "tiny", "--score", "probability")
@@ -59,8 +58,7 @@ def test_they_are_as_short_as_promised() -> None:
 @pytest.fixture(scope="module")
 def swept(workplace: Path) -> dict[str, Any]:
     """An uninterrupted sweep's report, by a process of its own that knows only the directory it is started in."""
-    words = [sys.executable, "-m", "lightning_ssiuu", *RELEARN, "--output", "whole"]
-    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, timeout=300)
+    done = script(workplace, *RELEARN, "--output", "whole")
     assert done.returncode == 0, done.stderr
     assert "Highest forget probability under attack" in done.stdout
     return read_json(workplace / "whole" / "attack.json")
@@ -146,7 +144,7 @@ def beside(workplace: Path, swept: dict[str, Any]) -> Path:
     noise = ("attack", "--attack", "my_attacks.Noise", "--attack.std", "0.3", "--score", "probability")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(workplace)
-        patched.syspath_prepend(workplace)
+        patched.setattr(sys, "path", [*sys.path])
         done = command(*noise, "--model", "run/model", "--oracle", "tiny")
     assert done.status == 0, done.err
     assert "Forget probability under attack" in done.out

@@ -8,6 +8,8 @@ import functools
 import io
 import json
 import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,16 @@ def command(*args: str | Path) -> Result:
     if seed is not None:
         os.environ["PL_GLOBAL_SEED"] = seed
     return Result(status, out.getvalue(), err.getvalue())
+
+
+def script(folder: Path, *args: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the console script as it is installed, in a directory (``folder/bin``) that is not the working directory."""
+    installed = folder / "bin" / "lightning-ssiuu"
+    installed.parent.mkdir(exist_ok=True)
+    text = "import sys\nfrom lightning_ssiuu.__main__ import main\nsys.exit(main())\n"
+    installed.write_text(text, encoding="utf-8")
+    options: Any = {"env": os.environ | {"PYTHONPATH": str(ROOT)} | environment, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, str(installed), *args], cwd=cwd or folder, check=False, **options)
 
 
 def fit(folder: Path, *args: str | Path, recipe: Path = DEFAULT) -> Result:
