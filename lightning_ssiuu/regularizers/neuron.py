@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -52,21 +53,17 @@ class NeuronAttributionRegularizer(AttributionPenalty):
     in memory.
 
     Args:
-        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
+        weight: λ ≥ 0, see :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
         tokens: ``"min"`` or ``"sum"``, see above.
-        **kwargs: ``weight_mode``, ``anchor``, ``target``, ``weight_schedule`` and ``schedule_steps`` as in
-            :class:`~lightning_ssiuu.regularizers.attribution.AttributionPenalty`; ``modules`` restricts the neurons
-            that are held, not the weights that are changed, None means all sites.
+        **kwargs: As :class:`~lightning_ssiuu.regularizers.attribution.AttributionPenalty`; ``modules`` restricts the
+            neurons that are held, not the weights that are changed, None means all sites.
 
     Raises:
-        UserError: If an argument is outside its range; when training starts, if the architecture has no known sites or
-            ``modules`` names none.
+        UserError: When training starts, if the architecture has no known sites or ``modules`` names none.
 
     Example:
-        >>> NeuronAttributionRegularizer(0.1, tokens="max")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: regularizer.tokens: got 'max', allowed: one of ['min', 'sum']
+        >>> NeuronAttributionRegularizer(0.1, weight_mode="relative", modules=["mlp_up"]).tokens
+        'min'
     """
 
     def __init__(self, weight: float = 1e-3, *, tokens: Tokens = "min", **kwargs: Any) -> None:
@@ -78,17 +75,9 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         self._anchor: Tensor | None = None  # A / e^anchor_scale of all neurons, in the order of the sites
 
     def prepare(self, module: Any) -> None:
-        """Refuse ``modules`` that name nothing, before anything is trained."""
-        self._sites(module.model)
+        self._sites(module.model)  # refuses modules that name nothing
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Keep the part for :meth:`apply`: how much a neuron is pushed depends on all micro-batches.
-
-        Args:
-            model: The model the answers came from.
-            answers: Not looked at: its forward pass has dropout, and shows no activations.
-            part: The forget part.
-        """
         if self.weight == 0:
             return
         device = answers.logits.device.type  # apply runs outside the Trainer's autocast
@@ -98,9 +87,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
     def apply(self, model: nn.Module) -> dict[str, float]:
         """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget the parts.
 
-        Returns:
-            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over the sites'
-            neurons, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
+        Returns the figures of :meth:`AttributionRegularizer.apply`; ``negative_share`` is over the sites' neurons.
         """
         parts, self._parts = self._parts, []
         if not parts:
@@ -192,28 +179,22 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 @contextmanager
 def _outputs(hf: Any, sites: Sequence[NeuronSite]) -> Iterator[dict[str, Tensor]]:
     """Outputs of modules in the forward pass inside, graph attached, also where nothing before them is trained."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def begin(_module: nn.Module, _args: object, output: Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_(True)
 
-    def keep(name: str, kind: str) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
-            found[name] = output
-            # A block may add to what is written to the residual stream in place.
-            return output.clone() if kind in WRITERS else None
+    def keep(site: NeuronSite, _module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
+        outputs[site.module_name] = output
+        # A block may add to what is written to the residual stream in place.
+        return output.clone() if site.kind in WRITERS else None
 
-        return hook
-
-    handles = [hf.get_input_embeddings().register_forward_hook(begin)]
-    kinds = {site.module_name: site.kind for site in sites}
-    handles += [hf.get_submodule(name).register_forward_hook(keep(name, kind)) for name, kind in kinds.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        hooks.enter_context(hf.get_input_embeddings().register_forward_hook(begin))
+        for name, site in {site.module_name: site for site in sites}.items():
+            hooks.enter_context(hf.get_submodule(name).register_forward_hook(partial(keep, site)))
+        yield outputs
 
 
 @contextmanager

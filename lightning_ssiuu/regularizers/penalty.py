@@ -21,7 +21,7 @@ class Penalty(Regularizer):
     """A regulariser that adds a penalty's gradient to the objective's.
 
     Args:
-        weight: λ ≥ 0; see the subclass.
+        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
         weight_mode: ``"absolute"`` multiplies the penalty's gradient by λ. ``"relative"`` makes its norm ``weight``
             times the norm of the objective's gradient.
         weight_schedule: ``"constant"``; ``"warmup"`` multiplies ``weight`` by min(1, n / ``schedule_steps``) at the
@@ -31,9 +31,6 @@ class Penalty(Regularizer):
             the penalty is large no more weight than one in which it is small; adaptive keeps that difference, and the
             ratio on average.
         schedule_steps: Optimiser steps, ≥ 1.
-
-    Raises:
-        UserError: If an argument is outside its range.
     """
 
     state_attributes: ClassVar[tuple[str, ...]] = ("_n_steps", "_averages")
@@ -67,17 +64,11 @@ class Penalty(Regularizer):
         log_scale: float = 0.0,
         squares: float | None = None,
     ) -> dict[str, float]:
-        """Add ``λ e^log_scale · gradients`` to ``.grad``; once per optimiser step.
+        """Add ``λ e^log_scale · gradients`` to ``.grad``, the objective's; once per optimiser step.
 
-        Args:
-            model: Whose ``.grad`` is the objective's gradient.
-            parameters: Those that ``gradients`` belong to.
-            gradients: Of the penalty without λ and scale; this rank's shards where parameters are shards.
-            log_scale: May be far outside what a float can hold the exponential of.
-            squares: :func:`~lightning_ssiuu.training.shards.square` of the gradients where it is known.
-
-        Returns:
-            ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.
+        ``gradients`` belong to ``parameters`` (this rank's shards where those are shards) and ``squares`` is their
+        :func:`~lightning_ssiuu.training.shards.square` where it is known; ``log_scale`` may be far outside what a float
+        can hold the exponential of. Returns ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.
         """
         present = [local(p.grad) for p in model.parameters() if p.grad is not None]
         objective = norm_over_shards(present, parameters)
