@@ -20,26 +20,25 @@ class Regularizer(Stateful, ABC):
     attention_mask, labels``, each ``[B, L]``. An option outside the range that its line gives is a UserError.
 
     Example:
-        >>> import torch
         >>> class Halve(Regularizer):
         ...     def apply(self, model):
         ...         for parameter in model.parameters():
         ...             parameter.grad.mul_(0.5)
         ...         return {}
         >>> layer = nn.Linear(1, 1, bias=False)
-        >>> layer(torch.ones(1, 1)).backward()
+        >>> layer.weight.grad = layer.weight.new_ones(1, 1)
         >>> Halve().apply(layer), layer.weight.grad
         ({}, tensor([[0.5000]]))
     """
 
     def prepare(self, module: Any) -> None:
-        """Look at the objective ``module`` (its ``model``, ``training_parts("retain")``) before a new run's first step."""
+        """Look at the objective (its ``model``, its ``training_parts("retain")``) before a new run's first step."""
 
     def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
         """Be told, in an ordinary training step, of the forget part before any of its forward passes."""
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """See a micro-batch's forget part, and its forward pass ``answers`` with the graph that the loss is taken from."""
+        """See a micro-batch's forget part and its forward pass, with the graph, which is shared with the loss."""
 
     def before_backward(self, model: nn.Module, loss: Tensor) -> None:
         """Be told, after :meth:`collect` in an ordinary training step, of the loss (scalar) differentiated next."""

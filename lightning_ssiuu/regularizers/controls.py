@@ -44,17 +44,12 @@ class L2ToStart(Penalty):
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Add the penalty's gradient to ``.grad``; in the first step, remember the weights.
-
-        Returns :meth:`Penalty.add`'s figures and ``distance_to_start`` (‖θ − θ₀‖).
-        """
         if self.weight == 0:
             return {}
         named = trained_parameters(model)
         parameters = list(named.values())
         if self._start is None:  # before the first step of the optimiser these still are the original weights
-            copies = snapshot(parameters)
-            self._start = {n: shard_like(copy, p) for (n, p), copy in zip(named.items(), copies, strict=True)}
+            self._start = {n: shard_like(w, p) for (n, p), w in zip(named.items(), snapshot(parameters), strict=True)}
         if self._start.keys() != named.keys():
             allowed = "the same trained weights as in the run that is resumed"
             raise UserError("regularizer", type(self).__name__, allowed)
@@ -102,14 +97,12 @@ class MatchedUpdateNorm(Regularizer):
             return
         before, self._before = self._before, None
         parameters = list(trained_parameters(model).values())
-        shards, now = shard_device(parameters), [local(p) for p in parameters]
+        now = [local(p) for p in parameters]
         squares = math.fsum(square(torch._foreach_sub(now[c], before[c])) for c in chunks(before))
-        self._length = math.sqrt(over_shards(squares, shards))
+        self._length = math.sqrt(over_shards(squares, shard_device(parameters)))
         if self._length == 0:
             return
-        target = self.norm
-        if self.norm_mode == "relative":
-            target *= norm_over_shards(before, parameters)
+        target = self.norm * (norm_over_shards(before, parameters) if self.norm_mode == "relative" else 1)
         for c in chunks(before):
             torch._foreach_lerp_(before[c], now[c], target / self._length)
             torch._foreach_copy_(now[c], before[c])
