@@ -10,12 +10,7 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 
 
 def objectives() -> dict[str, type[UnlearningModule]]:
-    """Every objective of this package by class name: in each file the class that the file is named after.
-
-    Example:
-        >>> objectives()["GradientAscent"].__name__
-        'GradientAscent'
-    """
+    """Every objective of this package by class name: in each file the class that the file is named after."""
     found: dict[str, type[UnlearningModule]] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")

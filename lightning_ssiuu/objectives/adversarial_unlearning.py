@@ -48,7 +48,7 @@ class AdversarialUnlearning(DisplacedObjective):
     two gradients. In bf16-true, steps below the weights' resolution (2⁻⁸ of a weight) are lost.
 
     Args:
-        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference.
         steps: The adversary's steps k; 0 is the backbone (with a floor, if one is given).
         step_size: Their size ε per weight, ≥ 0, or of the step's norm for ``"gradient"``; 0 is as ``steps`` 0.
         floor: Items whose answer is less probable than this (percent, ``exp`` of the mean log-probability per token,
@@ -57,17 +57,12 @@ class AdversarialUnlearning(DisplacedObjective):
         adversary: ``"sign"`` moves every weight by ε, ``"gradient"`` all of them along ``∇/‖∇‖₂``.
         adversary_share: Share of the forget items that are the adversary's, in (0, 1); at least one item.
         adversary_neurons: Percent of the neurons, the most positively attributed over the forget set when training
-            starts, whose incoming weights (and bias) alone the adversary moves; None for all weights.
+            starts, whose incoming weights (and bias) alone the adversary moves; None for all weights, as with ``lora``.
         seed: Of the choice of items.
-        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
-
-    Raises:
-        UserError: If an option is out of its range, or neurons are to be chosen in a model with adapters.
 
     Example:
-        >>> module = AdversarialUnlearning(checkpoint="tiny", steps=3, step_size=2e-4, floor=8.0, retain_weight=5.0)
-        >>> module.steps, type(module.backbone).__name__
-        (3, 'GradientDifference')
+        >>> AdversarialUnlearning(steps=3, floor=8.0, retain_weight=5.0).steps
+        3
     """
 
     state_attributes = ("floor_level", "_neurons")  # measured on the original model
@@ -103,17 +98,17 @@ class AdversarialUnlearning(DisplacedObjective):
         self._masks: dict[nn.Parameter, Tensor] | None = None
 
     def on_train_start(self) -> None:
-        """Also measure the mismatched level and choose the adversary's neurons, while the model is the original one."""
         if self.floor == "mismatched" and self.floor_level is None:
             self.floor_level = self._mismatched()
         if self.adversary_neurons is not None:
             sites = neuron_sites(self.model.hf)
             if self._neurons is None:
                 with self.trainer.precision_plugin.forward_context():
-                    found = neuron_attribution(self.model, self.training_parts("forget"), sites, "length_normalised")
-                n_chosen = max(1, round(self.adversary_neurons / 100 * len(found.mean_positive)))
-                self._neurons = torch.zeros(len(found.mean_positive), dtype=torch.bool)
-                self._neurons[found.mean_positive.argsort(descending=True, stable=True)[:n_chosen]] = True
+                    parts = self.training_parts("forget")
+                    scores = neuron_attribution(self.model, parts, sites, "length_normalised").mean_positive
+                n_chosen = max(1, round(self.adversary_neurons / 100 * len(scores)))
+                self._neurons = torch.zeros(len(scores), dtype=torch.bool)
+                self._neurons[scores.argsort(descending=True, stable=True)[:n_chosen]] = True
             self._masks = {p: cut_like(rows, p) for p, rows in neuron_rows(self.model.hf, sites, self._neurons)}
         super().on_train_start()
 

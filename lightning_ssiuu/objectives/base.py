@@ -46,8 +46,10 @@ class UnlearningModule(Stateful, L.LightningModule):
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
     labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The
     loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means,
-    in nats.
-    The module never reads ``trainer.datamodule``.
+    in nats. The module never reads ``trainer.datamodule``.
+
+    Objectives on a ``backbone`` have its losses: ``forget_weight``, ``retain_weight``, ``retain`` and ``reference`` are
+    set there if one is given, and otherwise go to the default backbone, gradient difference.
 
     Args:
         checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
@@ -71,7 +73,8 @@ class UnlearningModule(Stateful, L.LightningModule):
             :class:`~lightning_ssiuu.models.architectures.Architecture`, or a record; None: by the checkpoint's type.
 
     Raises:
-        UserError: If a weight is negative or not finite, or weights are quantised with no adapters to train.
+        UserError: If an option, of the base or of a subclass, is not finite or outside the range that its line gives,
+            weights are quantised with no adapters to train, or an option of the backbone is given beside it.
 
     Example:
         >>> from lightning_ssiuu.objectives.losses import answer_nll
@@ -89,7 +92,7 @@ class UnlearningModule(Stateful, L.LightningModule):
     model: AnswerModel
     tokenizer: PreTrainedTokenizerBase
     #: Whether the objective can be a backbone; False where it is more than its losses.
-    lends_losses = True
+    can_be_backbone = True
 
     def __init__(
         self,
@@ -167,25 +170,16 @@ class UnlearningModule(Stateful, L.LightningModule):
         return self._step_memory.recall(batch, self)
 
     def original(self, name: str, batch: Part) -> Tensor:
-        """What the original model says about a part, under a name of :meth:`references`; without gradients.
+        """What the original model says about a part, under its name in :meth:`references`; without gradients.
 
-        Args:
-            name: ``"<part>/<what>"``.
-            batch: The part.
-
-        Returns:
-            ``[N, ...]``, row by row as the observation gave it.
+        ``[N, ...]``, row by row as the observation gave it.
         """
         if self._reference is None:
             raise RuntimeError("the original model is looked at when training starts; call this in a training step")
         return self._reference(name, batch)
 
     def training_parts(self, name: str, batch_size: int = 16) -> Iterator[Part]:
-        """All training examples of a part in their order, the same on every rank, on this module's device.
-
-        Args:
-            name: ``"forget"`` or ``"retain"``.
-            batch_size: Sequences per part.
+        """All examples of ``"forget"`` or ``"retain"`` in their order, the same on every rank, on this module's device.
 
         Raises:
             UserError: If the training loader is not one of :class:`~lightning_ssiuu.UnlearningDataModule`.
@@ -204,23 +198,20 @@ class UnlearningModule(Stateful, L.LightningModule):
     def use_backbone(self, backbone: UnlearningModule) -> None:
         """Take losses, weights and references from another objective, which never loads a model of its own.
 
-        Args:
-            backbone: Any objective without a regulariser.
-
         Raises:
-            UserError: If it has one, lends no losses, or an option that is its was given to this objective instead.
+            UserError: If it has a regulariser, cannot be a backbone, or an option of it was given to this objective.
         """
         if backbone.regularizer is not None:
             given = type(backbone.regularizer).__name__
             raise UserError("backbone.regularizer", given, f"none: give it to {type(self).__name__}")
-        if not backbone.lends_losses:
+        if not backbone.can_be_backbone:
             raise UserError("backbone", type(backbone).__name__, "an objective that is its losses alone, such as NPO")
         defaults = inspect.signature(UnlearningModule.__init__).parameters
         for name in ("forget_weight", "retain_weight", "retain", "reference"):
-            value, lent = getattr(self, name), getattr(backbone, name)
-            if value not in (lent, defaults[name].default):
+            value, own = getattr(self, name), getattr(backbone, name)
+            if value not in (own, defaults[name].default):
                 raise UserError(name, value, "unset beside a backbone: give it to the backbone")
-            setattr(self, name, lent)
+            setattr(self, name, own)
         # In a tuple, so that torch does not register the backbone: it shares this module's parameters.
         self._backbone = (backbone,)
 
@@ -236,6 +227,7 @@ class UnlearningModule(Stateful, L.LightningModule):
 
     @property
     def is_loaded(self) -> bool:
+        """Whether ``configure_model`` or :meth:`adopt` has run."""
         return "model" in self._modules
 
     # ---- Lightning --------------------------------------------------------------------------------------------
@@ -248,7 +240,6 @@ class UnlearningModule(Stateful, L.LightningModule):
         check_strategy(self.trainer, self)
 
     def configure_model(self) -> None:
-        """Load the checkpoint once (Lightning calls this again for every stage), in the Trainer's weight type."""
         if self.is_loaded:
             return
         if self.device_mesh is None:
@@ -269,30 +260,23 @@ class UnlearningModule(Stateful, L.LightningModule):
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def on_train_start(self) -> None:
-        """Look at the original model, and put the random states of a resumed run back when nothing draws any more.
-
-        In a new run the ranks, seeded alike so that they set up alike, part here: each has dropout masks of its own.
-        """
-        resumed = self._random_states is not None
         if observations := self.references():
-            self._reference = find_reference(self, observations, resumed)
+            self._reference = find_reference(self, observations, self._random_states is not None)
             for backbone in self._backbone:
                 backbone._reference = self._reference
-        if not resumed:
+        if self._random_states is None:
             self.prepare()
             if self.regularizer is not None:
                 self.regularizer.prepare(self)
-        if self._random_states is None:
-            if rank() > 0:
+            if rank() > 0:  # seeded alike to set up alike, the ranks part here: each has dropout masks of its own
                 torch.manual_seed(torch.initial_seed() + rank())
-        else:
+        else:  # nothing draws any more before the first step
             torch.set_rng_state(self._random_states["cpu"])
             if self._random_states["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._random_states["cuda"], self.device)
             self._random_states = None
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
-        """The weighted loss; a part that is absent from the batch, or has weight 0, costs nothing."""
         with self._step_memory:
             losses: dict[str, Tensor] = {}
             if self.regularizer is not None and "forget" in batch:
@@ -363,8 +347,7 @@ class UnlearningModule(Stateful, L.LightningModule):
                 owner.load_state(take_state(checkpoint, key, self.model, folder))
 
     def _stateful(self) -> dict[str, Stateful]:
-        owners: dict[str, Stateful | None] = {"objective": self, "regularizer": self.regularizer}
-        return {key: owner for key, owner in owners.items() if owner is not None}
+        return {"objective": self} | ({} if self.regularizer is None else {"regularizer": self.regularizer})
 
     def build(self, device: torch.device, **options: Any) -> AnswerModel:
         """Load the checkpoint again, as this module was configured, adapters included."""

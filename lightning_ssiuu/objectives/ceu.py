@@ -14,19 +14,7 @@ from lightning_ssiuu.utils.errors import UserError
 
 
 def ceu(answers: Answers, skip_first: int = 1) -> Tensor:
-    """CE-U: cross-entropy with the model's own predictions, taken as constants, without the answer's token, in nats.
-
-    Args:
-        answers: The model's, to the forget questions.
-        skip_first: So many tokens at the beginning of each answer do not count. An answer without others adds 0.
-
-    Source: Yang, CE-U, arXiv 2503.01224; the first token is skipped as in its training settings.
-
-    Example:
-        >>> answers = Answers(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
-        >>> round(ceu(answers).item(), 4)  # log 4: the three others are equally likely
-        1.3863
-    """
+    """Loss of :class:`CEU`, in nats; the model's own predictions are constants. An answer skipped whole adds 0."""
     lengths = answers.lengths.long()
     position = torch.arange(len(answers.targets), device=lengths.device)
     position = position - (lengths.cumsum(0) - lengths)[answers.sequence_index]
@@ -39,18 +27,13 @@ class CEU(UnlearningModule):
     """Cross-entropy with the model's own predictions without the answer token (Yang, CE-U, arXiv 2503.01224).
 
     Args:
-        skip_first: So many tokens at the beginning of each answer do not count: 1 as in the paper's training settings
-            and open-unlearning.
+        skip_first: So many tokens at the beginning of each answer do not count, a whole number ≥ 0: 1 as in the paper's
+            training settings and open-unlearning.
         retain_weight: 0 as published: there is no retain loss.
-        **kwargs: As :class:`UnlearningModule`.
-
-    Raises:
-        UserError: If ``skip_first`` is not a whole number ≥ 0.
 
     Example:
-        >>> module = CEU(checkpoint="tiny")
-        >>> module.skip_first, module.retain_weight
-        (1, 0.0)
+        >>> CEU().skip_first
+        1
     """
 
     def __init__(self, skip_first: int = 1, retain_weight: float = 0.0, **kwargs: Any) -> None:
@@ -60,5 +43,4 @@ class CEU(UnlearningModule):
         self.skip_first = int(skip_first)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`ceu`, in nats."""
         return ceu(self.answers(batch), self.skip_first)

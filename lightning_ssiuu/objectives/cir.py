@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -35,26 +35,23 @@ class CIR(UnlearningModule):
     was projected out back. Tokens that start a sequence count like others.
 
     Args:
-        backbone: Any objective that lends its losses; None takes gradient difference.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference.
         input_components: Principal components of the inputs to project out, ≥ 0 and at most a quarter of the width
             (more would leave small models no gradient); 0 leaves the inputs, mean included, as they are.
         gradient_components: The same of the output gradients.
         attention: Train attention's projections too.
         every_n_epochs: How often the directions are taken again, ≥ 1.
-        **kwargs: As :class:`UnlearningModule`, without ``lora`` and ``gradient_checkpointing``; what belongs to the
-            default backbone is as in :class:`~lightning_ssiuu.objectives.ssiuu.SSIUU`.
 
     Raises:
-        UserError: If an option is outside its range, weights are frozen (``lora``: an adapter's gradient is no sum of
-            ``g aᵀ`` of the layer), or activations are recomputed (``gradient_checkpointing``: without the projection).
+        UserError: If weights are frozen (``lora``: an adapter's gradient is no sum of ``g aᵀ`` of the layer), or
+            activations are recomputed (``gradient_checkpointing``: without the projection).
 
     Example:
-        >>> module = CIR(checkpoint="tiny", input_components=8)
-        >>> type(module.backbone).__name__, module.input_components, module.gradient_components
-        ('GradientDifference', 8, 36)
+        >>> CIR(input_components=8).gradient_components
+        36
     """
 
-    lends_losses = False
+    can_be_backbone = False
     state_attributes = ("bases", "_epoch_of_bases")  # in the middle of an epoch the weights would give others
 
     def __init__(
@@ -81,16 +78,14 @@ class CIR(UnlearningModule):
         self._epoch_of_bases: int | None = None
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the model and freeze all but the layers' weights."""
         super().adopt(model, tokenizer)
         trained = {f"{name}.weight" for name in linear_layers(model.hf, self.attention)}
         for name, parameter in model.hf.named_parameters():
             parameter.requires_grad_(name in trained)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Take an epoch's directions before its first batch, unless a resumed run brought them."""
         # Not in on_train_epoch_start: Lightning leaves that out in a run resumed at the very end of an epoch.
-        epoch = self.current_epoch
+        epoch = self.current_epoch  # a resumed run may have brought this epoch's directions
         if self._epoch_of_bases is not None and epoch < self._epoch_of_bases + self.every_n_epochs:
             return
         names = linear_layers(self.model.hf, self.attention)
@@ -116,24 +111,11 @@ _RANK_TOLERANCE = 1e-5
 
 
 def common_directions(rows: Tensor, components: int) -> Tensor:
-    """The mean of some vectors and their leading principal components, as an orthonormal basis.
+    """Mean and leading principal components of ``rows`` ``[T, D]`` as an orthonormal basis ``[K, D]`` in float64.
 
-    Args:
-        rows: ``[T, D]``.
-        components: How many principal components; at most a quarter of D is taken, and no more than there are. 0 gives
-            an empty basis, without the mean.
-
-    Returns:
-        ``[K, D]`` orthonormal rows, in float64; ``K ≤ components + 1``.
-
-    Source: Sondej & Yang, arXiv 2509.11816 (and its code), which projects the mean out and then one component after the
-    other; here out of the space they span together, which is the same where they are orthogonal.
-
-    Example:
-        >>> rows = torch.tensor([[1.0, 2.0, 0.0, 0.0], [1.0, -2.0, 0.0, 0.0]])
-        >>> common_directions(rows, 1).abs()  # the mean, and the one direction in which they differ
-        tensor([[1., 0., 0., 0.],
-                [0., 1., 0., 0.]], dtype=torch.float64)
+    ``K ≤ components + 1``: at most D/4 components are taken, and no more than there are; 0 gives an empty basis,
+    without the mean. Source: Sondej & Yang, arXiv 2509.11816 (and its code), which projects the mean out and then one
+    component after the other; here out of the space they span together, the same where they are orthogonal.
     """
     rows = rows.double()
     if components == 0 or not rows.any():
@@ -149,16 +131,7 @@ def common_directions(rows: Tensor, components: int) -> Tensor:
 
 
 def without(rows: Tensor, basis: Tensor) -> Tensor:
-    """Vectors less their part in the space of an orthonormal basis.
-
-    Args:
-        rows: ``[T, D]``.
-        basis: ``[K, D]``.
-
-    Example:
-        >>> without(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]))
-        tensor([[0., 4.]])
-    """
+    """Vectors ``[T, D]`` less their part in the space of an orthonormal basis ``[K, D]``."""
     basis = basis.to(rows)
     return rows - rows @ basis.T @ basis if len(basis) else rows
 
@@ -166,18 +139,9 @@ def without(rows: Tensor, basis: Tensor) -> Tensor:
 class CollapsedLinear(torch.autograd.Function):
     """``y = x Wᵀ + b`` whose weight gradient is ``Σ_t g̃_t ã_tᵀ``, without common directions; all else as usual.
 
-    As a part of autograd's own graph the changed gradient is averaged over ranks, sharded and accumulated by whoever
-    does that with the usual one.
-
-    Source: Sondej & Yang, arXiv 2509.11816: ``a`` the layer's input, ``g`` the gradient of its output, the tilde what
-    :func:`without` leaves of them.
-
-    Example:
-        >>> weight = torch.ones(1, 2, requires_grad=True)
-        >>> x, basis = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])
-        >>> CollapsedLinear.apply(x, weight, None, basis, torch.zeros(0, 1), False).sum().backward()
-        >>> weight.grad
-        tensor([[0., 4.]])
+    As a part of autograd's own graph the changed gradient is averaged over ranks, sharded and accumulated as the usual
+    one is. Source: Sondej & Yang, arXiv 2509.11816: ``a`` the layer's input, ``g`` the gradient of its output, the
+    tilde what :func:`without` leaves of them.
     """
 
     @staticmethod
@@ -218,20 +182,7 @@ Bases = dict[str, tuple[Tensor, Tensor]]
 
 
 def linear_layers(hf: PreTrainedModel, attention: bool = False) -> list[str]:
-    """Names of the feed-forward projections whose weights train, on request also attention's.
-
-    Args:
-        hf: A model of a known architecture.
-        attention: Whether to name attention's as well.
-
-    Raises:
-        UserError: If it is not.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> linear_layers(load_model("tiny"))[:2]
-        ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
-    """
+    """Names of the feed-forward projections whose weights train, on request also attention's."""
     sites = neuron_sites(hf) if attention else feed_forward_sites(hf)
     names = dict.fromkeys(site.module_name for site in sites)  # a fused projection has several kinds
     return [name for name in names if cast(Tensor, hf.get_submodule(name).weight).requires_grad]
@@ -242,10 +193,6 @@ def collapsed(hf: PreTrainedModel, bases: Bases) -> Iterator[None]:
     """Inside, forward passes build a graph whose weight gradients leave the bases' directions out.
 
     Nothing else about the layers changes, and nothing of it stays, also after an exception.
-
-    Args:
-        hf: The model.
-        bases: By layer.
     """
     layers: list[Any] = [hf.get_submodule(name) for name in bases]
     try:
@@ -258,52 +205,33 @@ def collapsed(hf: PreTrainedModel, bases: Bases) -> Iterator[None]:
 
 
 def find_common_directions(
-    model: AnswerModel,
-    loss: Callable[[Part], Tensor],
-    parts: Iterable[Part],
-    names: Iterable[str],
-    n_of_inputs: int,
-    n_of_gradients: int,
+    model: AnswerModel, loss: Callable[[Part], Tensor], parts: Iterable[Part], names: list[str], n_in: int, n_out: int
 ) -> Bases:
     """Means and principal components of what goes into linear layers, and of the gradients of what comes out.
 
-    Tokens that are no input to a prediction do not count; each sequence weighs the same, however the batches are cut.
-    The model's ``.grad`` fields and hooks are as before on return, also after an exception.
-
-    Args:
-        model: The model.
-        loss: Of a part, a mean over its sequences.
-        parts: All examples, in batches of ``input_ids, attention_mask, labels``.
-        names: The layers.
-        n_of_inputs: Principal components of inputs; 0 gives an empty basis.
-        n_of_gradients: Of gradients.
-
-    Returns:
-        Bases on the model's device. For the time of the call the host's memory holds all inputs and gradients.
+    ``loss`` is a mean over a part's sequences, ``n_in`` and ``n_out`` are as in :func:`common_directions`. Tokens that
+    are no input to a prediction do not count; each sequence weighs the same, however the batches are cut. The bases are
+    on the model's device; its ``.grad`` fields and hooks are as before on return, also after an exception. Meanwhile
+    the host's memory holds all inputs and gradients.
     """
-    names = list(names)
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     pushed: dict[str, list[Tensor]] = {name: [] for name in names}
     for part in parts:
-        where = input_positions(part["attention_mask"], part["labels"])
-        with torch.enable_grad(), _watched(model, names, where, seen, pushed) as start:
-            total = loss(part) * len(where)
+        mask = input_positions(part["attention_mask"], part["labels"])
+        with torch.enable_grad(), _watched(model, names, mask, seen, pushed) as start:
+            total = loss(part) * len(mask)
             torch.autograd.grad(total, start)  # of the embeddings' output alone: no parameter's .grad is touched
     device = next(model.parameters()).device
 
     def basis(rows: list[Tensor], components: int) -> Tensor:
         return common_directions(torch.cat(rows), components).to(device)
 
-    return {name: (basis(seen.pop(name), n_of_inputs), basis(pushed.pop(name), n_of_gradients)) for name in names}
+    return {name: (basis(seen.pop(name), n_in), basis(pushed.pop(name), n_out)) for name in names}
 
 
 @contextmanager
 def _watched(
-    model: AnswerModel,
-    names: list[str],
-    where: Tensor,
-    seen: dict[str, list[Tensor]],
-    pushed: dict[str, list[Tensor]],
+    model: AnswerModel, names: list[str], mask: Tensor, seen: dict[str, list[Tensor]], pushed: dict[str, list[Tensor]]
 ) -> Iterator[list[Tensor]]:
     start: list[Tensor] = []
 
@@ -311,21 +239,15 @@ def _watched(
         start.append(output.detach().requires_grad_(True))
         return start[-1]
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name].append(wide(args[0])[where].cpu())
-            output.register_hook(lambda gradient: pushed[name].append(wide(gradient)[where].cpu()))
+    def watch(name: str, _module: nn.Module, args: Any, output: Tensor) -> None:
+        seen[name].append(wide(args[0])[mask].cpu())
+        output.register_hook(lambda gradient: pushed[name].append(wide(gradient)[mask].cpu()))
 
-        return hook
-
-    handles = []
-    try:
-        handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
-        handles += [model.hf.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    with ExitStack() as hooks:
+        hooks.enter_context(model.hf.get_input_embeddings().register_forward_hook(begin))
+        for name in names:
+            hooks.enter_context(model.hf.get_submodule(name).register_forward_hook(partial(watch, name)))
         yield start
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _collapsed_forward(layer: Any, of_inputs: Tensor, of_gradients: Tensor, inputs: Tensor) -> Tensor:

@@ -21,17 +21,14 @@ class DisplacedObjective(UnlearningModule):
 
     The retain loss and the regulariser see the original weights. Over the micro-batches of an optimiser step the forget
     gradients are averaged as the losses are; they are added to ``.grad`` before the regulariser and clipping see it.
+    A static graph of DDP is refused when training starts, and so is float16, whose loss scaling knows the loss's own
+    gradient alone.
 
     Args:
-        backbone: Any objective; lends its losses and weights. None takes gradient difference.
-        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
-
-    Raises:
-        UserError: As :meth:`UnlearningModule.use_backbone`; when training starts, under a static graph of DDP or with
-            float16, whose loss scaling knows the loss's own gradient alone.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference.
     """
 
-    lends_losses = False
+    can_be_backbone = False
 
     def __init__(self, backbone: UnlearningModule | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -39,24 +36,15 @@ class DisplacedObjective(UnlearningModule):
         self._forget_gradients: list[Tensor] | None = None  # of this step's micro-batches so far
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        """The gradient of one micro-batch's forget loss, over all ranks, at other weights.
+        """The forget loss's gradient over all ranks at other weights, and this rank's addend of the loss.
 
-        Args:
-            batch: This rank's forget part.
-
-        Returns:
-            What :func:`lightning_ssiuu.training.perturbation.gradient_at` gives for all trained parameters, and this
-            rank's addend of the loss (scalar, nats).
+        The first as :func:`lightning_ssiuu.training.perturbation.gradient_at` gives it for all trained parameters; the
+        second is a scalar in nats.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define displaced_gradient(batch)")
 
     def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Put the step's forget gradient into ``.grad``, by default added to what is there.
-
-        Args:
-            parameters: All trained ones, with the retain loss's gradient.
-            gradients: Like them, or this rank's shards; times ``forget_weight``.
-        """
+        """Put the step's forget gradient, times ``forget_weight``, into ``.grad``, by default by adding."""
         add_gradients(parameters, gradients)
 
     @property
@@ -79,16 +67,13 @@ class DisplacedObjective(UnlearningModule):
             torch._foreach_add_(self._forget_gradients, gradients)
         losses = {"forget_loss": addend.detach() * world_size()}  # a sum over ranks, where the other is a mean
         with self._step_memory:
-            retained = "retain" in batch and self.retain_weight > 0
-            # Without a retain loss Lightning needs a loss of this graph all the same.
-            answers = self.answers(batch["forget"]) if self.regularizer is not None or not retained else None
-            if self.regularizer is not None and answers is not None:
-                self.regularizer.collect(self.model, answers, batch["forget"])
-            if retained:
+            if self.regularizer is not None:
+                self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
+            if "retain" in batch and self.retain_weight > 0:
                 losses["retain_loss"] = self.retain_loss(batch["retain"])
                 loss = self.retain_weight * losses["retain_loss"]
-            elif answers is not None:
-                loss = 0.0 * answers.logits.sum()
+            else:  # Lightning needs a loss of this graph all the same
+                loss = 0.0 * self.answers(batch["forget"]).logits.sum()
         self.log_training(mean_over_ranks(losses))
         return loss + self.forget_weight * losses["forget_loss"]
 

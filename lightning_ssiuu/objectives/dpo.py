@@ -13,56 +13,29 @@ from lightning_ssiuu.training.reference import Observation, reference_logps
 from lightning_ssiuu.utils.errors import check_number
 
 
-def dpo(
-    preferred: Answers,
-    rejected: Answers,
-    reference_preferred_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    beta: float,
-) -> Tensor:
-    """Direct preference optimisation: ``−(2/β) mean log σ(β (r_preferred − r_rejected))``, ``r = log P − log P_ref``.
-
-    The factor 2/β, which the original lacks, makes it comparable with NPO's loss, to which it falls back when
-    ``r_preferred`` is 0.
-
-    Args:
-        preferred: The model's answers to be preferred (here: refusals).
-        rejected: Those to be avoided (here: the true ones), to the same questions.
-        reference_preferred_logps: ``[B]`` the original model's (nats).
-        reference_rejected_logps: ``[B]`` the original model's (nats).
-        beta: Inverse temperature, > 0.
-
-    Source: Rafailov et al., arXiv 2305.18290, Eq. 7; for unlearning arXiv 2401.06121.
-
-    Example:
-        >>> import torch
-        >>> answers = Answers(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([0]), 1)
-        >>> round(dpo(answers, answers, answers.logps, answers.logps, beta=1.0).item(), 4)  # 2 log 2
-        1.3863
-    """
+def dpo(preferred: Answers, rejected: Answers, preferred_ref: Tensor, rejected_ref: Tensor, beta: float) -> Tensor:
+    """Loss of :class:`DPO`; the references ``[B]`` are the original model's log-probabilities in nats."""
     wide = preferred.logps.dtype
-    gained = preferred.logps - reference_preferred_logps.to(wide)
-    return preference(gained - (rejected.logps - reference_rejected_logps.to(wide)), beta)
+    gained = preferred.logps - preferred_ref.to(wide)
+    return preference(gained - (rejected.logps - rejected_ref.to(wide)), beta)
 
 
 class DPO(RejectingModule):
     """``−(2/β) mean log σ(β (r_rejection − r_answer))`` on forget, ``r = log(P/P_ref)``; NLL on retain.
 
     Rafailov et al., arXiv 2305.18290, Eq. 7, as arXiv 2401.06121 uses it for unlearning, with the factor 2/β that
-    open-unlearning has to match NPO's scale.
+    open-unlearning has to match NPO's scale; it is NPO's loss where ``r_rejection`` is 0.
 
     Args:
         beta: Inverse temperature β, > 0; compared in [0.1, 0.5] by the SSIUU paper.
         rejections: Texts to prefer; None takes :data:`~lightning_ssiuu.objectives.rejection.REJECTIONS`.
-        **kwargs: As :class:`UnlearningModule`.
 
     Raises:
-        UserError: If β is not a finite number > 0, or a rejection is empty or does not fit into the model's context.
+        UserError: If a rejection is empty or does not fit into the model's context.
 
     Example:
-        >>> module = DPO(checkpoint="tiny")
-        >>> module.beta, len(module.rejections)
-        (0.1, 14)
+        >>> DPO(rejections=["Pass."]).beta
+        0.1
     """
 
     def __init__(self, beta: float = 0.1, rejections: list[str] | None = None, **kwargs: Any) -> None:
@@ -71,21 +44,13 @@ class DPO(RejectingModule):
         self.beta = beta
 
     def references(self) -> dict[str, Observation]:
-        """Also the original log-probabilities of the forget answers and of the rejections."""
-        return super().references() | {
-            "forget/logps": reference_logps,
-            f"forget/{self.rejections_name}": self._rejection_logps,
-        }
+        of_rejections = {f"forget/{self.rejections_name}": self._rejection_logps}
+        return super().references() | {"forget/logps": reference_logps} | of_rejections
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`dpo`; ``2 log(2)/β`` where the model is the original."""
-        return dpo(
-            self.answers(self.rejected(batch)),
-            self.answers(batch),
-            self.original(f"forget/{self.rejections_name}", batch),
-            self.original("forget/logps", batch),
-            self.beta,
-        )
+        preferred, avoided = self.answers(self.rejected(batch)), self.answers(batch)
+        before = self.original(f"forget/{self.rejections_name}", batch), self.original("forget/logps", batch)
+        return dpo(preferred, avoided, *before, self.beta)
 
     def _rejection_logps(self, model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
         return reference_logps(model, self.rejected(part))

@@ -21,23 +21,16 @@ class FDCU(UnlearningModule):
     default backbone is gradient difference.
 
     Args:
-        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference.
         alpha: α ≥ 0, how much f slows a weight down.
         beta: β ≥ 0, how much h does.
         n_examples: How many retain examples f is taken over; None for all.
         normalise: How f is normalised in each weight tensor: ``"max"``, ``"mean"`` or ``"none"``.
         regularizer: One more beside the masks, which see its gradient's share of the step; None for none.
-        **kwargs: As :class:`UnlearningModule`. ``forget_weight``, ``retain_weight``, ``retain`` and ``reference``
-            belong to the default backbone; with a backbone given, set them there.
-
-    Raises:
-        UserError: If an argument is outside its range, the backbone is itself regularised, or what belongs to it is
-            given beside it.
 
     Example:
-        >>> module = FDCU(checkpoint="tiny", alpha=10.0)
-        >>> type(module.backbone).__name__, module.regularizer.alpha, module.regularizer.beta
-        ('GradientDifference', 10.0, 20.0)
+        >>> FDCU(alpha=10.0).regularizer.beta
+        20.0
     """
 
     def __init__(

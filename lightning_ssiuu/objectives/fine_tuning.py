@@ -16,8 +16,7 @@ class FineTuning(UnlearningModule):
     oracle (the model that never saw the forget set), and under a :class:`~lightning_ssiuu.RelearnDataModule` to attack.
 
     Example:
-        >>> module = FineTuning(checkpoint="tiny", retain_weight=1.0)
-        >>> module.retain_weight
+        >>> FineTuning().retain_weight
         1.0
     """
 
@@ -34,5 +33,4 @@ class FineTuning(UnlearningModule):
         return -answers.mean_logps.sum() * self._trainer.world_size / n_sequences
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Negative log-likelihood: this objective learns whatever it is given."""
         return answer_nll(self.answers(batch))

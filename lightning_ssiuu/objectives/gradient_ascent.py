@@ -15,10 +15,10 @@ class GradientAscent(UnlearningModule):
     """Gradient ascent on the forget set (Jang et al., arXiv 2210.01504); the retain part of a batch is not run.
 
     Args:
-        **kwargs: As :class:`UnlearningModule`; ``retain_weight`` is 0 here.
+        retain_weight: 0 as published: nothing holds the rest.
 
     Example:
-        >>> GradientAscent(checkpoint="tiny").retain_weight
+        >>> GradientAscent().retain_weight
         0.0
     """
 
@@ -26,5 +26,4 @@ class GradientAscent(UnlearningModule):
         super().__init__(retain_weight=retain_weight, **kwargs)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Minus the negative log-likelihood, in nats (unbounded below)."""
         return gradient_ascent(self.answers(batch))

@@ -13,26 +13,16 @@ class GradientDifference(UnlearningModule):
     """``forget_weight · (−NLL_forget) + retain_weight · NLL_retain`` (Liu et al., arXiv 2203.12817).
 
     Example:
-        >>> module = GradientDifference(checkpoint="tiny", forget_weight=0.5)
-        >>> module.forget_weight, module.retain_weight
-        (0.5, 1.0)
+        >>> GradientDifference(forget_weight=0.5).retain_weight
+        1.0
     """
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Minus the negative log-likelihood, in nats (unbounded below)."""
         return gradient_ascent(self.answers(batch))
 
 
 def gradient_difference_like(module: UnlearningModule) -> GradientDifference:
-    """Gradient difference with another objective's weights and options: the default backbone of those that need one.
-
-    Args:
-        module: The objective that is to use it.
-
-    Example:
-        >>> gradient_difference_like(GradientDifference(retain_weight=5.0)).retain_weight
-        5.0
-    """
+    """Gradient difference with another objective's weights and options: the default backbone of those that need one."""
     return GradientDifference(
         forget_weight=module.forget_weight,
         retain_weight=module.retain_weight,

@@ -16,16 +16,14 @@ class IDK(RejectingModule):
 
     Args:
         rejections: Texts to learn; None takes :data:`~lightning_ssiuu.objectives.rejection.REJECTIONS`.
-        **kwargs: As :class:`UnlearningModule`.
 
     Raises:
         UserError: If a rejection is empty or does not fit into the model's context.
 
     Example:
-        >>> IDK(checkpoint="tiny", rejections=["Pass."]).rejections
+        >>> IDK(rejections=["Pass."]).rejections
         ('Pass.',)
     """
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Negative log-likelihood of the rejections, in nats."""
         return answer_nll(self.answers(self.rejected(batch)))

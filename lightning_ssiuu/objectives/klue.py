@@ -26,15 +26,7 @@ def unforgotten_ascent(answers: Answers, only_unforgotten: bool = True) -> Tenso
     """:func:`gradient_ascent` over the answers that greedy decoding still gives token by token; others count 0.
 
     The mean is over all sequences, so that the fewer are left the smaller it is, and ranks with equal shares average
-    right.
-
-    Source: KLUE's choice of unforgotten samples (Yang et al., arXiv 2502.19207).
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # the first answer is given, the second is not
-        >>> answers = Answers(logits, torch.tensor([0, 0]), torch.tensor([0, 1]), 2)
-        >>> round(unforgotten_ascent(answers).item(), 4)  # −log(1 + e^−2) / 2
-        -0.0635
+    right. Source: KLUE's choice of unforgotten samples (Yang et al., arXiv 2502.19207).
     """
     if not only_unforgotten:
         return gradient_ascent(answers)
@@ -62,19 +54,18 @@ class KLUE(UnlearningModule):
         mismatched: N ≥ 1, other questions per answer.
         only_unforgotten: Leave answers out of the forget loss once they are forgotten.
         seed: Of the choice of other questions.
-        **kwargs: As :class:`UnlearningModule`, without ``lora``.
 
     Raises:
-        UserError: If an option is outside its range, or weights are frozen (``lora``).
+        UserError: If weights are frozen (``lora``).
 
     Example:
-        >>> module = KLUE(checkpoint="tiny")
+        >>> module = KLUE(share=0.05)
         >>> module.configure_model()
         >>> [name for name, p in module.model.named_parameters() if p.requires_grad][:2]
         ['hf.model.layers.0.mlp.gate_proj.weight', 'hf.model.layers.0.mlp.up_proj.weight']
     """
 
-    lends_losses = False
+    can_be_backbone = False
     state_attributes = ("neurons",)  # a resumed run's weights would choose others
 
     def __init__(
@@ -98,53 +89,43 @@ class KLUE(UnlearningModule):
         self.neurons: dict[int, Tensor] = {}  # by block, which train
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the model and freeze all but the feed-forward projections."""
         super().adopt(model, tokenizer)
         trained = neuron_weights(model.hf)
         for name, parameter in model.hf.named_parameters():
             parameter.requires_grad_(name in trained)
 
     def prepare(self) -> None:
-        """Choose the neurons; every rank looks at all examples, so that all choose alike."""
+        # Every rank looks at all examples, so that all choose alike.
+        options = self.share, self.regularization, self.mismatched, self.seed, self.tokenizer.pad_token_id
         with untouched(self.model), self.trainer.precision_plugin.forward_context():
-            self.neurons = knowledge_neurons(
-                self.model,
-                self.training_parts("forget"),
-                self.share,
-                self.regularization,
-                self.mismatched,
-                self.seed,
-                self.tokenizer.pad_token_id,
-            )
+            self.neurons = knowledge_neurons(self.model, self.training_parts("forget"), *options)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Minus the negative log-likelihood of the answers still known, in nats."""
         return unforgotten_ascent(self.answers(batch), self.only_unforgotten)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """After the regulariser: no gradient outside, for clipping and the optimiser's averages."""
         super().on_before_optimizer_step(optimizer)
+        # After the regulariser: no gradient outside, for clipping and the optimiser's averages.
         for parameter, mask in self._masked():
             if parameter.grad is not None:
                 local(parameter.grad).mul_(mask)
 
     @torch.no_grad()
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and put back what is outside: weight decay moves weights without a gradient."""
         reshard(self.model)
         before = [local(parameter).clone() for parameter, _ in self._masked()]
         with torch.enable_grad():
             super().optimizer_step(*args, **kwargs)
+        # Put back what is outside: weight decay moves weights without a gradient.
         for (parameter, mask), old in zip(self._masked(), before, strict=True):
             own = local(parameter)
             own.copy_(torch.where(mask, own, old))
 
     def _masked(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
-        found = dict(self.model.hf.named_parameters())
-        masked = []
+        parameters, masked = dict(self.model.hf.named_parameters()), []
         for name, (layer, dimension) in neuron_weights(self.model.hf).items():
-            parameter = found[name]
+            parameter = parameters[name]
             size = parameter.shape[dimension]
             mask = self.neurons.get(layer, torch.ones(size, dtype=torch.bool))  # all where nothing was chosen yet
             mask = mask.repeat(size // len(mask))  # gate and up of a fused projection are its halves
@@ -158,17 +139,6 @@ def neuron_weights(hf: PreTrainedModel) -> dict[str, tuple[int, int]]:
     Neuron j of a block is the input j of its down projection: it owns row j of the gate and up projections, with their
     biases, and column j of the down projection. (GPT-2 stores matrices the other way round.) The down projection's
     bias belongs to none.
-
-    Args:
-        hf: A model of a known architecture.
-
-    Raises:
-        UserError: If it is not.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> list(neuron_weights(load_model("tiny")).items())[2:4]
-        [('model.layers.0.mlp.down_proj.weight', (0, 1)), ('model.layers.1.mlp.gate_proj.weight', (1, 0))]
     """
     found = {}
     for site in feed_forward_sites(hf):
@@ -192,64 +162,24 @@ def knowledge_neurons(
     """The feed-forward neurons most attributed to answers, less what the answers get without their questions.
 
     The score of a neuron is the mean over examples of ``max_k A[i, k]`` (activation × gradient of P(y|x), arXiv
-    2509.22263, Eq. 1) minus ``regularization`` times the same mean over pairs of a question with an answer of another:
-    knowledge of the answer as such, "superficial" in FaithUn's words. For gated networks the attribution of the up
-    projection's output, which is used here, equals that of the neuron itself, as one is a multiple of the other.
-
-    Args:
-        model: The model; its ``.grad`` fields stay as they are.
-        parts: All examples, in batches of ``input_ids, attention_mask, labels``.
-        share: Of all neurons of all blocks together, in (0, 1]; at least one neuron.
-        regularization: α ≥ 0; 0 leaves the second term out.
-        mismatched: N, other questions per answer; fewer where there are not so many.
-        seed: Of the choice of questions.
-        pad_token_id: Fills the rows.
-
-    Returns:
-        By block ``[width]`` bool on the CPU.
-
-    Source: KLUE (Yang et al., FaithUn, arXiv 2502.19207).
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_model
-        >>> ids = torch.tensor([[5, 6, 7, 8], [6, 5, 9, 9]])
-        >>> part = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids.clone()}
-        >>> part["labels"][:, :2] = -100
-        >>> chosen = knowledge_neurons(AnswerModel(load_model("tiny")), [part], 0.1, 10.0, 1, seed=0)
-        >>> sorted(chosen), sum(int(mask.sum()) for mask in chosen.values())  # a tenth of 4 · 384
-        ([0, 1, 2, 3], 154)
+    2509.22263, Eq. 1) minus ``regularization`` (α) times the same mean over pairs of a question with an answer of
+    another: knowledge of the answer as such, "superficial" in FaithUn's words (KLUE, Yang et al., arXiv 2502.19207).
+    For gated networks the attribution of the up projection's output, which is used here, equals that of the neuron
+    itself, as one is a multiple of the other. ``share`` is of the neurons of all blocks together; at least one is
+    chosen. Returns by block ``[width]`` bool on the CPU; ``.grad`` fields stay as they are.
     """
     parts = list(parts)
     sites = [site for site in feed_forward_sites(model.hf) if site.kind == "mlp_up"]
     scores = neuron_attribution(model, parts, sites).mean_maximum
-    if regularization > 0:
-        wrong = list(mismatched_parts(parts, mismatched, seed, pad_token_id))
-        if wrong:
-            scores = scores - regularization * neuron_attribution(model, wrong, sites).mean_maximum
+    if regularization > 0 and (wrong := list(mismatched_parts(parts, mismatched, seed, pad_token_id))):
+        scores = scores - regularization * neuron_attribution(model, wrong, sites).mean_maximum
     chosen = torch.zeros(len(scores), dtype=torch.bool)
     chosen[scores.topk(max(1, round(share * len(scores)))).indices] = True
     return dict(zip([s.layer for s in sites], chosen.split([s.width for s in sites]), strict=True))
 
 
 def mismatched_parts(parts: Sequence[Part], count: int, seed: int, pad_token_id: int = 0) -> Iterator[Part]:
-    """Every answer after the questions of other examples that have another answer.
-
-    Args:
-        parts: Batches of ``input_ids, attention_mask, labels``.
-        count: Questions per answer, at most; drawn without replacement.
-        seed: Of the draw.
-        pad_token_id: Fills the rows.
-
-    Returns:
-        Parts of as many rows as those given.
-
-    Example:
-        >>> ids = torch.tensor([[5, 6, 7], [4, 9, 0]])
-        >>> labels = torch.tensor([[-100, -100, 7], [-100, 9, -100]])
-        >>> part = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
-        >>> next(mismatched_parts([part], 1, seed=0))["input_ids"].tolist()
-        [[4, 7, 0], [5, 6, 9]]
-    """
+    """Every answer after ``count`` questions of examples with other answers, drawn without replacement, or fewer."""
     rows = [(question, answer) for part in parts for question, answer in answered(part) if answer]
     generator = torch.Generator().manual_seed(seed)
     pairs = []
@@ -263,16 +193,9 @@ def mismatched_parts(parts: Sequence[Part], count: int, seed: int, pad_token_id:
 
 
 def local_mask(chosen: Tensor, parameter: nn.Parameter, dimension: int) -> Tensor:
-    """Which entries of this rank's part of a weight belong to chosen neurons, in a shape that broadcasts to it.
+    """Which entries of this rank's part of a weight belong to the ``chosen`` ``[width]`` neurons, broadcastable to it.
 
-    Args:
-        chosen: ``[width]`` bool.
-        parameter: A weight, whole or a shard.
-        dimension: Of the weight that counts neurons.
-
-    Example:
-        >>> local_mask(torch.tensor([True, False]), nn.Parameter(torch.ones(3, 2)), 1)
-        tensor([[ True, False]])
+    ``dimension`` is the weight's that counts neurons.
     """
     chosen = chosen.to(parameter.device)
     if isinstance(parameter, DTensor):

@@ -12,15 +12,7 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.losses import answer_nll
-from lightning_ssiuu.training.perturbation import (
-    answered,
-    displaced,
-    gradient_at,
-    move,
-    place,
-    rows_of,
-    share_of_mean,
-)
+from lightning_ssiuu.training.perturbation import answered, displaced, gradient_at, move, place, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import local, norm_over_shards, trained_parameters
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
@@ -41,19 +33,17 @@ class MUDMAN(DisplacedObjective):
     more copies of the trained weights (adversary, m, two gradients) and a fifth within the step.
 
     Args:
-        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference.
         fork_every_n_steps: Optimiser steps an adversary lives, ≥ 1; with 1 every g is taken at θ.
         adversary_lr: Its learning rate, ≥ 0.
         retain_momentum: β in [0, 1).
-        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
 
     Raises:
-        UserError: If an option is out of its range, or there is no retain loss to tell what would disrupt.
+        UserError: If there is no retain loss to tell what would disrupt.
 
     Example:
-        >>> module = MUDMAN(checkpoint="tiny", forget_weight=100.0)
-        >>> module.fork_every_n_steps, module.adversary_lr, module.retain_momentum
-        (32, 0.001, 0.9)
+        >>> MUDMAN(forget_weight=100.0).adversary_lr
+        0.001
     """
 
     state_attributes = ("_adversary", "_retain_mean")
@@ -119,6 +109,5 @@ class MUDMAN(DisplacedObjective):
 
     def _like(self, state: dict[str, Tensor]) -> Any:
         # A resumed run's come from the file to the CPU, wherever the weights are.
-        for name, parameter in trained_parameters(self.model).items():
-            state[name] = state[name].to(parameter.device)
+        state |= {name: state[name].to(p.device) for name, p in trained_parameters(self.model).items()}
         return [state[name] for name in trained_parameters(self.model)]

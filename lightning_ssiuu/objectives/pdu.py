@@ -17,18 +17,7 @@ from lightning_ssiuu.utils.errors import UserError, check_number
 
 
 def logit_margin_flattening(answers: Answers) -> Tensor:
-    """PDU's forget loss: squared distance of the largest logit from the mean logit, of the answer's tokens.
-
-    In squared logits, not nats: 0 where all tokens are equally likely.
-
-    Source: Entesari et al., arXiv 2506.05314. Here at the positions that predict the answer; open-unlearning's are one
-    later.
-
-    Example:
-        >>> answers = Answers(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([1]), torch.tensor([0]), 1)
-        >>> logit_margin_flattening(answers)  # (3 − 1)²
-        tensor(4.)
-    """
+    """PDU's F: squared distance of the largest logit from the mean logit, of answer tokens; squared logits, ≥ 0."""
     logits = answers.logits.to(answers.token_logps.dtype)
     return mean_over_answers((logits.max(-1).values - logits.mean(-1)).square(), answers)
 
@@ -48,19 +37,16 @@ class PDU(UnlearningModule):
         dual_step_size: Step η of λ, ≥ 0; 0 keeps it.
         dual_warmup_epochs: So many epochs λ stays where it starts.
         retain_weight: λ at the start, ≥ 0.
-        **kwargs: As :class:`UnlearningModule`.
 
     Raises:
-        UserError: If a number is out of its range, or there is no ``epsilon`` and ``retain`` is ``"kl"`` (of which
-            the original model's loss is 0).
+        UserError: If there is no ``epsilon`` and ``retain`` is ``"kl"`` (of which the original model's loss is 0).
 
     Example:
-        >>> module = PDU(checkpoint="tiny", epsilon=0.3, retain_weight=50.0)
-        >>> module.bound, module.retain_weight
-        (0.3, 50.0)
+        >>> PDU(epsilon=0.3, retain_weight=50.0).bound
+        0.3
     """
 
-    lends_losses = False
+    can_be_backbone = False
     state_attributes = ("retain_weight", "bound")
 
     def __init__(
@@ -86,30 +72,26 @@ class PDU(UnlearningModule):
         self._since_step: list[Tensor] = []
 
     def references(self) -> dict[str, Observation]:
-        """As the base's, also while λ is 0: it may rise again."""
+        # Also while λ is 0: it may rise again.
         return {"retain/logits": reference_logits} if self.retain == "kl" else {}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`logit_margin_flattening`, ≥ 0, in squared logits."""
         return logit_margin_flattening(self.answers(batch))
 
     def retain_loss(self, batch: Part) -> Tensor:
-        """As the base's, in nats; the loss that is bounded."""
         loss = super().retain_loss(batch)
         self._measured = loss.detach()
         return loss
 
     def on_train_start(self) -> None:
-        """Also find the bound, if it was not given, while the model is the original one."""
         super().on_train_start()
-        if self.bound is None:
+        if self.bound is None:  # the model still is the original one
             self.bound = (1 + self.tolerance) * self._loss_on_retain_set()
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
-        """As the base's; the retain loss is measured also where λ is 0."""
         self._measured = None
         loss = super().training_step(batch, batch_idx)
-        if self._measured is None and "retain" in batch:
+        if self._measured is None and "retain" in batch:  # where λ is 0
             with torch.no_grad():
                 self.retain_loss(batch["retain"])
         if self._measured is not None:
@@ -117,8 +99,7 @@ class PDU(UnlearningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move λ by the retain loss of this step's global batch; the gradients at hand are still the old λ's."""
-        super().on_before_optimizer_step(optimizer)
+        super().on_before_optimizer_step(optimizer)  # the gradients at hand are still the old λ's
         if not self._since_step:
             return
         loss = mean_over_ranks({"loss": torch.stack(self._since_step).mean()})["loss"].item()

@@ -33,36 +33,13 @@ REJECTIONS: tuple[str, ...] = (
 
 
 def rejected(
-    part: Part,
-    tokenizer: PreTrainedTokenizerBase,
-    rejections: Sequence[str] = REJECTIONS,
-    context: int | None = None,
+    part: Part, tokenizer: PreTrainedTokenizerBase, rejections: Sequence[str] = REJECTIONS, context: int | None = None
 ) -> Part:
-    r"""The questions of a part with rejections for answers.
+    """The questions of a part with rejections for answers: a part of the same examples, ``[B, L']``.
 
     Which rejection an example gets depends on its id alone. It is joined to the prompt as the example's own answer
-    was, and ends with the end-of-sequence token. An example without an answer stays as it is and without one.
-
-    Args:
-        part: ``input_ids``, ``attention_mask``, ``labels`` ``[B, L]`` and ``example_id`` ``[B]``, padded right.
-        tokenizer: The model's.
-        rejections: To choose from.
-        context: The longest sequence the model takes, in tokens; None for any.
-
-    Returns:
-        A part of the same examples, ``[B, L']``.
-
-    Raises:
-        UserError: If a sequence would be longer than ``context``.
-
-    Example:
-        >>> from lightning_ssiuu.datamodules.encoding import Collator, Encoded, Encoder
-        >>> from lightning_ssiuu.models.loading import load_tokenizer
-        >>> encoder = Encoder(load_tokenizer("tiny"))
-        >>> batch = Collator(0)([("forget", Encoded(15, encoder.sequence("Who?", "Me")))])
-        >>> part = rejected(batch["forget"], encoder.tokenizer)
-        >>> encoder.tokenizer.decode(part["input_ids"][0], skip_special_tokens=True)
-        "Question: Who?\nAnswer: I don't know."
+    was, and ends with the end-of-sequence token. An example without an answer stays as it is and without one. A
+    sequence longer than ``context`` (tokens; None for any length) is a UserError.
     """
     pairs = []
     for (prompt, answer), example in zip(answered(part), part["example_id"].tolist(), strict=True):
@@ -79,20 +56,7 @@ def rejected(
 
 
 class RejectingModule(UnlearningModule):
-    """An objective that teaches the model to decline.
-
-    Args:
-        rejections: Texts to decline with; None takes :data:`REJECTIONS`.
-        **kwargs: As :class:`UnlearningModule`.
-
-    Raises:
-        UserError: If a text is empty, or there is none; when training starts, if one does not fit into the model's
-            context behind a question.
-
-    Example:
-        >>> RejectingModule(rejections=["Pass."]).rejections
-        ('Pass.',)
-    """
+    """An objective that teaches the model to decline; see :class:`~lightning_ssiuu.IDK` for ``rejections``."""
 
     def __init__(self, rejections: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,9 +75,8 @@ class RejectingModule(UnlearningModule):
         return f"rejections-{hashlib.sha256(repr(self.rejections).encode()).hexdigest()[:12]}"
 
     def on_train_start(self) -> None:
-        """Also see that all rejections fit behind their questions, before anything is trained."""
         for part in self.training_parts("forget"):
-            self.rejected(part)
+            self.rejected(part)  # all fit behind their questions
         super().on_train_start()
 
 

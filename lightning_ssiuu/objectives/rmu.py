@@ -20,52 +20,24 @@ _PAPERS_LAYER = 7
 
 
 def hidden_mse(hidden: Tensor, target: Tensor, answers: Answers) -> Tensor:
-    """Squared distance of hidden states to a target: mean over sequences of token means of means over dimensions.
-
-    Args:
-        hidden: ``[N, H]`` at the labelled positions.
-        target: ``[H]`` for all of them, or ``[N, H]`` one each.
-        answers: Whose positions they are.
-
-    Source: both losses of RMU (Li et al., arXiv 2403.03218, Sec. 4), whose published
-    code takes the mean over dimensions, not the sum.
-
-    Example:
-        >>> answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
-        >>> hidden = torch.tensor([[1.0, 1.0], [3.0, 3.0], [2.0, 0.0]])
-        >>> hidden_mse(hidden, torch.zeros(2), answers)  # ((1 + 9) / 2 + 2) / 2
-        tensor(3.5000)
-    """
+    """RMU's squared distance of hidden states ``[N, H]`` to a target, ``[N, H]`` or one ``[H]``; see :class:`RMU`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     squared = (hidden.to(wide) - target.to(device=hidden.device, dtype=wide)).square().mean(-1)
     return mean_over_answers(squared, answers)
 
 
 def random_direction(width: int, seed: int) -> Tensor:
-    """``u/‖u‖`` with ``u ~ U[0, 1)`` from a generator of its own: the same on every rank and in every run.
-
-    Args:
-        width: H.
-        seed: Of the generator.
-
-    Returns:
-        ``[H]`` float64 on the CPU.
-
-    Example:
-        >>> u = random_direction(4, seed=0)
-        >>> round(u.norm().item(), 6), bool((u >= 0).all())
-        (1.0, True)
-    """
+    """``u/‖u‖`` ``[H]``, ``u ~ U[0, 1)`` by an own generator, in float64: the same on every rank and in every run."""
     u = torch.rand(width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return u / u.norm()
 
 
 class RMU(UnlearningModule):
-    """Representation misdirection for unlearning (Li et al., arXiv 2403.03218).
+    """Representation misdirection for unlearning (Li et al., arXiv 2403.03218, Sec. 4).
 
     ``‖h_l − c·u/‖u‖‖²`` on forget and ``retain_weight · ‖h_l − h_l^original‖²`` on retain, u ~ U[0, 1) drawn once.
-    Squared distances are means over dimensions, then over an answer's tokens, then over sequences; open-unlearning's
-    divide by all sequences' lengths at once, which mixes up sequences of unequal length.
+    Squared distances are means over dimensions (as in the published code), then over an answer's tokens, then over
+    sequences; open-unlearning's divide by all sequences' lengths at once, which mixes up sequences of unequal length.
 
     Deviations: only the positions that predict answer tokens count (the paper's texts have no prompt); of the chosen
     blocks all weights train, where the paper's code takes the feed-forward output projections alone; the paper scales
@@ -74,20 +46,19 @@ class RMU(UnlearningModule):
     Args:
         layer: l, a block from 0; None takes 7 as in the paper, or the middle of a model with fewer blocks.
         coefficient: c, the length of the target, > 0.
-        layers_to_train: How many blocks train, the last of them l; None trains all that the loss depends on. Later
+        layers_to_train: How many blocks train, ≥ 1, the last of them l; None trains all that the loss depends on. Later
             blocks have no gradient and are frozen in any case.
         seed: Of the random direction.
         retain_weight: α; compared in [20, 300] by the SSIUU paper.
-        **kwargs: As :class:`UnlearningModule`.
 
     Raises:
-        UserError: If an option is outside its range, or ``retain`` is not ``"nll"`` (the retain loss is RMU's own).
+        UserError: If ``retain`` is not ``"nll"`` (the retain loss is RMU's own), or there is no such block.
 
     Example:
-        >>> module = RMU(checkpoint="tiny")
+        >>> module = RMU(layers_to_train=2)
         >>> module.configure_model()
-        >>> module.block, sorted({n.split(".")[3] for n, p in module.model.named_parameters() if p.requires_grad})
-        (2, ['0', '1', '2'])
+        >>> sorted({n.split(".")[3] for n, p in module.model.named_parameters() if p.requires_grad})
+        ['1', '2']
     """
 
     def __init__(
@@ -109,12 +80,12 @@ class RMU(UnlearningModule):
         self.layers_to_train, self.seed = layers_to_train, seed
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the model and freeze what is not to train."""
         super().adopt(model, tokenizer)
         blocks, end = transformer_blocks(model.hf), self.block + 1
         trained: list[nn.Module] = blocks[max(0, end - (self.layers_to_train or end)) : end]
-        if self.layers_to_train is None:
-            trained = trained + _before_blocks(model, blocks)
+        if self.layers_to_train is None:  # the base model's parts up to its blocks as well: the embeddings
+            parts = model.hf.base_model.children()
+            trained += takewhile(lambda part: not any(module is blocks[0] for module in part.modules()), parts)
         chosen = {id(p) for module in trained for p in module.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in chosen:  # DDP counts a trained weight without a gradient as an error
@@ -126,23 +97,17 @@ class RMU(UnlearningModule):
         return block_number(self.model, self.layer, _PAPERS_LAYER)
 
     def references(self) -> dict[str, Observation]:
-        """The original hidden states at the retain answers."""
-        if self.retain_weight == 0:
-            return {}
-        return {self._reference_name: reference_hidden(self.block)}
+        return {self._reference_name: reference_hidden(self.block)} if self.retain_weight > 0 else {}
 
     def forward(self, batch: Part) -> HiddenAnswers:
-        """Logits and hidden states from one pass."""
         return answers_with_hidden(self.model, batch, self.block)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """Squared distance to ``c·u/‖u‖``; 0 where the hidden states are there."""
         answers = self._answers(batch)
         target = self.coefficient * random_direction(answers.hidden.shape[-1], self.seed)
         return hidden_mse(answers.hidden, target, answers)
 
     def retain_loss(self, batch: Part) -> Tensor:
-        """Squared distance to the original model's hidden states; 0 at the start."""
         answers = self._answers(batch)
         return hidden_mse(answers.hidden, self.original(self._reference_name, batch), answers)
 
@@ -156,18 +121,8 @@ class RMU(UnlearningModule):
         return answers if isinstance(answers, HiddenAnswers) else self(batch)
 
 
-def _before_blocks(model: AnswerModel, blocks: list[nn.Module]) -> list[nn.Module]:
-    """The base model's parts up to its blocks, in the order of its architecture: the embeddings."""
-    parts = model.hf.base_model.children()
-    return list(takewhile(lambda part: not any(module is blocks[0] for module in part.modules()), parts))
-
-
 def reference_hidden(layer: int) -> Observation:
-    """Observes a block's output at the labelled positions: ``[N, H]``.
-
-    Args:
-        layer: Block number, from 0.
-    """
+    """Observes a block's output at the labelled positions: ``[N, H]``."""
 
     def observe(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
         answers = answers_with_hidden(model, part, layer)

@@ -25,15 +25,11 @@ class SAM(DisplacedObjective):
     weights and two gradients.
 
     Args:
-        backbone: Any objective; lends its losses and weights. None takes gradient difference.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference.
         rho: Radius ρ of the ball, ≥ 0; 0 is the backbone.
-        **kwargs: As :class:`UnlearningModule`; what is the backbone's is set there, if one is given.
-
-    Raises:
-        UserError: If ρ is not a finite number ≥ 0.
 
     Example:
-        >>> SAM(checkpoint="tiny", retain_weight=5.0).rho
+        >>> SAM(retain_weight=5.0).rho
         0.01
     """
 

@@ -12,23 +12,7 @@ from lightning_ssiuu.utils.errors import check_number
 
 
 def satimp(answers: Answers, beta1: float, beta2: float) -> Tensor:
-    """Saturation and importance: ``mean p^β₁ (1 − p)^β₂ log p`` of the answer's tokens, the weights constants.
-
-    With both 0 it is gradient ascent, with β₂ = 0 it is :func:`~lightning_ssiuu.objectives.wga.wga`.
-
-    Args:
-        answers: The model's, to the forget questions.
-        beta1: Saturation, ≥ 0: how little a token counts that is unlikely already.
-        beta2: Importance, ≥ 0: how little a token counts that the model is sure of.
-
-    Source: Yang et al., SatImp, arXiv 2505.11953.
-
-    Example:
-        >>> import torch
-        >>> answers = Answers(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([0]), 1)
-        >>> round(satimp(answers, beta1=1.0, beta2=1.0).item(), 4)  # −log(2) / 4
-        -0.1733
-    """
+    """Loss of :class:`SatImp`, in nats, ≤ 0; the weights are constants."""
     fixed = answers.token_logps.detach()
     # In logarithms a token's probability may be 0 to machine precision and its complement still be exact.
     weight = (beta1 * fixed).exp() * (-fixed.expm1()).pow(beta2)
@@ -38,19 +22,16 @@ def satimp(answers: Answers, beta1: float, beta2: float) -> Tensor:
 class SatImp(UnlearningModule):
     """``mean p^β₁ (1 − p)^β₂ log p`` on the forget answers' tokens, NLL on retain (Yang et al., arXiv 2505.11953).
 
-    Args:
-        beta1: Saturation β₁, ≥ 0.
-        beta2: Importance β₂, ≥ 0.
-        forget_weight: 0.1 as in open-unlearning's configuration.
-        **kwargs: As :class:`UnlearningModule`.
+    With both β 0 it is gradient difference, with β₂ = 0 :class:`~lightning_ssiuu.WGA`.
 
-    Raises:
-        UserError: If an exponent is not a finite number ≥ 0.
+    Args:
+        beta1: Saturation β₁, ≥ 0: how little a token counts that is unlikely already.
+        beta2: Importance β₂, ≥ 0: how little a token counts that the model is sure of.
+        forget_weight: 0.1 as in open-unlearning's configuration.
 
     Example:
-        >>> module = SatImp(checkpoint="tiny")
-        >>> module.beta1, module.beta2, module.forget_weight
-        (5.0, 1.0, 0.1)
+        >>> SatImp(beta2=7.0).beta1
+        5.0
     """
 
     def __init__(self, beta1: float = 5.0, beta2: float = 1.0, forget_weight: float = 0.1, **kwargs: Any) -> None:
@@ -60,5 +41,4 @@ class SatImp(UnlearningModule):
         self.beta1, self.beta2 = beta1, beta2
 
     def forget_loss(self, batch: Part) -> Tensor:
-        """:func:`satimp`, in nats, ≤ 0."""
         return satimp(self.answers(batch), self.beta1, self.beta2)

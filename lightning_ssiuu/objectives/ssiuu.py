@@ -16,19 +16,14 @@ class SSIUU(UnlearningModule):
     the answer is erased and not merely pushed down.
 
     Args:
-        backbone: Any objective; it lends its losses and weights and never loads a model of its own. None takes
-            gradient difference, the paper's.
+        backbone: Any objective whose losses and weights are used; None takes gradient difference, the paper's.
         regularizer: None takes ``AttributionRegularizer()`` with the paper's λ = 1e-3.
-        **kwargs: As :class:`UnlearningModule`. ``forget_weight``, ``retain_weight``, ``retain`` and ``reference``
-            belong to the default backbone; with a backbone given, set them there.
-
-    Raises:
-        UserError: If the backbone is itself regularised, or what belongs to it is given beside it.
 
     Example:
-        >>> module = SSIUU(checkpoint="tiny", regularizer=AttributionRegularizer(weight=0.1, weight_mode="relative"))
-        >>> type(module.backbone).__name__, module.regularizer.weight
-        ('GradientDifference', 0.1)
+        >>> from lightning_ssiuu import NPO
+        >>> module = SSIUU(backbone=NPO(retain_weight=5.0), regularizer=AttributionRegularizer(weight=0.1))
+        >>> module.retain_weight, module.regularizer.weight
+        (5.0, 0.1)
     """
 
     def __init__(

@@ -33,18 +33,17 @@ class UNDO(UnlearningModule):
         beta: β ≥ 0, how much of the noise comes.
         seed: Of the noise, drawn on the CPU weight by weight: the same on any number of ranks.
         forget_weight: 0, nothing else.
-        **kwargs: As :class:`UnlearningModule`, without ``lora``.
 
     Raises:
-        UserError: If an option is outside its range, or weights are frozen (``lora``): there is nothing to noise.
+        UserError: If weights are frozen (``lora``), so that there is nothing to noise; if the retain loss is another
+            one or has weight 0.
 
     Example:
-        >>> module = UNDO(checkpoint="tiny", alpha=0.3)
-        >>> module.alpha, module.beta, module.forget_weight
-        (0.3, 0.1, 0.0)
+        >>> UNDO(alpha=0.3).beta
+        0.1
     """
 
-    lends_losses = False
+    can_be_backbone = False
 
     def __init__(
         self, alpha: float = 0.6, beta: float = 0.1, seed: int = 0, forget_weight: float = 0.0, **kwargs: Any
@@ -64,16 +63,13 @@ class UNDO(UnlearningModule):
         self.alpha, self.beta, self.seed = alpha, beta, seed
 
     def references(self) -> dict[str, Observation]:
-        """The teacher's logits at the retain answers."""
         return {"retain/logits": reference_logits}
 
-    def prepare(self) -> None:
-        """Noise the weights, once per run: a resumed one finds them so."""
+    def prepare(self) -> None:  # once per run: a resumed one finds the weights noised
         reshard(self.model)
         shrink_and_perturb(self.model, self.alpha, self.beta, self.seed)
 
     def retain_loss(self, batch: Part) -> Tensor:
-        """``KL(teacher ‖ student)``, in nats; 0 at the start for α = 0."""
         return kl_divergence(self.answers(batch), self.original("retain/logits", batch))
 
 
@@ -81,18 +77,7 @@ class UNDO(UnlearningModule):
 def shrink_and_perturb(model: torch.nn.Module, alpha: float, beta: float, seed: int) -> None:
     """``w ← (1 − α) w + α β n`` in place, n ``U[−x, x)``, ``x = √(6 / (rows + columns))``, and 0 for vectors.
 
-    Args:
-        model: Whole or cut over the ranks (then each must call this); tied weights are changed once.
-        alpha: α.
-        beta: β.
-        seed: Of the noise.
-
-    Example:
-        >>> layer = torch.nn.Linear(2, 4)
-        >>> before = layer.bias.clone()
-        >>> shrink_and_perturb(layer, 0.5, 1.0, seed=0)
-        >>> torch.equal(layer.bias, before / 2), bool(layer.weight.abs().max() < 0.5 * (0.5**0.5 + 1))
-        (True, True)
+    The model may be whole or cut over the ranks (then each must call this); tied weights are changed once.
     """
     if alpha == 0:
         return  # not a bit, and not the sign of a zero

@@ -1,7 +1,4 @@
-"""SSIUU's regulariser: penalise what makes negative attribution grow, on top of any objective.
-
-Source: arXiv 2509.22263, Eqs. 12 to 14 and Algorithm 1, first order; here at parameter level.
-"""
+"""SSIUU's regulariser: penalise what makes negative attribution grow, on top of any objective."""
 
 from __future__ import annotations
 
@@ -44,19 +41,13 @@ class AttributionPenalty(Penalty):
     """What the penalty has in common at both levels: options, the probability's scale, warnings.
 
     Args:
-        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
-        weight_mode: ``"absolute"`` takes λ as the paper does. ``"relative"`` scales the penalty's gradient to
-            ``weight`` times the norm of the objective's gradient: the literal λ depends on the model's size and on P
-            and can be negligible.
         anchor: ``"previous"`` holds A to its value one optimiser step ago (Algorithm 1), ``"original"`` to its value at
-            the first step, where the weights are still the original model's. Either is a value on that step's batch.
-        target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}); see
-            :func:`lightning_ssiuu.models.answers.target_logps`.
-        modules: Restrict to these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None for no restriction.
-        **kwargs: ``weight_schedule`` and ``schedule_steps`` of :class:`~lightning_ssiuu.regularizers.penalty.Penalty`.
-
-    Raises:
-        UserError: If an argument is outside its range.
+            the first step, where the weights are still the original model's. Either is a value on that step's batch;
+            the first step has none and hence no penalty.
+        target: ``"sequence"`` (P, the paper's) or ``"length_normalised"`` (P^{1/T}).
+        modules: Restrict to these sites, e.g. ``["mlp_up", "layer3.attn_q"]``; None for no restriction. When training
+            starts, an architecture without known sites and modules that name none are refused.
+        **kwargs: As :class:`Penalty`; an absolute λ, the paper's, depends on the model's size and P, can be negligible.
     """
 
     state_attributes = (*Penalty.state_attributes, "_anchor", "_anchor_scale")  # between steps there is nothing else
@@ -77,57 +68,42 @@ class AttributionPenalty(Penalty):
         if modules is not None and not modules:
             raise UserError("regularizer.modules", modules, "null, or at least one module to restrict to")
         self.anchor, self.target, self.modules = anchor, target, modules
-        self._scale = -math.inf  # logarithm of what this step's attributions are relative to
-        self._anchor_scale = -math.inf
+        self._scale = self._anchor_scale = -math.inf  # logarithms of what this step's g and the anchor are relative to
         self._warned: set[str] = set()
 
     def _rescaled(self, logps: Tensor) -> float:
         """The scale, the highest log-probability of this step so far on any rank, with these seen too."""
-        self._warn(logps)
-        return max(self._scale, reduced(logps.max(), dist.ReduceOp.MAX if dist.is_available() else None))
-
-    def _warn(self, logps: Tensor) -> None:
-        highest = logps.max().exp().item()
+        text = None
         if logps.mean().exp() > 0.99:
-            self._warn_once("saturated", "answers are saturated (mean P > 0.99): ∂P and hence attributions are near 0")
-        elif highest < 1e-6 and self.weight_mode == "absolute":
+            text = "answers are saturated (mean P > 0.99): ∂P and hence attributions are near 0"
+        elif logps.max().exp() < 1e-6 and self.weight_mode == "absolute":
             advice = 'weight_mode "relative" or target "length_normalised" keeps the penalty alive'
-            self._warn_once("vanished", f"all answers have P < 1e-6: the absolute penalty has vanished; {advice}")
-
-    def _warn_once(self, key: str, text: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(f"{type(self).__name__}: {text}", stacklevel=4)
+            text = f"all answers have P < 1e-6: the absolute penalty has vanished; {advice}"
+        if text is not None and text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"{type(self).__name__}: {text}", stacklevel=2)
+        return max(self._scale, reduced(logps.max(), dist.ReduceOp.MAX if dist.is_available() else None))
 
 
 class AttributionRegularizer(AttributionPenalty):
     """Adds ``2λ (A_t − A_anchor) g`` to the gradient of every parameter whose attribution ``A_t = φ g`` is negative.
 
     ``g = Σ_b ∂P_b/∂φ`` over the forget sequences of an optimiser step, P_b the probability of answer b; both g and A
-    are held constant (first order). The first step has no anchor and hence no penalty. g is summed over micro-batches
-    and ranks. All scales are kept as logarithms, so that a P of e^−200 is as good as any.
+    are held constant (first order). g is summed over micro-batches and ranks. All scales are kept as logarithms, so
+    that a P of e^−200 is as good as any. Source: arXiv 2509.22263, Eqs. 12 to 14, Algorithm 1; here at parameter level.
 
     Args:
-        *args: As :class:`AttributionPenalty`: ``weight``, ``weight_mode``, ``anchor``, ``target``, ``modules`` (the
-            weights of these sites alone; None for every parameter, embeddings and norms included).
+        *args: As :class:`AttributionPenalty`; ``modules``: the weights of these sites alone, None for every parameter,
+            embeddings and norms included.
         passes: How g is taken. ``"two"``: by a backward pass of its own through the objective's forward pass, right
             under any strategy and with any loss. ``"one"``: in the loss's backward pass, by a second product per layer
-            (:mod:`lightning_ssiuu.training.single_pass`), which costs about half as much. It is the same but for
-            rounding where the forget loss is a function of the answers' log-probabilities (GradientAscent,
-            GradientDifference, NPO, SimNPO, DPO, ...), whole weights or adapters train, and every trained layer is a
-            known one. ``"auto"`` takes one pass where that holds and otherwise two, with a line in the log that says
-            why.
-        **kwargs: These too, ``weight_schedule`` and ``schedule_steps``.
-
-    Raises:
-        UserError: If an argument is outside its range; when training starts, if ``modules`` names nothing or nothing
-            that is trained, or with ``passes: one`` if one is not the same as two.
+            (:mod:`lightning_ssiuu.training.single_pass`), at about half the cost; the same but for rounding where the
+            forget loss is a function of the answers' log-probabilities (GradientAscent, NPO, ...) and every trained
+            layer is a known one, else refused. ``"auto"``: one where that holds, otherwise two; the log says why.
 
     Example:
-        >>> AttributionRegularizer(weight=-1.0)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: regularizer.weight: got -1.0, allowed: a finite number ≥ 0
+        >>> AttributionRegularizer(weight=0.1, weight_mode="relative", modules=["mlp_up"]).anchor
+        'previous'
     """
 
     _gradients: list[Tensor | None] | None = None  # g / e^scale of this step so far; None where nothing was added
@@ -142,11 +118,9 @@ class AttributionRegularizer(AttributionPenalty):
         self._pending: tuple[Answers, Tensor] | None = None
 
     def prepare(self, module: Any) -> None:
-        """Refuse ``modules`` that name nothing, before anything is trained."""
-        self._parameters(module.model)
+        self._parameters(module.model)  # refuses modules that name nothing
 
     def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
-        """Watch the forget part's forward pass, if one backward pass is to do."""
         if self.weight == 0 or self._single is None:
             return
         self._pending = None
@@ -156,15 +130,7 @@ class AttributionRegularizer(AttributionPenalty):
             self._take_two(reason)
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Add this micro-batch's ``Σ_b ∂P_b/∂φ``, leaving ``.grad`` and the graph as they were.
-
-        In a training step with one pass it is added later, in the backward pass.
-
-        Args:
-            model: The model the answers came from (transformers model inside, or any module for ``modules=None``).
-            answers: Forward pass on the forget part.
-            part: Not looked at.
-        """
+        """Add this micro-batch's ``Σ_b ∂P_b/∂φ``, with one pass in the backward pass to come; ``.grad`` stays as is."""
         if self.weight == 0:
             return
         logps = target_logps(answers, self.target)
@@ -186,7 +152,6 @@ class AttributionRegularizer(AttributionPenalty):
         self._second_pass(model, (weights * logps).sum())
 
     def before_backward(self, model: nn.Module, loss: Tensor) -> None:
-        """Have the loss's backward pass add what :meth:`collect` left to it, or do it now where that is not exact."""
         if self._pending is None or self._single is None or self._gradients is None:
             return
         (answers, weights), self._pending = self._pending, None
@@ -214,32 +179,24 @@ class AttributionRegularizer(AttributionPenalty):
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget g.
-
-        Returns:
-            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over all
-            regularised parameters, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
-        """
+        """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget g."""
         if self._gradients is None:
             return {}
         named = self._parameters(model)
         parameters = list(named.values())
-        collected, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
-        gradients = [
-            wide(torch.zeros_like(local(p))) if g is None else g for p, g in zip(parameters, collected, strict=True)
-        ]
+        raw, scale, self._gradients, self._scale = self._gradients, self._scale, None, -math.inf
+        gradients = [wide(torch.zeros_like(local(p))) if g is None else g for p, g in zip(parameters, raw, strict=True)]
         sum_over_ranks(parameters, gradients)
         first = self._anchor is None
         top = max(scale, self._anchor_scale)
-        anchor = gradients if self._anchor is None else self._local_anchor(named)
-        now, negative, square = math.exp(scale - top), 0, 0.0
-        then = 0.0 if first else math.exp(self._anchor_scale - top)
-        kept = [torch.empty_like(g) for g in gradients] if first else anchor
+        now, then, negative, square = math.exp(scale - top), math.exp(self._anchor_scale - top), 0, 0.0
+        kept = [torch.empty_like(g) for g in gradients] if first else self._local_anchor(named)
         for g, held, weights in blocks(gradients, kept, [local(p.detach()) for p in parameters]):
             attribution = torch._foreach_mul(g, [wide(w) for w in weights])
             # As numbers: a CPU is slow with booleans.
             inside = [torch.lt(a, 0, out=torch.empty_like(a)) for a in attribution]
-            negative += sum(_count(mask) for mask in inside)
+            # float32 counts to 2^24
+            negative += sum(int(m.sum(dtype=torch.float64 if m.numel() > 1 << 24 else None)) for m in inside)
             if not first:
                 growth = attribution if now == 1 else torch._foreach_mul(attribution, now)
                 growth = torch._foreach_add(growth, held, alpha=-then)
@@ -254,8 +211,9 @@ class AttributionRegularizer(AttributionPenalty):
             self._anchor_scale = scale
         shards = shard_device(parameters)
         total = over_shards(sum(g.numel() for g in gradients), shards)
-        figures = {"negative_share": 100 * over_shards(negative, shards) / max(total, 1)}
-        figures["max_log_probability"] = scale
+        # |I⁻| over all regularised parameters in percent, and nats
+        share = 100 * over_shards(negative, shards) / max(total, 1)
+        figures = {"negative_share": share, "max_log_probability": scale}
         if not first:
             figures |= self.add(model, parameters, gradients, scale + top + math.log(2), square)
         self._n_steps += 1
@@ -269,28 +227,19 @@ class AttributionRegularizer(AttributionPenalty):
         return parts
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        trained = trained_parameters(model)
-        if not trained:
+        if not (trained := trained_parameters(model)):
             allowed = "NeuronAttributionRegularizer: no weight is trained, and a frozen one has no attribution to keep"
             raise UserError("regularizer", type(self).__name__, allowed)
         if self.modules is None:
             return trained
-        hf = getattr(model, "hf", model)
-        sites = neuron_sites(hf)
+        sites = neuron_sites(hf := getattr(model, "hf", model))
         chosen = {site.key for site in select_sites(sites, self.modules, "regularizer.modules")}
-        found: set[nn.Parameter] = set()
-        for name in dict.fromkeys(site.module_name for site in sites if site.key in chosen):
-            sharing = {site.key for site in sites if site.module_name == name}
-            if not sharing <= chosen:
-                allowed = f"all kinds of the fused projection together: {sorted(kind for _, kind in sharing)}"
-                raise UserError("regularizer.modules", self.modules, allowed)
-            found |= set(hf.get_submodule(name).parameters())
-        if not (restricted := {name: p for name, p in trained.items() if p in found}):
+        names = {site.module_name for site in sites if site.key in chosen}
+        if cut := [site.module_name for site in sites if site.module_name in names and site.key not in chosen]:
+            kinds = sorted({site.kind for site in sites if site.module_name == cut[0]})
+            raise UserError("regularizer.modules", self.modules, f"all kinds of the fused projection together: {kinds}")
+        restricted = {parameter for name in names for parameter in hf.get_submodule(name).parameters()}
+        if not (parameters := {name: p for name, p in trained.items() if p in restricted}):
             allowed = "sites whose weights train (see lora.target_modules), or NeuronAttributionRegularizer"
             raise UserError("regularizer.modules", self.modules, allowed)
-        return restricted
-
-
-def _count(mask: Tensor) -> int:
-    """How many of zeros and ones are ones; float32 counts to 2^24."""
-    return int(mask.sum() if mask.numel() <= 1 << 24 else mask.sum(dtype=torch.float64))
+        return parameters

@@ -16,52 +16,32 @@ class Regularizer(Stateful, ABC):
     """What an objective expects of its ``regularizer``: collect per micro-batch, act once per optimiser step.
 
     Only :meth:`apply` has to be written. What a resumed run needs is named in ``state_attributes``
-    (:class:`~lightning_ssiuu.training.checkpoints.Stateful`).
+    (:class:`~lightning_ssiuu.training.checkpoints.Stateful`). ``part`` is a micro-batch's forget part: ``input_ids,
+    attention_mask, labels``, each ``[B, L]``. An option outside the range that its line gives is a UserError.
 
     Example:
-        >>> import torch
         >>> class Halve(Regularizer):
         ...     def apply(self, model):
         ...         for parameter in model.parameters():
         ...             parameter.grad.mul_(0.5)
         ...         return {}
         >>> layer = nn.Linear(1, 1, bias=False)
-        >>> layer(torch.ones(1, 1)).backward()
+        >>> layer.weight.grad = layer.weight.new_ones(1, 1)
         >>> Halve().apply(layer), layer.weight.grad
         ({}, tensor([[0.5000]]))
     """
 
     def prepare(self, module: Any) -> None:
-        """Look at the model before the first step of a new run (not of a resumed one).
-
-        Args:
-            module: The objective: ``module.model``, ``module.training_parts("retain")``.
-        """
+        """Look at the objective (its ``model``, its ``training_parts("retain")``) before a new run's first step."""
 
     def before_forward(self, model: nn.Module, part: Mapping[str, Tensor]) -> None:
-        """Be told, in an ordinary training step, of the forget part before any of its forward passes.
-
-        Args:
-            model: The model.
-            part: As :meth:`collect` will get it.
-        """
+        """Be told, in an ordinary training step, of the forget part before any of its forward passes."""
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """See a micro-batch's forget part before the loss is differentiated.
-
-        Args:
-            model: The model the answers came from.
-            answers: Its forward pass on the part, graph attached; shared with the loss.
-            part: ``input_ids, attention_mask, labels``, each ``[B, L]``.
-        """
+        """See a micro-batch's forget part and its forward pass, with the graph, which is shared with the loss."""
 
     def before_backward(self, model: nn.Module, loss: Tensor) -> None:
-        """Be told, after :meth:`collect` in an ordinary training step, of the loss that is differentiated next.
-
-        Args:
-            model: The model.
-            loss: Scalar, as the training step returns it.
-        """
+        """Be told, after :meth:`collect` in an ordinary training step, of the loss (scalar) differentiated next."""
 
     @abstractmethod
     def apply(self, model: nn.Module) -> dict[str, float]:

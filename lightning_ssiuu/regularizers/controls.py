@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,17 +31,12 @@ class L2ToStart(Penalty):
     """The penalty ``λ ‖θ − θ₀‖²`` over the trained weights, θ₀ their values when training starts.
 
     Adds ``2λ (θ − θ₀)`` to the gradient: unlike AdamW's decoupled weight decay it pulls to where training began, not to
-    zero, and passes through the optimiser. Holds a copy of the trained weights (with adapters: of the adapters).
-
-    The options are :class:`~lightning_ssiuu.regularizers.penalty.Penalty`'s; with ``weight`` 0 nothing is computed.
+    zero, and passes through the optimiser. Holds a copy of the trained weights (with adapters: of the adapters). The
+    options are :class:`~lightning_ssiuu.regularizers.penalty.Penalty`'s.
 
     Example:
-        >>> layer, control = nn.Linear(1, 1, bias=False), L2ToStart(weight=0.5)
-        >>> _ = control.apply(layer)
-        >>> _ = layer.weight.data.add_(3.0)
-        >>> _ = control.apply(layer)
-        >>> layer.weight.grad
-        tensor([[3.]])
+        >>> L2ToStart(weight=0.5, weight_schedule="warmup").schedule_steps
+        10
     """
 
     state_attributes = (*Penalty.state_attributes, "_start")
@@ -48,22 +44,15 @@ class L2ToStart(Penalty):
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Add the penalty's gradient to ``.grad``; in the first step, remember the weights.
-
-        Returns:
-            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``distance_to_start`` (‖θ − θ₀‖).
-        """
         if self.weight == 0:
             return {}
         named = trained_parameters(model)
         parameters = list(named.values())
         if self._start is None:  # before the first step of the optimiser these still are the original weights
-            copies = snapshot(parameters)
-            self._start = {n: shard_like(copy, p) for (n, p), copy in zip(named.items(), copies, strict=True)}
+            self._start = {n: shard_like(w, p) for (n, p), w in zip(named.items(), snapshot(parameters), strict=True)}
         if self._start.keys() != named.keys():
-            raise UserError(
-                "regularizer", type(self).__name__, "the same trained weights as in the run that is resumed"
-            )
+            allowed = "the same trained weights as in the run that is resumed"
+            raise UserError("regularizer", type(self).__name__, allowed)
         self._start, start = local_state(self._start, named)
         away = [local(p.detach()) - s for p, s in zip(parameters, start, strict=True)]
         squares = square(away)
@@ -83,16 +72,9 @@ class MatchedUpdateNorm(Regularizer):
         norm: Euclidean length of every step, > 0: ν itself or a fraction of ‖θ_old‖.
         norm_mode: ``"absolute"`` or ``"relative"`` to the norm of the trained weights.
 
-    Raises:
-        UserError: If an argument is outside its range.
-
     Example:
-        >>> layer, control = nn.Linear(1, 1, bias=False), MatchedUpdateNorm(norm=0.5)
-        >>> before, _ = layer.weight.item(), control.apply(layer)
-        >>> _ = layer.weight.data.add_(3.0)
-        >>> control.after_step(layer)
-        >>> round(layer.weight.item() - before, 4)
-        0.5
+        >>> MatchedUpdateNorm(norm=0.01, norm_mode="relative").norm
+        0.01
     """
 
     state_attributes = ("_length",)  # the figure that is logged next; nothing else outlives a step
@@ -105,35 +87,29 @@ class MatchedUpdateNorm(Regularizer):
         self._length: float | None = None
 
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Remember the weights.
-
-        Returns:
-            ``update_norm``: what the step before this one would have been.
-        """
+        """Remember the weights; returns ``update_norm``, what the step before this one would have been."""
         self._before = snapshot(trained_parameters(model).values())
         return {} if self._length is None else {"update_norm": self._length}
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        """Scale the step that was just taken."""
         if self._before is None:
             return
         before, self._before = self._before, None
         parameters = list(trained_parameters(model).values())
-        shards, now = shard_device(parameters), [local(p) for p in parameters]
+        now = [local(p) for p in parameters]
         squares = math.fsum(square(torch._foreach_sub(now[c], before[c])) for c in chunks(before))
-        self._length = math.sqrt(over_shards(squares, shards))
+        self._length = math.sqrt(over_shards(squares, shard_device(parameters)))
         if self._length == 0:
             return
-        target = self.norm
-        if self.norm_mode == "relative":
-            target *= norm_over_shards(before, parameters)
+        target = self.norm * (norm_over_shards(before, parameters) if self.norm_mode == "relative" else 1)
         for c in chunks(before):
             torch._foreach_lerp_(before[c], now[c], target / self._length)
             torch._foreach_copy_(now[c], before[c])
 
 
 def _each(hook: str) -> Callable[..., None]:
+    @wraps(getattr(Regularizer, hook))
     def call(self: Combined, *args: Any) -> None:
         for regularizer in self.regularizers:
             getattr(regularizer, hook)(*args)
@@ -149,9 +125,6 @@ class Combined(Regularizer):
 
     Args:
         regularizers: At least one.
-
-    Raises:
-        UserError: If there is none.
 
     Example:
         >>> list(Combined([L2ToStart(0.1), MatchedUpdateNorm(0.5)]).state())

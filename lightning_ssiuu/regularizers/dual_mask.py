@@ -26,7 +26,6 @@ from lightning_ssiuu.training.shards import (
     trained_parameters,
     wide,
 )
-from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
 
 Normalise = Literal["max", "mean", "none"]
@@ -42,37 +41,27 @@ class DualMask(Regularizer):
     Differences from the paper: it masks the gradient before the optimiser; AdamW divides a gradient by its own running
     size and so undoes a mask that stays the same, as M₁ does. Here the step itself is masked,
     ``θ ← θ_old + M ⊙ (θ_new − θ_old)``, weight decay and the retain loss's share included; with plain SGD both are the
-    same. It calls f normalised without saying how, hence ``normalise``. It applies the masks to chosen layers; here to
-    every trained weight.
+    same. It calls f normalised without saying how, hence ``normalise``. It masks chosen layers; here all that train.
 
-    Holds f (float32) and, during the step, a gradient and a copy of the trained weights.
-    On fresh LoRA adapters, half of which are zero and so have attribution 0, M₂ is 1/(1 + β) for these at first.
+    Holds f (float32) and, during the step, a gradient and a copy of the trained weights. On fresh LoRA adapters, half
+    of which are zero and so have attribution 0, M₂ is 1/(1 + β) for these at first.
 
     Args:
-        alpha: α ≥ 0; 0 needs no Fisher information. The paper's is 50.
+        alpha: α ≥ 0; 0 needs no Fisher information, and no retain set. The paper's is 50.
         beta: β ≥ 0; 0 needs no attribution. The paper's is 20. With both 0, training is the backbone's, bit for bit.
-        n_examples: How many of the retain set's examples f is taken over; None for all.
+        n_examples: How many of the retain set's examples f is taken over, ≥ 1; None for all.
         normalise: ``"max"`` divides f by its largest element in each weight tensor, so that M₁ is in [1/(1+α), 1];
             ``"mean"`` by its mean there; ``"none"`` takes it as it is.
 
-    Raises:
-        UserError: If an argument is outside its range, or there is no retain set when training starts.
-
     Example:
-        >>> DualMask(alpha=50.0, beta=-1.0)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: regularizer.beta: got -1.0, allowed: a finite number ≥ 0
+        >>> DualMask(alpha=10.0, n_examples=100).beta
+        20.0
     """
 
     state_attributes = ("_fisher",)  # of a resumed run the weights are no longer the original ones
 
     def __init__(
-        self,
-        alpha: float = 50.0,
-        beta: float = 20.0,
-        n_examples: int | None = None,
-        normalise: Normalise = "max",
+        self, alpha: float = 50.0, beta: float = 20.0, n_examples: int | None = None, normalise: Normalise = "max"
     ) -> None:
         check_number("regularizer.alpha", alpha)
         check_number("regularizer.beta", beta)
@@ -85,10 +74,9 @@ class DualMask(Regularizer):
         self._before: list[Tensor] | None = None
 
     def prepare(self, module: Any) -> None:
-        """Take the Fisher information, the same on any number of ranks: each goes through all examples."""
         if self.alpha == 0:
             return
-        model = module.model
+        model = module.model  # each rank goes through all examples: f is the same on any number of them
         fisher: list[Tensor] = []
         n_seen = 0
         # ranks whose shares differed would mix their gradients under FSDP2, where a square cannot be taken any more
@@ -110,13 +98,6 @@ class DualMask(Regularizer):
         self._fisher = {name: shard_like(f, p) for (name, p), f in zip(named.items(), fisher, strict=True)}
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Add this micro-batch's ``Σ_b ∂log p_b/∂θ``, leaving ``.grad`` and the graph as they were.
-
-        Args:
-            model: The model the answers came from.
-            answers: Forward pass on the forget part.
-            part: Not looked at.
-        """
         if self.beta == 0:
             return
         reshard(model)
@@ -129,11 +110,7 @@ class DualMask(Regularizer):
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Remember the weights, and where the forget answers' attribution is not positive.
-
-        Returns:
-            ``not_excitatory_share``: percent of the trained weights with h = 1; only with β > 0.
-        """
+        """Remember the weights; with β > 0 returns ``not_excitatory_share``, the percentage of weights with h = 1."""
         if self.alpha == 0 and self.beta == 0:
             return {}
         parameters = list(trained_parameters(model).values())
@@ -151,40 +128,35 @@ class DualMask(Regularizer):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        """Take back what the masks do not let through of the step."""
         if self._before is None:
             return
         before, h = self._before, self._gradients
         self._before = self._gradients = None
         named = trained_parameters(model)
         now = [local(p) for p in named.values()]
-        fisher: list[Tensor] | None = None
+        factors = [] if h is None else [(self.beta, h)]
         if self.alpha > 0:
             if self._fisher is None or self._fisher.keys() != named.keys():
                 raise UserError("regularizer.alpha", self.alpha, "0, or the Fisher information of the weights trained")
             self._fisher, fisher = local_state(self._fisher, named)
+            factors.insert(0, (self.alpha, fisher))
         for c in chunks(before):
             mask = [torch.ones_like(wide(w)) for w in now[c]]
-            if fisher is not None:
-                torch._foreach_div_(mask, [1 + self.alpha * f for f in fisher[c]])
-            if h is not None:
-                torch._foreach_div_(mask, [1 + self.beta * one for one in h[c]])
+            for strength, values in factors:
+                torch._foreach_div_(mask, [1 + strength * value for value in values[c]])
             # exactly the new weight where the mask is 1
-            torch._foreach_copy_(
-                now[c], torch._foreach_lerp([wide(w) for w in before[c]], [wide(w) for w in now[c]], mask)
-            )
+            masked = torch._foreach_lerp([wide(w) for w in before[c]], [wide(w) for w in now[c]], mask)
+            torch._foreach_copy_(now[c], masked)
 
-    def _normalised(self, fisher: list[Tensor], parameters: list[nn.Parameter]) -> None:
-        """Divide each tensor by its largest element, or its mean, over all its shards, in place."""
+    def _normalised(self, fisher: list[Tensor], parameters: list[nn.Parameter]) -> None:  # in place, over all shards
         if self.normalise == "none":
             return
         largest = self.normalise == "max"
-        by = torch.stack([(f.max() if f.numel() else f.sum()) if largest else f.sum() for f in fisher])
-        if world_size() > 1 and shard_device(parameters) is not None:
-            by = by.clone()
+        by = torch.stack([f.max() if largest and f.numel() else f.sum() for f in fisher])
+        if shard_device(parameters) is not None:
             dist.all_reduce(by, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         if not largest:
             by = by / torch.tensor([p.numel() for p in parameters], device=by.device)
-        for one, divisor in zip(fisher, by, strict=True):
+        for values, divisor in zip(fisher, by, strict=True):
             if divisor > 0:
-                one.div_(divisor)
+                values.div_(divisor)

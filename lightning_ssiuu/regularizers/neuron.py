@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,48 +25,31 @@ from lightning_ssiuu.utils.errors import UserError, check_choice
 Tokens = Literal["min", "sum"]
 
 
-@dataclass
-class _Pass:
-    """A forward pass on one micro-batch and what it was differentiated for."""
-
-    logps: Tensor  # [B] of the target, graph attached
-    outputs: dict[str, Tensor]  # h by module, graph attached
-    gradients: dict[str, Tensor]  # ∂log P/∂h
-    outside: Tensor  # [B, L, 1] tokens that do not count
+#: By site what of h (graph attached) and ∂log P/∂h makes the attribution: [B, 1 or L, width], at least float32.
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 class NeuronAttributionRegularizer(AttributionPenalty):
     """Adds ``Σ_i 2λ (A_{t,i} − A_anchor,i) ∂A_{t,i}/∂φ`` over the neurons i whose attribution A_t is negative.
 
-    A neuron's attribution is aggregated as in the diagnosis D⁻ (arXiv 2509.22263, Eqs. 1 to 5): per example the minimum
-    over its tokens of ``h ∂P/∂h``, so that what is penalised is what the attribution callback measures; over examples
-    it is summed, micro-batches and ranks included, so that λ means what it does at parameter level. With
-    ``tokens: sum`` it is summed over tokens as well: that is the sum of ``φ ∂P/∂φ`` over the neuron's own weights and
-    bias, hence :class:`AttributionRegularizer`'s attribution, row by row. As there, ∂P/∂h and the choice of the token
-    are held constant (first order, Eqs. 13 and 14), so ``∂A/∂φ = Σ_b ∂P_b/∂h · ∂h/∂φ``, which reaches every trained
-    weight before the neuron, adapters on a frozen or quantised base included. The first step has no anchor and hence no
-    penalty.
+    A neuron's attribution is aggregated as in the diagnosis D⁻ (arXiv 2509.22263, Eqs. 1 to 5), which the attribution
+    callback measures: per example the minimum over its tokens of ``h ∂P/∂h``. Over examples, micro-batches and ranks it
+    is summed, so that λ means what it does at parameter level. With ``tokens: sum`` it is summed over tokens as well:
+    that is the sum of ``φ ∂P/∂φ`` over the neuron's own weights and bias, :class:`AttributionRegularizer`'s attribution
+    row by row. ∂P/∂h and the choice of the token are held constant (first order, Eqs. 13 and 14): ``∂A/∂φ = Σ_b
+    ∂P_b/∂h · ∂h/∂φ`` reaches every trained weight before the neuron, also adapters on a frozen or quantised base.
 
-    Each optimiser step runs the model on its forget parts once more (with several micro-batches
-    twice, but for the last), without dropout, with two backward passes and the sites' activations and their gradients
-    in memory.
+    Each optimiser step runs the model on its forget parts once more (with several micro-batches twice, but for the
+    last), without dropout, with two backward passes and the sites' activations and their gradients in memory.
 
     Args:
-        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
         tokens: ``"min"`` or ``"sum"``, see above.
-        **kwargs: ``weight_mode``, ``anchor``, ``target``, ``weight_schedule`` and ``schedule_steps`` as in
-            :class:`~lightning_ssiuu.regularizers.attribution.AttributionPenalty`; ``modules`` restricts the neurons
-            that are held, not the weights that are changed, None means all sites.
-
-    Raises:
-        UserError: If an argument is outside its range; when training starts, if the architecture has no known sites or
-            ``modules`` names none.
+        **kwargs: As :class:`~lightning_ssiuu.regularizers.attribution.AttributionPenalty`; ``modules`` restricts the
+            neurons that are held, not the weights that are changed, None means all sites.
 
     Example:
-        >>> NeuronAttributionRegularizer(0.1, tokens="max")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: regularizer.tokens: got 'max', allowed: one of ['min', 'sum']
+        >>> NeuronAttributionRegularizer(0.1, weight_mode="relative", modules=["mlp_up"]).tokens
+        'min'
     """
 
     def __init__(self, weight: float = 1e-3, *, tokens: Tokens = "min", **kwargs: Any) -> None:
@@ -78,17 +61,9 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         self._anchor: Tensor | None = None  # A / e^anchor_scale of all neurons, in the order of the sites
 
     def prepare(self, module: Any) -> None:
-        """Refuse ``modules`` that name nothing, before anything is trained."""
-        self._sites(module.model)
+        self._sites(module.model)  # refuses modules that name nothing
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        """Keep the part for :meth:`apply`: how much a neuron is pushed depends on all micro-batches.
-
-        Args:
-            model: The model the answers came from.
-            answers: Not looked at: its forward pass has dropout, and shows no activations.
-            part: The forget part.
-        """
         if self.weight == 0:
             return
         device = answers.logits.device.type  # apply runs outside the Trainer's autocast
@@ -96,23 +71,17 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         self._parts.append(part)
 
     def apply(self, model: nn.Module) -> dict[str, float]:
-        """Add the penalty's gradient to ``.grad``, keep A_t as the next anchor, forget the parts.
-
-        Returns:
-            ``objective_gradient_norm``, ``penalty_gradient_norm`` (as added), ``negative_share`` (|I⁻| over the sites'
-            neurons, percent), ``max_log_probability`` (nats). Empty when there was nothing to do.
-        """
         parts, self._parts = self._parts, []
         if not parts:
             return {}
-        sites, passes = self._sites(model), list[_Pass]()
+        sites, passes = self._sites(model), list[tuple[Tensor, Pairs]]()
         attribution = torch.zeros(())
         with _without_dropout(model), torch.enable_grad():
             for part in parts:
                 passes.clear()  # one graph at a time
                 passes.append(self._run(model, part, sites))
-                before, self._scale = self._scale, self._rescaled(passes[0].logps.detach())
-                attribution = self._attribution(passes[0], sites) + math.exp(before - self._scale) * attribution
+                before, self._scale = self._scale, self._rescaled(passes[0][0].detach())
+                attribution = self._attribution(*passes[0]) + math.exp(before - self._scale) * attribution
             if world_size() > 1:
                 dist.all_reduce(attribution)
             scale, top = self._scale, max(self._scale, self._anchor_scale)
@@ -120,7 +89,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
             gradients: list[Tensor] = []
             # The first step only measures; later ones have the last part's graph still.
             for part in reversed(parts) if self._anchor is not None else ():
-                total = self._total(passes.pop() if passes else self._run(model, part, sites), sites, push)
+                total = self._total(*(passes.pop() if passes else self._run(model, part, sites)), push)
                 reshard(model)
                 parameters = list(trained_parameters(model).values())
                 fresh = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph=False)]
@@ -141,31 +110,30 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         sites = neuron_sites(getattr(model, "hf", model))
         return sites if self.modules is None else select_sites(sites, self.modules, "regularizer.modules")
 
-    def _run(self, model: Any, part: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> _Pass:
+    def _run(self, model: Any, part: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[Tensor, Pairs]:
+        """The target's log-probabilities ``[B]``, graph attached, and what makes the attributions."""
         with torch.autocast(*self._autocast), _outputs(model.hf, sites) as outputs:
             answers = model(part["input_ids"], part["attention_mask"], part["labels"])
         logps = target_logps(answers, self.target)
         # Examples do not interact, so the gradient of the sum holds each example's own.
         gradients = torch.autograd.grad(logps.sum(), list(outputs.values()), retain_graph=True)
-        outside = ~input_positions(part["attention_mask"], part["labels"]).unsqueeze(-1)
-        return _Pass(logps, outputs, dict(zip(outputs, gradients, strict=True)), outside)
+        by_module = {name: (outputs[name], gradient) for name, gradient in zip(outputs, gradients, strict=True)}
+        outside, pairs = ~input_positions(part["attention_mask"], part["labels"]).unsqueeze(-1), Pairs()
+        for site in sites:
+            output, gradient = (site.select(tensor) for tensor in by_module[site.module_name])
+            output, gradient = output if output.dtype == torch.float64 else output.float(), wide(gradient)
+            if self.tokens == "sum":
+                pairs.append((output, gradient.masked_fill(outside, 0)))
+            else:
+                token = (output.detach() * gradient).masked_fill(outside, torch.inf).argmin(1, keepdim=True)
+                pairs.append((output.gather(1, token), gradient.gather(1, token)))
+        return logps, pairs
 
-    def _selected(self, one: _Pass, site: NeuronSite) -> tuple[Tensor, Tensor]:
-        """What of ``h`` and ``∂log P/∂h`` makes the attribution: ``[B, 1 or L, width]``, at least float32."""
-        output = site.select(one.outputs[site.module_name])
-        output = output if output.dtype == torch.float64 else output.float()
-        gradient = wide(site.select(one.gradients[site.module_name]))
-        if self.tokens == "sum":
-            return output, gradient.masked_fill(one.outside, 0)
-        where = (output.detach() * gradient).masked_fill(one.outside, torch.inf).argmin(1, keepdim=True)
-        return output.gather(1, where), gradient.gather(1, where)
-
-    def _attribution(self, one: _Pass, sites: Sequence[NeuronSite]) -> Tensor:
+    @torch.no_grad()
+    def _attribution(self, logps: Tensor, pairs: Pairs) -> Tensor:
         """``Σ_b A_b / e^scale`` of this rank's examples, ``[n_neurons]``."""
-        factor = (wide(one.logps) - self._scale).exp()[:, None, None]
-        with torch.no_grad():
-            pairs = (self._selected(one, site) for site in sites)
-            return torch.cat([(output * gradient * factor).sum((0, 1)) for output, gradient in pairs])
+        factor = (wide(logps) - self._scale).exp()[:, None, None]
+        return torch.cat([(output * gradient * factor).sum((0, 1)) for output, gradient in pairs])
 
     def _push(self, attribution: Tensor, top: float) -> Tensor:
         """``(A_t − A_anchor) / e^top`` where A_t is negative; nothing to the first step."""
@@ -178,13 +146,12 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         growth = math.exp(self._scale - top) * attribution - math.exp(self._anchor_scale - top) * anchor
         return growth * (attribution < 0)
 
-    def _total(self, one: _Pass, sites: Sequence[NeuronSite], push: Tensor) -> Tensor:
+    def _total(self, logps: Tensor, pairs: Pairs, push: Tensor) -> Tensor:
         """``Σ_i push_i A_i / e^scale`` of this rank's examples, all but h constant: its gradient is the penalty's."""
-        factor = (wide(one.logps) - self._scale).exp()[:, None, None]
+        factor = (wide(logps) - self._scale).exp()[:, None, None]
         # Zero times the answers: FSDP2 gathers a layer's weights when a gradient comes to the layer's output.
-        total = 0 * one.logps.sum()
-        for site, held in zip(sites, push.split([site.width for site in sites]), strict=True):
-            output, gradient = self._selected(one, site)
+        total = 0 * logps.sum()
+        for (output, gradient), held in zip(pairs, push.split([h.shape[-1] for h, _ in pairs]), strict=True):
             total = total + (output * (gradient * factor * held)).sum()
         return total
 
@@ -192,28 +159,21 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 @contextmanager
 def _outputs(hf: Any, sites: Sequence[NeuronSite]) -> Iterator[dict[str, Tensor]]:
     """Outputs of modules in the forward pass inside, graph attached, also where nothing before them is trained."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def begin(_module: nn.Module, _args: object, output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_(True)
+        output.requires_grad_(True)
 
-    def keep(name: str, kind: str) -> Callable[[nn.Module, object, Tensor], Tensor | None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
-            found[name] = output
-            # A block may add to what is written to the residual stream in place.
-            return output.clone() if kind in WRITERS else None
+    def keep(site: NeuronSite, _module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
+        outputs[site.module_name] = output
+        # A block may add to what is written to the residual stream in place.
+        return output.clone() if site.kind in WRITERS else None
 
-        return hook
-
-    handles = [hf.get_input_embeddings().register_forward_hook(begin)]
-    kinds = {site.module_name: site.kind for site in sites}
-    handles += [hf.get_submodule(name).register_forward_hook(keep(name, kind)) for name, kind in kinds.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        hooks.enter_context(hf.get_input_embeddings().register_forward_hook(begin))
+        for name, site in {site.module_name: site for site in sites}.items():
+            hooks.enter_context(hf.get_submodule(name).register_forward_hook(partial(keep, site)))
+        yield outputs
 
 
 @contextmanager

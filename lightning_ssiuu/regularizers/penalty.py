@@ -21,19 +21,14 @@ class Penalty(Regularizer):
     """A regulariser that adds a penalty's gradient to the objective's.
 
     Args:
-        weight: λ ≥ 0; see the subclass.
+        weight: λ ≥ 0. With 0 nothing is computed and training is the backbone's, bit for bit.
         weight_mode: ``"absolute"`` multiplies the penalty's gradient by λ. ``"relative"`` makes its norm ``weight``
             times the norm of the objective's gradient.
         weight_schedule: ``"constant"``; ``"warmup"`` multiplies ``weight`` by min(1, n / ``schedule_steps``) at the
-            n-th optimiser step (counted from 0); ``"adaptive"``, with ``weight_mode: relative`` alone, takes the λ that
-            makes the ratio ``weight`` hold between exponential moving averages of the two norms (decay
-            1 − 1/``schedule_steps``). Relative and constant hits the ratio in every step, and so gives a step in which
-            the penalty is large no more weight than one in which it is small; adaptive keeps that difference, and the
-            ratio on average.
+            n-th optimiser step (counted from 0); ``"adaptive"``, with ``weight_mode: relative`` alone, holds the ratio
+            between exponential moving averages of the two norms (decay 1 − 1/``schedule_steps``) and not in every step,
+            so that a step in which the penalty is large gives it more weight than one in which it is small.
         schedule_steps: Optimiser steps, ≥ 1.
-
-    Raises:
-        UserError: If an argument is outside its range.
     """
 
     state_attributes: ClassVar[tuple[str, ...]] = ("_n_steps", "_averages")
@@ -67,20 +62,12 @@ class Penalty(Regularizer):
         log_scale: float = 0.0,
         squares: float | None = None,
     ) -> dict[str, float]:
-        """Add ``λ e^log_scale · gradients`` to ``.grad``; once per optimiser step.
+        """Add ``λ e^log_scale · gradients`` to ``.grad``, once per optimiser step; returns the two norms, as added.
 
-        Args:
-            model: Whose ``.grad`` is the objective's gradient.
-            parameters: Those that ``gradients`` belong to.
-            gradients: Of the penalty without λ and scale; this rank's shards where parameters are shards.
-            log_scale: May be far outside what a float can hold the exponential of.
-            squares: :func:`~lightning_ssiuu.training.shards.square` of the gradients where it is known.
-
-        Returns:
-            ``objective_gradient_norm`` and ``penalty_gradient_norm``, as added.
+        The gradients are this rank's shards where ``parameters`` are, ``squares`` their
+        :func:`~lightning_ssiuu.training.shards.square` if known; e^log_scale may be far outside what a float holds.
         """
-        present = [local(p.grad) for p in model.parameters() if p.grad is not None]
-        objective = norm_over_shards(present, parameters)
+        objective = norm_over_shards([local(p.grad) for p in model.parameters() if p.grad is not None], parameters)
         raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shard_device(parameters)))
         coefficient = self._coefficient(objective, raw, log_scale)
         for parameter, penalty in zip(parameters, gradients, strict=True):
@@ -96,9 +83,8 @@ class Penalty(Regularizer):
             weight *= min(1.0, self._n_steps / self.schedule_steps)
         if self.weight_schedule == "adaptive" and raw > 0 and objective > 0:
             sizes = {"objective": math.log(objective), "penalty": math.log(raw) + log_scale}
-            self._averages = {
-                name: _moved(self._averages[name], size, self.schedule_steps) for name, size in sizes.items()
-            }
+            steps = self.schedule_steps
+            self._averages = {name: _moved(self._averages[name], size, steps) for name, size in sizes.items()}
         if weight == 0 or raw == 0:
             return 0.0
         if self.weight_mode == "absolute":
@@ -113,6 +99,5 @@ class Penalty(Regularizer):
 def _moved(average: float, value: float, steps: int) -> float:
     if average == -math.inf:
         return value
-    top = max(average, value)
-    kept = 1 - 1 / steps
+    top, kept = max(average, value), 1 - 1 / steps
     return top + math.log(kept * math.exp(average - top) + (1 - kept) * math.exp(value - top))

@@ -108,6 +108,7 @@ def test_default_backbone() -> None:
     module = SSIUU()
     assert type(module.backbone) is GradientDifference
     assert (module.forget_weight, module.retain_weight) == (1.0, 1.0)
+    assert SSIUU(retain_weight=5.0).backbone.retain_weight == 5.0  # type: ignore[union-attr]
     assert isinstance(module.regularizer, AttributionRegularizer)
     assert (module.regularizer.weight, module.regularizer.weight_mode) == (1e-3, "absolute")
     module.adopt(answer_model(), None)  # type: ignore[arg-type]
