@@ -18,16 +18,7 @@ def provenance(
 ) -> dict[str, Any]:
     """The ``provenance`` block of every JSON file; holds no path, host name or data-set text.
 
-    Args:
-        wall_s: Seconds the command took.
-        device: Where the model was.
-        config: The resolved configuration as text, hashed.
-        data_sha256: The data module's ``content_sha256()``.
-
-    Example:
-        >>> block = provenance(1.25, "cpu", config="seed: 0")
-        >>> block["device"], block["wall_s"], len(block["config_sha256"])
-        ('cpu', 1.2, 64)
+    ``wall_s`` are the seconds the command took; the resolved configuration ``config`` appears as its hash only.
     """
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:

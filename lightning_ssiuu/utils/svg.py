@@ -19,19 +19,10 @@ _LEFT_OUT = {"font-size", "font-family", "stroke-dashoffset", "stroke-linejoin"}
 
 
 def svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` for the inside of a page, whose colours are the page's ``var(--name)`` by :data:`PALETTE`.
+    """An ``<svg>`` for the inside of a page; its colours are the page's ``var(--name)`` by the names of the palette.
 
     It has no id, style sheet, link or background of its own, its texts are text, and it takes the page's font.
-
-    Args:
-        figure: From this module.
-        description: Read out instead of the picture.
-
-    Example:
-        >>> from lightning_ssiuu.utils.figures import Series, line_chart
-        >>> picture = svg(line_chart([Series("a <b> $", [(0, 1.0), (1, 2.0)])], "epoch", "%"), "scores")
-        >>> "a &lt;b&gt; $</text>" in picture, "<b>" in picture, "var(--unlearned)" in picture
-        (True, False, True)
+    ``description`` is what a screen reader says.
     """
     buffer = io.BytesIO()
     with style():
@@ -45,7 +36,7 @@ def svg(figure: Figure, description: str) -> str:
 
 
 def _inlined(parent: ET.Element, shapes: Mapping[str, ET.Element]) -> list[ET.Element]:
-    """What a page needs of matplotlib's elements: paths and texts, those used from elsewhere put in their place."""
+    # What a page needs of matplotlib's elements: paths and texts, those used from elsewhere put in their place.
     kept: list[ET.Element] = []
     for element in parent:
         tag = element.tag.removeprefix(_SVG)

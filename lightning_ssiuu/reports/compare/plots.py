@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from lightning_ssiuu.reports.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
 from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
-from lightning_ssiuu.utils.figures import COLOURS, Series, draw_lines, fitted, label, legend, save_png, style
+from lightning_ssiuu.utils.figures import COLOURS, Series, draw_lines, fitted, handle, legend, save_png, style
 
 # Okabe and Ito's, told apart by the colour-blind too; after eight the line style and the marker change.
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#7f4fc9")
@@ -57,7 +57,7 @@ def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -
     if not drawn:
         return False
     lines = {attack: [_mean_line(rows, *item) for item in panel.items()] for attack, panel in drawn.items()}
-    handles = {line.name: _handle(line.name, line.colour, linestyle=line.dash) for of in lines.values() for line in of}
+    handles = {line.name: handle(line.name, line.colour, linestyle=line.dash) for of in lines.values() for line in of}
     names = [_name(row) for row in rows] + ["oracle"]
     attacks = [row for method in rows for run in method.runs for row in run.attack["attacks"]]
     scores = sorted({row["score"] for row in attacks if (row["attack"], row["p"]) in drawn})
@@ -123,8 +123,8 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
             }
             colour, shape = _METHODS[index % len(_METHODS)], _MARKERS[index // len(_METHODS) % len(_MARKERS)]
             axes.errorbar(retention, recovery, linestyle="", markersize=7, color=colour, marker=shape, **bars)
-            handles.append(_handle(_name(rows[index]), colour, linestyle="", marker=shape))
-        handles.append(_handle("Pareto front", COLOURS["original"], linewidth=1.2))
+            handles.append(handle(_name(rows[index]), colour, linestyle="", marker=shape))
+        handles.append(handle("Pareto front", COLOURS["original"], linewidth=1.2))
         handles += _oracle_point(axes, comparison.rows, attacks)
         _front(axes, list(points.values()))
         axes.set_xlabel(f"retention: test {fitted(comparison.score, 30)}, %  (right is better)")
@@ -150,17 +150,13 @@ def _oracle_point(axes: Axes, rows: Sequence[Row], attacks: Sequence[str]) -> li
         return []
     if (point := front_of(oracle, attacks)) is not None:
         axes.plot(*point, marker="*", color=_ORACLE, markersize=13, linestyle="", zorder=4)
-        return [_handle("oracle", _ORACLE, marker="*", markersize=11, linestyle="")]
+        return [handle("oracle", _ORACLE, marker="*", markersize=11, linestyle="")]
     axes.axhline(max(oracle.cells[key].mean for key in attacks), color=_ORACLE, linestyle="--", linewidth=1.2)
-    return [_handle("oracle (retention not known)", _ORACLE, linestyle="--")]
+    return [handle("oracle (retention not known)", _ORACLE, linestyle="--")]
 
 
 def _methods(comparison: Comparison) -> list[Row]:
     return [row for row in comparison.rows if row.kind == "method"]
-
-
-def _handle(name: str, color: str, **options: Any) -> Line2D:
-    return Line2D([], [], color=color, label=label(name), **options)
 
 
 def _name(row: Row) -> str:
