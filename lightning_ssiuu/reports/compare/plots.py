@@ -26,10 +26,7 @@ _PARETO = 8.0  # inches across
 
 
 def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | None, list[Curve]]]:
-    """The curves to draw, per attack and p: those of each method by its index, and under None the oracle's.
-
-    Of every run, those of its strongest learning rate.
-    """
+    """Each run's curves of its strongest rate, per attack and p: by the method's index, under None the oracle's."""
     drawn: dict[tuple[str, float | None], dict[int | None, list[Curve]]] = {}
     for index, row in enumerate(rows):
         for run in row.runs:
@@ -47,10 +44,7 @@ def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -
     """Draw the forget score by epoch, a panel per attack and p, a line per method, the oracle dashed.
 
     Lines are means over training and attack seeds of each run's strongest learning rate, bands ± one standard
-    deviation.
-
-    Returns:
-        Whether there was anything to draw.
+    deviation. Returns whether there was anything to draw.
     """
     rows = _methods(comparison)
     drawn = panels(rows)
@@ -95,12 +89,9 @@ def _mean_line(rows: Sequence[Row], index: int | None, curves: Sequence[Curve]) 
 def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
     """Draw retention (test score) against recovery (highest forget score under the attacks).
 
-    Only relearning attacks that all methods, and the oracle, have been put under count.
-    The step line is the Pareto front of the methods; the oracle is the star, or a dashed line where its test score is
-    not known.
-
-    Returns:
-        Whether there was anything to draw.
+    Only relearning attacks that all methods, and the oracle, have been put under count. The step line is the Pareto
+    front of the methods; the oracle is the star, or a dashed line where its test score is not known. Returns whether
+    there was anything to draw.
     """
     attacks = common_attacks(comparison)
     rows = _methods(comparison)
@@ -115,15 +106,11 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
         handles = []
         for index, (retention, recovery) in points.items():
             highest = max((rows[index].cells[key] for key in attacks), key=lambda cell: cell.mean)
-            bars: Any = {
-                "yerr": highest.spread,
-                "xerr": rows[index].cells["test_score"].spread,
-                "capsize": 2,
-                "elinewidth": 1.2,
-            }
-            colour, shape = _METHODS[index % len(_METHODS)], _MARKERS[index // len(_METHODS) % len(_MARKERS)]
-            axes.errorbar(retention, recovery, linestyle="", markersize=7, color=colour, marker=shape, **bars)
-            handles.append(handle(_name(rows[index]), colour, linestyle="", marker=shape))
+            bars: Any = {"yerr": highest.spread, "xerr": rows[index].cells["test_score"].spread, "capsize": 2}
+            point: Any = {"linestyle": "", "marker": _MARKERS[index // len(_METHODS) % len(_MARKERS)]}
+            colour = _METHODS[index % len(_METHODS)]
+            axes.errorbar(retention, recovery, color=colour, markersize=7, elinewidth=1.2, **bars, **point)
+            handles.append(handle(_name(rows[index]), colour, **point))
         handles.append(handle("Pareto front", COLOURS["original"], linewidth=1.2))
         handles += _oracle_point(axes, comparison.rows, attacks)
         _front(axes, list(points.values()))
@@ -136,7 +123,7 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
 
 
 def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Everything left of the line and above it is beaten by one of the points."""
+    # Everything left of the line and above it is beaten by one of the points.
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     front = [points[index] for index in pareto_front(points)]
     corners = [(front[0][0], top), *front, (left, front[-1][1])]

@@ -23,14 +23,10 @@ Spread = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell: the mean of ``n`` training seeds.
+    """One cell: the mean of ``n`` training seeds and, of several, their standard deviation (n − 1).
 
-    Args:
-        mean: In the column's unit.
-        std: Over training seeds, n − 1; None for one.
-        attack_std: Over the seeds of the attack, the mean of the runs'; None where nothing was attacked.
-        n: Training seeds.
-        edge: Whether the highest score of any of them lies at the edge of what the attack tried.
+    ``attack_std`` is over the seeds of the attack, the mean of the runs'; ``edge`` says whether the highest score of
+    any run lies at the edge of what the attack tried.
     """
 
     mean: float
@@ -86,12 +82,7 @@ class Comparison:
 
 
 def pool(figures: Iterable[Figure]) -> Figure:
-    """One figure from those of several training seeds.
-
-    Example:
-        >>> pool([Figure(1.0, attack_std=0.5), Figure(3.0, attack_std=1.5, edge=True)])
-        Figure(mean=2.0, std=1.4142135623730951, attack_std=1.0, n=2, edge=True)
-    """
+    """One figure from those of several training seeds."""
     figures = list(figures)
     values = [figure.mean for figure in figures]
     spreads = [figure.attack_std for figure in figures if figure.attack_std is not None]
@@ -105,20 +96,10 @@ def pool(figures: Iterable[Figure]) -> Figure:
 
 
 def attack_column(attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False) -> Column:
-    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons).
-
-    Example:
-        >>> attack_column("harmful", 0.1, None, relearned=True)
-        Column(key='harmful_0.1', title='harmful 0.1', form='percent', attacked=True, relearned=True)
-        >>> attack_column("ablation", None, "zero", "control").key
-        'ablation_zero_control'
-    """
-    named = [attack, *([f"{p:g}"] if p is not None else []), *([variant] if variant else [])]
-    key = "_".join([*named, *([part] if part else [])])
-    title = (
-        part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *named[1:], *([part] if part else [])])
-    )
-    return Column(key, title.replace("_", " "), attacked=True, relearned=relearned)
+    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons)."""
+    options = [text for text in ("" if p is None else f"{p:g}", variant, part) if text]
+    title = part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *options])
+    return Column("_".join([attack, *options]), title.replace("_", " "), attacked=True, relearned=relearned)
 
 
 def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
@@ -205,9 +186,9 @@ def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
 
 
 def _row(label: str, runs: list[Run], figures: Sequence[Mapping[str, Figure]], kind: str = "method") -> Row:
-    keys = dict.fromkeys(key for one in figures for key in one)
-    cells = {key: pool(one[key] for one in figures if key in one) for key in keys}
-    return Row(label, len(runs), cells, runs, kind)
+    keys = dict.fromkeys(key for cells in figures for key in cells)
+    pooled = {key: pool(cells[key] for cells in figures if key in cells) for key in keys}
+    return Row(label, len(runs), pooled, runs, kind)
 
 
 def _original(runs: Sequence[Run], score: str) -> Row | None:
@@ -231,8 +212,8 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
         values |= {key: number(influence.get(key)) for key in ("d_plus_total", "d_minus_total", "n_spurious")}
         beside.append({k: Figure(v) for k, v in values.items() if v is not None} | _attacked(run, "oracle"))
     cells = {}
-    for key in dict.fromkeys(key for one in beside for key in one):
-        figures = [one[key] for one in beside if key in one]
+    for key in dict.fromkeys(key for given in beside for key in given):
+        figures = [given[key] for given in beside if key in given]
         # One oracle, put beside several runs, is one figure.
         cells[key] = figures[0] if len(set(figures)) == 1 else pool(figures)
     own = _row("oracle", oracle_runs, [run_figures(run, score) for run in oracle_runs], "oracle")
@@ -249,7 +230,7 @@ def _gaps_in(row: Row, columns: Sequence[Column]) -> list[str]:
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
-    """Attacks whose options, data or score are not the same in all runs."""
+    # Attacks whose options, data or score are not the same in all runs.
     notes = []
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -257,7 +238,8 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
             own = {key: value for key, value in settings.items() if key != "provenance"}
             given.setdefault(attack, []).append(own | {"data": settings.get("provenance", {}).get("data_sha256")})
     for attack, each in given.items():
-        if unlike := sorted(key for key in set().union(*each) if any(one.get(key) != each[0].get(key) for one in each)):
+        keys = sorted(set().union(*each))
+        if unlike := [key for key in keys if any(settings.get(key) != each[0].get(key) for settings in each)]:
             notes.append(f"{attack}: the runs were attacked with different {', '.join(unlike)}")
     return notes
 
@@ -282,19 +264,10 @@ def common_attacks(comparison: Comparison) -> list[str]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats in both: retention as high as it can be, recovery as low.
+    """Indices of the ``(retention, recovery)`` that no other one beats in both: as high, and as low, as it can be.
 
-    Args:
-        points: ``(retention, recovery)``.
-
-    Returns:
-        By falling retention; of equal points all.
-
-    Example:
-        >>> pareto_front([(80.0, 50.0), (90.0, 60.0), (70.0, 55.0), (60.0, 10.0), (90.0, 70.0)])
-        [1, 0, 3]
+    By falling retention; of equal points all.
     """
     beaten = [any(x >= a and y <= b and (x, y) != (a, b) for x, y in points) for a, b in points]
-    return sorted(
-        (i for i, is_beaten in enumerate(beaten) if not is_beaten), key=lambda i: (-points[i][0], points[i][1], i)
-    )
+    front = (i for i, is_beaten in enumerate(beaten) if not is_beaten)
+    return sorted(front, key=lambda i: (-points[i][0], points[i][1], i))
