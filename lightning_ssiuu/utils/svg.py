@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from lightning_ssiuu.utils.figures import COLOURS, HOVER, clean, style
@@ -18,7 +19,7 @@ _VARIABLES = {light: f"var(--{name})" for name, light in COLOURS.items()}
 _LEFT_OUT = {"font-size", "font-family", "stroke-dashoffset", "stroke-linejoin"}
 
 
-def svg(figure: Figure, description: str) -> str:
+def svg(figure: Figure, description: str) -> Markup:
     """An ``<svg>`` for the inside of a page; its colours are the page's ``var(--name)`` by the names of the palette.
 
     It has no id, style sheet, link or background of its own, its texts are text, and it takes the page's font.
@@ -32,7 +33,7 @@ def svg(figure: Figure, description: str) -> str:
     attributes = {"viewBox": written.get("viewBox", ""), "role": "img", "aria-label": clean(description)}
     picture = ET.Element("svg", attributes)
     picture.extend(_inlined(written, shapes))
-    return ET.tostring(picture, encoding="unicode")
+    return Markup(ET.tostring(picture, encoding="unicode"))
 
 
 def _inlined(parent: ET.Element, shapes: Mapping[str, ET.Element]) -> list[ET.Element]:

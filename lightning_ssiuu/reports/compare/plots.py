@@ -107,10 +107,10 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
         for index, (retention, recovery) in points.items():
             highest = max((rows[index].cells[key] for key in attacks), key=lambda cell: cell.mean)
             bars: Any = {"yerr": highest.spread, "xerr": rows[index].cells["test_score"].spread, "capsize": 2}
-            point: Any = {"linestyle": "", "marker": _MARKERS[index // len(_METHODS) % len(_MARKERS)]}
+            mark: Any = {"linestyle": "", "marker": _MARKERS[index // len(_METHODS) % len(_MARKERS)]}
             colour = _METHODS[index % len(_METHODS)]
-            axes.errorbar(retention, recovery, color=colour, markersize=7, elinewidth=1.2, **bars, **point)
-            handles.append(handle(_name(rows[index]), colour, **point))
+            axes.errorbar(retention, recovery, color=colour, markersize=7, elinewidth=1.2, **bars, **mark)
+            handles.append(handle(_name(rows[index]), colour, **mark))
         handles.append(handle("Pareto front", COLOURS["original"], linewidth=1.2))
         handles += _oracle_point(axes, comparison.rows, attacks)
         _front(axes, list(points.values()))
