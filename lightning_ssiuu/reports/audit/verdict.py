@@ -152,7 +152,12 @@ def decide(forgetting: Forgetting, evidence: Sequence[Evidence] = ()) -> Verdict
         Hidden: the forget probability went from 90.0 % to 10.0 %, but relearning 10 % brings back 34 % (27 to 41 %) \
 of what was lost, beyond the oracle.
     """
-    grounds = [_forgetting_ground(forgetting), *map(_ground, evidence)]
+    unlearned = "unlearned" if forgetting.share >= MOST_FORGOTTEN else "partly unlearned"
+    says = unlearned if forgetting.share >= LEAST_FORGOTTEN else "not unlearned"  # also where it is not a number
+    grounds = [_ground("forgetting", forgetting.shown, str(forgetting), says, forgetting.share)]
+    for piece in evidence:
+        share, text = piece.share, f"{piece}" + (f"; {piece.note}" if piece.note else "")
+        grounds.append(_ground(piece.kind, piece.name, text, share.says, share.value, share.low, share.high))
     label = _label(forgetting, evidence)
     return Verdict(label, _sentence(label, forgetting, evidence), grounds, _uncertainty(label, forgetting, evidence))
 
@@ -213,24 +218,11 @@ def _uncertainty(label: Label, forgetting: Forgetting, evidence: Sequence[Eviden
     return " ".join(parts)
 
 
-def _forgetting_ground(forgetting: Forgetting) -> dict[str, Any]:
-    share = forgetting.share
-    far = "unlearned" if share >= MOST_FORGOTTEN else "partly unlearned"
-    says = "not unlearned" if not share >= LEAST_FORGOTTEN else far
-    ground = {"what": "forgetting", "name": forgetting.shown, "text": _capital(str(forgetting)), "says": says}
-    return ground | {"share": share, "low": None, "high": None}
-
-
-def _ground(piece: Evidence) -> dict[str, Any]:
-    share = piece.share
-    low, high = (None if math.isinf(bound) else bound for bound in (share.low, share.high))
-    text = _capital(str(piece)) + (f"; {piece.note}" if piece.note else "")
-    ground = {"what": piece.kind, "name": piece.name, "text": text, "says": share.says}
-    return ground | {"share": share.value, "low": low, "high": high}
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _ground(
+    what: str, name: str, text: str, says: str, share: float, low: float = -math.inf, high: float = math.inf
+) -> dict[str, Any]:
+    bounds = {"low": None if math.isinf(low) else low, "high": None if math.isinf(high) else high}
+    return {"what": what, "name": name, "text": text[:1].upper() + text[1:], "says": says, "share": share} | bounds
 
 
 def percent(share: float) -> str:

@@ -12,11 +12,9 @@ from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.reports.curves import number
 
 #: Attacks in the order of the table; others come after them by name.
-ATTACKS = (
-    *("harmful", "harmful_lora", "benign", "benign_lora"),
-    *("quantization", "sampling", "paraphrase", "ablation"),
-)
+ATTACKS = ("harmful", "harmful_lora", "benign", "benign_lora", "quantization", "sampling", "paraphrase", "ablation")
 _SPLITS = ("forget", "test", "retain")
+_INFLUENCE = ("d_plus_total", "d_minus_total", "n_spurious")
 _SAME = 0.05  # per cent; scores of one model on two machines differ by rounding
 Spread = Mapping[str, Any]
 
@@ -129,7 +127,7 @@ def run_figures(run: Run, score: str) -> dict[str, Figure]:
         "steps": run.metrics.get("steps"),
         **{f"{split}_score": run.scores.get(split, {}).get(score) for split in _SPLITS},
         "utility_score": run.utility.get("utility_score"),
-        **{key: influence.get(key) for key in ("d_plus_total", "d_minus_total", "n_spurious")},
+        **{key: influence.get(key) for key in _INFLUENCE},
         "attribution_correlation": run.audit.get("attribution_correlation"),
     }
     figures = {key: Figure(value) for key, given in values.items() if (value := number(given)) is not None}
@@ -209,7 +207,7 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
         scores = run.audit.get("scores", {}).get("oracle", {})
         values = {f"{split}_score": number(scores.get(split, {}).get(score)) for split in _SPLITS}
         influence = run.audit.get("influence", {}).get("oracle", {})
-        values |= {key: number(influence.get(key)) for key in ("d_plus_total", "d_minus_total", "n_spurious")}
+        values |= {key: number(influence.get(key)) for key in _INFLUENCE}
         beside.append({k: Figure(v) for k, v in values.items() if v is not None} | _attacked(run, "oracle"))
     cells = {}
     for key in dict.fromkeys(key for given in beside for key in given):
@@ -217,10 +215,9 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
         # One oracle, put beside several runs, is one figure.
         cells[key] = figures[0] if len(set(figures)) == 1 else pool(figures)
     own = _row("oracle", oracle_runs, [run_figures(run, score) for run in oracle_runs], "oracle")
-    not_its_own = {"d_plus_total", "d_minus_total", "n_spurious"}  # against the model its fine-tuning began with
-    of_runs = {k: figure for k, figure in own.cells.items() if k not in not_its_own and not k.endswith("_gap")}
-    attacked = {key for key in cells if not key.endswith("_score")}
-    cells |= {key: figure for key, figure in of_runs.items() if key not in attacked}
+    # A run's own influence is against the model its fine-tuning began with.
+    known = {*_INFLUENCE, *(key for key in cells if not key.endswith("_score"))}
+    cells |= {key: figure for key, figure in own.cells.items() if key not in known and not key.endswith("_gap")}
     return Row("oracle", own.n or None, cells, oracle_runs, "oracle") if cells else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -154,30 +154,31 @@ def _paths(row: Row) -> str:
     return csv_text("; ".join(run.path.as_posix() for run in row.runs))
 
 
+def _texts(comparison: Comparison, text: Callable[[str], str]) -> list[list[str]]:
+    columns = columns_with_figures(comparison)
+    lines = [["method", "n", *(text(column.title) for column in columns)]]
+    for row in comparison.rows:
+        cells = [text(shown(column, row.cells.get(column.key))) for column in columns]
+        lines.append([text(row.label), "" if row.n is None else str(row.n), *cells])
+    return lines
+
+
 def markdown(comparison: Comparison) -> str:
     """``compare.md``: one table and its caption."""
-    columns = columns_with_figures(comparison)
-    lines = [["method", "n", *(markdown_text(column.title) for column in columns)]]
-    lines.append(["---", *["---:"] * (len(columns) + 1)])
-    for row in comparison.rows:
-        cells = [shown(column, row.cells.get(column.key)) for column in columns]
-        lines.append([markdown_text(row.label), "" if row.n is None else str(row.n), *cells])
-    notes = [markdown_text(note) for note in comparison.notes]
+    header, *rows = _texts(comparison, markdown_text)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([text, markdown_text(caption(comparison)), *notes]) + "\n"
+    notes = [markdown_text(note) for note in [caption(comparison), *comparison.notes]]
+    return "\n\n".join([text, *notes]) + "\n"
 
 
 def latex(comparison: Comparison) -> str:
     """``compare.tex``: a ``tabular`` for the package booktabs, its caption as a comment."""
-    columns = columns_with_figures(comparison)
-    lines = [["method", "n", *(latex_text(column.title) for column in columns)]]
-    for row in comparison.rows:
-        cells = [latex_text(shown(column, row.cells.get(column.key))) for column in columns]
-        lines.append([latex_text(row.label), "" if row.n is None else str(row.n), *cells])
-    header, *rows = [" & ".join(line) + r" \\" for line in lines]
-    if rows and comparison.rows[-1].kind == "oracle" and len(rows) > 1:
+    cells = _texts(comparison, latex_text)
+    header, *rows = [" & ".join(line) + r" \\" for line in cells]
+    if len(rows) > 1 and comparison.rows[-1].kind == "oracle":
         rows.insert(-1, r"\midrule")
     texts = [r"needs \usepackage{booktabs}", caption(comparison), *comparison.notes]
+    layout = rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}"
     comments = [f"% {one_line(text)}" for text in texts]
-    layout = rf"\begin{{tabular}}{{l{'r' * (len(columns) + 1)}}}"
     return "\n".join([*comments, layout, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
