@@ -88,7 +88,9 @@ class NeuronAttributionCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.probe_examples == 0:
             return
-        model = _answer_model(pl_module)
+        model = getattr(pl_module, "model", None)
+        if not isinstance(model, AnswerModel):
+            raise UserError("model", type(pl_module).__name__, "an UnlearningModule whose model is loaded")
         self._sites = neuron_sites(model.hf)
         with untouched(model):
             for split in ("forget", "retain"):
@@ -100,17 +102,21 @@ class NeuronAttributionCallback(L.Callback):
             self._before = {split: self._attribute(model, split) for split in self._probes}
         for attribution in self._before.values():
             attribution.sites = self._sites
-        self._warn_about_probability(self._before["forget"])
+        mean = torch.tensor(self._before["forget"].log_probabilities, dtype=torch.float64).exp().mean().item()
+        if mean > 0.99 or mean < 1e-6:
+            state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
+            text = f"the probe answers' mean P is {mean:.3g}, {state} and hence every attribution is near 0"
+            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self._before and self.every_n_steps and step % self.every_n_steps == 0 and step != self._measured_step:
-            self._measure(trainer, _answer_model(pl_module))
+            self._measure(trainer, pl_module.model)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self._before:
             return
-        model, variation = _answer_model(pl_module), self.variation
+        model, variation = pl_module.model, self.variation
         if variation is None or self._measured_step != trainer.global_step:
             variation = self._measure(trainer, model)
         retain = influence.influence_variation(self._before["retain"], self._attribute(model, "retain"))
@@ -161,17 +167,3 @@ class NeuronAttributionCallback(L.Callback):
             rows = [list(entry.values()) for entry in self.history]
             write_csv(Path(run_directory(trainer)) / "influence.csv", list(self.history[-1]), rows)
         return variation
-
-    def _warn_about_probability(self, before: NeuronAttribution) -> None:
-        mean = torch.tensor(before.log_probabilities, dtype=torch.float64).exp().mean().item()
-        if mean > 0.99 or mean < 1e-6:
-            state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
-            text = f"the probe answers' mean P is {mean:.3g}, {state} and hence every attribution is near 0"
-            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
-
-
-def _answer_model(pl_module: L.LightningModule) -> AnswerModel:
-    model = getattr(pl_module, "model", None)
-    if not isinstance(model, AnswerModel):
-        raise UserError("model", type(pl_module).__name__, "an UnlearningModule whose model is loaded")
-    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -22,10 +23,8 @@ def provenance(
     """
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # e.g. run from a source tree that is not installed
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # e.g. run from a source tree that is not installed
-            continue
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
         "versions": versions,

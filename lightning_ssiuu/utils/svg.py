@@ -15,6 +15,7 @@ from lightning_ssiuu.utils.figures import COLOURS, HOVER, clean, style
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _VARIABLES = {light: f"var(--{name})" for name, light in COLOURS.items()}
+_PLACES = {"text": ("x", "y", "transform"), "path": ("d",)}
 # The page's font, and what is matplotlib's and browsers' default.
 _LEFT_OUT = {"font-size", "font-family", "stroke-dashoffset", "stroke-linejoin"}
 
@@ -47,11 +48,9 @@ def _inlined(parent: ET.Element, shapes: Mapping[str, ET.Element]) -> list[ET.El
             if hover.startswith(HOVER) and inner:
                 ET.SubElement(inner[0], "title").text = hover.removeprefix(HOVER)
             kept += inner
-        elif tag == "text":
-            kept.append(ET.Element("text", _attributes(element, "x", "y", "transform")))
+        elif tag in _PLACES:
+            kept.append(ET.Element(tag, _attributes(element, *_PLACES[tag])))
             kept[-1].text = element.text
-        elif tag == "path":
-            kept.append(ET.Element("path", _attributes(element, "d")))
         elif tag == "use":
             kept.append(ET.Element("path", _attributes(shapes[element.get(_LINK, "")], "d")))
             x, y = (element.get(name, "0") for name in "xy")

@@ -201,21 +201,19 @@ def _sentence(label: Label, forgetting: Forgetting, evidence: Sequence[Evidence]
 def _uncertainty(label: Label, forgetting: Forgetting, evidence: Sequence[Evidence]) -> str:
     if label == "not unlearned":
         return "The score is measured on the whole forget set; no attack is needed to see that it is still known."
-    parts = []
-    if seeds := {piece.share.n for piece in evidence if piece.kind == "relearning"}:
-        parts.append(f"Bounds of relearning are 95 % (one-sided, Student's t) over {min(seeds)} attack seeds.")
-        if min(seeds) < 2:
-            parts.append("One seed shows no spread: attack with more.")
-    else:
-        parts.append("The model was not attacked: what an attack would find is unknown.")
-    if draws := {piece.share.n for piece in evidence if piece.kind == "neurons"}:
-        parts.append(f"Bounds of the neurons are those of one more draw of random ones, after {min(draws)}.")
-    if forgetting.floor_is.startswith("chance"):
-        parts.append("No oracle was given: part of what comes back may be what any model would learn to guess.")
-    parts.append("One unlearned model was seen: how it varies with the training seed is not known.")
-    if label == "erased":
-        parts.append("A stronger attack may find more.")
-    return " ".join(parts)
+    seeds = min((piece.share.n for piece in evidence if piece.kind == "relearning"), default=0)
+    draws = min((piece.share.n for piece in evidence if piece.kind == "neurons"), default=0)
+    chance = forgetting.floor_is.startswith("chance")
+    sentences = (
+        (seeds, f"Bounds of relearning are 95 % (one-sided, Student's t) over {seeds} attack seeds."),
+        (seeds == 1, "One seed shows no spread: attack with more."),
+        (not seeds, "The model was not attacked: what an attack would find is unknown."),
+        (draws, f"Bounds of the neurons are those of one more draw of random ones, after {draws}."),
+        (chance, "No oracle was given: part of what comes back may be what any model would learn to guess."),
+        (True, "One unlearned model was seen: how it varies with the training seed is not known."),
+        (label == "erased", "A stronger attack may find more."),
+    )
+    return " ".join(sentence for applies, sentence in sentences if applies)
 
 
 def _ground(

@@ -62,24 +62,21 @@ def columns_with_figures(comparison: Comparison) -> list[Column]:
 def caption(comparison: Comparison) -> str:
     """What the columns mean, in as many sentences as the table needs."""
     keys = {column.key for column in columns_with_figures(comparison)}
-    sentences = [f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."]
-    if "utility_score" in keys:
-        sentences.append("US: utility score.")
-    if any(column.attacked for column in comparison.columns):
-        sentences.append("Attacks: the highest forget score; gap: minus the oracle's, seed by seed.")
-        sentences.append("±: standard deviation over training seeds, of a single run over the attack's seeds.")
-    else:
-        sentences.append("±: standard deviation over training seeds.")
-    if any(key.endswith("_control") for key in keys):
-        sentences.append("control: as many random neurons.")
-    if any(figure.edge for row in comparison.rows for figure in row.cells.values()):
-        place = "at the largest learning rate or in the last epoch"
-        sentences.append(f"(edge): found {place}; a stronger attack may find more.")
-    if "d_plus_total" in keys:
-        sentences.append("D⁺, D⁻: influence erased and hidden; spurious: neurons flagged.")
-    if "attribution_correlation" in keys:
-        sentences.append("corr.: of attributions before and after the attack.")
-    return " ".join(sentences)
+    attacked = any(column.attacked for column in comparison.columns)
+    edge = any(figure.edge for row in comparison.rows for figure in row.cells.values())
+    found = "found at the largest learning rate or in the last epoch"
+    sentences = (
+        (True, f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."),
+        ("utility_score" in keys, "US: utility score."),
+        (attacked, "Attacks: the highest forget score; gap: minus the oracle's, seed by seed."),
+        (attacked, "±: standard deviation over training seeds, of a single run over the attack's seeds."),
+        (not attacked, "±: standard deviation over training seeds."),
+        (any(key.endswith("_control") for key in keys), "control: as many random neurons."),
+        (edge, f"(edge): {found}; a stronger attack may find more."),
+        ("d_plus_total" in keys, "D⁺, D⁻: influence erased and hidden; spurious: neurons flagged."),
+        ("attribution_correlation" in keys, "corr.: of attributions before and after the attack."),
+    )
+    return " ".join(sentence for applies, sentence in sentences if applies)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
