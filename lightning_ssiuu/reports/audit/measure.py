@@ -103,25 +103,15 @@ def measure(
             if own and name == "original":
                 weights = site_weights(model, neuron_sites(model.hf))
             if own and name == "unlearned":
-                findings.own = _own_change(model, weights, data, probe_examples, target, alpha)
-                weights = {}
+                changes = []
+                for split in ("forget", "retain"):
+                    part = first_parts(data.eval_dataloader(split), split, probe_examples)
+                    changes.append(own_change(model, weights, part, neuron_sites(model.hf), target).over_ranks())
+                findings.own, weights = own_flags(changes[0], changes[1], alpha), {}
         if show_text and name in ("original", "unlearned"):
             findings.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, devices.n_ranks))
         del model
     return findings
-
-
-def _own_change(
-    model: AnswerModel,
-    weights: Mapping[str, Tensor],
-    data: UnlearningDataModule,
-    probe_examples: int,
-    target: Target,
-    alpha: float,
-) -> list[OwnFlag]:
-    parts = [first_parts(data.eval_dataloader(split), split, probe_examples) for split in ("forget", "retain")]
-    forget, retain = (own_change(model, weights, part, neuron_sites(model.hf), target).over_ranks() for part in parts)
-    return own_flags(forget, retain, alpha)
 
 
 def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, list[float]]:

@@ -84,13 +84,8 @@ def pool(figures: Iterable[Figure]) -> Figure:
     figures = list(figures)
     values = [figure.mean for figure in figures]
     spreads = [figure.attack_std for figure in figures if figure.attack_std is not None]
-    return Figure(
-        mean(values),
-        stdev(values) if len(values) > 1 else None,
-        mean(spreads) if spreads else None,
-        len(values),
-        any(figure.edge for figure in figures),
-    )
+    std, attack_std = stdev(values) if len(values) > 1 else None, mean(spreads) if spreads else None
+    return Figure(mean(values), std, attack_std, len(values), any(figure.edge for figure in figures))
 
 
 def attack_column(attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False) -> Column:
@@ -157,9 +152,6 @@ def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
     The first row is the original model's, where all methods began with the same one; the last is the oracle's: its
     figures under attack from ``attack.json``, its scores from a run on the retain set alone if there is one among
     ``runs``, else from ``audit.json``.
-
-    Raises:
-        UserError: If two runs have the same configuration and seed.
     """
     groups = group_by_seed(runs)
     oracles = [group for group in groups if group[0].is_oracle]
