@@ -16,8 +16,7 @@ class KeepCheckpoints(Checkpoint):
     """Writes ``<trainer.default_root_dir>/<folder>/step=<n>.ckpt`` every so many steps and keeps the newest.
 
     The one before is removed when the new one is whole. No checkpoint is written at the step a run ends with: what is
-    left to do then, writing the results, needs the training to end again. A run that begins anew removes the
-    checkpoints of the one before it.
+    left to do then, writing the results, needs the training to end again. A new run removes those of an earlier one.
 
     Args:
         every_n_steps: Optimiser steps between two checkpoints; None keeps none.
@@ -27,10 +26,8 @@ class KeepCheckpoints(Checkpoint):
         UserError: If ``every_n_steps`` is below 1.
 
     Example:
-        >>> KeepCheckpoints(every_n_steps=0)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: checkpoints.every_n_steps: got 0, allowed: a number ≥ 1, or null
+        >>> KeepCheckpoints(every_n_steps=100).folder
+        'checkpoints'
     """
 
     # Lightning puts a Checkpoint behind all other callbacks: what they do after a step is in that step's checkpoint.
@@ -46,9 +43,7 @@ class KeepCheckpoints(Checkpoint):
         self._saved_step = trainer.global_step
         self._begins = trainer.ckpt_path is None and self.every_n_steps is not None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._begins:
             self._begins = False
             self._remove(trainer, but=None)
@@ -56,18 +51,14 @@ class KeepCheckpoints(Checkpoint):
         if self.every_n_steps is None or step == self._saved_step or step % self.every_n_steps or _ends(trainer):
             return
         self._saved_step = step
-        path = self._directory(trainer) / f"step={step}.ckpt"
+        path = Path(run_directory(trainer)) / self.folder / f"step={step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         self._remove(trainer, but=path)
 
-    def _directory(self, trainer: L.Trainer) -> Path:
-        return Path(run_directory(trainer)) / self.folder
-
     def _remove(self, trainer: L.Trainer, but: Path | None) -> None:
         if trainer.is_global_zero:
-            for path in self._directory(trainer).glob("step=*.ckpt"):
-                if path != but:
-                    trainer.strategy.remove_checkpoint(path)
+            for path in set(Path(run_directory(trainer), self.folder).glob("step=*.ckpt")) - {but}:
+                trainer.strategy.remove_checkpoint(path)
 
 
 def _ends(trainer: L.Trainer) -> bool:

@@ -8,16 +8,17 @@ from typing import Any, Literal
 import lightning as L
 
 from lightning_ssiuu.evaluation.chance import mismatched_level
-from lightning_ssiuu.evaluation.loaders import Loader, split_loader
+from lightning_ssiuu.evaluation.loaders import split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
 class ForgetThresholdStopping(L.Callback):
     """Stops training when a score of the forget set is at or below a threshold (arXiv 2509.22263, Sec. 4).
 
-    Unlearning further than the threshold costs retained knowledge and makes methods incomparable.
+    Unlearning further than the threshold costs retained knowledge and makes methods incomparable. ``value`` is the last
+    score measured, ``level`` the threshold in force (both in percent); ``stopped`` tells whether it ended the training.
 
     Args:
         score: ``"multiple_choice"``, ``"first_token"``, ``"all_tokens"``, ``"probability"`` or ``"rouge_l"``.
@@ -26,20 +27,12 @@ class ForgetThresholdStopping(L.Callback):
         every_n_steps: Optimiser steps between two looks.
         seed: Of the re-pairing.
 
-    Attributes:
-        value: The last score measured, in percent.
-        level: The threshold in force, in percent.
-        stopped: Whether this callback ended the training.
-
     Raises:
         UserError: If an argument is outside its range, or the threshold is met before the first step.
 
     Example:
-        >>> ForgetThresholdStopping(score="probability", threshold=101.0)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: stopping.threshold: got 101.0, allowed: a percentage in [0, 100), \
-"mismatched" or null
+        >>> ForgetThresholdStopping(score="rouge_l", threshold=10.0, every_n_steps=5).stopped
+        False
     """
 
     def __init__(
@@ -52,20 +45,18 @@ class ForgetThresholdStopping(L.Callback):
         check_score(score, "stopping.score")
         if not (threshold in (None, "mismatched") or (not isinstance(threshold, str) and 0 <= threshold < 100)):
             raise UserError("stopping.threshold", threshold, 'a percentage in [0, 100), "mismatched" or null')
-        if every_n_steps < 1:
-            raise UserError("stopping.every_n_steps", every_n_steps, "a number ≥ 1")
+        check_at_least("stopping.every_n_steps", every_n_steps, 1)
         self.score, self.threshold, self.every_n_steps, self.seed = score, threshold, every_n_steps, seed
         self.value: float | None = None
         self.level: float | None = None
         self.stopped = False
-        self._loader: Loader | None = None
+        self._loader: Any = None
         self._looked_at = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.threshold is None:
             return
-        model: Any = pl_module.model
-        with untouched(model):
+        with untouched(model := pl_module.model):
             self._loader = split_loader(trainer, "forget")
             if self._loader is None:
                 raise UserError("data", None, "an evaluation loader for the forget set")
@@ -79,9 +70,7 @@ class ForgetThresholdStopping(L.Callback):
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
             self.stopped = trainer.should_stop = self.value is not None and self.value <= self.level
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
@@ -89,25 +78,22 @@ class ForgetThresholdStopping(L.Callback):
         self.stopped = self._look(pl_module) <= self.level
         for logger in trainer.loggers:
             logger.log_metrics({f"stopping/{self.score}": self.value or 0.0}, step=step)
-        if self.stopped:
-            trainer.should_stop = True
+        trainer.should_stop |= self.stopped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.level is not None and not self.stopped:
-            reached = "not measured" if self.value is None else f"{self.value:.4g} %"
-            text = f"training ended before {self.score} fell to {self.level:.4g} % (last: {reached})"
+            last = "not measured" if self.value is None else f"{self.value:.4g} %"
+            text = f"training ended before {self.score} fell to {self.level:.4g} % (last: {last})"
             warnings.warn(f"ForgetThresholdStopping: {text}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "level": self.level, "stopped": self.stopped, "looked_at": self._looked_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.value, self.level, self.stopped = state_dict["value"], state_dict["level"], state_dict["stopped"]
-        self._looked_at = state_dict["looked_at"]
+        names = ("value", "level", "stopped", "looked_at")
+        self.value, self.level, self.stopped, self._looked_at = (state_dict[name] for name in names)
 
     def _look(self, pl_module: Any) -> float:
-        if self._loader is None:
-            raise RuntimeError("ForgetThresholdStopping looked before training started")
         scores = evaluate(pl_module.model, pl_module.tokenizer, [self._loader], [self.score])
-        self.value = scores["forget"][self.score]
-        return self.value
+        self.value = value = scores["forget"][self.score]
+        return value

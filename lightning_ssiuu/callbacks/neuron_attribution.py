@@ -5,23 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import astuple
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
+from lightning_ssiuu.attribution import influence
 from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
 from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.diagnosis import check_probes
-from lightning_ssiuu.attribution.influence import (
-    CSV_HEADER,
-    InfluenceVariation,
-    SpuriousNeuron,
-    influence_variation,
-    module_layer_means,
-    spurious_neurons,
-)
+from lightning_ssiuu.attribution.influence import InfluenceVariation, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
@@ -39,15 +34,13 @@ class NeuronAttributionCallback(L.Callback):
 
     Attributions (arXiv 2509.22263, Eq. 1) are taken on fixed probe examples of the forget and the retain set. Neurons
     whose D⁻ on forget exceeds the retain set's (1 − alpha) quantile for the same module are flagged as spurious
-    unlearning neurons. Loss, gradients, random states and modes are never touched, so the training trajectory is the
-    same with and without this callback.
+    unlearning neurons. Loss, gradients, random states and modes are never touched: training is the same without it.
 
     Every measurement goes to the run's loggers (``attribution/d_plus_total``, …, ``attribution/layer3.mlp_up/d_minus``;
     to TensorBoard also the heat maps, as the image ``attribution/heat_maps``) and, with all before it, to
     ``influence.csv``. After ``fit``: ``variation`` (:class:`InfluenceVariation` on forget), ``flagged`` (list of
-    :class:`SpuriousNeuron`), ``history`` (one dictionary of totals per measurement), and under
-    ``trainer.default_root_dir`` the files ``influence.csv``, ``spurious_neurons.csv``, ``plots/heat_maps.png`` and
-    ``plots/cumulative_curves.png``.
+    :class:`SpuriousNeuron`), ``history`` (totals per measurement), and under ``trainer.default_root_dir`` the files
+    ``influence.csv``, ``spurious_neurons.csv``, ``plots/heat_maps.png`` and ``plots/cumulative_curves.png``.
 
     Args:
         probe_examples: Examples per set, over all ranks; the first ones of the evaluation loaders. 0 switches the
@@ -56,22 +49,15 @@ class NeuronAttributionCallback(L.Callback):
         alpha: False-positive rate of the flags, in (0, 1).
         target: What is attributed: ``"sequence"``, ``"length_normalised"`` or ``"log_probability"``, see
             :func:`~lightning_ssiuu.models.answers.target_logps`.
-        method: Attribution method: a name of :data:`~lightning_ssiuu.attribution.methods.METHODS`, or a
-            callable (or its import path) with the signature of
-            :data:`~lightning_ssiuu.attribution.activation_gradient.AttributionMethod`, which has a target and a budget
-            of its own; None takes activation × gradient.
+        method: A name of :data:`~lightning_ssiuu.attribution.methods.METHODS`, or an ``AttributionMethod`` (or its
+            import path), which has a target and a budget of its own; None takes activation × gradient.
         write: Whether to write the files.
         memory_budget: Bytes an attribution may take beside the weights, or ``"2GB"``: the probes are batched anew to
             fit. None: batches of the evaluation loaders' size.
 
-    Raises:
-        UserError: If an argument is outside its range.
-
     Example:
-        >>> NeuronAttributionCallback(alpha=2.0)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: attribution.alpha: got 2.0, allowed: a false-positive rate in (0, 1)
+        >>> NeuronAttributionCallback(probe_examples=32, method="integrated_gradients").influence()
+        {}
     """
 
     def __init__(
@@ -101,7 +87,9 @@ class NeuronAttributionCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.probe_examples == 0:
             return
-        model = _answer_model(pl_module)
+        model = getattr(pl_module, "model", None)
+        if not isinstance(model, AnswerModel):
+            raise UserError("model", type(pl_module).__name__, "an UnlearningModule whose model is loaded")
         self._sites = neuron_sites(model.hf)
         with untouched(model):
             for split in ("forget", "retain"):
@@ -109,44 +97,42 @@ class NeuronAttributionCallback(L.Callback):
                 if loader is None:
                     raise UserError("data", split, "evaluation loaders for the forget and the retain set")
                 self._probes[split] = first_parts(loader, split, self.probe_examples)
-        if not self._before:  # a resumed run brings its own
+        if not self._before:  # a resumed run brings its own, without sites
             self._before = {split: self._attribute(model, split) for split in self._probes}
-        self._warn_about_probability(self._before["forget"])
+        for attribution in self._before.values():
+            attribution.sites = self._sites
+        mean = torch.tensor(self._before["forget"].log_probabilities, dtype=torch.float64).exp().mean().item()
+        if mean > 0.99 or mean < 1e-6:
+            state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
+            text = f"the probe answers' mean P is {mean:.3g}, {state} and hence every attribution is near 0"
+            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self._before and self.every_n_steps and step % self.every_n_steps == 0 and step != self._measured_step:
-            self._measure(trainer, _answer_model(pl_module))
+            self._measure(trainer, pl_module.model)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self._before:
             return
-        model = _answer_model(pl_module)
-        if self.variation is None or self._measured_step != trainer.global_step:
-            self._measure(trainer, model)
-        retain = influence_variation(self._before["retain"], self._attribute(model, "retain"))
-        if self.variation is None:
-            return
-        self.flagged = spurious_neurons(self.variation, retain, self.alpha)
+        model, variation = pl_module.model, self.variation
+        if variation is None or self._measured_step != trainer.global_step:
+            variation = self._measure(trainer, model)
+        retain = influence.influence_variation(self._before["retain"], self._attribute(model, "retain"))
+        self.flagged = influence.spurious_neurons(variation, retain, self.alpha)
         if self.write and trainer.is_global_zero:
             folder = Path(run_directory(trainer))
-            write_csv(folder / "spurious_neurons.csv", CSV_HEADER, map(astuple, self.flagged))
-            save_heat_maps(folder / "plots" / "heat_maps.png", self.variation)
-            save_cumulative_curves(folder / "plots" / "cumulative_curves.png", {"": self.variation})
+            write_csv(folder / "spurious_neurons.csv", influence.CSV_HEADER, map(astuple, self.flagged))
+            save_heat_maps(folder / "plots" / "heat_maps.png", variation)
+            save_cumulative_curves(folder / "plots" / "cumulative_curves.png", {"": variation})
 
     def influence(self) -> dict[str, float]:
         """Totals of the last measurement and the number of flagged neurons, by the keys of ``metrics.json``."""
-        if self.variation is None:
-            return {}
-        return self.variation.summary() | {"n_spurious": len(self.flagged)}
+        return self.variation.summary() | {"n_spurious": len(self.flagged)} if self.variation else {}
 
     def state_dict(self) -> dict[str, Any]:
-        before = {
-            split: [a.maximum, a.positive, a.minimum, a.n_examples, a.log_probabilities, a.highest_log]
-            for split, a in self._before.items()
-        }
+        fields = attrgetter("maximum", "positive", "minimum", "n_examples", "log_probabilities", "highest_log")
+        before = {split: list(fields(attribution)) for split, attribution in self._before.items()}
         return {"before": before, "history": self.history, "measured_step": self._measured_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,43 +144,25 @@ class NeuronAttributionCallback(L.Callback):
             parts = progress(self._probes[split], f"attribution, {split}")
             return self.method(model, parts, self._sites).over_ranks()
 
-    def _measure(self, trainer: L.Trainer, model: AnswerModel) -> None:
+    def _measure(self, trainer: L.Trainer, model: AnswerModel) -> InfluenceVariation:
         before = self._before["forget"]
-        before.sites = self._sites
-        self._before["retain"].sites = self._sites
-        self.variation = influence_variation(before, self._attribute(model, "forget"))
-        figures = {f"attribution/{name}": value for name, value in self.variation.summary().items()}
+        self.variation = variation = influence.influence_variation(before, self._attribute(model, "forget"))
+        figures = {f"attribution/{name}": value for name, value in variation.summary().items()}
         for name in ("d_plus", "d_minus"):
-            for (layer, kind), value in module_layer_means(before.by_site(getattr(self.variation, name))).items():
+            means = influence.module_layer_means(before.by_site(getattr(variation, name)))
+            for (layer, kind), value in means.items():
                 figures[f"attribution/layer{layer}.{kind}/{name}"] = value
-        self._measured_step = trainer.global_step
-        if self.history and self.history[-1]["step"] == self._measured_step:
+        self._measured_step = step = trainer.global_step
+        if self.history and self.history[-1]["step"] == step:
             self.history.pop()  # a run resumed at its last step measures that step again
-        self.history.append({"step": self._measured_step} | self.variation.summary())
+        self.history.append({"step": step} | variation.summary())
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=self._measured_step)
-            _log_image(logger, self.variation, self._measured_step)
+            logger.log_metrics(figures, step=step)
+            # TensorBoard's writer, tensorboardX's, and whatever else is one; on other ranks its stand-in does nothing.
+            add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+            if callable(add_image) and rank() == 0:
+                add_image("attribution/heat_maps", heat_map_pixels(variation), step, dataformats="HWC")
         if self.write and trainer.is_global_zero:
             rows = [list(entry.values()) for entry in self.history]
             write_csv(Path(run_directory(trainer)) / "influence.csv", list(self.history[-1]), rows)
-
-    def _warn_about_probability(self, before: NeuronAttribution) -> None:
-        mean = torch.tensor(before.log_probabilities, dtype=torch.float64).exp().mean().item()
-        if mean > 0.99 or mean < 1e-6:
-            state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
-            text = f"the probe answers' mean P is {mean:.3g}, {state} and hence every attribution is near 0"
-            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
-
-
-def _log_image(logger: Any, variation: InfluenceVariation, step: int) -> None:
-    # TensorBoard's writer, tensorboardX's, and whatever else is one; on other ranks its stand-in does nothing.
-    add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
-    if callable(add_image) and rank() == 0:
-        add_image("attribution/heat_maps", heat_map_pixels(variation), step, dataformats="HWC")
-
-
-def _answer_model(pl_module: L.LightningModule) -> AnswerModel:
-    model = getattr(pl_module, "model", None)
-    if not isinstance(model, AnswerModel):
-        raise UserError("model", type(pl_module).__name__, "an UnlearningModule whose model is loaded")
-    return model
+        return variation

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
@@ -24,16 +24,12 @@ class RunReport(L.Callback):
     """Scores every split before and after training, prints the table and writes ``metrics.json``.
 
     ``forget_score``, ``retain_score`` and ``test_score`` hold the stopping criterion's score (or the first one measured
-    where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score
-    of arXiv 2509.22263: on people neither unlearned nor held on to. No data-set text is written. Give it after
-    :class:`NeuronAttributionCallback` in ``callbacks``: it reports what that one has measured.
+    where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score of arXiv
+    2509.22263: on people neither unlearned nor held on to. No data-set text is written. Give it after
+    :class:`NeuronAttributionCallback`, whose figures it reports. ``before``, ``after``: ``{split: {score: percent}}``.
 
     Args:
         print_table: Whether to print it.
-
-    Attributes:
-        before: ``{split: {score: percent}}`` of the original model.
-        after: The same of the trained model.
 
     Example:
         >>> RunReport().before
@@ -78,22 +74,19 @@ class RunReport(L.Callback):
         stopping = _find(trainer, ForgetThresholdStopping)
         attribution = _find(trainer, NeuronAttributionCallback)
         measured = next(iter(self.before.values()))
-        main = next(iter(measured))
-        if stopping and stopping.score in measured:
-            main = stopping.score
+        main = stopping.score if stopping and stopping.score in measured else next(iter(measured))
+        stopped_by = "steps" if 0 < trainer.max_steps <= trainer.global_step else "epochs"
         if stopping and stopping.stopped:
             stopped_by = f"{stopping.score} <= {stopping.level:.4g} %"
-        else:
-            stopped_by = "steps" if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps else "epochs"
-        zero = attribution.influence() if attribution else {}
+        influence = attribution.influence() if attribution else {}
         data_sha256 = getattr(trainer.datamodule, "content_sha256", lambda: None)()
         return {
             "objective": type(pl_module).__name__,
             "steps": trainer.global_step,
             "stopped_by": stopped_by,
             "score": main,
-            "before": _block(self.before, main) | {"influence": dict.fromkeys(zero, 0.0)},
-            "after": _block(self.after, main) | {"influence": zero},
+            "before": _block(self.before, main) | {"influence": dict.fromkeys(influence, 0.0)},
+            "after": _block(self.after, main) | {"influence": influence},
             "provenance": provenance(time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256),
         }
 
@@ -107,26 +100,11 @@ def _find(trainer: Any, kind: type[Any]) -> Any:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
-def print_before_after(content: dict[str, Any], console: Console | None = None) -> None:
-    """Print the contents of a ``metrics.json`` as a short table.
-
-    Example:
-        >>> content = {"objective": "SSIUU", "steps": 3, "stopped_by": "steps", "score": "probability",
-        ...            "before": {"scores": {"forget": {"probability": 90.0}}, "influence": {"n_spurious": 0}},
-        ...            "after": {"scores": {"forget": {"probability": 10.0}}, "influence": {"n_spurious": 2}}}
-        >>> print_before_after(content, Console(width=60, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        SSIUU, 3 steps, stopped by: steps
-                              before    after
-        forget probability      90.0     10.0 %
-        n_spurious                 0        2
-    """
-    console = console or Console()
+def print_before_after(content: dict[str, Any]) -> None:
+    """Print the contents of a ``metrics.json`` as a short table."""
+    console = Console()
     console.print(f"{content['objective']}, {content['steps']} steps, stopped by: {content['stopped_by']}")
-    table = Table(box=None)
-    table.add_column("")
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table = Table("", Column("before", justify="right"), Column("after", justify="right"), "", box=None)
     before, after = content["before"], content["after"]
     for split, scores in before["scores"].items():
         for score, value in scores.items():

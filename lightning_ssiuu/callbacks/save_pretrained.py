@@ -17,8 +17,7 @@ class SavePretrained(L.Callback):
     """Writes ``<trainer.default_root_dir>/<folder>``: safetensors weights, configuration and tokenizer.
 
     The directory is either complete or absent, and plain whatever the run was: shards are gathered, adapters merged,
-    quantised weights unpacked (:func:`lightning_ssiuu.models.export.save_pretrained`). Room on the disk for that is
-    checked before training starts.
+    quantised weights unpacked. Room on the disk for that is checked before training starts.
 
     Args:
         folder: Name below ``trainer.default_root_dir``; None saves nothing.
@@ -45,9 +44,8 @@ class SavePretrained(L.Callback):
             check_space("trainer.default_root_dir", run_directory(trainer), needed)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.folder is None:
-            return
         root, hf = Path(run_directory(trainer)), pl_module.model.hf
-        save_pretrained(hf, pl_module.tokenizer, root / self.folder)
-        if self.adapter:
-            save_adapter(hf, root / f"{self.folder}_adapter", pl_module.checkpoint)
+        if self.folder is not None:
+            save_pretrained(hf, pl_module.tokenizer, root / self.folder)
+            if self.adapter:
+                save_adapter(hf, root / f"{self.folder}_adapter", pl_module.checkpoint)

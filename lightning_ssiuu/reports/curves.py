@@ -20,14 +20,7 @@ def number(value: Any) -> float | None:
 def strongest(curves: Sequence[Curve]) -> list[Curve]:
     """Of one attack on one run, the curves with the learning rate whose highest scores are highest on average.
 
-    Args:
-        curves: Of all learning rates and attack seeds; of equals the gentler rate is taken.
-
-    Example:
-        >>> curves = [{"learning_rate": rate, "epochs": [0, 1], "forget_scores": [5.0, top]}
-        ...           for rate, top in ((1e-5, 6.0), (1e-4, 20.0), (1e-3, 9.0))]
-        >>> [curve["learning_rate"] for curve in strongest(curves)]
-        [0.0001]
+    Of equals the lower rate is taken.
     """
     by_rate: dict[float, list[Curve]] = {}
     for curve in sorted(curves, key=lambda curve: curve["learning_rate"]):
@@ -40,13 +33,7 @@ def _highest(curve: Curve) -> float:
 
 
 def by_epoch(curves: Sequence[Curve]) -> dict[int, list[float]]:
-    """The finite scores of several curves at each epoch that all of them have.
-
-    Example:
-        >>> by_epoch([{"epochs": [0, 1, 2], "forget_scores": [1.0, 2.0, 9.0]},
-        ...           {"epochs": [0, 1], "forget_scores": [3.0, 2.0]}])
-        {0: [1.0, 3.0], 1: [2.0, 2.0]}
-    """
+    """The finite scores of several curves at each epoch that all of them have."""
     scores: dict[int, list[float]] = {}
     for curve in curves:
         for epoch, value in zip(curve["epochs"], curve["forget_scores"], strict=True):

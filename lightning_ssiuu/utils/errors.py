@@ -39,69 +39,25 @@ UserError.__module__ = "lightning_ssiuu"  # its public place: what a traceback s
 
 
 def check_number(argument: str, value: float, positive: bool = False) -> None:
-    """Refuse what is not a finite number ≥ 0, or > 0 where it has to be positive.
-
-    Args:
-        argument: Its name as the user wrote it.
-        value: What was given.
-        positive: Whether 0 is refused too.
-
-    Raises:
-        UserError: If it is refused.
-
-    Example:
-        >>> check_number("beta", 0.0, positive=True)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: beta: got 0.0, allowed: a finite number > 0
-    """
+    """Refuse what is not a finite number ≥ 0, or > 0 where it has to be positive."""
     if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
         raise UserError(argument, value, f"a finite number {'>' if positive else '≥'} 0")
 
 
 def check_choice(argument: str, value: object, choices: object) -> None:
-    """Refuse what is not one of the words of a ``Literal``.
-
-    Raises:
-        UserError: If it is refused.
-
-    Example:
-        >>> from typing import Literal
-        >>> check_choice("kind", "both", Literal["forget", "retain"])
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: kind: got 'both', allowed: one of ['forget', 'retain']
-    """
+    """Refuse what is not one of the words of the ``Literal`` ``choices``."""
     if value not in get_args(choices):
         raise UserError(argument, value, f"one of {list(get_args(choices))}")
 
 
 def check_at_least(argument: str, value: float, least: float) -> None:
-    """Refuse a number below a least one.
-
-    Raises:
-        UserError: If it is refused.
-
-    Example:
-        >>> check_at_least("k", 0, 1)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: k: got 0, allowed: a number ≥ 1
-    """
+    """Refuse a number below ``least``, and what is not a number."""
     if not value >= least:
         raise UserError(argument, value, f"a number ≥ {least}")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those behind it, as a traceback would show them; those of other ranks where it carries them.
-
-    Example:
-        >>> try:
-        ...     raise RuntimeError("writing failed") from OSError("no room")
-        ... except RuntimeError as error:
-        ...     print([str(one) for one in causes(error)])
-        ['writing failed', 'no room']
-    """
+    """An exception and those behind it, as a traceback would show them; those of other ranks where it carries them."""
     while error is not None:
         yield error
         # torch.distributed.checkpoint hands every rank the failures of all: {rank: (exception, where)}.
@@ -112,12 +68,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class Given(str):
-    """Text describing what was given, shown without quotation marks in a :class:`UserError`.
-
-    Example:
-        >>> Given("0 examples")
-        0 examples
-    """
+    """Text describing what was given, shown without quotation marks in a :class:`UserError`."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -125,15 +76,7 @@ class Given(str):
 
 @contextmanager
 def naming(argument: str) -> Iterator[None]:
-    """Inside, what is wrong with a checkpoint is told under the name of the argument it was given for.
-
-    Example:
-        >>> with naming("oracle"):
-        ...     raise UserError("checkpoint", "a", "a model")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: oracle: got 'a', allowed: a model
-    """
+    """Inside, an error about a ``checkpoint`` names the argument that the checkpoint was given for."""
     try:
         yield
     except UserError as error:

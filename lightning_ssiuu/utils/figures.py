@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,6 +45,7 @@ COLOURS = {name: light for name, (light, _) in PALETTE.items()}
 #: Before an artist's id that a page shows as text under the pointer.
 HOVER = "hover: "
 DASHED, DOTTED = (0, (3, 1.5)), (0, (1, 1.5))
+_GUIDE: Any = {"color": COLOURS["soft"], "linestyle": DASHED, "linewidth": 1.2}
 
 _STYLE: Any = {
     **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "axes.titlesize": 11},
@@ -55,32 +55,24 @@ _STYLE: Any = {
     **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
     **{f"{axis}tick.{key}": value for axis in "xy" for key, value in (("color", COLOURS["soft"]), ("major.size", 0))},
     **{"text.color": COLOURS["soft"], "axes.labelcolor": COLOURS["soft"], "lines.linewidth": 2},
-    **{
-        "legend.frameon": False,
-        "legend.handlelength": 2,
-        "legend.columnspacing": 1.2,
-        "figure.constrained_layout.use": 1,
-    },
+    **{f"legend.{key}": value for key, value in (("frameon", False), ("handlelength", 2), ("columnspacing", 1.2))},
+    "figure.constrained_layout.use": 1,
 }
 # What XML knows no way to write; browsers would show them as boxes.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _STEPS = (1, 2, 2.5, 5, 10)
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
     """A line: ``points`` ``(x, y)`` and a ``band`` of ``(x, low, high)`` around it; what is not finite is left out.
 
-    Args:
-        name: In the legend; empty: not there.
-        points: In the order of x.
-        colour: As matplotlib takes it.
-        dash: matplotlib's line style, so that lines are told apart without colours.
-        band: Empty: none.
+    A line without a name is not in the legend; the dash is matplotlib's line style, for readers who see no colours.
     """
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
     colour: str = COLOURS["unlearned"]
     dash: Any = "-"
     band: Sequence[tuple[float, float, float]] = ()
@@ -88,15 +80,7 @@ class Series:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values ≥ 0 by layer and row, stronger in colour where they are higher.
-
-    Args:
-        title: Above it.
-        values: ``{(layer, row): value}``.
-        rows: From the top.
-        highest: The value of the full colour, so that several maps can share a scale.
-        colour: As matplotlib takes it.
-    """
+    """Values ≥ 0 by ``(layer, row)``, stronger in colour where they are higher; ``highest`` has the full colour."""
 
     title: str
     values: Mapping[tuple[int, str], float]
@@ -128,25 +112,14 @@ def style() -> Iterator[None]:
 def line_chart(
     series: Sequence[Series], x_label: str, y_label: str, low: float = 0.0, high: float | None = None
 ) -> Figure:
-    """Lines over a common axis.
-
-    Args:
-        series: The lines.
-        x_label: Below the horizontal axis.
-        y_label: Above the vertical axis.
-        low: Lower end of the vertical axis, where no value is lower.
-        high: Upper end; None: a round number above the data.
-    """
-    figure = _figure(216)
-    axes = figure.subplots()
+    """Lines over a common axis from ``low``, or the lowest value, to ``high``, or a round number above the data."""
+    figure, axes = _panel(216, x_label, y_label)
     draw_lines(axes, series)
     ys = [low, *(y for line in series for _, y in line.points if math.isfinite(y))]
     ys += [edge for line in series for _, *edges in line.band for edge in edges if math.isfinite(edge)]
     top = max(ys) if max(ys) > min(ys) else min(ys) + 1.0
     axes.set_ylim(min(ys), MaxNLocator(5, steps=_STEPS).tick_values(min(ys), top)[-1] if high is None else high)
-    axes.set_xlabel(fitted(x_label, 44))
-    axes.set_title(fitted(y_label, 48))
-    legend(figure, [_handle(line) for line in series if line.name])
+    legend(figure, [handle(line.name, line.colour, linestyle=line.dash) for line in series if line.name])
     return figure
 
 
@@ -159,8 +132,8 @@ def draw_lines(axes: Axes, series: Sequence[Series]) -> None:
             outline = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             axes.fill(*zip(*outline, strict=True), color=line.colour, alpha=0.16, linewidth=0)
         points = [point for point in line.points if all(map(math.isfinite, point))]
-        drawn = axes.plot(*np.reshape(points, (-1, 2)).T, color=line.colour, linestyle=line.dash, zorder=3)
-        _hover(drawn[0], line.name)
+        shown: Any = {"color": line.colour, "linestyle": line.dash, "gid": _hover(line.name)}
+        axes.plot(*np.reshape(points, (-1, 2)).T, zorder=3, **shown)
     axes.margins(x=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=all(x == round(x) for x in xs)))
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
@@ -172,30 +145,30 @@ def draw_lines(axes: Axes, series: Sequence[Series]) -> None:
 def heat_map_figure(maps: Sequence[HeatMap]) -> Figure:
     """Heat maps of the same rows and layers beside each other, each with its scale below."""
     rows = maps[0].rows
-    n_layers = 1 + max((layer for one in maps for layer, _ in one.values), default=0)
+    n_layers = 1 + max((layer for heat_map in maps for layer, _ in heat_map.values), default=0)
     gap = min(0.1, n_layers / 200)
-    figure = _figure(22 * len(rows) + 62 + 20 * any(one.title for one in maps), len(maps))
+    figure = _figure(22 * len(rows) + 62 + 20 * any(heat_map.title for heat_map in maps), len(maps))
     ratios = (22 * max(len(rows), 1), 8)
     grid = figure.subplots(2, len(maps), squeeze=False, gridspec_kw={"height_ratios": ratios})
-    for column, (one, axes, scale) in enumerate(zip(maps, *grid, strict=True)):
-        for (layer, row), value in one.values.items():
+    for column, (heat_map, axes, scale) in enumerate(zip(maps, *grid, strict=True)):
+        for (layer, row), value in heat_map.values.items():
             place = (layer - 0.5, rows.index(row) - 0.5)
-            shade = min(value / one.highest, 1.0) if one.highest > 0 else 0.0
+            shade = min(value / heat_map.highest, 1.0) if heat_map.highest > 0 else 0.0
             hover = f"layer {layer}, {row}: {value:.3g}"
             if math.isfinite(value):
                 _cell(axes, place, 1 - gap, COLOURS["faint"], 1.0, "" if shade > 0 else hover)
             if shade > 0:
-                _cell(axes, place, 1 - gap, one.colour, shade, hover)
+                _cell(axes, place, 1 - gap, heat_map.colour, shade, hover)
         axes.set(xlim=(-0.5, n_layers - 0.5), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel="layer")
-        axes.set_title(fitted(one.title, 48))
+        axes.set_title(fitted(heat_map.title, 48))
         axes.set_xticks(range(0, n_layers, 1 + n_layers // 12))
         axes.set_yticks(range(len(rows)), ["" if column else fitted(row, 16) for row in rows])
         for step in range(10):
-            _cell(scale, (step, 0), 1.0, one.colour, (step + 0.5) / 10)
+            _cell(scale, (step, 0), 1.0, heat_map.colour, (step + 0.5) / 10)
         scale.set(xlim=(0, 10), ylim=(0, 0.94), yticks=[])
-        scale.set_xticks([0, 10], ["0", f"{one.highest:.3g}"])
-        for place_, tick in zip(("left", "right"), scale.get_xticklabels(), strict=True):
-            tick.set_horizontalalignment(place_)
+        scale.set_xticks([0, 10], ["0", f"{heat_map.highest:.3g}"])
+        for side, tick in zip(("left", "right"), scale.get_xticklabels(), strict=True):
+            tick.set_horizontalalignment(side)
         for plain in (axes, scale):
             plain.grid(visible=False)
             plain.spines["bottom"].set_visible(False)
@@ -203,20 +176,17 @@ def heat_map_figure(maps: Sequence[HeatMap]) -> Figure:
 
 
 @style()
-def scatter(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Figure:
+def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Figure:
     """Points on two axes of the same scale, with the line on which both are equal."""
     kept = [point for point in points if all(map(math.isfinite, point))]
     size = max((abs(value) for point in kept for value in point), default=0.0) or 1.0
-    figure = _figure(332)
-    axes = figure.subplots()
-    equal = axes.plot((-size, size), (-size, size), color=COLOURS["soft"], linestyle=DASHED, linewidth=1.2)
-    _hover(equal[0], "line of equality")
+    figure, axes = _panel(332, x_label, y_label)
+    axes.plot((-size, size), (-size, size), gid=_hover("line of equality"), **_GUIDE)
     # One path of very short strokes, whose round caps are the points: thousands of markers would be slow.
     strokes = [(x + shift, y) for x, y in kept for shift in (0.0, size * 1e-6, math.nan)]
     options: Any = {"color": COLOURS["unlearned"], "alpha": 0.45, "linewidth": 3, "solid_capstyle": "round"}
     axes.plot(*np.reshape(strokes, (-1, 2)).T, **options)
-    axes.set(xlim=(-size, size), ylim=(-size, size), xlabel=fitted(x_label, 44))
-    axes.set_title(fitted(y_label, 48))
+    axes.set(xlim=(-size, size), ylim=(-size, size))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -225,34 +195,28 @@ def scatter(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -
 
 @style()
 def interval_plot(intervals: Sequence[Interval], threshold: float, x_label: str) -> Figure:
-    """Shares with their bounds beside the threshold, each under its name.
+    """Shares with their bounds beside the threshold (a share, too), each under its name; the axis is in percent.
 
-    Args:
-        intervals: From the top; where a bound is not known the line is dotted and goes to the edge.
-        threshold: A share, too.
-        x_label: Below the axis, which is in percent.
+    Where the bounds are not known the line is dotted and goes to the edge.
     """
-    figure = _figure(46 * len(intervals) + 46)
-    axes = figure.subplots()
+    figure, axes = _panel(46 * len(intervals) + 46, x_label)
     left, right = -0.2, 1.0
-    for row, one in enumerate(intervals):
+    for row, interval in enumerate(intervals):
         top, bottom, middle = row + 0.42, row + 0.95, row + 0.69
-        axes.text(left + 0.01, row + 0.36, fitted(one.name, 42), color=COLOURS["ink"], in_layout=False)
+        axes.text(left + 0.01, row + 0.36, fitted(interval.name, 42), color=COLOURS["ink"], in_layout=False)
         _cell(axes, (left, top), threshold - left, COLOURS["faint"], 1.0, height=bottom - top)
         for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
             axes.plot((tick, tick), (top, bottom), color=COLOURS["rule" if tick else "soft"], linewidth=1)
-        guide = axes.plot((threshold,) * 2, (top, bottom), color=COLOURS["soft"], linestyle=DASHED, linewidth=1.2)
-        _hover(guide[0], "threshold")
-        if not math.isfinite(one.value):
+        axes.plot((threshold,) * 2, (top, bottom), gid=_hover("threshold"), **_GUIDE)
+        if not math.isfinite(interval.value):
             continue
         shown: Any = {"ha": "right", "weight": "bold", "color": COLOURS["ink"]}
-        axes.text(right, row + 0.36, f"{round(100 * one.value)} %", **shown)
-        known = math.isfinite(one.low)
-        ends = [min(max(bound, left), right) for bound in (one.low, one.high)]
-        axes.plot(ends, (middle, middle), "-" if known else ":", color=one.colour, linewidth=3, solid_capstyle="round")
-        point = axes.plot(min(max(one.value, left), right), middle, "o", color=one.colour, markersize=9)
-        _hover(point[0], one.name)
-    axes.set(xlim=(left, right), ylim=(len(intervals), 0), yticks=[], xlabel=fitted(x_label, 44))
+        axes.text(right, row + 0.36, f"{round(100 * interval.value)} %", **shown)
+        line: Any = {"color": interval.colour, "linewidth": 3, "solid_capstyle": "round"}
+        low, value, high = np.clip((interval.low, interval.value, interval.high), left, right)
+        axes.plot((low, high), (middle, middle), "-" if math.isfinite(interval.low) else ":", **line)
+        axes.plot(value, middle, "o", color=interval.colour, markersize=9, gid=_hover(interval.name))
+    axes.set(xlim=(left, right), ylim=(len(intervals), 0), yticks=[])
     axes.set_xticks(np.arange(left, 1.1, 0.2), [f"{tick:.0f}" for tick in range(-20, 101, 20)])
     axes.grid(visible=False)
     return figure
@@ -266,18 +230,14 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
         figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
 
 
-def label(name: str, letters: int = 44) -> str:
-    """A name for a legend, which leaves out what begins with an underscore."""
-    return " " * name.startswith("_") + fitted(name, letters)
+def handle(name: str, colour: str, **options: Any) -> Line2D:
+    """An entry of a legend; ``options`` are those of matplotlib's lines."""
+    # matplotlib leaves out what begins with an underscore.
+    return Line2D([], [], color=colour, label=" " * name.startswith("_") + fitted(name, 44), **options)
 
 
 def clean(text: str) -> str:
-    r"""Text without control characters.
-
-    Example:
-        >>> clean("a\x00b")
-        'a\ufffdb'
-    """
+    """Text without control characters."""
     return _CONTROL.sub("\ufffd", text)
 
 
@@ -305,26 +265,22 @@ def _figure(height: float, panels: int = 1) -> Figure:
     return Figure(figsize=(WIDTH * panels / 72, height / 72), layout="constrained")
 
 
-def _handle(line: Series) -> Line2D:
-    return Line2D([], [], color=line.colour, linestyle=line.dash, label=label(line.name))
+def _panel(height: float, x_label: str, y_label: str = "") -> tuple[Figure, Axes]:
+    figure = _figure(height)
+    axes = figure.subplots()
+    axes.set_xlabel(fitted(x_label, 44))
+    axes.set_title(fitted(y_label, 48))
+    return figure, axes
 
 
 def _cell(
-    axes: Axes,
-    place: tuple[float, float],
-    width: float,
-    colour: str,
-    alpha: float,
-    hover: str = "",
-    height: float = 0.94,
+    axes: Axes, place: Point, width: float, colour: str, alpha: float, hover: str = "", height: float = 0.94
 ) -> None:
-    patch = Rectangle(place, width, height, facecolor=colour, alpha=alpha, linewidth=0)
-    _hover(axes.add_patch(patch), hover)
+    axes.add_patch(Rectangle(place, width, height, facecolor=colour, alpha=alpha, linewidth=0, gid=_hover(hover)))
 
 
-def _hover(artist: Artist, text: str) -> None:
-    if text:
-        artist.set_gid(HOVER + clean(text))
+def _hover(text: str) -> str | None:
+    return HOVER + clean(text) if text else None
 
 
 def _short(value: float) -> str:

@@ -40,13 +40,6 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         UserError: If the disk refuses: it is full, write-protected, ...; ``path`` is then what it was.
-
-    Example:
-        >>> folder = tempfile.mkdtemp()
-        >>> with written_atomically(Path(folder) / "a.txt") as temporary:
-        ...     _ = temporary.write_text("whole")
-        >>> os.listdir(folder)
-        ['a.txt']
     """
     target = Path(path)
     try:
@@ -79,11 +72,11 @@ def _put(temporary: Path, target: Path, aside: Path) -> None:
 
 
 def _to_disk(path: Path, deep: bool = True) -> None:
-    inside = [one for one in path.rglob("*") if not one.is_symlink()] if deep and path.is_dir() else []
-    for one in [*inside, path]:
-        if one.is_dir() and fcntl is None:
+    inside = [entry for entry in path.rglob("*") if not entry.is_symlink()] if deep and path.is_dir() else []
+    for entry in [*inside, path]:
+        if entry.is_dir() and fcntl is None:
             continue  # Windows opens no directories
-        descriptor = os.open(one, os.O_RDONLY)
+        descriptor = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
@@ -95,7 +88,7 @@ def _to_disk(path: Path, deep: bool = True) -> None:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A new directory, locked as long as this process lives: the kernel lifts the lock of one that is killed."""
+    # A new directory, locked as long as this process lives: the kernel lifts the lock of one that is killed.
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
         with suppress(FileNotFoundError):
@@ -114,7 +107,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
-    """A descriptor that holds the lock on a directory; None if it is held elsewhere or there are no locks here."""
+    # A descriptor that holds the lock on a directory; None if it is held elsewhere or there are no locks here.
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -143,40 +136,26 @@ def clear_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def disk_refusal(error: BaseException, folder: str | os.PathLike[str] | None = None) -> UserError | None:
-    """What to tell the user where an exception came of a disk that refuses to write; None where it did not.
+    """What to tell the user where an exception, or one of its causes, came of a disk that refuses to write, else None.
 
-    Args:
-        error: Or any of its causes: libraries wrap what the system says, some of them in text only.
-        folder: Where it was to be written; without it only what can be said of no reading counts.
-
-    Example:
-        >>> print(disk_refusal(OSError(errno.ENOSPC, "No space left on device"), "runs/a"))
-        output directory: got 'runs/a', allowed: one that can be written (No space left on device)
-        >>> disk_refusal(FileNotFoundError(errno.ENOENT, "No such file")) is None
-        True
+    Without ``folder``, where it was to be written, only errors count that reading cannot raise.
     """
-    for one in causes(error):
-        if isinstance(one, UserError):
+    for cause in causes(error):  # libraries wrap what the system says, some of them in text only
+        if isinstance(cause, UserError):
             return None
-        number = one.errno if isinstance(one, OSError) else None
-        if found := re.search(r"\(os error (\d+)\)", str(one)):  # of safetensors
-            number = int(found[1])
+        number = cause.errno if isinstance(cause, OSError) else None
+        if match := re.search(r"\(os error (\d+)\)", str(cause)):  # of safetensors
+            number = int(match[1])
         if number in (_NO_ROOM if folder is None else _REFUSALS):
-            given = str(folder or getattr(one, "filename", None) or os.curdir)
+            given = str(folder or getattr(cause, "filename", None) or os.curdir)
             return UserError("output directory", given, f"one that can be written ({os.strerror(number)})")
     return None
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    r"""Write a mapping as indented JSON with a final newline.
+    """Write a mapping as indented JSON with a final newline.
 
     NaN and infinity are not JSON; they become null, so that a run that diverged still leaves its report.
-
-    Example:
-        >>> target = Path(tempfile.mkdtemp()) / "a.json"
-        >>> write_json(target, {"n": 1, "diverged": [float("nan")]})
-        >>> json.loads(target.read_text())
-        {'n': 1, 'diverged': [None]}
     """
     text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with written_atomically(path) as temporary:
@@ -200,11 +179,7 @@ def write_csv(path: str | os.PathLike[str], header: Iterable[str], rows: Iterabl
 
 
 def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterable[str], overwrite: bool) -> None:
-    """Raise unless none of ``names`` exists in ``folder``, or overwriting was asked for.
-
-    Raises:
-        UserError: Naming the first that exists.
-    """
+    """Raise a :class:`UserError` where one of ``names`` exists in ``folder``, unless overwriting was asked for."""
     for name in names:
         if not overwrite and (Path(folder) / name).exists():
             raise UserError(argument, str(folder), f"a directory without {name}, or --overwrite")
@@ -212,10 +187,8 @@ def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterab
 
 @contextmanager
 def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """When a mistake or an exit ends the block, the empty directories it made in ``folder`` are removed again.
-
-    Loggers make their directories before the data and the model have been checked.
-    """
+    """When a mistake or an exit ends the block, the empty directories it made in ``folder`` are removed again."""
+    # Loggers make their directories before the data and the model have been checked.
     root = Path(folder).absolute()
     missing = [root, *(parent for parent in root.parents if not parent.exists())] if not root.exists() else []
     known = {path for path in root.rglob("*") if path.is_dir()} | {root}
@@ -230,11 +203,7 @@ def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> None:
-    """Raise unless ``folder`` can be made and its disk has ``needed`` bytes free; writes nothing.
-
-    Raises:
-        UserError: If not.
-    """
+    """Raise a :class:`UserError` unless ``folder`` can be made and ``needed`` bytes are free there; write nothing."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent

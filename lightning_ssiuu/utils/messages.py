@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from lightning_ssiuu.utils.errors import Given, UserError, causes
@@ -46,32 +46,21 @@ _OURS = "lightning_ssiuu."
 
 
 def user_error(error: BaseException) -> UserError | None:
-    r"""The user's mistake behind an exception, or None when it is something else.
-
-    Args:
-        error: What parsing a configuration, or making the objects it describes, raised.
-
-    Example:
-        >>> from argparse import ArgumentError
-        >>> print(user_error(ArgumentError(None, "Parser key \"seed\":\n  Expected a <class 'int'>. Got value: x")))
-        seed: got 'x', allowed: a whole number
-        >>> user_error(RuntimeError("a defect")) is None
-        True
-    """
+    """The user's mistake behind what reading a configuration, or building from it, raised; None if there is none."""
     chain = list(causes(error))
-    if (own := next((one for one in chain if isinstance(one, UserError)), None)) is not None:
+    if (own := next((cause for cause in chain if isinstance(cause, UserError)), None)) is not None:
         return own
     if (refusal := disk_refusal(error)) is not None:  # of what others write: a logger, another rank
         return refusal
     # By name, because jsonargparse's own class derives from argparse's in some versions and replaces it in others.
-    parsed = next((one for one in chain if type(one).__name__ == "ArgumentError"), None)
+    parsed = next((cause for cause in chain if type(cause).__name__ == "ArgumentError"), None)
     if parsed is None and str(error).startswith("Does not validate against any of the Union"):
         parsed = error
     return None if parsed is None else _translate(str(parsed).strip())
 
 
 def _translate(text: str) -> UserError:
-    """Find the innermost complaint of jsonargparse's nested report and the key it belongs to."""
+    # The innermost complaint of jsonargparse's nested report, and the key it belongs to.
     path = ".init_args.".join(_KEY.findall(text))
     inner = _KEY.split(text)[-1]
     classes = _CLASS.findall(text)
@@ -92,7 +81,8 @@ def _translate(text: str) -> UserError:
         given = next(filter(None, [*found.groups(), whole and whole[1]]))
         return UserError(f"{path}.class_path" if path else "class_path", given, _classes(inner))
     if found := _FILE.search(inner):
-        return UserError(path or "config", _relative(found[1]), "an existing file")
+        name = os.path.relpath(found[1]) if found[1].startswith(os.getcwd() + os.sep) else found[1]
+        return UserError(path or "config", name, "an existing file")
     if found := _YAML.search(inner):
         place = re.search(r"line (\d+)", found[1])
         allowed = "valid YAML" + (f": it breaks in line {place[1]}" if place else "")
@@ -114,44 +104,34 @@ def _translate(text: str) -> UserError:
 
 
 def _options(class_path: str) -> list[str]:
-    """Constructor arguments of a class, those it hands on to its bases included."""
+    # Constructor arguments of a class, those it hands on to its bases included.
     options: dict[str, None] = {}
-    for one in inspect.getmro(_import(class_path)):
-        if "__init__" not in vars(one) or not one.__module__.startswith(_OURS):
-            continue
-        parameters = list(inspect.signature(vars(one)["__init__"]).parameters.values())[1:]
-        options |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    for base in inspect.getmro(resolve_name(class_path)):
+        if "__init__" in vars(base) and base.__module__.startswith(_OURS):
+            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+            options |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return list(options) or ["the class's constructor arguments"]
 
 
 def _classes(report: str) -> str:
-    """What could have been named instead: this package's subclasses of the first class the report mentions."""
+    # What could have been named instead: this package's subclasses of the first class the report mentions.
     for base_path in re.findall(r"<class '(lightning_ssiuu\.[\w.]+)'>", report):
-        base = _import(base_path)
-        names = sorted(one.__name__ for one in _subclasses(base) if one.__module__.startswith(_OURS))
+        base = resolve_name(base_path)
+        names = sorted(kind.__name__ for kind in _subclasses(base) if kind.__module__.startswith(_OURS))
         if names := [name for name in names if not name.startswith("_")]:
             return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}"
     return "the import path of a class that exists, e.g. torch.optim.AdamW"
 
 
 def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
-    for one in base.__subclasses__():
-        if not inspect.isabstract(one):
-            yield one
-        yield from _subclasses(one)
-
-
-def _import(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    return getattr(import_module(module), name)
-
-
-def _relative(path: str) -> str:
-    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+    for kind in base.__subclasses__():
+        if not inspect.isabstract(kind):
+            yield kind
+        yield from _subclasses(kind)
 
 
 def _type_names(text: str) -> str:
-    """Types as jsonargparse prints them, in words."""
+    # Types as jsonargparse prints them, in words.
     names = re.findall(r"<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\]", text)
     spelled = [_TYPE_NAMES.get(name, name.rpartition(".")[2]) if name else values for name, values in names]
     return ", ".join(spelled) or text
@@ -161,20 +141,7 @@ def _type_names(text: str) -> str:
 def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iterator[None]:
     """Inside, a Trainer that cannot be made as asked (a device that is not there) is the user's mistake.
 
-    Args:
-        given: The Trainer's options as the user set them.
-        prefix: Put before the option's name.
-
-    Raises:
-        UserError: Naming the option, with what Lightning says of it.
-
-    Example:
-        >>> with trainer_mistakes({"devices": 0}):
-        ...     raise ValueError("`devices` selected with `CPUAccelerator` should be an int > 0.")
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: trainer.devices: got 0, allowed: what this machine has (`devices` selected \
-with `CPUAccelerator` should be an int > 0.)
+    ``given`` are the options as the user set them; the error names one, after ``prefix``, and quotes Lightning.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

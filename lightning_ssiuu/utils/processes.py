@@ -25,10 +25,8 @@ _NOTICING, _DYING = 5.0, 3.0
 
 
 def end_with_parent() -> None:
-    """In a process that a launcher started: end when the launcher has ended, however that came about.
-
-    A rank that waits for others would wait until the process group's timeout, on devices that the next run needs.
-    """
+    """In a process that a launcher started: end when the launcher has ended, however that came about."""
+    # A rank that waits for others would wait until the process group's timeout, on devices that the next run needs.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return
     parent = os.getppid()
@@ -102,7 +100,7 @@ class EndTogether(L.Callback):
                 return
 
     def _end(self, error: BaseException) -> bool:
-        """End the others after this process failed; whether one of them has told the user's mistake already."""
+        # Ends the others after this process failed; whether one of them has told the user's mistake already.
         if not isinstance(error, (KeyboardInterrupt, SystemExit)) and user_error(error) is None:
             # Was it the first to fail, or did another one's death make it?
             last = time.monotonic() + _DYING
@@ -116,17 +114,16 @@ class EndTogether(L.Callback):
 
 
 def _status(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The highest exit status of those that ended by themselves; 0 if there is none."""
+    # The highest of those that ended by themselves; 0 if there is none.
     return max((p.returncode for p in processes if p.poll() and p.returncode > 0), default=0)
 
 
 def _deaths(processes: Sequence[subprocess.Popen[bytes]]) -> str:
-    ends = []
-    for rank, process in enumerate(processes, start=1):
-        if status := process.poll():
-            how = f"was killed ({signal.Signals(-status).name})" if status < 0 else f"ended with status {status}"
-            ends.append(f"rank {rank} {how}")
-    return ", ".join(ends)
+    def end(status: int) -> str:
+        return f"was killed ({signal.Signals(-status).name})" if status < 0 else f"ended with status {status}"
+
+    ends = [(rank, process.poll()) for rank, process in enumerate(processes, start=1)]
+    return ", ".join(f"rank {rank} {end(status)}" for rank, status in ends if status)
 
 
 def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -18,23 +19,12 @@ def provenance(
 ) -> dict[str, Any]:
     """The ``provenance`` block of every JSON file; holds no path, host name or data-set text.
 
-    Args:
-        wall_s: Seconds the command took.
-        device: Where the model was.
-        config: The resolved configuration as text, hashed.
-        data_sha256: The data module's ``content_sha256()``.
-
-    Example:
-        >>> block = provenance(1.25, "cpu", config="seed: 0")
-        >>> block["device"], block["wall_s"], len(block["config_sha256"])
-        ('cpu', 1.2, 64)
+    ``wall_s`` are the seconds the command took; the resolved configuration ``config`` appears as its hash only.
     """
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # e.g. run from a source tree that is not installed
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # e.g. run from a source tree that is not installed
-            continue
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
         "versions": versions,

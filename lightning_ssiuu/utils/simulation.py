@@ -26,12 +26,7 @@ _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defau
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a phase at which most memory was in use.
-
-    Args:
-        total: Bytes in use.
-        by_tag: The same by what they were used for (:meth:`Simulation.tag`); the untagged ones under ``""``.
-    """
+    """The most bytes in use during a phase, in all and by their tag (the untagged ones under ``""``)."""
 
     total: int
     by_tag: Mapping[str, int]
@@ -40,23 +35,10 @@ class Peak:
 class Simulation(TorchDispatchMode):
     """Inside this context floating-point tensors have shapes and no memory; integers and booleans are real.
 
-    A training step then takes the way it takes in earnest (which attention kernel is chosen, how many labels there are)
-    and costs neither memory nor arithmetic. A number read from a tensor without values (``.item()``) is 1, a mask
-    without values selects everything. Every storage that comes or goes is logged, temporaries included; only what a
-    kernel allocates for itself cannot be seen.
-
-    Args:
-        device: Where memory is counted; what lies elsewhere is not.
-        granularity: Sizes are rounded up to multiples of it, in bytes: 512 in CUDA's allocator.
-
-    Example:
-        >>> with Simulation(torch.device("cpu")) as simulation:
-        ...     weight = torch.empty(1000, 1000)
-        ...     simulation.tag(weight, "weights")
-        ...     with simulation.phase("product"):
-        ...         product = (weight @ weight + 1).sum()
-        >>> simulation.peak("product")
-        Peak(total=12000000, by_tag={'weights': 4000000, '': 8000000})
+    A training step then takes the same path as in a real run (attention kernel, number of labels) and costs neither
+    memory nor arithmetic. A number read from a tensor without values (``.item()``) is 1, a mask without values selects
+    everything. Every storage on ``device`` that comes or goes is logged, temporaries included, its size rounded up to
+    a multiple of ``granularity`` bytes (512 in CUDA's allocator); what a kernel allocates for itself cannot be seen.
     """
 
     def __init__(self, device: torch.device, granularity: int = 1) -> None:
@@ -67,7 +49,7 @@ class Simulation(TorchDispatchMode):
         self._events: list[int] = []  # the number of a storage that came, or ~number of one that went
         self._living: dict[int, tuple[int, Any]] = {}  # by address: number, and what tells of the end
         self._tags: dict[int, str] = {}
-        self._phases: dict[str, list[range]] = {}
+        self.phases: dict[str, list[range]] = {}
 
     def __enter__(self) -> Simulation:
         self._fake.__enter__()
@@ -97,14 +79,12 @@ class Simulation(TorchDispatchMode):
             self._living.pop(storage._cdata, None)
             self._log(tensor)
 
-    # ---- what it is told and asked ----------------------------------------------------------------------------
-
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Give what happens inside a name, which may be used again."""
         start = len(self._events)
         yield
-        self._phases.setdefault(name, []).append(range(start, len(self._events) + 1))
+        self.phases.setdefault(name, []).append(range(start, len(self._events) + 1))
 
     def tag(self, values: Any, name: str) -> None:
         """Say what the storages of the tensors in ``values`` are used for, from their beginning on."""
@@ -118,27 +98,17 @@ class Simulation(TorchDispatchMode):
         for number, _ in self._living.values():
             self._tags.setdefault(number, name)
 
-    @property
-    def phases(self) -> list[str]:
-        return list(self._phases)
-
     def peak(self, phase: str) -> Peak:
         """The peak over all that was done under a name."""
         steps = [self._sizes[event] if event >= 0 else -self._sizes[~event] for event in self._events]
         totals = [0, *accumulate(steps)]
-        moment = max((index for span in self._phases[phase] for index in span), key=totals.__getitem__)
-        alive: dict[int, None] = {}
-        for event in self._events[:moment]:
-            if event >= 0:
-                alive[event] = None
-            else:
-                del alive[~event]
+        moment = max((index for span in self.phases[phase] for index in span), key=totals.__getitem__)
+        past = self._events[:moment]
+        gone = {~event for event in past if event < 0}
         by_tag: Counter[str] = Counter()
-        for number in alive:
+        for number in (event for event in past if event >= 0 and event not in gone):
             by_tag[self._tags.get(number, "")] += self._sizes[number]
         return Peak(totals[moment], dict(by_tag))
-
-    # ---- at work ----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -158,10 +128,10 @@ class Simulation(TorchDispatchMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         if not tensors:  # makes something new
             result = func(*args, **kwargs)
-            return self._really(func, args, kwargs) if all(map(_may_be_real, _tensors(result))) else result
-        if not any(isinstance(tensor, FakeTensor) or not _may_be_real(tensor) for tensor in tensors):
-            result = self._really(func, args, kwargs)
-            return tree_map_only(Tensor, lambda tensor: tensor if _may_be_real(tensor) else _shape(tensor), result)
+            is_real = all(tensor.dtype in _REAL for tensor in _tensors(result))
+            return self._really(func, args, kwargs) if is_real else result
+        if all(tensor.dtype in _REAL and not isinstance(tensor, FakeTensor) for tensor in tensors):
+            return tree_map_only(Tensor, _without_values, self._really(func, args, kwargs))
         if func is _aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         if func is _aten.nonzero.default:
@@ -174,7 +144,7 @@ class Simulation(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _packed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Operations of bitsandbytes, of which some cannot do without values and some hide large temporaries."""
+        # Some operations of bitsandbytes cannot do without values, and some hide large temporaries.
         name = func._schema.name.removeprefix("bitsandbytes::")
         if name == "int8_vectorwise_quant":
             return func(*args[:1])  # no threshold: how many columns lie above it only values tell, and they are few
@@ -224,11 +194,9 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _may_be_real(tensor: Tensor) -> bool:
-    return tensor.dtype in _REAL
-
-
-def _shape(tensor: Tensor) -> Tensor:
+def _without_values(tensor: Tensor) -> Tensor:
+    if tensor.dtype in _REAL:
+        return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -238,7 +206,7 @@ def _everything(mask: Tensor) -> Tensor:
 
 
 def _accumulates(func: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd adds up two gradients of one tensor: in place, unless a mode like this one is on."""
+    # Whether autograd adds up two gradients of one tensor: in place, unless a mode like this one is on.
     if func is not _aten.add.Tensor or torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
         return False
     if len(tensors) != 2 or tensors[0].shape != tensors[1].shape or tensors[0].dtype != tensors[1].dtype:

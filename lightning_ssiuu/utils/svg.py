@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from lightning_ssiuu.utils.figures import COLOURS, HOVER, clean, style
@@ -14,24 +15,16 @@ from lightning_ssiuu.utils.figures import COLOURS, HOVER, clean, style
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _VARIABLES = {light: f"var(--{name})" for name, light in COLOURS.items()}
+_PLACES = {"text": ("x", "y", "transform"), "path": ("d",)}
 # The page's font, and what is matplotlib's and browsers' default.
 _LEFT_OUT = {"font-size", "font-family", "stroke-dashoffset", "stroke-linejoin"}
 
 
-def svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` for the inside of a page, whose colours are the page's ``var(--name)`` by :data:`PALETTE`.
+def svg(figure: Figure, description: str) -> Markup:
+    """An ``<svg>`` for the inside of a page; its colours are the page's ``var(--name)`` by the names of the palette.
 
     It has no id, style sheet, link or background of its own, its texts are text, and it takes the page's font.
-
-    Args:
-        figure: From this module.
-        description: Read out instead of the picture.
-
-    Example:
-        >>> from lightning_ssiuu.utils.figures import Series, line_chart
-        >>> picture = svg(line_chart([Series("a <b> $", [(0, 1.0), (1, 2.0)])], "epoch", "%"), "scores")
-        >>> "a &lt;b&gt; $</text>" in picture, "<b>" in picture, "var(--unlearned)" in picture
-        (True, False, True)
+    ``description`` is what a screen reader says.
     """
     buffer = io.BytesIO()
     with style():
@@ -41,11 +34,11 @@ def svg(figure: Figure, description: str) -> str:
     attributes = {"viewBox": written.get("viewBox", ""), "role": "img", "aria-label": clean(description)}
     picture = ET.Element("svg", attributes)
     picture.extend(_inlined(written, shapes))
-    return ET.tostring(picture, encoding="unicode")
+    return Markup(ET.tostring(picture, encoding="unicode"))
 
 
 def _inlined(parent: ET.Element, shapes: Mapping[str, ET.Element]) -> list[ET.Element]:
-    """What a page needs of matplotlib's elements: paths and texts, those used from elsewhere put in their place."""
+    # What a page needs of matplotlib's elements: paths and texts, those used from elsewhere put in their place.
     kept: list[ET.Element] = []
     for element in parent:
         tag = element.tag.removeprefix(_SVG)
@@ -55,11 +48,9 @@ def _inlined(parent: ET.Element, shapes: Mapping[str, ET.Element]) -> list[ET.El
             if hover.startswith(HOVER) and inner:
                 ET.SubElement(inner[0], "title").text = hover.removeprefix(HOVER)
             kept += inner
-        elif tag == "text":
-            kept.append(ET.Element("text", _attributes(element, "x", "y", "transform")))
+        elif tag in _PLACES:
+            kept.append(ET.Element(tag, _attributes(element, *_PLACES[tag])))
             kept[-1].text = element.text
-        elif tag == "path":
-            kept.append(ET.Element("path", _attributes(element, "d")))
         elif tag == "use":
             kept.append(ET.Element("path", _attributes(shapes[element.get(_LINK, "")], "d")))
             x, y = (element.get(name, "0") for name in "xy")

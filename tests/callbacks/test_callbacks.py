@@ -18,7 +18,14 @@ from toys.models import bare_trainer, equal, weights
 from toys.training import FewFacts, adam, fit, gpt2_with_dropout, ssiuu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport, SavePretrained
+from lightning_ssiuu.callbacks import (
+    ForgetThresholdStopping,
+    KeepCheckpoints,
+    NeuronAttributionCallback,
+    RunReport,
+    SavePretrained,
+)
+from lightning_ssiuu.callbacks.run_report import print_before_after
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
 from lightning_ssiuu.models.answers import AnswerModel
@@ -54,6 +61,8 @@ def test_switched_off(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"attribution\.{next(iter(arguments))}"):
         NeuronAttributionCallback(**arguments)
+    with pytest.raises(UserError, match=r"^checkpoints\.every_n_steps: got 0, allowed: a number ≥ 1, or null$"):
+        KeepCheckpoints(every_n_steps=0)
 
 
 def test_more_probes_than_examples(tmp_path: Path) -> None:
@@ -305,6 +314,18 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     for path in files:
         held = path.read_bytes()
         assert not [secret for secret in secrets if secret in held], path.name
+
+
+def test_printed_table(capsys: pytest.CaptureFixture[str]) -> None:
+    before = {"scores": {"forget": {"probability": 90.0}}, "influence": {"n_spurious": 0}}
+    after = {"scores": {"forget": {"probability": 10.0}}, "influence": {"n_spurious": 2}}
+    print_before_after({"objective": "SSIUU", "steps": 3, "stopped_by": "steps", "before": before, "after": after})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["SSIUU,", "3", "steps,", "stopped", "by:", "steps"],
+        ["before", "after"],
+        ["forget", "probability", "90.0", "10.0", "%"],
+        ["n_spurious", "0", "2"],
+    ]
 
 
 def test_report_without_other_callbacks(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from rich.console import Console
 from toys.cli import command, files
 
 from lightning_ssiuu.cli.compare import compare
-from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
+from lightning_ssiuu.reports.compare.grouping import differences, group_by_seed, labels
 from lightning_ssiuu.reports.compare.plots import panels
 from lightning_ssiuu.reports.compare.reading import read_run, read_runs
 from lightning_ssiuu.reports.compare.table import common_attacks, compare_runs, pareto_front
 from lightning_ssiuu.reports.compare.writing import latex, markdown, print_comparison
+from lightning_ssiuu.reports.curves import by_epoch
 from lightning_ssiuu.utils.errors import UserError
 
 OUTPUTS = {"compare.csv", "compare.md", "compare.tex", "plots/recovery_curves.png", "plots/pareto.png"}
@@ -325,6 +326,12 @@ def test_long_differences_give_way_to_directories(tmp_path: Path) -> None:
     assert labels(group_by_seed(read_runs(paths)[0])) == ["SSIUU (narrow)", "SSIUU (wide)"]
 
 
+def test_a_class_differs_by_its_name_or_by_its_options() -> None:
+    plain = {"model": {"class_path": "NPO", "init_args": {"beta": 0.1, "regularizer": None}}}
+    other = {"model": {"class_path": "NPO", "init_args": {"beta": 0.5, "regularizer": {"class_path": "a.L2"}}}}
+    assert differences([plain, other]) == [{"beta": "beta=0.1"}, {"beta": "beta=0.5", "regularizer": "L2"}]
+
+
 def test_an_oracle_among_the_runs_fills_its_row(tmp_path: Path) -> None:
     paths = [
         write_run(tmp_path / "ssiuu", attacks=[attacked(0.1, 20.0, 2.0)]),
@@ -399,6 +406,7 @@ def test_curves_of_the_strongest_rate_of_each_run(runs: Path) -> None:
     assert list(drawn) == [("harmful", 0.1)]
     assert [curve["forget_scores"][-1] for curve in drawn["harmful", 0.1][0]] == [20.0, 12.0, 24.0, 12.0]
     assert len(drawn["harmful", 0.1][None]) == 2
+    assert by_epoch(curves(0.1, 1e-4, [1.0, 2.0, 9.0], [3.0, 2.0])) == {0: [1.0, 3.0], 1: [2.0, 2.0]}
 
 
 @pytest.mark.parametrize(

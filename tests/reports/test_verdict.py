@@ -14,6 +14,7 @@ from lightning_ssiuu.reports.audit.verdict import (
     Share,
     Verdict,
     decide,
+    percent,
     share_above_controls,
     share_of_seeds,
 )
@@ -129,3 +130,4 @@ def test_bounds() -> None:
     more = share_above_controls(0.2, [0.1, 0.3])
     assert more.high - more.value == pytest.approx(6.314 * 0.1 * math.sqrt(3), rel=1e-3)
     assert math.isinf(share_of_seeds([0.2]).high)
+    assert [percent(value) for value in (0.126, -0.001, math.nan)] == ["13", "0", "nan"]

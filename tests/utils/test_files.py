@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_ssiuu.utils.files import written_atomically
+from lightning_ssiuu.utils.files import disk_refusal, write_json, written_atomically
 
 
 @pytest.fixture
@@ -64,3 +66,16 @@ def test_a_folder_is_on_the_disk_with_all_that_is_in_it(tmp_path: Path, events: 
     write()  # in place of the one that is there
     assert set(events[:4]) == inside
     assert events[4:] == [("rename", "model to old"), ("rename", "model to model"), ("sync", tmp_path.name)]
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"n": 1, "diverged": [float("nan"), float("-inf")]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1, "diverged": [None, None]}
+
+
+def test_only_a_disk_that_refuses_is_the_users() -> None:
+    refusal = disk_refusal(OSError(errno.ENOSPC, "No space left on device"), "runs/a")
+    assert str(refusal) == (
+        "output directory: got 'runs/a', allowed: one that can be written (No space left on device)"
+    )
+    assert disk_refusal(FileNotFoundError(errno.ENOENT, "No such file"), "runs/a") is None

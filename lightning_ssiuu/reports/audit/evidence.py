@@ -42,15 +42,6 @@ class RelearningProbe:
         seeds: Of the selection and the order; at least two for a spread.
         epochs: Passes over the attack set.
         batch_size: Attack sequences per step, over all devices.
-
-    Raises:
-        UserError: If an option is outside its range.
-
-    Example:
-        >>> RelearningProbe(p=1.0)
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: probe.p: got 1.0, allowed: a fraction in (0, 1)
     """
 
     p: float = 0.2
@@ -60,16 +51,13 @@ class RelearningProbe:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         self.attack()
 
     def attack(self) -> Harmful:
-        """The attack it describes."""
         with _named_probe():
             return Harmful(**(asdict(self) | {"p": [self.p]}))
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
-        """Check it as :meth:`~lightning_ssiuu.Attack.check` does, naming the options of the probe."""
         with _named_probe():
             self.attack().check(data, score, devices)
 
@@ -83,22 +71,9 @@ def _named_probe() -> Iterator[None]:
 
 
 def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict[str, Any] | None:
-    """The relearning attacks that the run's ``attack.json`` knows of.
+    """The relearning attacks in the run's ``attack.json``: ``{"source", "score", "attacks", "curves"}``, or None.
 
-    Args:
-        unlearned: The unlearned model's checkpoint.
-        score: Only attacks with this score; None: that of the first.
-        oracle: Whether only attacks with the oracle beside them count.
-
-    Returns:
-        ``{"source", "score", "attacks", "curves"}``, or None where there are none.
-
-    Raises:
-        UserError: If there is an ``attack.json`` that this version did not write.
-
-    Example:
-        >>> recorded_relearning("tiny", None, oracle=False) is None
-        True
+    Only attacks with this score (None: that of the first) count and, where asked for, those that have the oracle's.
     """
     if (run := run_of(unlearned)) is None:
         return None
@@ -121,31 +96,19 @@ def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict
 def probe_relearning(
     models: Mapping[str, str], data: UnlearningDataModule, probe: RelearningProbe, score: str, devices: Devices
 ) -> dict[str, Any]:
-    """Attack the unlearned model, and the oracle in the same way; only one model is in memory at a time.
-
-    Args:
-        models: Checkpoints by name: ``"unlearned"`` and perhaps ``"oracle"``.
-        data: The data module.
-        probe: Options.
-        score: The forget score's name.
-        devices: Launched.
-
-    Returns:
-        As :func:`recorded_relearning`, source ``"probe"``, and its options.
-    """
+    """Attack the models in turn, only one in memory; as :func:`recorded_relearning`, with the probe's options."""
     attack = probe.attack()
     with _seed_kept():
         curves = attack.run([Target(*model, devices) for model in models.items()], data, score, devices)
     gc.collect()  # the last model, before the next one is loaded
     options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}
-    found = [{"attack": attack.name, **asdict(curve)} for curve in curves]
-    rows = attack.rows(curves, score)
-    return {"source": "probe", "score": score, "options": options, "attacks": rows, "curves": found}
+    content = {"source": "probe", "score": score, "options": options, "attacks": attack.rows(curves, score)}
+    return content | {"curves": [{"attack": attack.name, **asdict(curve)} for curve in curves]}
 
 
 @contextmanager
 def _seed_kept() -> Iterator[None]:
-    """An attack seeds everything; the audit's own seed, and who draws after it, are not to notice."""
+    # An attack seeds everything; the audit's own seed, and who draws after it, are not to notice.
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     before = {name: os.environ.pop(name, None) for name in names}
     try:
@@ -163,16 +126,6 @@ def relearning_evidence(rows: Sequence[Mapping[str, Any]], forgetting: Forgettin
 
     ``(highest − reference) / (original − reference)``, where the reference is the oracle's highest score under the same
     attack, else the floor, and in any case no less than the score before the attack: what was not lost cannot return.
-
-    Args:
-        rows: Of ``attack.json``.
-        forgetting: With the original's score and the floor.
-
-    Example:
-        >>> unlearned = {"before": {"per_seed": [10.0, 10.0]}, "forget_score": {"per_seed": [50.0, 58.0]}}
-        >>> row = {"attack": "harmful", "p": 0.1, "unlearned": unlearned}
-        >>> print(relearning_evidence([row], Forgetting("probability", 90.0, 10.0, 2.0, "chance"))[0].share)
-        55 % (23 to 87 %)
     """
     evidence = []
     for row in rows:
@@ -185,18 +138,14 @@ def relearning_evidence(rows: Sequence[Mapping[str, Any]], forgetting: Forgettin
         share = Share(math.nan, -math.inf, math.inf, len(highest))
         if min(lost) > 0:
             came = [high - reference for high, reference in zip(highest, references, strict=True)]
-            share = share_of_seeds([one / all_ for one, all_ in zip(came, lost, strict=True)])
+            share = share_of_seeds([part / whole for part, whole in zip(came, lost, strict=True)])
         name = row["attack"].replace("_", " ")
-        size = "" if row["p"] is None else f" with {100 * row['p']:g} % of the forget set"
-        short = f"relearning, {name}" + ("" if row["p"] is None else f" {100 * row['p']:g} %")
+        size = "" if row["p"] is None else f" {100 * row['p']:g} %"
+        what = f"the {name} relearning attack" + (f" with{size} of the forget set" if size else "")
         beyond = "the oracle under the same attack" if oracle else "the score before it"
-        edge = (
-            ""
-            if unlearned.get("inside_grid", True)
-            else "a lower bound: the highest score lies at the edge of the grid"
-        )
-        what = f"the {name} relearning attack{size}"
-        evidence.append(Evidence("relearning", short, what, share, beyond, edge))
+        inside = unlearned.get("inside_grid", True)
+        note = "" if inside else "a lower bound: the highest score lies at the edge of the grid"
+        evidence.append(Evidence("relearning", f"relearning, {name}{size}", what, share, beyond, note))
     return evidence
 
 
@@ -211,20 +160,10 @@ def undo_neurons(
 ) -> dict[str, Any]:
     """Put flagged neurons back to what they were before unlearning, and to zero, beside as many random ones.
 
-    Args:
-        original: Checkpoint.
-        unlearned: Checkpoint.
-        sites: The models' sites.
-        flags: Flagged neurons by what they are flagged by, the worst first; all of them are undone, and the first
-            :data:`FEW` alone.
-        data: Whose forget set is scored.
-        score: A teacher-forced score.
-        devices: Launched.
-
-    Returns:
-        ``{"score", "rows"}``; a row has ``flags`` (what they are flagged by), ``which`` (``"all"``, ``"worst"``),
-        ``variant`` (``"original"``, ``"zero"``), ``n_neurons``, ``before``, ``forget_score`` (percent) and ``control``,
-        the spread over :data:`DRAWS` draws. No rows where nothing is flagged.
+    ``flags`` are the flagged neurons by what flagged them, the worst first; all of them are undone, and the first
+    :data:`FEW` alone. Scored is a teacher-forced ``score`` of the forget set. A row of ``{"score", "rows"}`` has
+    ``flags``, ``which`` (``"all"``, ``"worst"``), ``variant`` (``"original"``, ``"zero"``), ``n_neurons``, ``before``,
+    ``forget_score`` (percent) and ``control``, the spread over :data:`DRAWS` draws.
     """
     sets: dict[tuple[str, str], list[list[Neuron]]] = {}
     for name, flagged in flags.items():
@@ -234,7 +173,7 @@ def undo_neurons(
                 sets[name, which] = [chosen, *(control_neurons(sites, chosen, draw) for draw in range(DRAWS))]
     rows: list[dict[str, Any]] = []
     if sets:
-        everything = [neuron for several in sets.values() for one in several for neuron in one]
+        everything = [neuron for draws in sets.values() for drawn in draws for neuron in drawn]
         recording = Recording(output_columns(sites, everything))
         model, tokenizer = Target("original", original, devices).load()
         with recording.of(model.hf):
@@ -242,15 +181,15 @@ def undo_neurons(
         del model
         model, tokenizer = Target("unlearned", unlearned, devices).load()
         before = forget_score(model, tokenizer, data, score)
-        cells = [(variant, *one) for variant in ("original", "zero") for one in sets.items()]
-        for variant, (name, which), several in progress(cells, "undoing neurons"):
+        cells = [(variant, *flagged) for variant in ("original", "zero") for flagged in sets.items()]
+        for variant, (name, which), draws in progress(cells, "undoing neurons"):
             values = recording if variant == "original" else None
             scores = []
-            for one in several:
-                with patched(model.hf, output_columns(sites, one), values):
+            for drawn in draws:
+                with patched(model.hf, output_columns(sites, drawn), values):
                     scores.append(forget_score(model, tokenizer, data, score))
-            found = {"flags": name, "which": which, "variant": variant, "n_neurons": len(several[0]), "before": before}
-            rows.append(found | {"forget_score": scores[0], "control": spread(scores[1:])})
+            row = {"flags": name, "which": which, "variant": variant, "n_neurons": len(draws[0]), "before": before}
+            rows.append(row | {"forget_score": scores[0], "control": spread(scores[1:])})
     return {"score": score, "rows": rows}
 
 
@@ -258,28 +197,17 @@ def neuron_evidence(ablation: Mapping[str, Any], original: float) -> list[Eviden
     """The share of what was lost that comes back with the flagged neurons at zero, beyond as many random ones.
 
     Only zero counts: it adds nothing that the unlearned model does not hold itself. The activations from before
-    unlearning carry the answers with them, and bring some back even in a model that never saw them.
-
-    Args:
-        ablation: From :func:`undo_neurons`.
-        original: The original model's forget score, percent.
-
-    Example:
-        >>> row = {"flags": "D⁻", "which": "all", "variant": "zero", "n_neurons": 2, "before": 10.0}
-        >>> row |= {"forget_score": 50.0, "control": {"per_seed": [10.0, 12.0]}}
-        >>> print(neuron_evidence({"rows": [row]}, 90.0)[0].share)
-        49 % (35 to 62 %)
+    unlearning carry the answers with them, and bring some back even in a model that never saw them. ``original`` is
+    that model's forget score, in percent.
     """
     evidence = []
     for row in ablation["rows"]:
         if row["variant"] != "zero" or (lost := original - row["before"]) <= 0:
             continue
-        restored, *controls = (
-            (score - row["before"]) / lost for score in (row["forget_score"], *row["control"]["per_seed"])
-        )
-        n, which = row["n_neurons"], row["which"]
-        what = f"setting {'all' if which == 'all' else 'the worst'} {n} neurons flagged by {row['flags']} to zero"
+        scores = (row["forget_score"], *row["control"]["per_seed"])
+        restored, *controls = ((score - row["before"]) / lost for score in scores)
+        n, which, flags = row["n_neurons"], row["which"], row["flags"]
+        what = f"setting {'all' if which == 'all' else 'the worst'} {n} neurons flagged by {flags} to zero"
         share = share_above_controls(restored, controls)
-        name = f"{which} {n} by {row['flags']} to zero"
-        evidence.append(Evidence("neurons", name, what, share, "as many random neurons"))
+        evidence.append(Evidence("neurons", f"{which} {n} by {flags} to zero", what, share, "as many random neurons"))
     return evidence

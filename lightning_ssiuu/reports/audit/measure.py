@@ -37,17 +37,12 @@ SHOWN_EXAMPLES = 12
 
 @dataclass
 class Findings:
-    """What was measured.
+    """What was measured, by the model's name.
 
-    Args:
-        examined: Scores and attributions by the model's name.
-        chance: Forget score without any knowledge, percent; of use where there is no oracle.
-        own: Flags by what the unlearned model's own changed weights cost; None: not measured.
-        lens: Of every model: per layer, mean log-probability per token of the true answer (``"answer"``) and of a wrong
-            one (``"distractor"``), nats, and how often the true one is preferred (``"accuracy"``, percent); empty where
-            the data have no distractors.
-        answers: Greedy answers to the first forget examples, by the model's name and the example's id; empty unless
-            asked for.
+    ``chance`` is the forget score without any knowledge, in percent, for where there is no oracle; ``own`` are flags by
+    what the unlearned model's own changed weights cost. ``lens`` has per layer the mean log-probability per token of
+    the true answer (``"answer"``) and of a wrong one (``"distractor"``), in nats, and how often the true one is
+    preferred (``"accuracy"``, percent). ``answers`` are greedy answers by the example's id.
     """
 
     examined: dict[str, Examined] = field(default_factory=dict)
@@ -58,27 +53,19 @@ class Findings:
 
     def forgetting(self, score: str) -> Forgetting:
         """What happened to the forget score, and its floor: the oracle's score, else chance."""
-        measured = {name: one.scores["forget"][score] for name, one in self.examined.items()}
-        floor, floor_is = self.chance, "chance"
-        if "oracle" in measured:
-            floor, floor_is = measured["oracle"], "the oracle's"
-        return Forgetting(score, measured["original"], measured["unlearned"], floor, floor_is)
+        scores = {name: model.scores["forget"][score] for name, model in self.examined.items()}
+        floor = (scores["oracle"], "the oracle's") if "oracle" in scores else (self.chance, "chance")
+        return Forgetting(score, scores["original"], scores["unlearned"], *floor)
 
     def examples(self, data: UnlearningDataModule) -> list[dict[str, Any]]:
         """The shown examples with both models' answers; empty unless asked for."""
         if not self.answers:
             return []
-        original, unlearned = self.answers["original"], self.answers["unlearned"]
+        shown = [example for example in data.splits.forget if example.example_id in self.answers["original"]]
         return [
-            {
-                "example_id": example.example_id,
-                "question": example.question,
-                "answer": example.answer,
-                "original": original[example.example_id],
-                "unlearned": unlearned[example.example_id],
-            }
-            for example in data.splits.forget
-            if example.example_id in original
+            {"example_id": example.example_id, "question": example.question, "answer": example.answer}
+            | {name: self.answers[name][example.example_id] for name in ("original", "unlearned")}
+            for example in shown
         ]
 
 
@@ -95,21 +82,10 @@ def measure(
     show_text: bool = False,
     method: AttributionMethod | None = None,
 ) -> Findings:
-    """Load one model after the other and measure.
+    """Load one model after the other (``"original"``, then ``"unlearned"``, at least) and measure.
 
-    Args:
-        checkpoints: By name; ``"original"`` and ``"unlearned"`` at least.
-        data: The data module to judge by.
-        devices: Launched.
-        probe_examples: Examples per set for the attribution, over all devices.
-        target: What is attributed.
-        scores: Names, None for all that need no generated text.
-        score: The forget score of the verdict, measured in any case.
-        alpha: False-positive rate of the flags by own change.
-        own: Whether to flag neurons of the unlearned model by their own change, which keeps the original's weights in
-            main memory; never done on weights that are cut over devices.
-        show_text: Whether to keep answers to forget examples.
-        method: Attribution method with its own target; None: activation × gradient of ``target``.
+    ``score`` is that of the verdict, measured besides ``scores``. Flagging neurons by their ``own`` change keeps the
+    original's weights in main memory; it is never done on weights that are cut over devices.
     """
     findings, weights = Findings(), dict[str, Tensor]()
     also = list(dict.fromkeys([score, forced_score(score)]))
@@ -127,25 +103,15 @@ def measure(
             if own and name == "original":
                 weights = site_weights(model, neuron_sites(model.hf))
             if own and name == "unlearned":
-                findings.own = _own_change(model, weights, data, probe_examples, target, alpha)
-                weights = {}
+                changes = []
+                for split in ("forget", "retain"):
+                    part = first_parts(data.eval_dataloader(split), split, probe_examples)
+                    changes.append(own_change(model, weights, part, neuron_sites(model.hf), target).over_ranks())
+                findings.own, weights = own_flags(changes[0], changes[1], alpha), {}
         if show_text and name in ("original", "unlearned"):
             findings.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, devices.n_ranks))
         del model
     return findings
-
-
-def _own_change(
-    model: AnswerModel,
-    weights: Mapping[str, Tensor],
-    data: UnlearningDataModule,
-    probe_examples: int,
-    target: Target,
-    alpha: float,
-) -> list[OwnFlag]:
-    parts = [first_parts(data.eval_dataloader(split), split, probe_examples) for split in ("forget", "retain")]
-    forget, retain = (own_change(model, weights, part, neuron_sites(model.hf), target).over_ranks() for part in parts)
-    return own_flags(forget, retain, alpha)
 
 
 def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, list[float]]:
@@ -166,12 +132,7 @@ def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, lis
 
 
 def forced_score(score: str) -> str:
-    """The score by which undoing neurons is judged: the verdict's, or probability where that generates text.
-
-    Example:
-        >>> forced_score("rouge_l"), forced_score("all_tokens")
-        ('probability', 'all_tokens')
-    """
+    """The score by which undoing neurons is judged: the verdict's, or probability where that generates text."""
     return "probability" if SCORES[score].generates else score
 
 

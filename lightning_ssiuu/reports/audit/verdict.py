@@ -40,12 +40,7 @@ class Share:
 
     @property
     def says(self) -> Says:
-        """Which side of :data:`THRESHOLD` it clearly lies on.
-
-        Example:
-            >>> Share(0.3, 0.2, 0.4, 3).says, Share(0.3, 0.05, 0.6, 3).says
-            ('hidden', 'undecided')
-        """
+        """Which side of :data:`THRESHOLD` it clearly lies on."""
         return "hidden" if self.low > THRESHOLD else "erased" if self.high < THRESHOLD else "undecided"
 
     def __str__(self) -> str:
@@ -55,22 +50,12 @@ class Share:
 
 
 def share_of_seeds(values: Sequence[float]) -> Share:
-    """The mean over seeds with Student's t bounds; one seed has no spread, and hence no bounds.
-
-    Example:
-        >>> print(share_of_seeds([0.30, 0.34, 0.38]), "or", share_of_seeds([0.0, 0.0]))
-        34 % (27 to 41 %) or 0 % (0 to 0 %)
-    """
+    """The mean over seeds with Student's t bounds; one seed has no spread, and hence no bounds."""
     return _bounded(mean(values), values, math.sqrt(1 / len(values)))
 
 
 def share_above_controls(value: float, controls: Sequence[float]) -> Share:
-    """How far a share lies above that of random draws; the bounds are those of one more draw (prediction interval).
-
-    Example:
-        >>> print(share_above_controls(0.5, [0.01, 0.03]))
-        48 % (37 to 59 %)
-    """
+    """How far a share lies above that of random draws; the bounds are those of one more draw (prediction interval)."""
     return _bounded(value - mean(controls), controls, math.sqrt(1 + 1 / len(controls)))
 
 
@@ -82,10 +67,7 @@ def _bounded(value: float, sample: Sequence[float], factor: float) -> Share:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """The forget score before and after unlearning and its floor (the oracle's score, else chance), in percent.
-
-    ``floor_is`` says in words what the floor is.
-    """
+    """The forget score before and after unlearning and its floor (the oracle's, else chance: ``floor_is``), percent."""
 
     score: str
     original: float
@@ -137,15 +119,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A label with its reasons.
+    """A label, the verdict in one sentence, its grounds, and what it cannot tell.
 
-    Args:
-        label: One of :data:`Label`.
-        sentence: The verdict in one sentence.
-        grounds: What it rests on: ``what`` (``"forgetting"``, ``"relearning"``, ``"neurons"``), ``name``, ``text``,
-            ``share`` with its bounds ``low`` and ``high`` (None: not known), and ``says``: ``"hidden"``, ``"erased"``
-            or ``"undecided"``; of the forgetting ``"unlearned"``, ``"partly unlearned"`` or ``"not unlearned"``.
-        uncertainty: What the verdict cannot tell.
+    A ground has ``what`` (``"forgetting"``, ``"relearning"``, ``"neurons"``), ``name``, ``text``, ``share`` with its
+    bounds ``low`` and ``high`` (None: not known), and ``says``: ``"hidden"``, ``"erased"`` or ``"undecided"``; of the
+    forgetting ``"unlearned"``, ``"partly unlearned"`` or ``"not unlearned"``.
     """
 
     label: Label
@@ -174,7 +152,12 @@ def decide(forgetting: Forgetting, evidence: Sequence[Evidence] = ()) -> Verdict
         Hidden: the forget probability went from 90.0 % to 10.0 %, but relearning 10 % brings back 34 % (27 to 41 %) \
 of what was lost, beyond the oracle.
     """
-    grounds = [_forgetting_ground(forgetting), *map(_ground, evidence)]
+    unlearned = "unlearned" if forgetting.share >= MOST_FORGOTTEN else "partly unlearned"
+    says = unlearned if forgetting.share >= LEAST_FORGOTTEN else "not unlearned"  # also where it is not a number
+    grounds = [_ground("forgetting", forgetting.shown, str(forgetting), says, forgetting.share)]
+    for piece in evidence:
+        share, text = piece.share, f"{piece}" + (f"; {piece.note}" if piece.note else "")
+        grounds.append(_ground(piece.kind, piece.name, text, share.says, share.value, share.low, share.high))
     label = _label(forgetting, evidence)
     return Verdict(label, _sentence(label, forgetting, evidence), grounds, _uncertainty(label, forgetting, evidence))
 
@@ -182,10 +165,10 @@ of what was lost, beyond the oracle.
 def _label(forgetting: Forgetting, evidence: Sequence[Evidence]) -> Label:
     if not forgetting.share >= LEAST_FORGOTTEN:  # also where it is not a number
         return "not unlearned"
-    says = [one.share.says for one in evidence]
+    says = [piece.share.says for piece in evidence]
     if "hidden" in says:
         return "hidden"
-    attacked = any(one.kind == "relearning" for one in evidence)
+    attacked = any(piece.kind == "relearning" for piece in evidence)
     if attacked and set(says) == {"erased"} and forgetting.share >= MOST_FORGOTTEN:
         return "erased"
     return "mixed"
@@ -201,71 +184,45 @@ def _sentence(label: Label, forgetting: Forgetting, evidence: Sequence[Evidence]
             )
         return f"Not unlearned: {forgetting}, less than half."
     if label == "hidden":
-        found = [one for one in evidence if one.share.says == "hidden"]
-        strongest = max(found, key=lambda one: (one.kind == "relearning", one.share.value))
+        convicting = [piece for piece in evidence if piece.share.says == "hidden"]
+        strongest = max(convicting, key=lambda piece: (piece.kind == "relearning", piece.share.value))
         return f"Hidden: {fall}, but {strongest}."
     if label == "erased":
-        most = max(evidence, key=lambda one: one.share.high)
+        most = max(evidence, key=lambda piece: piece.share.high)
         return f"Erased, as far as tested: {fall}, and nothing brings back a tenth of it; the most is that {most}."
-    if not any(one.kind == "relearning" for one in evidence):
+    if not any(piece.kind == "relearning" for piece in evidence):
         return f"Mixed: {fall}, but the model was not attacked, and without an attack nothing is called erased."
-    unclear = [one for one in evidence if one.share.says == "undecided"]
+    unclear = [piece for piece in evidence if piece.share.says == "undecided"]
     if not unclear:
         return f"Mixed: little comes back, but {forgetting}: a part was never removed."
-    return f"Mixed: {fall}; {max(unclear, key=lambda one: one.share.high)}: not clearly above or below a tenth."
+    return f"Mixed: {fall}; {max(unclear, key=lambda piece: piece.share.high)}: not clearly above or below a tenth."
 
 
 def _uncertainty(label: Label, forgetting: Forgetting, evidence: Sequence[Evidence]) -> str:
     if label == "not unlearned":
         return "The score is measured on the whole forget set; no attack is needed to see that it is still known."
-    parts = []
-    seeds = {one.share.n for one in evidence if one.kind == "relearning"}
-    if seeds:
-        parts.append(f"Bounds of relearning are 95 % (one-sided, Student's t) over {min(seeds)} attack seeds.")
-        if min(seeds) < 2:
-            parts.append("One seed shows no spread: attack with more.")
-    else:
-        parts.append("The model was not attacked: what an attack would find is unknown.")
-    if draws := {one.share.n for one in evidence if one.kind == "neurons"}:
-        parts.append(f"Bounds of the neurons are those of one more draw of random ones, after {min(draws)}.")
-    if forgetting.floor_is.startswith("chance"):
-        parts.append("No oracle was given: part of what comes back may be what any model would learn to guess.")
-    parts.append("One unlearned model was seen: how it varies with the training seed is not known.")
-    if label == "erased":
-        parts.append("A stronger attack may find more.")
-    return " ".join(parts)
+    seeds = min((piece.share.n for piece in evidence if piece.kind == "relearning"), default=0)
+    draws = min((piece.share.n for piece in evidence if piece.kind == "neurons"), default=0)
+    chance = forgetting.floor_is.startswith("chance")
+    sentences = (
+        (seeds, f"Bounds of relearning are 95 % (one-sided, Student's t) over {seeds} attack seeds."),
+        (seeds == 1, "One seed shows no spread: attack with more."),
+        (not seeds, "The model was not attacked: what an attack would find is unknown."),
+        (draws, f"Bounds of the neurons are those of one more draw of random ones, after {draws}."),
+        (chance, "No oracle was given: part of what comes back may be what any model would learn to guess."),
+        (True, "One unlearned model was seen: how it varies with the training seed is not known."),
+        (label == "erased", "A stronger attack may find more."),
+    )
+    return " ".join(sentence for applies, sentence in sentences if applies)
 
 
-def _forgetting_ground(forgetting: Forgetting) -> dict[str, Any]:
-    share = forgetting.share
-    far = "unlearned" if share >= MOST_FORGOTTEN else "partly unlearned"
-    says = "not unlearned" if not share >= LEAST_FORGOTTEN else far
-    named = {
-        "what": "forgetting",
-        "name": forgetting.shown,
-        "text": _capital(str(forgetting)),
-        "says": says,
-    }
-    return named | {"share": share, "low": None, "high": None}
-
-
-def _ground(one: Evidence) -> dict[str, Any]:
-    share = one.share
-    low, high = (None if math.isinf(bound) else bound for bound in (share.low, share.high))
-    figures = {"share": share.value, "low": low, "high": high}
-    text = _capital(str(one)) + (f"; {one.note}" if one.note else "")
-    return {"what": one.kind, "name": one.name, "text": text, "says": share.says} | figures
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _ground(
+    what: str, name: str, text: str, says: str, share: float, low: float = -math.inf, high: float = math.inf
+) -> dict[str, Any]:
+    bounds = {"low": None if math.isinf(low) else low, "high": None if math.isinf(high) else high}
+    return {"what": what, "name": name, "text": text[:1].upper() + text[1:], "says": says, "share": share} | bounds
 
 
 def percent(share: float) -> str:
-    """A share as a whole number of percent.
-
-    Example:
-        >>> percent(0.126), percent(-0.001), percent(math.nan)
-        ('13', '0', 'nan')
-    """
+    """A share as a whole number of percent."""
     return str(round(100 * share)) if math.isfinite(share) else str(share)

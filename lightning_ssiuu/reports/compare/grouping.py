@@ -22,23 +22,10 @@ _DEEPEST = 5  # runs that begin where another ended
 def without_seeds(config: Any, root: str, seeds: list[Any], depth: int = 0) -> Any:
     """A run's configuration without what tells it from the same run with another seed.
 
-    Keys named ``seed`` or ``seed_everything`` go, and so does ``default_root_dir``; paths below that directory become
-    relative to it. A ``checkpoint`` that is itself the model of a run is replaced by that run's configuration,
-    treated likewise: three seeds of a second stage that began from three seeds of a first one are one method.
-
-    Args:
-        config: ``config.yaml``'s content, or a part of it.
-        root: Its ``trainer.default_root_dir``.
-        seeds: Receives the values taken out.
-        depth: Of runs that begin where another one ended.
-
-    Example:
-        >>> seeds = []
-        >>> without_seeds({"seed_everything": 3, "trainer": {"default_root_dir": "runs/a", "logger": "runs/a/log"},
-        ...                "data": {"seed": 4, "split_seed": 0}}, "runs/a", seeds)
-        {'trainer': {'logger': '<run>/log'}, 'data': {'split_seed': 0}}
-        >>> seeds
-        [3, 4]
+    Keys named ``seed`` or ``seed_everything`` go (their values into ``seeds``), and so does ``default_root_dir``; paths
+    below that directory, ``root``, become relative to it. A ``checkpoint`` that is itself the model of a run is
+    replaced by that run's configuration, treated likewise: three seeds of a second stage that began from three seeds
+    of a first one are one method.
     """
     if isinstance(config, dict):
         kept = {}
@@ -76,17 +63,8 @@ def _root(config: dict[str, Any]) -> str:
 def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     """Put runs together that differ in nothing but the seed, in the order of each group's first run.
 
-    Raises:
-        UserError: If two runs have the same configuration and the same seeds: counted twice, a spread over training
-            seeds would be too small.
-
-    Example:
-        >>> def run(path, seed, rate):
-        ...     config = {"seed_everything": seed, "trainer": {"default_root_dir": path}, "model": {"lr": rate}}
-        ...     return Run(Path(path), {"objective": "NPO"}, config, {}, {}, {})
-        >>> groups = group_by_seed([run("runs/a", 0, 1e-4), run("runs/b", 0, 1e-3), run("runs/c", 1, 1e-4)])
-        >>> [[one.path.name for one in group] for group in groups]
-        [['a', 'c'], ['b']]
+    Two runs with the same configuration and the same seeds are refused: counted twice, a spread over training seeds
+    would be too small.
     """
     groups: dict[str, list[Run]] = {}
     seen: dict[str, Path] = {}
@@ -94,7 +72,8 @@ def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
         seeds: list[Any] = []
         key = run.metrics["objective"] + _text(without_seeds(run.config, _root(run.config), seeds))
         groups.setdefault(key, []).append(run)
-        if run.config.get("seed_everything", False) is False or run.config["seed_everything"] is None:
+        seed = run.config.get("seed_everything")
+        if seed is None or seed is False:
             continue  # never seeded: no two such runs are the same
         if (other := seen.setdefault(key + _text(seeds), run.path)) is not run.path:
             raise UserError("runs", str(run.path), f"one run per seed: {other} has the same configuration and seed")
@@ -105,26 +84,17 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     """A name for each group: its objective and, among several with the same one, the settings that tell them apart.
 
     Where these would be long, the name of the run directory takes their place.
-
-    Example:
-        >>> def run(path, weight):
-        ...     return Run(Path(path), {"objective": "SSIUU"}, {"model": {"weight": weight}}, {}, {}, {})
-        >>> labels([[run("runs/a", 0.1)], [run("runs/b", 1.0)]])
-        ['SSIUU, weight=0.1', 'SSIUU, weight=1.0']
     """
     names = [str(group[0].metrics["objective"]) for group in groups]
+    configs = [without_seeds(group[0].config, _root(group[0].config), []) for group in groups]
     places = _places(groups)
     found = []
     for index, (objective, place) in enumerate(zip(names, places, strict=True)):
         alike = [i for i, name in enumerate(names) if name == objective]
-        label = objective
-        if len(alike) > 1:
-            configs = [without_seeds(groups[i][0].config, _root(groups[i][0].config), []) for i in alike]
-            told = differences(configs)[alike.index(index)]
-            label = ", ".join([objective, *told.values()])
-            if len(told) > _MOST or len(label) > _LONGEST:
-                label = f"{objective} ({place})"
-        found.append(label)
+        settings = differences([configs[i] for i in alike])[alike.index(index)]
+        label = ", ".join([objective, *settings.values()])
+        is_long = len(settings) > _MOST or (len(alike) > 1 and len(label) > _LONGEST)
+        found.append(f"{objective} ({place})" if is_long else label)
     return [
         f"{label} ({place})" if found.count(label) > 1 and not label.endswith(f"({place})") else label
         for label, place in zip(found, places, strict=True)
@@ -132,7 +102,7 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _places(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What tells the groups' directories apart."""
+    # What tells the groups' directories apart.
     paths = [[os.path.abspath(run.path) for run in group] for group in groups]
     common = os.path.commonpath([os.path.dirname(path) for group in paths for path in group])
     places = []
@@ -147,29 +117,21 @@ def _places(groups: Sequence[Sequence[Run]]) -> list[str]:
 def differences(configs: Sequence[Any], name: str = "") -> list[dict[str, str]]:
     """What each configuration has that not all have: ``{key: "key=value"}``, of classes their names.
 
-    Args:
-        configs: Configurations or the same part of each; a class is ``{class_path, init_args}``.
-        name: Key of that part.
-
-    Example:
-        >>> plain = {"model": {"class_path": "NPO", "init_args": {"beta": 0.1, "regularizer": None}}}
-        >>> other = {"model": {"class_path": "NPO", "init_args": {"beta": 0.5, "regularizer": {"class_path": "a.L2"}}}}
-        >>> differences([plain, other])
-        [{'beta': 'beta=0.1'}, {'beta': 'beta=0.5', 'regularizer': 'L2'}]
+    ``configs`` may be the same part of each, ``name`` its key; a class is ``{class_path, init_args}``.
     """
     if len({_text(config) for config in configs}) == 1:
         return [{} for _ in configs]
     classes = [_class(config) for config in configs]
     if any(classes) and len(set(classes)) > 1:
-        return [{name: one} if one else {} for one in classes]
+        return [{name: kind} if kind else {} for kind in classes]
     if not all(isinstance(config, dict) for config in configs):
         return [{name: f"{name}={_short(config)}"} for config in configs]
-    told: list[dict[str, str]] = [{} for _ in configs]
+    found: list[dict[str, str]] = [{} for _ in configs]
     for key in dict.fromkeys(key for config in configs for key in config):
         inner = differences([config.get(key) for config in configs], name if key == "init_args" else str(key))
-        for mine, more in zip(told, inner, strict=True):
-            mine |= {f"{name}.{one}" if one in mine else one: text for one, text in more.items()}
-    return told
+        for settings, more in zip(found, inner, strict=True):
+            settings |= {f"{name}.{part}" if part in settings else part: text for part, text in more.items()}
+    return found
 
 
 def _class(config: Any) -> str:
@@ -179,11 +141,7 @@ def _class(config: Any) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return "..."
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _plain(value) else _text(value)
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, str))
+    return value if isinstance(value, str) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from lightning_ssiuu.reports.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
 from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
-from lightning_ssiuu.utils.figures import COLOURS, Series, draw_lines, fitted, label, legend, save_png, style
+from lightning_ssiuu.utils.figures import COLOURS, Series, draw_lines, fitted, handle, legend, save_png, style
 
 # Okabe and Ito's, told apart by the colour-blind too; after eight the line style and the marker change.
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#7f4fc9")
@@ -26,10 +26,7 @@ _PARETO = 8.0  # inches across
 
 
 def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | None, list[Curve]]]:
-    """The curves to draw, per attack and p: those of each method by its index, and under None the oracle's.
-
-    Of every run, those of its strongest learning rate.
-    """
+    """Each run's curves of its strongest rate, per attack and p: by the method's index, under None the oracle's."""
     drawn: dict[tuple[str, float | None], dict[int | None, list[Curve]]] = {}
     for index, row in enumerate(rows):
         for run in row.runs:
@@ -47,17 +44,14 @@ def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -
     """Draw the forget score by epoch, a panel per attack and p, a line per method, the oracle dashed.
 
     Lines are means over training and attack seeds of each run's strongest learning rate, bands ± one standard
-    deviation.
-
-    Returns:
-        Whether there was anything to draw.
+    deviation. Returns whether there was anything to draw.
     """
     rows = _methods(comparison)
     drawn = panels(rows)
     if not drawn:
         return False
     lines = {attack: [_mean_line(rows, *item) for item in panel.items()] for attack, panel in drawn.items()}
-    handles = {line.name: _handle(line.name, line.colour, linestyle=line.dash) for of in lines.values() for line in of}
+    handles = {line.name: handle(line.name, line.colour, linestyle=line.dash) for of in lines.values() for line in of}
     names = [_name(row) for row in rows] + ["oracle"]
     attacks = [row for method in rows for run in method.runs for row in run.attack["attacks"]]
     scores = sorted({row["score"] for row in attacks if (row["attack"], row["p"]) in drawn})
@@ -95,12 +89,9 @@ def _mean_line(rows: Sequence[Row], index: int | None, curves: Sequence[Curve]) 
 def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
     """Draw retention (test score) against recovery (highest forget score under the attacks).
 
-    Only relearning attacks that all methods, and the oracle, have been put under count.
-    The step line is the Pareto front of the methods; the oracle is the star, or a dashed line where its test score is
-    not known.
-
-    Returns:
-        Whether there was anything to draw.
+    Only relearning attacks that all methods, and the oracle, have been put under count. The step line is the Pareto
+    front of the methods; the oracle is the star, or a dashed line where its test score is not known. Returns whether
+    there was anything to draw.
     """
     attacks = common_attacks(comparison)
     rows = _methods(comparison)
@@ -115,16 +106,12 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
         handles = []
         for index, (retention, recovery) in points.items():
             highest = max((rows[index].cells[key] for key in attacks), key=lambda cell: cell.mean)
-            bars: Any = {
-                "yerr": highest.spread,
-                "xerr": rows[index].cells["test_score"].spread,
-                "capsize": 2,
-                "elinewidth": 1.2,
-            }
-            colour, shape = _METHODS[index % len(_METHODS)], _MARKERS[index // len(_METHODS) % len(_MARKERS)]
-            axes.errorbar(retention, recovery, linestyle="", markersize=7, color=colour, marker=shape, **bars)
-            handles.append(_handle(_name(rows[index]), colour, linestyle="", marker=shape))
-        handles.append(_handle("Pareto front", COLOURS["original"], linewidth=1.2))
+            bars: Any = {"yerr": highest.spread, "xerr": rows[index].cells["test_score"].spread, "capsize": 2}
+            mark: Any = {"linestyle": "", "marker": _MARKERS[index // len(_METHODS) % len(_MARKERS)]}
+            colour = _METHODS[index % len(_METHODS)]
+            axes.errorbar(retention, recovery, color=colour, markersize=7, elinewidth=1.2, **bars, **mark)
+            handles.append(handle(_name(rows[index]), colour, **mark))
+        handles.append(handle("Pareto front", COLOURS["original"], linewidth=1.2))
         handles += _oracle_point(axes, comparison.rows, attacks)
         _front(axes, list(points.values()))
         axes.set_xlabel(f"retention: test {fitted(comparison.score, 30)}, %  (right is better)")
@@ -136,7 +123,7 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
 
 
 def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Everything left of the line and above it is beaten by one of the points."""
+    # Everything left of the line and above it is beaten by one of the points.
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     front = [points[index] for index in pareto_front(points)]
     corners = [(front[0][0], top), *front, (left, front[-1][1])]
@@ -150,17 +137,13 @@ def _oracle_point(axes: Axes, rows: Sequence[Row], attacks: Sequence[str]) -> li
         return []
     if (point := front_of(oracle, attacks)) is not None:
         axes.plot(*point, marker="*", color=_ORACLE, markersize=13, linestyle="", zorder=4)
-        return [_handle("oracle", _ORACLE, marker="*", markersize=11, linestyle="")]
+        return [handle("oracle", _ORACLE, marker="*", markersize=11, linestyle="")]
     axes.axhline(max(oracle.cells[key].mean for key in attacks), color=_ORACLE, linestyle="--", linewidth=1.2)
-    return [_handle("oracle (retention not known)", _ORACLE, linestyle="--")]
+    return [handle("oracle (retention not known)", _ORACLE, linestyle="--")]
 
 
 def _methods(comparison: Comparison) -> list[Row]:
     return [row for row in comparison.rows if row.kind == "method"]
-
-
-def _handle(name: str, color: str, **options: Any) -> Line2D:
-    return Line2D([], [], color=color, label=label(name), **options)
 
 
 def _name(row: Row) -> str:

@@ -50,22 +50,9 @@ class Run:
 
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
-    """Read run directories; of several paths, those that exist and are no finished run are passed over.
+    """The runs in the order given, each once, and the paths passed over because they are no finished run.
 
-    Args:
-        paths: Run directories; a shell's ``runs/*`` names whatever else lies there too.
-
-    Returns:
-        The runs in the order given, each once, and the paths passed over.
-
-    Raises:
-        UserError: If a path does not exist, a file of a run cannot be read, or nothing is left.
-
-    Example:
-        >>> read_runs(["no/such/run"])
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: runs: got 'no/such/run', allowed: directories that exist
+    A shell's ``runs/*`` names whatever else lies there too. A path that does not exist is a :class:`UserError`.
     """
     runs: dict[Path, Run] = {}
     skipped = []
@@ -78,11 +65,8 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
         else:
             skipped.append(str(given))
     if not runs:
-        raise UserError(
-            "runs",
-            skipped[0] if len(skipped) == 1 else skipped,
-            "run directories written by fit (with metrics.json and config.yaml)",
-        )
+        allowed = "run directories written by fit (with metrics.json and config.yaml)"
+        raise UserError("runs", skipped[0] if len(skipped) == 1 else skipped, allowed)
     return list(runs.values()), skipped
 
 
@@ -95,18 +79,10 @@ def read_run(path: Path) -> Run:
 
 
 def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
-    """Check that runs can stand in one table.
+    """The score to compare by, by default the one the runs were stopped by, if they can stand in one table.
 
-    Args:
-        runs: At least one.
-        score: To compare by; None: the one they were stopped by.
-
-    Returns:
-        The score.
-
-    Raises:
-        UserError: If they have different data, were stopped or attacked by different scores, or one lacks the score
-            asked for.
+    A :class:`UserError` if they have different data, were stopped or attacked by different scores, or one lacks the
+    score asked for.
     """
     first = next((run for run in runs if run.data is not None), runs[0])
     for run in runs:
@@ -120,8 +96,8 @@ def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
         return score
     for run in runs:
         if run.metrics["score"] != runs[0].metrics["score"]:
-            own, first_of = run.metrics["score"], runs[0].metrics["score"]
-            allowed = f"runs with the score of {runs[0].path} ({first_of}, not {own}), or --score and one that all have"
+            others = f"{runs[0].path} ({runs[0].metrics['score']}, not {run.metrics['score']})"
+            allowed = f"runs with the score of {others}, or --score and one that all have"
             raise UserError("runs", str(run.path), " ".join(allowed.split()))
     return str(runs[0].metrics["score"])
 

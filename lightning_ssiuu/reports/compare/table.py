@@ -12,25 +12,19 @@ from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.reports.curves import number
 
 #: Attacks in the order of the table; others come after them by name.
-ATTACKS = (
-    *("harmful", "harmful_lora", "benign", "benign_lora"),
-    *("quantization", "sampling", "paraphrase", "ablation"),
-)
+ATTACKS = ("harmful", "harmful_lora", "benign", "benign_lora", "quantization", "sampling", "paraphrase", "ablation")
 _SPLITS = ("forget", "test", "retain")
+_INFLUENCE = ("d_plus_total", "d_minus_total", "n_spurious")
 _SAME = 0.05  # per cent; scores of one model on two machines differ by rounding
 Spread = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell: the mean of ``n`` training seeds.
+    """One cell: the mean of ``n`` training seeds and, of several, their standard deviation (n − 1).
 
-    Args:
-        mean: In the column's unit.
-        std: Over training seeds, n − 1; None for one.
-        attack_std: Over the seeds of the attack, the mean of the runs'; None where nothing was attacked.
-        n: Training seeds.
-        edge: Whether the highest score of any of them lies at the edge of what the attack tried.
+    ``attack_std`` is over the seeds of the attack, the mean of the runs'; ``edge`` says whether the highest score of
+    any run lies at the edge of what the attack tried.
     """
 
     mean: float
@@ -86,39 +80,19 @@ class Comparison:
 
 
 def pool(figures: Iterable[Figure]) -> Figure:
-    """One figure from those of several training seeds.
-
-    Example:
-        >>> pool([Figure(1.0, attack_std=0.5), Figure(3.0, attack_std=1.5, edge=True)])
-        Figure(mean=2.0, std=1.4142135623730951, attack_std=1.0, n=2, edge=True)
-    """
+    """One figure from those of several training seeds."""
     figures = list(figures)
     values = [figure.mean for figure in figures]
     spreads = [figure.attack_std for figure in figures if figure.attack_std is not None]
-    return Figure(
-        mean(values),
-        stdev(values) if len(values) > 1 else None,
-        mean(spreads) if spreads else None,
-        len(values),
-        any(figure.edge for figure in figures),
-    )
+    std, attack_std = stdev(values) if len(values) > 1 else None, mean(spreads) if spreads else None
+    return Figure(mean(values), std, attack_std, len(values), any(figure.edge for figure in figures))
 
 
 def attack_column(attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False) -> Column:
-    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons).
-
-    Example:
-        >>> attack_column("harmful", 0.1, None, relearned=True)
-        Column(key='harmful_0.1', title='harmful 0.1', form='percent', attacked=True, relearned=True)
-        >>> attack_column("ablation", None, "zero", "control").key
-        'ablation_zero_control'
-    """
-    named = [attack, *([f"{p:g}"] if p is not None else []), *([variant] if variant else [])]
-    key = "_".join([*named, *([part] if part else [])])
-    title = (
-        part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *named[1:], *([part] if part else [])])
-    )
-    return Column(key, title.replace("_", " "), attacked=True, relearned=relearned)
+    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons)."""
+    options = [text for text in ("" if p is None else f"{p:g}", variant, part) if text]
+    title = part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *options])
+    return Column("_".join([attack, *options]), title.replace("_", " "), attacked=True, relearned=relearned)
 
 
 def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
@@ -148,7 +122,7 @@ def run_figures(run: Run, score: str) -> dict[str, Figure]:
         "steps": run.metrics.get("steps"),
         **{f"{split}_score": run.scores.get(split, {}).get(score) for split in _SPLITS},
         "utility_score": run.utility.get("utility_score"),
-        **{key: influence.get(key) for key in ("d_plus_total", "d_minus_total", "n_spurious")},
+        **{key: influence.get(key) for key in _INFLUENCE},
         "attribution_correlation": run.audit.get("attribution_correlation"),
     }
     figures = {key: Figure(value) for key, given in values.items() if (value := number(given)) is not None}
@@ -178,9 +152,6 @@ def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
     The first row is the original model's, where all methods began with the same one; the last is the oracle's: its
     figures under attack from ``attack.json``, its scores from a run on the retain set alone if there is one among
     ``runs``, else from ``audit.json``.
-
-    Raises:
-        UserError: If two runs have the same configuration and seed.
     """
     groups = group_by_seed(runs)
     oracles = [group for group in groups if group[0].is_oracle]
@@ -205,9 +176,9 @@ def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
 
 
 def _row(label: str, runs: list[Run], figures: Sequence[Mapping[str, Figure]], kind: str = "method") -> Row:
-    keys = dict.fromkeys(key for one in figures for key in one)
-    cells = {key: pool(one[key] for one in figures if key in one) for key in keys}
-    return Row(label, len(runs), cells, runs, kind)
+    keys = dict.fromkeys(key for cells in figures for key in cells)
+    pooled = {key: pool(cells[key] for cells in figures if key in cells) for key in keys}
+    return Row(label, len(runs), pooled, runs, kind)
 
 
 def _original(runs: Sequence[Run], score: str) -> Row | None:
@@ -228,18 +199,17 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
         scores = run.audit.get("scores", {}).get("oracle", {})
         values = {f"{split}_score": number(scores.get(split, {}).get(score)) for split in _SPLITS}
         influence = run.audit.get("influence", {}).get("oracle", {})
-        values |= {key: number(influence.get(key)) for key in ("d_plus_total", "d_minus_total", "n_spurious")}
+        values |= {key: number(influence.get(key)) for key in _INFLUENCE}
         beside.append({k: Figure(v) for k, v in values.items() if v is not None} | _attacked(run, "oracle"))
     cells = {}
-    for key in dict.fromkeys(key for one in beside for key in one):
-        figures = [one[key] for one in beside if key in one]
+    for key in dict.fromkeys(key for given in beside for key in given):
+        figures = [given[key] for given in beside if key in given]
         # One oracle, put beside several runs, is one figure.
         cells[key] = figures[0] if len(set(figures)) == 1 else pool(figures)
     own = _row("oracle", oracle_runs, [run_figures(run, score) for run in oracle_runs], "oracle")
-    not_its_own = {"d_plus_total", "d_minus_total", "n_spurious"}  # against the model its fine-tuning began with
-    of_runs = {k: figure for k, figure in own.cells.items() if k not in not_its_own and not k.endswith("_gap")}
-    attacked = {key for key in cells if not key.endswith("_score")}
-    cells |= {key: figure for key, figure in of_runs.items() if key not in attacked}
+    # A run's own influence is against the model its fine-tuning began with.
+    known = {*_INFLUENCE, *(key for key in cells if not key.endswith("_score"))}
+    cells |= {key: figure for key, figure in own.cells.items() if key not in known and not key.endswith("_gap")}
     return Row("oracle", own.n or None, cells, oracle_runs, "oracle") if cells else None
 
 
@@ -249,7 +219,7 @@ def _gaps_in(row: Row, columns: Sequence[Column]) -> list[str]:
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
-    """Attacks whose options, data or score are not the same in all runs."""
+    # Attacks whose options, data or score are not the same in all runs.
     notes = []
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -257,7 +227,8 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
             own = {key: value for key, value in settings.items() if key != "provenance"}
             given.setdefault(attack, []).append(own | {"data": settings.get("provenance", {}).get("data_sha256")})
     for attack, each in given.items():
-        if unlike := sorted(key for key in set().union(*each) if any(one.get(key) != each[0].get(key) for one in each)):
+        keys = sorted(set().union(*each))
+        if unlike := [key for key in keys if any(settings.get(key) != each[0].get(key) for settings in each)]:
             notes.append(f"{attack}: the runs were attacked with different {', '.join(unlike)}")
     return notes
 
@@ -282,19 +253,10 @@ def common_attacks(comparison: Comparison) -> list[str]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats in both: retention as high as it can be, recovery as low.
+    """Indices of the ``(retention, recovery)`` that no other one beats in both: as high, and as low, as it can be.
 
-    Args:
-        points: ``(retention, recovery)``.
-
-    Returns:
-        By falling retention; of equal points all.
-
-    Example:
-        >>> pareto_front([(80.0, 50.0), (90.0, 60.0), (70.0, 55.0), (60.0, 10.0), (90.0, 70.0)])
-        [1, 0, 3]
+    By falling retention; of equal points all.
     """
     beaten = [any(x >= a and y <= b and (x, y) != (a, b) for x, y in points) for a, b in points]
-    return sorted(
-        (i for i, is_beaten in enumerate(beaten) if not is_beaten), key=lambda i: (-points[i][0], points[i][1], i)
-    )
+    front = (i for i, is_beaten in enumerate(beaten) if not is_beaten)
+    return sorted(front, key=lambda i: (-points[i][0], points[i][1], i))

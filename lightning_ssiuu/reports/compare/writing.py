@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -22,55 +22,28 @@ _TEX = {
 
 
 def one_line(text: str) -> str:
-    r"""Text without line breaks and control characters, which terminals obey.
-
-    Example:
-        >>> one_line("a\nb\x1b[31m")
-        'a b?[31m'
-    """
+    """Text without line breaks and control characters, which terminals obey."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def markdown_text(text: str) -> str:
-    r"""Text that Markdown shows as it is.
-
-    Example:
-        >>> print(markdown_text("a|b_c <i>"))
-        a\|b\_c \<i\>
-    """
+    """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|!$~&@])", r"\\\1", one_line(text))
 
 
 def latex_text(text: str) -> str:
-    r"""Text that LaTeX sets as it is.
-
-    Example:
-        >>> print(latex_text("50% of a_b\\c"))
-        50\% of a\_b\textbackslash{}c
-    """
+    """Text that LaTeX sets as it is."""
     return "".join(_TEX.get(character, character) for character in one_line(text))
 
 
 def csv_text(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula.
-
-    Example:
-        >>> csv_text("=1+1"), csv_text("SSIUU")
-        ("'=1+1", 'SSIUU')
-    """
+    """Text that a spreadsheet does not take for a formula."""
     text = one_line(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def shown(column: Column, figure: Figure | None) -> str:
-    """A cell in print.
-
-    Example:
-        >>> shown(Column("harmful_0.1", "harmful 0.1"), Figure(50.04, None, 1.25, edge=True))
-        '50.0 ± 1.2 (edge)'
-        >>> shown(Column("steps", "steps", "count"), Figure(27.0)), shown(Column("steps", "steps", "count"), None)
-        ('27', '')
-    """
+    """A cell in print."""
     if figure is None:
         return ""
     alone = column.form == "count" and figure.spread is None
@@ -89,43 +62,28 @@ def columns_with_figures(comparison: Comparison) -> list[Column]:
 def caption(comparison: Comparison) -> str:
     """What the columns mean, in as many sentences as the table needs."""
     keys = {column.key for column in columns_with_figures(comparison)}
-    sentences = [f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."]
-    if "utility_score" in keys:
-        sentences.append("US: utility score.")
-    if any(column.attacked for column in comparison.columns):
-        sentences.append("Attacks: the highest forget score; gap: minus the oracle's, seed by seed.")
-        sentences.append("±: standard deviation over training seeds, of a single run over the attack's seeds.")
-    else:
-        sentences.append("±: standard deviation over training seeds.")
-    if any(key.endswith("_control") for key in keys):
-        sentences.append("control: as many random neurons.")
-    if any(figure.edge for row in comparison.rows for figure in row.cells.values()):
-        sentences.append(
-            "(edge): found at the largest learning rate or in the last epoch; a stronger attack may find more."
-        )
-    if "d_plus_total" in keys:
-        sentences.append("D⁺, D⁻: influence erased and hidden; spurious: neurons flagged.")
-    if "attribution_correlation" in keys:
-        sentences.append("corr.: of attributions before and after the attack.")
-    return " ".join(sentences)
+    attacked = any(column.attacked for column in comparison.columns)
+    edge = any(figure.edge for row in comparison.rows for figure in row.cells.values())
+    found = "found at the largest learning rate or in the last epoch"
+    sentences = (
+        (True, f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."),
+        ("utility_score" in keys, "US: utility score."),
+        (attacked, "Attacks: the highest forget score; gap: minus the oracle's, seed by seed."),
+        (attacked, "±: standard deviation over training seeds, of a single run over the attack's seeds."),
+        (not attacked, "±: standard deviation over training seeds."),
+        (any(key.endswith("_control") for key in keys), "control: as many random neurons."),
+        (edge, f"(edge): {found}; a stronger attack may find more."),
+        ("d_plus_total" in keys, "D⁺, D⁻: influence erased and hidden; spurious: neurons flagged."),
+        ("attribution_correlation" in keys, "corr.: of attributions before and after the attack."),
+    )
+    return " ".join(sentence for applies, sentence in sentences if applies)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the table, cut into as many as the screen's width asks for; what is empty is left out.
-
-    Example:
-        >>> row = Row("SSIUU", 1, {"forget_score": Figure(9.96)})
-        >>> comparison = Comparison("probability", [Column("forget_score", "FS"), Column("test_score", "RS")], [row])
-        >>> print_comparison(comparison, Console(width=70, color_system=None))  # doctest: +NORMALIZE_WHITESPACE
-        method   n      FS
-        SSIUU    1    10.0
-        Per cent; FS, RS and retain: probability on the forget, test and retain
-        set. ±: standard deviation over training seeds.
-    """
+    """Print the table, cut into as many as the screen's width asks for; what is empty is left out."""
     console = console or Console()
     names = [one_line(row.label) for row in comparison.rows]
-    longest = max(cell_len(name) for name in ["method", *names])
-    name_width = min(longest, _WIDEST_NAME)
+    name_width = min(max(map(cell_len, ["method", *names])), _WIDEST_NAME)
     for part in _parts(comparison, console.width - name_width - 2 - 3):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
         table.add_column("method", width=name_width, overflow="fold")
@@ -143,7 +101,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _parts(comparison: Comparison, room: int) -> list[list[Column]]:
-    """Columns cut into tables that fit; what belongs to an attack stays with it."""
+    # Columns cut into tables that fit; what belongs to an attack stays with it.
     units: list[list[Column]] = []
     for column in columns_with_figures(comparison):
         if units and column.attacked and (column.is_gap or column.key.endswith("_control")):
@@ -193,31 +151,31 @@ def _paths(row: Row) -> str:
     return csv_text("; ".join(run.path.as_posix() for run in row.runs))
 
 
+def _texts(comparison: Comparison, text: Callable[[str], str]) -> list[list[str]]:
+    columns = columns_with_figures(comparison)
+    lines = [["method", "n", *(text(column.title) for column in columns)]]
+    for row in comparison.rows:
+        cells = [text(shown(column, row.cells.get(column.key))) for column in columns]
+        lines.append([text(row.label), "" if row.n is None else str(row.n), *cells])
+    return lines
+
+
 def markdown(comparison: Comparison) -> str:
     """``compare.md``: one table and its caption."""
-    columns = columns_with_figures(comparison)
-    lines = [["method", "n", *(markdown_text(column.title) for column in columns)]]
-    lines.append(["---", *["---:"] * (len(columns) + 1)])
-    for row in comparison.rows:
-        cells = [shown(column, row.cells.get(column.key)) for column in columns]
-        lines.append([markdown_text(row.label), "" if row.n is None else str(row.n), *cells])
-    notes = [markdown_text(note) for note in comparison.notes]
+    header, *rows = _texts(comparison, markdown_text)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([text, markdown_text(caption(comparison)), *notes]) + "\n"
+    notes = [markdown_text(note) for note in [caption(comparison), *comparison.notes]]
+    return "\n\n".join([text, *notes]) + "\n"
 
 
 def latex(comparison: Comparison) -> str:
     """``compare.tex``: a ``tabular`` for the package booktabs, its caption as a comment."""
-    columns = columns_with_figures(comparison)
-    lines = [["method", "n", *(latex_text(column.title) for column in columns)]]
-    for row in comparison.rows:
-        cells = [latex_text(shown(column, row.cells.get(column.key))) for column in columns]
-        lines.append([latex_text(row.label), "" if row.n is None else str(row.n), *cells])
-    header, *rows = [" & ".join(line) + r" \\" for line in lines]
-    if rows and comparison.rows[-1].kind == "oracle" and len(rows) > 1:
+    cells = _texts(comparison, latex_text)
+    header, *rows = [" & ".join(line) + r" \\" for line in cells]
+    if len(rows) > 1 and comparison.rows[-1].kind == "oracle":
         rows.insert(-1, r"\midrule")
-    comments = [
-        f"% {one_line(text)}" for text in [r"needs \usepackage{booktabs}", caption(comparison), *comparison.notes]
-    ]
-    layout = rf"\begin{{tabular}}{{l{'r' * (len(columns) + 1)}}}"
+    texts = [r"needs \usepackage{booktabs}", caption(comparison), *comparison.notes]
+    layout = rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}"
+    comments = [f"% {one_line(text)}" for text in texts]
     return "\n".join([*comments, layout, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
