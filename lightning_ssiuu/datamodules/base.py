@@ -25,7 +25,7 @@ _EVAL_SPLITS = ("forget", "retain", "test")
 
 
 class UnlearningDataModule(LightningDataModule, ABC):
-    """Forget, retain and test set of a benchmark. A benchmark is a subclass that implements :meth:`load_splits`.
+    r"""Forget, retain and test set of a benchmark. A benchmark is a subclass that implements :meth:`load_splits`.
 
     A training batch is ``{"forget": part, "retain": part}``, an evaluation batch ``{split: part}``. A part is
     ``{"input_ids", "attention_mask", "labels": LongTensor [B, L], "example_id": LongTensor [B]}``, padded right;
@@ -40,7 +40,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
     Args:
         tokenizer: Checkpoint whose tokenizer is loaded (hub id, local directory, GGUF file or ``"tiny"``), or a
             tokenizer.
-        template: ``"plain"``, ``"chat"`` or a text that contains ``{question}`` (:class:`~.encoding.Encoder`).
+        template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template) or
+            any text that contains ``{question}`` (:class:`~.encoding.Encoder`).
         batch_size: Forget sequences per micro-batch over all ranks.
         retain_batch_size: Retain sequences per micro-batch over all ranks; None: as many as ``batch_size``.
         eval_batch_size: Sequences per rank and evaluation batch.
@@ -113,13 +114,9 @@ class UnlearningDataModule(LightningDataModule, ABC):
         self._encoder: Encoder | None = None
         self._encoded: dict[str, list[Encoded]] = {}
 
-    # -- what a benchmark gives ---------------------------------------------------------------------------------
-
     @abstractmethod
     def load_splits(self) -> Splits:
         """Read the sets. Called once per process, from :meth:`setup`."""
-
-    # -- what it gets -------------------------------------------------------------------------------------------
 
     @property
     def splits(self) -> Splits:
@@ -136,9 +133,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         if self._encoder is None:
             tokenizer = self.tokenizer_or_name
             if isinstance(tokenizer, str):
-                from lightning_ssiuu.models.loading import (
-                    load_tokenizer,
-                )  # the tokenizer's loader also brings the model's
+                from lightning_ssiuu.models.loading import load_tokenizer  # slow to import
 
                 tokenizer = load_tokenizer(tokenizer)
             self._encoder = Encoder(tokenizer, self.template, self.max_length, self.choice_template)
@@ -146,9 +141,11 @@ class UnlearningDataModule(LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
         return self.encoder.tokenizer
 
     def content_sha256(self) -> str:
+        """Digest of the sets (:meth:`Splits.sha256`): the provenance of the data, without its text."""
         return self.splits.sha256()
 
     def setup(self, stage: str | None = None) -> None:
@@ -160,11 +157,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """
         if not self._encoded:
             splits, encoder = self.splits, self.encoder
-            self._encoded = {
-                name: encoder.encode(examples, options=self.multiple_choice)
-                for name, examples in splits.items()
-                if name in _EVAL_SPLITS
-            }
+            sets = {name: examples for name, examples in splits.items() if name in _EVAL_SPLITS}
+            self._encoded = {name: encoder.encode(sets[name], self.multiple_choice) for name in sets}
         if stage not in ("validate", "test"):
             self._check_batches()
 
@@ -210,21 +204,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return self._loader(EncodedDataset({split: encoded}), sampler)
 
     def check_share(self, n_ranks: int) -> None:
-        """Check that every process gets something to score of every set.
-
-        Args:
-            n_ranks: Number of processes.
-
-        Raises:
-            UserError: If there are more processes than examples.
-        """
+        """Refuse more processes than there are examples in a set to score."""
         sets = dict(self.splits.items())
         for split in self.eval_splits:
             if len(sets[split]) < n_ranks:
                 allowed = f"at most {len(sets[split])}, the number of examples to score in the {split} set"
                 raise UserError("devices", n_ranks, allowed)
-
-    # -- inside -------------------------------------------------------------------------------------------------
 
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks that share a batch, and this one's; tensor-parallel ranks see the same data."""
@@ -236,14 +221,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return shard["num_replicas"], shard["rank"]
 
     def _train_parts(self) -> tuple[dict[str, list[Encoded]], dict[str, int]]:
-        plain = {
-            name: [replace(example, options=(), choices=()) for example in self._encoded[name]]
-            for name in ("forget", "retain")
-        }
+        forget, retain = (
+            [replace(example, options=(), choices=()) for example in self._encoded[name]] for name in _EVAL_SPLITS[:2]
+        )
         if self.train_on == "pairs":
-            return plain, {"forget": self.batch_size, "retain": self.retain_batch_size}
-        examples = plain["forget"] + plain["retain"] if self.train_on == "all" else plain["retain"]
-        return {"retain": examples}, {"retain": self.batch_size}
+            return {"forget": forget, "retain": retain}, {"forget": self.batch_size, "retain": self.retain_batch_size}
+        return {"retain": forget + retain if self.train_on == "all" else retain}, {"retain": self.batch_size}
 
     def _check_batches(self) -> None:
         world_size, _ = self._ranks()
@@ -252,13 +235,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
             # Lightning would rebuild our sampler under a DistributedSampler, and fail with a puzzle
             raise UserError("trainer.use_distributed_sampler", True, "false: the data module shards by itself")
         parts, batch_sizes = self._train_parts()
-        for part, batch_size in batch_sizes.items():
+        for part, batch_size in batch_sizes.items() if self.fill_batches else ():
             name = "retain_batch_size" if self.train_on == "pairs" and part == "retain" else "batch_size"
-            n_examples = len(parts[part])
-            if self.fill_batches and batch_size % world_size:
+            if batch_size % world_size:
                 raise UserError(name, batch_size, f"a multiple of {world_size}, the number of ranks")
-            if self.fill_batches and batch_size > n_examples:
-                raise UserError(name, batch_size, f"1 to {n_examples}, the number of examples")
+            if batch_size > len(parts[part]):
+                raise UserError(name, batch_size, f"1 to {len(parts[part])}, the number of examples")
 
     def _loader(
         self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader] = DataLoader

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
+from lightning_ssiuu.datamodules.readers import FOLDER_OR_HUB, folder_or_hub, hub_errors
 from lightning_ssiuu.utils.errors import Given, UserError
 
 
@@ -74,27 +75,21 @@ class FaithUn(ClusterDataModule):
 
 
 def _folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if folder := folder_or_hub(path):
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError("path", path, "an existing directory, or a data set of the hub (owner/name)")
     import huggingface_hub  # slow to import and not needed for files
 
-    try:
+    with hub_errors("path", path, FOLDER_OR_HUB):
         return Path(huggingface_hub.snapshot_download(path, repo_type="dataset", allow_patterns=["*.json", "*.txt"]))
-    except (OSError, ValueError, RuntimeError) as error:  # what the hub raises for a missing or unreachable set
-        allowed = "an existing directory, or a data set of the hub (owner/name)"
-        raise UserError("path", path, f"{allowed}; the hub said {type(error).__name__}") from error
 
 
 def _read(folder: Path, name: str, argument: str) -> str:
-    found = sorted(file for file in folder.rglob(Path(name).name) if file.is_file())
-    if not found:
-        there = sorted(file.name for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
-        raise UserError(argument, name, ", ".join(there) or "a path with FaithUn's files")
+    files = sorted(file for file in folder.rglob(Path(name).name) if file.is_file())
+    if not files:
+        names = sorted(file.name for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
+        raise UserError(argument, name, ", ".join(names) or "a path with FaithUn's files")
     try:
-        return found[0].read_text(encoding="utf-8-sig")
+        return files[0].read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(argument, name, "text in UTF-8") from None
     except OSError as error:
@@ -102,20 +97,19 @@ def _read(folder: Path, name: str, argument: str) -> str:
 
 
 def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:
-    numbers, allowed = [], f"one number from 0 to {n_clusters - 1} a line"
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        if not line.strip().isdecimal() or int(line) >= n_clusters:
-            raise UserError(argument, Given(f"line {number} of {file}"), allowed)
-        numbers.append(int(line))
-    return list(dict.fromkeys(numbers))
+    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+    for number, line in lines.items():
+        if not line.isdecimal() or int(line) >= n_clusters:
+            raise UserError(
+                argument, Given(f"line {number} of {file}"), f"one number from 0 to {n_clusters - 1} a line"
+            )
+    return list(dict.fromkeys(map(int, lines.values())))
 
 
 def _check_disjoint(indices: dict[str, list[int]]) -> None:
-    first: dict[int, str] = {}
+    set_of: dict[int, str] = {}
     for name, numbers in indices.items():
-        twice = [number for number in numbers if first.setdefault(number, name) != name]
+        twice = [number for number in numbers if set_of.setdefault(number, name) != name]
         if twice:
-            other = first[twice[0]]
+            other = set_of[twice[0]]
             raise UserError(name, Given(f"{len(twice)} clusters that are also in {other}"), f"disjoint from {other}")

@@ -11,18 +11,14 @@ from torch.utils.data import DataLoader
 
 from lightning_ssiuu.datamodules.base import UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import Key
+from lightning_ssiuu.datamodules.sampling import share
 
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a batch: what a model's memory for it depends on.
-
-    Args:
-        tokens: Tokens with padding, over all parts and options.
-        labels: Labelled tokens, over all parts and options.
-    """
+    """Tokens with padding and labelled tokens of a batch, over all parts and options: what its memory depends on."""
 
     tokens: int
     labels: int
@@ -31,14 +27,9 @@ class Size:
 def training_batch(
     data: UnlearningDataModule, cost: Callable[[Size], float], n_ranks: int, n_batches: int, n_epochs: int | None
 ) -> Batch:
-    """The costliest share of a rank in the batches that training will see, in their order.
+    """The costliest share of a rank in the first ``n_batches`` that training will see, of ``n_epochs`` at most.
 
-    Args:
-        data: The data, not attached to a Trainer.
-        cost: Of a batch.
-        n_ranks: Number of ranks that share a batch.
-        n_batches: Batches to look through at most.
-        n_epochs: Epochs to look through at most; None for no limit.
+    ``data`` is not attached to a Trainer; None for no limit of epochs.
     """
     loader: Any = data.train_dataloader()
     sampler = loader.batch_sampler
@@ -47,8 +38,7 @@ def training_batch(
         for epoch in count() if n_epochs is None else range(n_epochs):
             for number in range(len(sampler)):
                 batch = sampler.global_batch(epoch, number)
-                for rank in range(n_ranks):
-                    yield [(part, index) for part, indices in batch.items() for index in indices[rank::n_ranks]]
+                yield from (share(batch, rank, n_ranks) for rank in range(n_ranks))
 
     return _costliest(loader, islice(shares(), n_batches * n_ranks), cost)
 
@@ -56,14 +46,7 @@ def training_batch(
 def evaluation_batch(
     data: UnlearningDataModule, split: str, cost: Callable[[Size], float], n_examples: int | None = None
 ) -> Batch:
-    """The costliest batch of an evaluation loader.
-
-    Args:
-        data: The data, not attached to a Trainer.
-        split: The set.
-        cost: Of a batch.
-        n_examples: Look at the first examples alone.
-    """
+    """The costliest batch of a set's evaluation loader, or of its first ``n_examples``; ``data`` has no Trainer."""
     loader: Any = data.eval_dataloader(split)
     batches = list(loader.batch_sampler)
     if n_examples is not None:
@@ -79,11 +62,8 @@ def _costliest(loader: DataLoader, batches: Iterable[list[Key]], cost: Callable[
         rows: dict[tuple[str, str], list[Any]] = {}
         for key in keys:
             part, encoded = dataset[key]
-            for name, sequences in (
-                ("", (encoded.sequence,)),
-                ("options", encoded.options),
-                ("choices", encoded.choices),
-            ):
+            kinds = {"": (encoded.sequence,), "options": encoded.options, "choices": encoded.choices}
+            for name, sequences in kinds.items():
                 rows.setdefault((part, name), []).extend(sequences)
         tokens = sum(len(sequences) * max(map(len, sequences)) for sequences in rows.values() if sequences)
         labels = sum(len(sequence) - sequence.n_prompt for sequences in rows.values() for sequence in sequences)

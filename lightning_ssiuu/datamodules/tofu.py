@@ -11,20 +11,16 @@ class TOFU(PairedFiles):
     r"""TOFU (arXiv 2401.06121) from a local directory or the hub.
 
     The test set is cut from the retain file: the first ``retain_size`` items are the retain set and the ``test_size``
-    that follow the test set. Perturbed answers, where the file has them, become distractors.
+    that follow the test set. Perturbed answers, where the file has them, become distractors. ``multiple_choice`` is
+    off: TOFU scores generated text (ROUGE-L recall).
 
     Args:
         path: A directory with ``{forget}.jsonl`` and ``{retain}.jsonl`` (or ``.json``, ``.csv``), or a hub id; None:
             ``locuslab/TOFU``.
         forget: Name of the forget file or hub configuration, e.g. ``forget01``, ``forget05``, ``forget10_perturbed``.
         retain: Name of the retain file or hub configuration, e.g. ``retain99``.
-        retain_size: Number of retain items; None: all that ``test_size`` leaves.
-        test_size: Number of test items; None: all that follow ``retain_size`` items (none if that is None too).
-        multiple_choice: As in :class:`UnlearningDataModule`, but off: TOFU scores generated text (ROUGE-L recall).
-        **kwargs: See :class:`UnlearningDataModule`.
-
-    Raises:
-        UserError: Directory, file or data set missing, columns missing, or more items asked for than there are.
+        **kwargs: ``retain_size``, ``test_size`` (:class:`~.paired.PairedFiles`) and the options of
+            :class:`UnlearningDataModule`.
 
     Example:
         >>> import json, tempfile
@@ -45,9 +41,7 @@ class TOFU(PairedFiles):
         path: str | None = None,
         forget: str = "forget01",
         retain: str = "retain99",
-        retain_size: int | None = None,
-        test_size: int | None = None,
-        multiple_choice: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
-        super().__init__(path, forget, retain, retain_size, test_size, multiple_choice=multiple_choice, **kwargs)
+        super().__init__(path, forget, retain, *args, **kwargs)

@@ -64,9 +64,8 @@ class WMDP(UnlearningDataModule):
         forget = _examples(read_records(self.forget, "forget"), 0, "forget")
         if self.forget_size is not None:
             if self.forget_size > len(forget):
-                raise UserError(
-                    "forget_size", self.forget_size, f"no more than the {len(forget)} items of {self.forget}"
-                )
+                allowed = f"no more than the {len(forget)} items of {self.forget}"
+                raise UserError("forget_size", self.forget_size, allowed)
             forget = forget[: self.forget_size]
         asked = {example.folded for example in forget}
         kept = _examples(read_records(self.retain, "retain"), len(forget), "retain")
@@ -77,12 +76,12 @@ class WMDP(UnlearningDataModule):
 def _examples(rows: list[Record], first_id: int, argument: str) -> list[QAExample]:
     questions, places = column(rows, "question", argument), column(rows, "answer", argument)
     choices = text_lists(rows, "choices", argument)
-    found: dict[str, QAExample] = {}
+    examples: dict[str, QAExample] = {}
     for number, (question, place, options) in enumerate(zip(questions, places, choices, strict=True)):
         if not place.isdecimal() or int(place) >= len(options):
             raise UserError(argument, Given(f"'answer' of record {number}"), "the place of a choice, from 0")
         answer = options[int(place)]
         wrong = tuple(option for option in dict.fromkeys(options) if option != answer)
-        example = QAExample(first_id + len(found), question, answer, wrong)
-        found.setdefault(example.folded, example)
-    return list(found.values())
+        example = QAExample(first_id + len(examples), question, answer, wrong)
+        examples.setdefault(example.folded, example)
+    return list(examples.values())
