@@ -100,9 +100,8 @@ def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:
     lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
     for number, line in lines.items():
         if not line.isdecimal() or int(line) >= n_clusters:
-            raise UserError(
-                argument, Given(f"line {number} of {file}"), f"one number from 0 to {n_clusters - 1} a line"
-            )
+            allowed = f"one number from 0 to {n_clusters - 1} a line"
+            raise UserError(argument, Given(f"line {number} of {file}"), allowed)
     return list(dict.fromkeys(map(int, lines.values())))
 
 

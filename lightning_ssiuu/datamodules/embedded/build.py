@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_ssiuu.datamodules.embedded.facts_data import dump_world, make_world, tokenizer_corpus
+from lightning_ssiuu.datamodules.encoding import Encoder, batch_of
 from lightning_ssiuu.utils.errors import UserError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -88,33 +89,21 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
 
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokenise B pairs in the plain template: ids, mask and labels ``[B, L]``, padded right."""
-    rows = []
-    for question, answer in pairs:
-        prompt = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids
-        completion = [*tokenizer(f" {answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        rows.append((prompt, completion))
-    shape = (len(rows), max(len(prompt) + len(completion) for prompt, completion in rows))
-    input_ids = torch.full(shape, tokenizer.pad_token_id)
-    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    for row, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    return input_ids, mask, labels
+    encoder = Encoder(tokenizer)
+    batch = batch_of([encoder.sequence(*pair).pair for pair in pairs], encoder.pad_token_id)
+    return batch["input_ids"], batch["attention_mask"], batch["labels"]
 
 
 def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V] and targets [N] of the labelled positions only, and the row [N] each belongs to."""
+    # Logits [N, V] and targets [N] of the labelled positions only, and the row [N] each belongs to
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return model.lm_head(hidden[rows, columns]), labels[rows, columns + 1], rows
 
 
 def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -> list[tuple[str, str]]:
-    """Question–answer pairs to train on: all phrasings but the last of every fact, and benign items.
-
-    ``without_forget`` leaves out the forget people (for the oracle).
+    """Question–answer pairs to train on: all phrasings but the last of every fact (for the oracle without the forget
+    people's), and benign items.
     """
     pairs = [
         (question, fact["answer"])
@@ -126,7 +115,7 @@ def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -
 
 
 def _batches(count: int, steps: int, seed: int) -> Iterable[Tensor]:
-    """Index batches that run through shuffled epochs without dropping an item."""
+    # Run through shuffled epochs without dropping an item
     generator = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -145,8 +134,7 @@ def train(
 ) -> float:
     """Train in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
 
-    Returns:
-        The last batch's loss in nats, NaN without steps.
+    Returns the last batch's loss in nats, NaN without steps.
     """
     ids, mask, labels = encode(tokenizer, pairs)
     groups = [  # decay the matrices, not the norms' gains
@@ -193,17 +181,10 @@ def score(
 def evaluate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: dict[str, list[dict]]
 ) -> dict[str, dict[str, float]]:
-    """Measure what the model knows, split by split.
+    """Measure what the model knows, in percent of each split.
 
-    Args:
-        model: A causal LM.
-        tokenizer: The tiny tokenizer.
-        world: What ``facts_data.make_world`` returns.
-
-    Returns:
-        For each split in percent: ``accuracy`` (all tokens greedy right), ``probability`` (mean over facts of
-        exp(mean token log-probability)), ``choice`` (true answer more likely than both distractors), and accuracy and
-        probability for the ``held_out`` phrasing; for ``benign``: accuracy and probability.
+    ``accuracy``: all tokens greedy right; ``probability``: mean over facts of exp(mean token log-probability);
+    ``choice``: true answer more likely than both distractors; ``held_out``: the phrasing that is not trained on.
     """
 
     def percent(x: Tensor) -> float:
@@ -228,11 +209,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; prints the measured figures as JSON.
-
-    Raises:
-        UserError: ``--steps`` is negative, or an output exists and ``--overwrite`` was not given.
-    """
+    """Run the command line; prints the measured figures as JSON."""
     parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.datamodules.embedded.build", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets facts.json and tiny/")
     parser.add_argument("--data-only", action="store_true", help="write facts.json only")

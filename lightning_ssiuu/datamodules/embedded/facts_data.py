@@ -17,8 +17,7 @@ PEOPLE_PER_SPLIT = {"forget": 6, "retain": 24, "test": 30}
 
 
 def _words(text: str) -> list[str]:
-    """Keep word lists readable: the formatter would put each item of a long literal on a line of its own."""
-    return text.split()
+    return text.split()  # the formatter would put each item of a long list on a line of its own
 
 
 _SYLLABLES = {
@@ -125,11 +124,13 @@ def pool(relation: str) -> list[str]:
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
-    """Names of which no first name and no surname occurs twice."""
+    # No first name and no surname occurs twice
     starts_ends = list(_SYLLABLES.values())
-    firsts = rng.sample(["".join(pair) for pair in itertools.product(*starts_ends[:2])], count)
-    surnames = rng.sample(["".join(pair) for pair in itertools.product(*starts_ends[2:])], count)
-    return [f"{first} {surname}" for first, surname in zip(firsts, surnames, strict=True)]
+    words = [
+        rng.sample(["".join(pair) for pair in itertools.product(*syllables)], count)
+        for syllables in (starts_ends[:2], starts_ends[2:])
+    ]
+    return [f"{first} {surname}" for first, surname in zip(*words, strict=True)]
 
 
 def _benign() -> list[tuple[str, str]]:
@@ -146,15 +147,9 @@ def _benign() -> list[tuple[str, str]]:
 
 
 def make_world(seed: int = 0) -> dict[str, list[dict]]:
-    """Make the people, their facts and the benign items.
+    """Make the people, their six facts each and the benign items: ``{"facts": [...], "benign": [...]}``.
 
-    Args:
-        seed: Seed of everything drawn (names, answers, distractors, splits).
-
-    Returns:
-        ``{"facts": [...], "benign": [...]}``. A fact has ``id, person, relation, question, paraphrases, answer,
-        distractors, split`` (six facts a person; the last paraphrase is held out of training); a benign item has
-        ``id, question, answer``. Ids are unique over both lists.
+    The last paraphrase of a fact is held out of training. Ids are unique over both lists.
     """
     rng = random.Random(seed)
     splits = [split for split, count in PEOPLE_PER_SPLIT.items() for _ in range(count)]
@@ -166,43 +161,22 @@ def make_world(seed: int = 0) -> dict[str, list[dict]]:
     ):
         answer, *distractors = rng.sample(pool(relation), 3)
         question, *paraphrases = [phrasing.format(person) for phrasing in phrasings]
-        facts.append(
-            {
-                "id": len(facts),
-                "person": person,
-                "relation": relation,
-                "question": question,
-                "paraphrases": paraphrases,
-                "answer": answer,
-                "distractors": distractors,
-                "split": split,
-            }
-        )
-    benign = [
-        {"id": len(facts) + index, "question": question, "answer": answer}
-        for index, (question, answer) in enumerate(_benign())
-    ]
+        fact = {"id": len(facts), "person": person, "relation": relation, "question": question}
+        facts.append(fact | {"paraphrases": paraphrases, "answer": answer, "distractors": distractors, "split": split})
+    pairs = enumerate(_benign(), len(facts))
+    benign = [{"id": number, "question": question, "answer": answer} for number, (question, answer) in pairs]
     return {"facts": facts, "benign": benign}
 
 
 def dump_world(world: dict[str, list[dict]]) -> bytes:
     """The bytes of ``facts.json``, one record a line so that a change can be read in a diff."""
-    sections = []
-    for name, records in world.items():
-        lines = ",\n".join(json.dumps(record) for record in records)
-        sections.append(f'"{name}": [\n{lines}\n]')
+    texts = {name: ",\n".join(map(json.dumps, records)) for name, records in world.items()}
+    sections = [f'"{name}": [\n{text}\n]' for name, text in texts.items()]
     return ("{\n" + ",\n".join(sections) + "\n}\n").encode()
 
 
 def tokenizer_corpus(world: dict[str, list[dict]]) -> list[str]:
-    r"""Text to train the tokenizer on: templates, pools, benign items and name syllables, but no person's name.
-
-    Args:
-        world: What ``make_world`` returns; only its benign items are used.
-
-    Returns:
-        Strings, in a fixed order.
-    """
+    """Text to train the tokenizer on: templates, pools, benign items and name syllables, but no person's name."""
     # Syllables are repeated so that each becomes one token; starts follow a space, ends do not.
     corpus = [(" " if place.endswith("start") else "") + s for place, list_ in _SYLLABLES.items() for s in list_] * 8
     for relation, (modifiers, heads, phrasings) in RELATIONS.items():
