@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -110,34 +111,28 @@ class UnlearningDataModule(LightningDataModule, ABC):
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.train_on, self.multiple_choice = seed or 0, train_on, multiple_choice
         self.choice_template = choice_template
-        self._splits: Splits | None = None
-        self._encoder: Encoder | None = None
         self._encoded: dict[str, list[Encoded]] = {}
 
     @abstractmethod
     def load_splits(self) -> Splits:
         """Read the sets. Called once per process, from :meth:`setup`."""
 
-    @property
+    @cached_property
     def splits(self) -> Splits:
         """The sets, read and validated (:meth:`Splits.validate`) on first use."""
-        if self._splits is None:
-            splits = self.load_splits()
-            splits.validate()
-            self._splits = splits
-        return self._splits
+        splits = self.load_splits()
+        splits.validate()
+        return splits
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """Template and tokenizer at work, made on first use."""
-        if self._encoder is None:
-            tokenizer = self.tokenizer_or_name
-            if isinstance(tokenizer, str):
-                from lightning_ssiuu.models.loading import load_tokenizer  # slow to import
+        tokenizer = self.tokenizer_or_name
+        if isinstance(tokenizer, str):
+            from lightning_ssiuu.models.loading import load_tokenizer  # slow to import
 
-                tokenizer = load_tokenizer(tokenizer)
-            self._encoder = Encoder(tokenizer, self.template, self.max_length, self.choice_template)
-        return self._encoder
+            tokenizer = load_tokenizer(tokenizer)
+        return Encoder(tokenizer, self.template, self.max_length, self.choice_template)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,9 +151,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 its set or not divisible among the ranks; a Trainer that would shard a second time.
         """
         if not self._encoded:
-            splits, encoder = self.splits, self.encoder
-            sets = {name: examples for name, examples in splits.items() if name in _EVAL_SPLITS}
-            self._encoded = {name: encoder.encode(sets[name], self.multiple_choice) for name in sets}
+            sets = dict(self.splits.items())
+            self._encoded = {name: self.encoder.encode(sets[name], self.multiple_choice) for name in _EVAL_SPLITS}
         if stage not in ("validate", "test"):
             self._check_batches()
 
@@ -167,7 +161,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         self.setup("fit")
         world_size, rank = self._ranks()
         parts, batch_sizes = self._train_parts()
-        sizes = {part: len(examples) for part, examples in parts.items()}
+        sizes = {part: len(parts[part]) for part in parts}
         sampler = PairSampler(sizes, batch_sizes, self.seed, rank, world_size, self.fill_batches)
         return self._loader(EncodedDataset(parts), sampler, ResumableLoader)
 
@@ -184,14 +178,10 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return self.val_dataloader()
 
     def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:
-        """One pass, in order, with batches ``{split: part}``; see :class:`~.sampling.EvalSampler`.
+        """One pass over a set (``"forget"``, ``"retain"`` or ``"test"``), in order, with batches ``{split: part}``.
 
-        Args:
-            split: ``"forget"``, ``"retain"`` or ``"test"``.
-            examples: Serve these, under the name of ``split``, instead of the whole set.
-
-        Raises:
-            UserError: Unknown split, or fewer examples than ranks.
+        Given ``examples`` are served under the name of ``split`` instead of the whole set. Fewer examples than ranks
+        are an error; see :class:`~.sampling.EvalSampler`.
         """
         if split not in _EVAL_SPLITS:
             raise UserError("split", split, ", ".join(_EVAL_SPLITS))

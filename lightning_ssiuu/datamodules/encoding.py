@@ -55,16 +55,14 @@ class Encoded:
 
 
 class Encoder:
-    r"""Turns question and answer into token ids under a template.
+    """Turns question and answer into token ids under a template.
 
     Prompt and completion are tokenised apart and joined, so the boundary between masked and labelled tokens never
     falls inside a token. The completion ends with the end-of-sequence token.
 
-    The template is ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template,
-    question as the user's turn) or any text that contains ``{question}``; nothing else in it is replaced. A
-    ``choice_template`` is ``"instruction"`` (:data:`INSTRUCTION`) or any text that contains ``{question}`` and
-    ``{options}``, which becomes one line ``- option`` each; under the template ``"chat"`` it is the user's turn.
-    ``max_length``: see :class:`~.base.UnlearningDataModule`.
+    The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}`` and ``{options}`` is
+    replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
+    ``choice_template``, is the user's turn.
     """
 
     def __init__(
@@ -202,9 +200,6 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
 
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))
-
-    def __repr__(self) -> str:
-        return "EncodedDataset(" + ", ".join(f"{name}={len(part)}" for name, part in self.parts.items()) + ")"
 
 
 class Collator:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
-from lightning_ssiuu.datamodules.readers import FOLDER_OR_HUB, folder_or_hub, hub_errors
+from lightning_ssiuu.datamodules.readers import FOLDER_OR_HUB, file_errors, folder_or_hub, hub_errors
 from lightning_ssiuu.utils.errors import Given, UserError
 
 
@@ -60,11 +60,8 @@ class FaithUn(ClusterDataModule):
 
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
         folder = _folder(self.path)
-        text = _read(folder, self.file, "file")
-        try:
-            entities = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError("file", self.file, f"valid JSON: it breaks in line {error.lineno}") from None
+        with file_errors("file", self.file):
+            entities = json.loads(_read(folder, self.file, "file"))
         clusters = parse_clusters(entities, "file")
         indices = {
             name: [] if file is None else _numbers(_read(folder, file, name), file, name, len(clusters))
@@ -88,12 +85,8 @@ def _read(folder: Path, name: str, argument: str) -> str:
     if not files:
         names = sorted(file.name for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
         raise UserError(argument, name, ", ".join(names) or "a path with FaithUn's files")
-    try:
+    with file_errors(argument, name):
         return files[0].read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(argument, name, "text in UTF-8") from None
-    except OSError as error:
-        raise UserError(argument, name, f"a readable file ({error.strerror})") from None
 
 
 def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:

@@ -37,11 +37,6 @@ class MUSE(PairedFiles):
     config = "knowmem"
 
     def __init__(
-        self,
-        path: str | None = None,
-        forget: str = "forget_qa",
-        retain: str = "retain_qa",
-        *args: Any,
-        **kwargs: Any,
+        self, path: str | None = None, forget: str = "forget_qa", retain: str = "retain_qa", *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(path, forget, retain, *args, **kwargs)

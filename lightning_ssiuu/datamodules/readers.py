@@ -54,6 +54,22 @@ def hub_errors(argument: str, given: str, allowed: str) -> Iterator[None]:
         raise UserError(argument, given, f"{allowed}; the hub said {type(error).__name__}") from error
 
 
+@contextmanager
+def file_errors(argument: str, source: str) -> Iterator[None]:
+    """Turn what reading and parsing a file raises into a :class:`UserError`."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        # `from None` here and below: the error's own text may quote the data
+        raise UserError(argument, source, f"valid JSON: it breaks in line {error.lineno}") from None
+    except UnicodeDecodeError:
+        raise UserError(argument, source, "text in UTF-8") from None
+    except csv.Error:
+        raise UserError(argument, source, "valid CSV with a header line") from None
+    except OSError as error:
+        raise UserError(argument, source, f"a readable file ({error.strerror})") from None
+
+
 def folder_or_hub(path: str) -> Path | None:
     """The directory that ``path`` is, or None where it can be a hub id."""
     folder = Path(path).expanduser()
@@ -68,23 +84,13 @@ def _read_file(path: Path, source: str, argument: str) -> list[Record]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(argument, source, _ALLOWED)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix == ".csv":
-                records: Any = list(csv.DictReader(file, strict=True))
-            elif suffix == ".jsonl":
-                records = [_parse_line(line, number) for number, line in enumerate(file, 1) if line.strip()]
-            else:
-                records = json.load(file)
-    except json.JSONDecodeError as error:
-        # `from None` here and below: the error's own text may quote the data
-        raise UserError(argument, source, f"valid JSON: it breaks in line {error.lineno}") from None
-    except UnicodeDecodeError:
-        raise UserError(argument, source, "text in UTF-8") from None
-    except csv.Error:
-        raise UserError(argument, source, "valid CSV with a header line") from None
-    except OSError as error:
-        raise UserError(argument, source, f"a readable file ({error.strerror})") from None
+    with file_errors(argument, source), path.open(encoding="utf-8-sig", newline="") as file:
+        if suffix == ".csv":
+            records: Any = list(csv.DictReader(file, strict=True))
+        elif suffix == ".jsonl":
+            records = [_parse_line(line, number) for number, line in enumerate(file, 1) if line.strip()]
+        else:
+            records = json.load(file)
     if isinstance(records, dict):
         records = records.get("data")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):

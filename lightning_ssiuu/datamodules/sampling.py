@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,41 +13,20 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_ssiuu.datamodules.encoding import Key
 
 _SALTS = {"forget": 0, "retain": 1}  # so that equally long sets are not permuted alike
+_Sizes = Mapping[str, int]
 
 
-class Stream:
-    """The endless sequence of permutations of ``range(size)``, end to end, readable from any position.
-
-    After ``k * size`` items each has come up exactly ``k`` times, however the batch size divides the set. ``salt``
-    tells streams of the same seed apart.
-    """
-
-    def __init__(self, size: int, seed: int, salt: int = 0) -> None:
-        self.size, self.seed, self.salt = size, seed, salt
-        self._cached: tuple[int, list[int]] = (-1, [])
-
-    def _permutation(self, number: int) -> list[int]:
-        if self._cached[0] != number:
-            order = np.random.default_rng([self.seed, self.salt, number]).permutation(self.size).tolist()
-            self._cached = number, order
-        return self._cached[1]
-
-    def take(self, start: int, count: int) -> list[int]:
-        items: list[int] = []
-        while count > 0:
-            number, offset = divmod(start, self.size)
-            piece = self._permutation(number)[offset : offset + count]
-            items += piece
-            start, count = start + len(piece), count - len(piece)
-        return items
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, *seeds: int) -> list[int]:
+    return np.random.default_rng(seeds).permutation(size).tolist()
 
 
 class PairSampler(Sampler[list[Key]]):
     """Batches of ``(part, index)`` keys in which every part keeps its own batch size.
 
     An epoch has ``ceil(n / batch size)`` batches, counted on the first part; with ``"forget"`` first that is one pass
-    over the forget set. Every global batch is full: each part runs through its permutations end to end
-    (:class:`Stream`), across epochs too, so no set is ever restarted early. At the seam of two permutations an example
+    over the forget set. Every global batch is full: each part runs through its permutations end to end, across epochs
+    too, so after ``k * n`` examples each has come up exactly ``k`` times. At the seam of two permutations an example
     may stand twice in a batch. The union over the ranks (:func:`share`) is the same batch on any number of ranks.
     ``batch_sizes`` are of the global batch: multiples of ``world_size`` if batches are filled. Without ``fill`` every
     epoch is one permutation, its last batch may be short and ranks may have shares of different sizes.
@@ -55,16 +35,10 @@ class PairSampler(Sampler[list[Key]]):
     """
 
     def __init__(
-        self,
-        sizes: Mapping[str, int],
-        batch_sizes: Mapping[str, int],
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        fill: bool = True,
+        self, sizes: _Sizes, batch_sizes: _Sizes, seed: int, rank: int = 0, world_size: int = 1, fill: bool = True
     ) -> None:
-        self.batch_sizes, self.rank, self.world_size, self.fill = dict(batch_sizes), rank, world_size, fill
-        self.streams = {part: Stream(size, seed, _SALTS[part]) for part, size in sizes.items()}
+        self.sizes, self.batch_sizes, self.seed = sizes, batch_sizes, seed
+        self.rank, self.world_size, self.fill = rank, world_size, fill
         self.epoch = self.start = 0
 
     @property
@@ -76,19 +50,20 @@ class PairSampler(Sampler[list[Key]]):
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
-        part = next(iter(self.streams))
-        return math.ceil(self.streams[part].size / self.batch_sizes[part])
+        part = next(iter(self.sizes))
+        return math.ceil(self.sizes[part] / self.batch_sizes[part])
 
     def global_batch(self, epoch: int, number: int) -> dict[str, list[int]]:
         """Indices per part of batch ``number`` of ``epoch``, over all ranks."""
         batch = {}
-        for part, stream in self.streams.items():
+        for part, size in self.sizes.items():
             count = self.batch_sizes[part]
             start = (epoch * len(self) + number) * count
             if not self.fill:
                 offset = number * count
-                start, count = epoch * stream.size + offset, min(count, stream.size - offset)
-            batch[part] = stream.take(start, count)
+                start, count = epoch * size + offset, min(count, size - offset)
+            places = [divmod(place, size) for place in range(start, start + count)]
+            batch[part] = [_permutation(size, self.seed, _SALTS[part], round_)[index] for round_, index in places]
         return batch
 
     def __iter__(self) -> Iterator[list[Key]]:

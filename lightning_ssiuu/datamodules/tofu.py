@@ -37,11 +37,6 @@ class TOFU(PairedFiles):
     hub_id = "locuslab/TOFU"
 
     def __init__(
-        self,
-        path: str | None = None,
-        forget: str = "forget01",
-        retain: str = "retain99",
-        *args: Any,
-        **kwargs: Any,
+        self, path: str | None = None, forget: str = "forget01", retain: str = "retain99", *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(path, forget, retain, *args, **kwargs)

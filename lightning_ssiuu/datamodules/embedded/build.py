@@ -39,20 +39,20 @@ CHAT_TEMPLATE = (
 )
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 300, 64, 2e-3, 0.1, 0.12
 BENIGN_REPEATS = 2  # a benign item has one phrasing, a fact four
+Pairs = Sequence[tuple[str, str]]
+World = dict[str, list[dict]]
 
 
-def build_tokenizer(world: dict[str, list[dict]]) -> PreTrainedTokenizerFast:
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE tokenizer (at most 1024 tokens) on what ``facts_data.make_world`` returns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=1024, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(tokenizer_corpus(world), trainer)
     return PreTrainedTokenizerFast(
@@ -87,7 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
     return LlamaForCausalLM(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """Tokenise B pairs in the plain template: ids, mask and labels ``[B, L]``, padded right."""
     encoder = Encoder(tokenizer)
     batch = batch_of([encoder.sequence(*pair).pair for pair in pairs], encoder.pad_token_id)
@@ -101,7 +101,7 @@ def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: T
     return model.lm_head(hidden[rows, columns]), labels[rows, columns + 1], rows
 
 
-def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -> list[tuple[str, str]]:
+def training_pairs(world: World, without_forget: bool = False) -> list[tuple[str, str]]:
     """Question–answer pairs to train on: all phrasings but the last of every fact (for the oracle without the forget
     people's), and benign items.
     """
@@ -126,11 +126,7 @@ def _batches(count: int, steps: int, seed: int) -> Iterable[Tensor]:
 
 
 def train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: Sequence[tuple[str, str]],
-    steps: int = STEPS,
-    seed: int = 0,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = STEPS, seed: int = 0
 ) -> float:
     """Train in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
 
@@ -166,9 +162,7 @@ def train(
 
 
 @torch.no_grad()
-def score(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
-) -> tuple[Tensor, Tensor]:
+def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Mean log-probability of each answer's tokens with EOS (nats, ``[B]``), and whether all are the likeliest."""
     logits, targets, rows = _answer_logits(model, *encode(tokenizer, pairs))
     token_log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -178,9 +172,7 @@ def score(
     return zeros.index_add(0, rows, token_log_probs) / tokens, zeros.index_add(0, rows, right) == tokens
 
 
-def evaluate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: dict[str, list[dict]]
-) -> dict[str, dict[str, float]]:
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, dict[str, float]]:
     """Measure what the model knows, in percent of each split.
 
     ``accuracy``: all tokens greedy right; ``probability``: mean over facts of exp(mean token log-probability);
@@ -239,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.replace(draft / name, args.output / name)
 
 
-def _build_tiny(folder: Path, world: dict[str, list[dict]], args: argparse.Namespace) -> None:
+def _build_tiny(folder: Path, world: World, args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(2)  # a sum's order, and with it the bytes, may depend on the number of threads
     tokenizer = build_tokenizer(world)
