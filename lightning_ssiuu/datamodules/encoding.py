@@ -161,19 +161,16 @@ class Encoder:
             sequences = self._answered(self._text(example.question), [example.answer, *(wrong if options else ())])
             listed = self.choices(example) if choices else ()
             encoded.append(Encoded(example.example_id, sequences[0], sequences if options else (), listed))
-        self._check_lengths(encoded)
-        return encoded
-
-    def fits(self, example: QAExample) -> bool:
-        return len(self.sequence(example.question, example.answer)) <= self.max_length
-
-    def _check_lengths(self, encoded: list[Encoded]) -> None:
         lengths = {e.example_id: max(map(len, (e.sequence, *e.options, *e.choices))) for e in encoded}
         long = {example_id: length for example_id, length in lengths.items() if length > self.max_length}
         if long:
             shown = first_few([f"{example_id} ({length})" for example_id, length in long.items()])
             allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
             raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
+        return encoded
+
+    def fits(self, example: QAExample) -> bool:
+        return len(self.sequence(example.question, example.answer)) <= self.max_length
 
 
 class EncodedDataset(Dataset[tuple[str, Encoded]]):

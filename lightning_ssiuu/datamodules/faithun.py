@@ -12,7 +12,7 @@ from lightning_ssiuu.utils.errors import Given, UserError
 
 
 class FaithUn(ClusterDataModule):
-    r"""FaithUn (Yang et al. 2025, arXiv 2502.19207) from a local directory or the hub.
+    """FaithUn (Yang et al. 2025, arXiv 2502.19207) from a local directory or the hub.
 
     Trained on its base questions; :meth:`probes` gives the reworded, two-hop and same-answer questions. The format is
     :func:`~.clusters.parse_clusters`'s; the split files list cluster numbers from 0, one a line, over all entities in
@@ -32,16 +32,9 @@ class FaithUn(ClusterDataModule):
             two sets.
 
     Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> ask = lambda n: {"question": f"Where is {n}?", "answers": [f"{n}"], "false_answer_options": ["a", "b"]}
-        >>> entities = {f"Q{n}": {"hop1_unlearn": [ask(n)]} for n in range(3)}
-        >>> _ = (folder / "FaithUn_Dataset.json").write_text(json.dumps(entities))
-        >>> for name, number in (("forget", 2), ("retaining", 0), ("test", 1)):
-        ...     _ = (folder / f"{name}_set_split.txt").write_text(f"{number}\n")
-        >>> data = FaithUn(str(folder))
-        >>> data.splits, data.splits.forget[0].example_id
-        (Splits(forget=1, retain=1, test=1, benign=0), 2)
+        >>> data = FaithUn("path/to/FaithUn", test=None)
+        >>> data.split_files
+        {'forget': 'forget_set_split.txt', 'retain': 'retaining_set_split.txt', 'test': None}
     """
 
     def __init__(

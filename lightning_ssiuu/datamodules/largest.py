@@ -60,8 +60,7 @@ def _costliest(loader: DataLoader, batches: Iterable[list[Key]], cost: Callable[
 
     def of(keys: list[Key]) -> float:
         rows: dict[tuple[str, str], list[Any]] = {}
-        for key in keys:
-            part, encoded = dataset[key]
+        for part, encoded in (dataset[key] for key in keys):
             kinds = {"": (encoded.sequence,), "options": encoded.options, "choices": encoded.choices}
             for name, sequences in kinds.items():
                 rows.setdefault((part, name), []).extend(sequences)

@@ -8,7 +8,7 @@ from lightning_ssiuu.datamodules.paired import PairedFiles
 
 
 class MUSE(PairedFiles):
-    r"""Knowledge questions of MUSE (Shi et al. 2024, arXiv 2407.06460) from a local directory or the hub.
+    """Knowledge questions of MUSE (Shi et al. 2024, arXiv 2407.06460) from a local directory or the hub.
 
     Its ``knowmem`` sets: ``question`` and ``answer``. MUSE's texts are not read: this package unlearns question–answer
     pairs. The test set is cut from the retain file. ``multiple_choice`` is off: MUSE scores generated text (ROUGE-L).
@@ -22,15 +22,9 @@ class MUSE(PairedFiles):
             :class:`UnlearningDataModule`.
 
     Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> folder = Path(tempfile.mkdtemp()) / "knowmem"
-        >>> folder.mkdir()
-        >>> for name, first in (("forget_qa", 0), ("retain_qa", 5)):
-        ...     rows = [{"question": f"Who won match {n}?", "answer": f"Team {n}"} for n in range(first, first + 5)]
-        ...     _ = (folder / f"{name}.json").write_text(json.dumps(rows))
-        >>> MUSE(path=str(folder.parent), test_size=2).splits
-        Splits(forget=5, retain=3, test=2, benign=0)
+        >>> data = MUSE("muse-bench/MUSE-Books", retain="retain2_qa", test_size=50)
+        >>> data.forget, data.multiple_choice
+        ('forget_qa', False)
     """
 
     hub_id = "muse-bench/MUSE-News"

@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.readers import (
-    SUFFIXES,
-    Record,
-    column,
-    folder_or_hub,
-    read_hub,
-    read_records,
-    text_lists,
-)
+from lightning_ssiuu.datamodules.readers import SUFFIXES, column, folder_or_hub, read_hub, read_records, text_lists
 from lightning_ssiuu.datamodules.splits import numbered
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
@@ -59,7 +51,7 @@ class PairedFiles(UnlearningDataModule):
         kept = _examples(self._rows(self.retain, "retain"), len(forget))
         return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
 
-    def _rows(self, name: str, argument: str) -> list[Record]:
+    def _rows(self, name: str, argument: str) -> list[dict]:
         path = None if self.path is None else folder_or_hub(self.path)
         if path is None:
             config, split = (name, "train") if self.config is None else (self.config, name)
@@ -100,12 +92,12 @@ def cut(
     return kept[:retain_size], kept[retain_size : retain_size + test_size]
 
 
-def _examples(rows: list[Record], first_id: int) -> list[QAExample]:
+def _examples(rows: list[dict], first_id: int) -> list[QAExample]:
     texts = (column(rows, name, "path") for name in ("question", "answer"))
     return numbered(first_id, *texts, _optional(rows, "perturbed_answer"), _optional(rows, "paraphrased_question"))
 
 
-def _optional(rows: list[Record], name: str) -> list[tuple[str, ...]]:
+def _optional(rows: list[dict], name: str) -> list[tuple[str, ...]]:
     """Texts that only some of TOFU's files hold, one or several to a row."""
     listed = [{name: [row[name]] if isinstance(row.get(name), str) else row.get(name)} for row in rows]
     return text_lists(listed, name, "path")

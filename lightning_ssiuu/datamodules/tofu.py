@@ -8,7 +8,7 @@ from lightning_ssiuu.datamodules.paired import PairedFiles
 
 
 class TOFU(PairedFiles):
-    r"""TOFU (arXiv 2401.06121) from a local directory or the hub.
+    """TOFU (arXiv 2401.06121) from a local directory or the hub.
 
     The test set is cut from the retain file: the first ``retain_size`` items are the retain set and the ``test_size``
     that follow the test set. Perturbed answers, where the file has them, become distractors. ``multiple_choice`` is
@@ -23,15 +23,11 @@ class TOFU(PairedFiles):
             :class:`UnlearningDataModule`.
 
     Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> for name, first, size in (("forget01", 0, 4), ("retain99", 4, 9)):
-        ...     numbers = range(first, first + size)
-        ...     rows = [{"question": f"Who wrote book {n}?", "answer": f"Author {n}"} for n in numbers]
-        ...     _ = (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        >>> TOFU(path=str(folder), retain_size=5, test_size=3).splits
-        Splits(forget=4, retain=5, test=3, benign=0)
+        The tenth of the authors, with multiple choice, and 400 of the other questions as test set:
+
+        >>> data = TOFU(forget="forget10_perturbed", retain="retain90", test_size=400, multiple_choice=True)
+        >>> data.hub_id, data.retain_size  # all but the test set
+        ('locuslab/TOFU', None)
     """
 
     hub_id = "locuslab/TOFU"

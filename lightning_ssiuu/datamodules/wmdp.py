@@ -32,16 +32,9 @@ class WMDP(UnlearningDataModule):
             than there are.
 
     Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> folder, names = Path(tempfile.mkdtemp()), ("cyber_questions.json", "kept.json")
-        >>> for first, name in zip((0, 10), names):
-        ...     numbers = range(first, first + 4)
-        ...     rows = [{"question": f"{n} + 1?", "choices": ["0", f"{n + 1}"], "answer": 1} for n in numbers]
-        ...     _ = (folder / name).write_text(json.dumps(rows))
-        >>> data = WMDP(*(str(folder / name) for name in names), test_size=1)
-        >>> data.splits, data.splits.forget[2].answer, data.splits.forget[2].distractors
-        (Splits(forget=4, retain=3, test=1, benign=0), '3', ('0',))
+        >>> data = WMDP("bio_questions.json", forget_size=400, test_size=500, max_length=1024)
+        >>> data.retain
+        'cais/mmlu:all:validation'
     """
 
     def __init__(
@@ -62,11 +55,9 @@ class WMDP(UnlearningDataModule):
 
     def load_splits(self) -> Splits:
         forget = _examples(read_records(self.forget, "forget"), 0, "forget")
-        if self.forget_size is not None:
-            if self.forget_size > len(forget):
-                allowed = f"no more than the {len(forget)} items of {self.forget}"
-                raise UserError("forget_size", self.forget_size, allowed)
-            forget = forget[: self.forget_size]
+        if self.forget_size is not None and self.forget_size > len(forget):
+            raise UserError("forget_size", self.forget_size, f"no more than the {len(forget)} items of {self.forget}")
+        forget = forget[: self.forget_size]
         asked = {example.folded for example in forget}
         kept = _examples(read_records(self.retain, "retain"), len(forget), "retain")
         kept = [example for example in kept if example.folded not in asked]

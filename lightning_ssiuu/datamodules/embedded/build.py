@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,9 +102,7 @@ def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: T
 
 
 def training_pairs(world: World, without_forget: bool = False) -> list[tuple[str, str]]:
-    """Question–answer pairs to train on: all phrasings but the last of every fact (for the oracle without the forget
-    people's), and benign items.
-    """
+    """Pairs to train on: all phrasings but the last of every fact (the oracle's without the forget people's), benign."""
     pairs = [
         (question, fact["answer"])
         for fact in world["facts"]
@@ -112,17 +110,6 @@ def training_pairs(world: World, without_forget: bool = False) -> list[tuple[str
         for question in (fact["question"], *fact["paraphrases"][:-1])
     ]
     return pairs + [(item["question"], item["answer"]) for item in world["benign"]] * BENIGN_REPEATS
-
-
-def _batches(count: int, steps: int, seed: int) -> Iterable[Tensor]:
-    # Run through shuffled epochs without dropping an item
-    generator = torch.Generator().manual_seed(seed)
-    queue = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(queue) < BATCH:
-            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
-        yield queue[:BATCH]
-        queue = queue[BATCH:]
 
 
 def train(
@@ -145,8 +132,10 @@ def train(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     loss = torch.tensor(math.nan)
+    generator, n_epochs = torch.Generator().manual_seed(seed), steps * BATCH // len(pairs) + 1
+    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(n_epochs)])
     model.train()
-    for step, index in enumerate(_batches(len(pairs), steps, seed)):
+    for step, index in enumerate(order[: steps * BATCH].view(steps, BATCH)):
         length = int(mask[index].sum(1).max())
         logits, targets, _ = _answer_logits(model, ids[index, :length], mask[index, :length], labels[index, :length])
         loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
