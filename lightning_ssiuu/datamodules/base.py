@@ -96,21 +96,17 @@ class UnlearningDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("retain_batch_size", retain_batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed or 0, 0),
-        ):
+        sizes = {"batch_size": batch_size, "retain_batch_size": retain_batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in (sizes | {"num_workers": num_workers, "seed": seed or 0}).items():
+            least = 1 if name in sizes else 0
             if value < least:
                 raise UserError(name, value, f"at least {least}")
         check_choice("train_on", train_on, TrainOn)
-        self.tokenizer_or_name, self.template, self.max_length = tokenizer, template, max_length
+        self.tokenizer_or_name, self.max_length = tokenizer, max_length
+        self.template, self.choice_template = template, choice_template
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.train_on, self.multiple_choice = seed or 0, train_on, multiple_choice
-        self.choice_template = choice_template
         self._encoded: dict[str, list[Encoded]] = {}
 
     @abstractmethod

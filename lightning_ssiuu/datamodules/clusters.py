@@ -62,12 +62,10 @@ def _groups(entity: dict, kind: str, place: str, argument: str) -> list[tuple[bo
     place = f"{place}, {kind}"
     if not isinstance(entity.get(kind), list):
         raise _other_format(argument, f"no list {place}")
-    groups = []
-    for number, item in enumerate(entity[kind]):
-        nested = isinstance(item, list)
-        records = item if nested else [item]
-        groups.append((nested, [_question(record, f"{place} {number}", argument) for record in records]))
-    return groups
+    return [
+        (isinstance(item, list), [_question(record, f"{place} {number}", argument) for record in _listed(item)])
+        for number, item in enumerate(entity[kind])
+    ]
 
 
 def _question(record: Any, place: str, argument: str) -> Question:

@@ -61,7 +61,7 @@ class CustomData(UnlearningDataModule):
         records = read_records(source, name)
         questions = column(records, self.question_column, "question_column")
         answers = column(records, self.answer_column, "answer_column")
-        distractors: list[tuple[str, ...]] = [()] * len(records)
-        if self.distractors_column is not None:
-            distractors = text_lists(records, self.distractors_column, "distractors_column")
+        if self.distractors_column is None:
+            return numbered(first_id, questions, answers)
+        distractors = text_lists(records, self.distractors_column, "distractors_column")
         return numbered(first_id, questions, answers, distractors)

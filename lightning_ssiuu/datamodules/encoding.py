@@ -24,7 +24,7 @@ PLAIN = "Question: {question}\nAnswer:"
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
 Key = tuple[str, int]
 
-_SANE_MAX_LENGTH = 10**9  # transformers writes 1e30 where a tokenizer states no limit
+_UNLIMITED = 10**9  # transformers writes 1e30 where a tokenizer states no limit
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,12 +83,10 @@ class Encoder:
         if choice_template is not None and not all(part in choice_template for part in ("{question}", "{options}")):
             allowed = 'null, instruction or a text that contains "{question}" and "{options}"'
             raise UserError("choice_template", choice_template, allowed)
-        limit = getattr(tokenizer, "model_max_length", None)
-        longest = limit if limit is not None and limit < _SANE_MAX_LENGTH else None
-        if max_length is None:
-            max_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
-        if max_length < 2 or (longest is not None and max_length > longest):
-            allowed = "at least 2" if longest is None else f"2 to {longest}, what the tokenizer's model takes"
+        longest = getattr(tokenizer, "model_max_length", None) or _UNLIMITED
+        max_length = min(DEFAULT_MAX_LENGTH, longest) if max_length is None else max_length
+        if not 2 <= max_length <= longest:
+            allowed = f"2 to {longest}, what the tokenizer's model takes" if longest < _UNLIMITED else "at least 2"
             raise UserError("max_length", max_length, allowed)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.choice_template = choice_template

@@ -52,7 +52,7 @@ class FaithUn(ClusterDataModule):
         self.split_files = {"forget": forget, "retain": retain, "test": test}
 
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
-        folder = _folder(self.path)
+        folder = folder_or_hub(self.path) or _download(self.path)
         with file_errors("file", self.file):
             entities = json.loads(_read(folder, self.file, "file"))
         clusters = parse_clusters(entities, "file")
@@ -64,13 +64,11 @@ class FaithUn(ClusterDataModule):
         return clusters, indices
 
 
-def _folder(path: str) -> Path:
-    if folder := folder_or_hub(path):
-        return folder
+def _download(hub_id: str) -> Path:
     import huggingface_hub  # slow to import and not needed for files
 
-    with hub_errors("path", path, FOLDER_OR_HUB):
-        return Path(huggingface_hub.snapshot_download(path, repo_type="dataset", allow_patterns=["*.json", "*.txt"]))
+    with hub_errors("path", hub_id, FOLDER_OR_HUB):
+        return Path(huggingface_hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns=["*.json", "*.txt"]))
 
 
 def _read(folder: Path, name: str, argument: str) -> str:
@@ -94,7 +92,6 @@ def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:
 def _check_disjoint(indices: dict[str, list[int]]) -> None:
     set_of: dict[int, str] = {}
     for name, numbers in indices.items():
-        twice = [number for number in numbers if set_of.setdefault(number, name) != name]
-        if twice:
+        if twice := [number for number in numbers if set_of.setdefault(number, name) != name]:
             other = set_of[twice[0]]
             raise UserError(name, Given(f"{len(twice)} clusters that are also in {other}"), f"disjoint from {other}")

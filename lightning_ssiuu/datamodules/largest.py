@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from lightning_ssiuu.datamodules.base import UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import Key
@@ -33,14 +31,10 @@ def training_batch(
     """
     loader: Any = data.train_dataloader()
     sampler = loader.batch_sampler
-
-    def shares() -> Iterator[list[Key]]:
-        for epoch in count() if n_epochs is None else range(n_epochs):
-            for number in range(len(sampler)):
-                batch = sampler.global_batch(epoch, number)
-                yield from (share(batch, rank, n_ranks) for rank in range(n_ranks))
-
-    return _costliest(loader, islice(shares(), n_batches * n_ranks), cost)
+    epochs = count() if n_epochs is None else range(n_epochs)
+    batches = (sampler.global_batch(epoch, number) for epoch in epochs for number in range(len(sampler)))
+    shares = (share(batch, rank, n_ranks) for batch in islice(batches, n_batches) for rank in range(n_ranks))
+    return _costliest(loader, shares, cost)
 
 
 def evaluation_batch(
@@ -55,12 +49,10 @@ def evaluation_batch(
     return _costliest(loader, [keys for keys in batches if keys], cost)
 
 
-def _costliest(loader: DataLoader, batches: Iterable[list[Key]], cost: Callable[[Size], float]) -> Batch:
-    dataset: Any = loader.dataset
-
+def _costliest(loader: Any, batches: Iterable[list[Key]], cost: Callable[[Size], float]) -> Batch:
     def of(keys: list[Key]) -> float:
         rows: dict[tuple[str, str], list[Any]] = {}
-        for part, encoded in (dataset[key] for key in keys):
+        for part, encoded in (loader.dataset[key] for key in keys):
             kinds = {"": (encoded.sequence,), "options": encoded.options, "choices": encoded.choices}
             for name, sequences in kinds.items():
                 rows.setdefault((part, name), []).extend(sequences)
@@ -68,5 +60,4 @@ def _costliest(loader: DataLoader, batches: Iterable[list[Key]], cost: Callable[
         labels = sum(len(sequence) - sequence.n_prompt for sequences in rows.values() for sequence in sequences)
         return cost(Size(tokens, labels))
 
-    collate: Any = loader.collate_fn
-    return collate([dataset[key] for key in max(batches, key=of)])
+    return loader.collate_fn([loader.dataset[key] for key in max(batches, key=of)])

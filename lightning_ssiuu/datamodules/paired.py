@@ -42,7 +42,7 @@ class PairedFiles(UnlearningDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(multiple_choice=multiple_choice, **kwargs)
-        check_sizes(retain_size, test_size)
+        check_sizes(retain_size=retain_size, test_size=test_size)
         self.path, self.forget, self.retain = path, forget, retain
         self.retain_size, self.test_size = retain_size, test_size
 
@@ -66,30 +66,26 @@ class PairedFiles(UnlearningDataModule):
         return read_records(str(file), argument)
 
 
-def check_sizes(retain_size: int | None, test_size: int | None) -> None:
-    """Refuse a retain set without items, and a negative number of test items."""
-    if retain_size is not None:
-        check_at_least("retain_size", retain_size, 1)
-    if test_size is not None:
-        check_at_least("test_size", test_size, 0)
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse sets without items, but for the test set, and negative numbers of items."""
+    for name, size in sizes.items():
+        if size is not None:
+            check_at_least(name, size, 0 if name == "test_size" else 1)
 
 
 def cut(
     kept: list[QAExample], retain_size: int | None, test_size: int | None, source: str
 ) -> tuple[list[QAExample], list[QAExample]]:
     """Cut what is not forgotten into retain and test set; ``source`` is where it is from, for error messages."""
-    available, asked = len(kept), retain_size
-    if retain_size is None:
-        retain_size = available - (test_size or 0)
-    if retain_size < 1 or retain_size > available:
-        name = "retain_size" if asked is not None else "test_size"
-        given = asked if asked is not None else test_size
-        raise UserError(name, given, f"no more than the {available} items of {source}")
-    if test_size is None:
-        test_size = available - retain_size
-    if retain_size + test_size > available:
-        raise UserError("test_size", test_size, f"0 to {available - retain_size}, what {source} has left")
-    return kept[:retain_size], kept[retain_size : retain_size + test_size]
+    available = len(kept)
+    n_retain = available - (test_size or 0) if retain_size is None else retain_size
+    if not 1 <= n_retain <= available:
+        name, size = ("test_size", test_size) if retain_size is None else ("retain_size", retain_size)
+        raise UserError(name, size, f"no more than the {available} items of {source}")
+    n_test = available - n_retain if test_size is None else test_size
+    if n_retain + n_test > available:
+        raise UserError("test_size", test_size, f"0 to {available - n_retain}, what {source} has left")
+    return kept[:n_retain], kept[n_retain : n_retain + n_test]
 
 
 def _examples(rows: list[dict], first_id: int) -> list[QAExample]:

@@ -28,10 +28,11 @@ def read_records(source: str, argument: str) -> list[Record]:
     (split ``train`` unless given).
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    is_file, is_known = path.is_file(), path.suffix.lower() in SUFFIXES
+    if is_file and is_known:
         return _read_file(path, source, argument)
     hub_id = _HUB_ID.fullmatch(source)
-    if hub_id is None or path.suffix.lower() in SUFFIXES:
+    if is_file or is_known or hub_id is None:
         raise UserError(argument, source, _ALLOWED)
     return read_hub(hub_id["name"], hub_id["config"] or None, hub_id["split"] or "train", argument)
 
@@ -82,8 +83,6 @@ def folder_or_hub(path: str) -> Path | None:
 
 def _read_file(path: Path, source: str, argument: str) -> list[Record]:
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(argument, source, _ALLOWED)
     with file_errors(argument, source), path.open(encoding="utf-8-sig", newline="") as file:
         if suffix == ".csv":
             records: Any = list(csv.DictReader(file, strict=True))

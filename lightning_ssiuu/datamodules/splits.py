@@ -88,12 +88,10 @@ class Splits:
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
         uses = Counter(example.example_id for _, examples in self.items() for example in examples)
-        twice = [example_id for example_id, count in uses.items() if count > 1]
-        if twice:
+        if twice := [example_id for example_id, count in uses.items() if count > 1]:
             raise UserError("example_id", Given(f"{name_ids(twice)} used more than once"), "unique ids over all sets")
         for name, examples in self.items():
-            blank = [e.example_id for e in examples if not (e.question.strip() and e.answer.strip())]
-            if blank:
+            if blank := [e.example_id for e in examples if not (e.question.strip() and e.answer.strip())]:
                 raise UserError(name, Given(f"blank question or answer in {name_ids(blank)}"), "non-empty text")
         set_of: dict[str, str] = {}
         for name, examples in self.items()[:3]:

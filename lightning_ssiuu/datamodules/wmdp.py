@@ -7,7 +7,7 @@ from typing import Any
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.paired import check_sizes, cut
 from lightning_ssiuu.datamodules.readers import Record, column, read_records, text_lists
-from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
+from lightning_ssiuu.utils.errors import Given, UserError
 
 
 class WMDP(UnlearningDataModule):
@@ -47,9 +47,7 @@ class WMDP(UnlearningDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if forget_size is not None:
-            check_at_least("forget_size", forget_size, 1)
-        check_sizes(retain_size, test_size)
+        check_sizes(forget_size=forget_size, retain_size=retain_size, test_size=test_size)
         self.forget, self.retain = forget, retain
         self.forget_size, self.retain_size, self.test_size = forget_size, retain_size, test_size
 

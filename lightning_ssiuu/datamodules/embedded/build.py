@@ -102,7 +102,7 @@ def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: T
 
 
 def training_pairs(world: World, without_forget: bool = False) -> list[tuple[str, str]]:
-    """Pairs to train on: all phrasings but the last of every fact (the oracle's without the forget people's), benign."""
+    """Pairs to train on: all phrasings but the last of every fact (the oracle: but forget people's), benign items."""
     pairs = [
         (question, fact["answer"])
         for fact in world["facts"]
