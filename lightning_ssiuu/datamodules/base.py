@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ _EVAL_SPLITS = ("forget", "retain", "test")
 
 
 class UnlearningDataModule(LightningDataModule, ABC):
-    """Forget, retain and test set of a benchmark. A benchmark is a subclass that implements :meth:`load_splits`.
+    r"""Forget, retain and test set of a benchmark. A benchmark is a subclass that implements :meth:`load_splits`.
 
     A training batch is ``{"forget": part, "retain": part}``, an evaluation batch ``{split: part}``. A part is
     ``{"input_ids", "attention_mask", "labels": LongTensor [B, L], "example_id": LongTensor [B]}``, padded right;
@@ -40,7 +41,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
     Args:
         tokenizer: Checkpoint whose tokenizer is loaded (hub id, local directory, GGUF file or ``"tiny"``), or a
             tokenizer.
-        template: ``"plain"``, ``"chat"`` or a text that contains ``{question}`` (:class:`~.encoding.Encoder`).
+        template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template) or
+            any text that contains ``{question}`` (:class:`~.encoding.Encoder`).
         batch_size: Forget sequences per micro-batch over all ranks.
         retain_batch_size: Retain sequences per micro-batch over all ranks; None: as many as ``batch_size``.
         eval_batch_size: Sequences per rank and evaluation batch.
@@ -94,61 +96,47 @@ class UnlearningDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("retain_batch_size", retain_batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed or 0, 0),
-        ):
+        sizes = {"batch_size": batch_size, "retain_batch_size": retain_batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in (sizes | {"num_workers": num_workers, "seed": seed or 0}).items():
+            least = 1 if name in sizes else 0
             if value < least:
                 raise UserError(name, value, f"at least {least}")
         check_choice("train_on", train_on, TrainOn)
-        self.tokenizer_or_name, self.template, self.max_length = tokenizer, template, max_length
+        self.tokenizer_or_name, self.max_length = tokenizer, max_length
+        self.template, self.choice_template = template, choice_template
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.train_on, self.multiple_choice = seed or 0, train_on, multiple_choice
-        self.choice_template = choice_template
-        self._splits: Splits | None = None
-        self._encoder: Encoder | None = None
         self._encoded: dict[str, list[Encoded]] = {}
-
-    # -- what a benchmark gives ---------------------------------------------------------------------------------
 
     @abstractmethod
     def load_splits(self) -> Splits:
         """Read the sets. Called once per process, from :meth:`setup`."""
 
-    # -- what it gets -------------------------------------------------------------------------------------------
-
-    @property
+    @cached_property
     def splits(self) -> Splits:
         """The sets, read and validated (:meth:`Splits.validate`) on first use."""
-        if self._splits is None:
-            splits = self.load_splits()
-            splits.validate()
-            self._splits = splits
-        return self._splits
+        splits = self.load_splits()
+        splits.validate()
+        return splits
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """Template and tokenizer at work, made on first use."""
-        if self._encoder is None:
-            tokenizer = self.tokenizer_or_name
-            if isinstance(tokenizer, str):
-                from lightning_ssiuu.models.loading import (
-                    load_tokenizer,
-                )  # the tokenizer's loader also brings the model's
+        tokenizer = self.tokenizer_or_name
+        if isinstance(tokenizer, str):
+            from lightning_ssiuu.models.loading import load_tokenizer  # slow to import
 
-                tokenizer = load_tokenizer(tokenizer)
-            self._encoder = Encoder(tokenizer, self.template, self.max_length, self.choice_template)
-        return self._encoder
+            tokenizer = load_tokenizer(tokenizer)
+        return Encoder(tokenizer, self.template, self.max_length, self.choice_template)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
         return self.encoder.tokenizer
 
     def content_sha256(self) -> str:
+        """Digest of the sets (:meth:`Splits.sha256`): the provenance of the data, without its text."""
         return self.splits.sha256()
 
     def setup(self, stage: str | None = None) -> None:
@@ -159,12 +147,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 its set or not divisible among the ranks; a Trainer that would shard a second time.
         """
         if not self._encoded:
-            splits, encoder = self.splits, self.encoder
-            self._encoded = {
-                name: encoder.encode(examples, options=self.multiple_choice)
-                for name, examples in splits.items()
-                if name in _EVAL_SPLITS
-            }
+            sets = dict(self.splits.items())
+            self._encoded = {name: self.encoder.encode(sets[name], self.multiple_choice) for name in _EVAL_SPLITS}
         if stage not in ("validate", "test"):
             self._check_batches()
 
@@ -173,7 +157,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         self.setup("fit")
         world_size, rank = self._ranks()
         parts, batch_sizes = self._train_parts()
-        sizes = {part: len(examples) for part, examples in parts.items()}
+        sizes = {part: len(parts[part]) for part in parts}
         sampler = PairSampler(sizes, batch_sizes, self.seed, rank, world_size, self.fill_batches)
         return self._loader(EncodedDataset(parts), sampler, ResumableLoader)
 
@@ -190,14 +174,10 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return self.val_dataloader()
 
     def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:
-        """One pass, in order, with batches ``{split: part}``; see :class:`~.sampling.EvalSampler`.
+        """One pass over a set (``"forget"``, ``"retain"`` or ``"test"``), in order, with batches ``{split: part}``.
 
-        Args:
-            split: ``"forget"``, ``"retain"`` or ``"test"``.
-            examples: Serve these, under the name of ``split``, instead of the whole set.
-
-        Raises:
-            UserError: Unknown split, or fewer examples than ranks.
+        Given ``examples`` are served under the name of ``split`` instead of the whole set. Fewer examples than ranks
+        are an error; see :class:`~.sampling.EvalSampler`.
         """
         if split not in _EVAL_SPLITS:
             raise UserError("split", split, ", ".join(_EVAL_SPLITS))
@@ -210,21 +190,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return self._loader(EncodedDataset({split: encoded}), sampler)
 
     def check_share(self, n_ranks: int) -> None:
-        """Check that every process gets something to score of every set.
-
-        Args:
-            n_ranks: Number of processes.
-
-        Raises:
-            UserError: If there are more processes than examples.
-        """
+        """Refuse more processes than there are examples in a set to score."""
         sets = dict(self.splits.items())
         for split in self.eval_splits:
             if len(sets[split]) < n_ranks:
                 allowed = f"at most {len(sets[split])}, the number of examples to score in the {split} set"
                 raise UserError("devices", n_ranks, allowed)
-
-    # -- inside -------------------------------------------------------------------------------------------------
 
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks that share a batch, and this one's; tensor-parallel ranks see the same data."""
@@ -236,14 +207,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return shard["num_replicas"], shard["rank"]
 
     def _train_parts(self) -> tuple[dict[str, list[Encoded]], dict[str, int]]:
-        plain = {
-            name: [replace(example, options=(), choices=()) for example in self._encoded[name]]
-            for name in ("forget", "retain")
-        }
+        forget, retain = (
+            [replace(example, options=(), choices=()) for example in self._encoded[name]] for name in _EVAL_SPLITS[:2]
+        )
         if self.train_on == "pairs":
-            return plain, {"forget": self.batch_size, "retain": self.retain_batch_size}
-        examples = plain["forget"] + plain["retain"] if self.train_on == "all" else plain["retain"]
-        return {"retain": examples}, {"retain": self.batch_size}
+            return {"forget": forget, "retain": retain}, {"forget": self.batch_size, "retain": self.retain_batch_size}
+        return {"retain": forget + retain if self.train_on == "all" else retain}, {"retain": self.batch_size}
 
     def _check_batches(self) -> None:
         world_size, _ = self._ranks()
@@ -252,13 +221,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
             # Lightning would rebuild our sampler under a DistributedSampler, and fail with a puzzle
             raise UserError("trainer.use_distributed_sampler", True, "false: the data module shards by itself")
         parts, batch_sizes = self._train_parts()
-        for part, batch_size in batch_sizes.items():
+        for part, batch_size in batch_sizes.items() if self.fill_batches else ():
             name = "retain_batch_size" if self.train_on == "pairs" and part == "retain" else "batch_size"
-            n_examples = len(parts[part])
-            if self.fill_batches and batch_size % world_size:
+            if batch_size % world_size:
                 raise UserError(name, batch_size, f"a multiple of {world_size}, the number of ranks")
-            if self.fill_batches and batch_size > n_examples:
-                raise UserError(name, batch_size, f"1 to {n_examples}, the number of examples")
+            if batch_size > len(parts[part]):
+                raise UserError(name, batch_size, f"1 to {len(parts[part])}, the number of examples")
 
     def _loader(
         self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader] = DataLoader

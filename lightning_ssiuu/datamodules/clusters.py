@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
@@ -41,17 +42,10 @@ def parse_clusters(entities: Any, argument: str) -> list[Cluster]:
     first of which is the one trained on. Every base question opens a cluster, entities in their order. The other kinds
     may be missing. They hold one list per base question, or one flat list per entity. From a flat list, a base
     question gets the reworded and same-answer questions that share an answer with it, which is what defines them, and
-    all of the entity's two-hop questions.
-
-    Args:
-        entities: The parsed file.
-        argument: Name of the argument that named the file, for error messages.
-
-    Raises:
-        UserError: Another structure, a missing key, or a question without answers. Names places, never text.
+    all of the entity's two-hop questions. Error messages name ``argument`` and places, never text.
     """
     if not isinstance(entities, dict) or not all(isinstance(entity, dict) for entity in entities.values()):
-        raise UserError(argument, Given("no object of entities"), "FaithUn's format")
+        raise _other_format(argument, "no object of entities")
     clusters = []
     for number, (name, entity) in enumerate(entities.items()):
         place = f"entity {number}"
@@ -64,33 +58,34 @@ def parse_clusters(entities: Any, argument: str) -> list[Cluster]:
 
 
 def _groups(entity: dict, kind: str, place: str, argument: str) -> list[tuple[bool, list[Question]]]:
-    """Whether each item of a list is a list itself, and its questions."""
+    # Whether each item of a list is a list itself, and its questions
     place = f"{place}, {kind}"
     if not isinstance(entity.get(kind), list):
-        raise UserError(argument, Given(f"no list {place}"), "FaithUn's format")
-    groups = []
-    for number, item in enumerate(entity[kind]):
-        nested = isinstance(item, list)
-        records = item if nested else [item]
-        groups.append((nested, [_question(record, f"{place} {number}", argument) for record in records]))
-    return groups
+        raise _other_format(argument, f"no list {place}")
+    return [
+        (isinstance(item, list), [_question(record, f"{place} {number}", argument) for record in _listed(item)])
+        for number, item in enumerate(entity[kind])
+    ]
 
 
 def _question(record: Any, place: str, argument: str) -> Question:
     if not isinstance(record, dict):
-        raise UserError(argument, Given(f"no object in {place}"), "FaithUn's format")
+        raise _other_format(argument, f"no object in {place}")
     for key in ("question", "answers", "false_answer_options"):
         if key not in record:
-            raise UserError(argument, Given(f"no {key!r} in {place}"), "FaithUn's format")
-    texts = [record["question"], *_listed(record["answers"]), *_listed(record["false_answer_options"])]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(argument, Given(f"something else than text in {place}"), "FaithUn's format")
-    answers = tuple(_listed(record["answers"]))
+            raise _other_format(argument, f"no {key!r} in {place}")
+    answers, options = _listed(record["answers"]), _listed(record["false_answer_options"])
+    if not all(isinstance(text, str) for text in (record["question"], *answers, *options)):
+        raise _other_format(argument, f"something else than text in {place}")
     if not answers:
-        raise UserError(argument, Given(f"no answer in {place}"), "FaithUn's format")
-    known = {answer.casefold() for answer in answers}
-    wrong = dict.fromkeys(text for text in _listed(record["false_answer_options"]) if text.casefold() not in known)
-    return Question(record["question"], answers, tuple(wrong))
+        raise _other_format(argument, f"no answer in {place}")
+    known = _folded(answers)
+    wrong = dict.fromkeys(option for option in options if option.casefold() not in known)
+    return Question(record["question"], tuple(answers), tuple(wrong))
+
+
+def _other_format(argument: str, given: str) -> UserError:
+    return UserError(argument, Given(given), "FaithUn's format")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -105,12 +100,12 @@ def _about(
     flat = tuple(question for _, group in groups for question in group)
     if kind == "hop2_test":
         return flat
-    answers = _folded(base)
-    return tuple(question for question in flat if answers & _folded(question))
+    answers = _folded(base.answers)
+    return tuple(question for question in flat if answers & _folded(question.answers))
 
 
-def _folded(asked: Question) -> set[str]:
-    return {answer.casefold() for answer in asked.answers}
+def _folded(answers: Iterable[str]) -> set[str]:
+    return {answer.casefold() for answer in answers}
 
 
 class ClusterDataModule(UnlearningDataModule):
@@ -128,7 +123,6 @@ class ClusterDataModule(UnlearningDataModule):
         if n_distractors < 0:
             raise UserError("n_distractors", n_distractors, "at least 0")
         self.n_distractors = n_distractors
-        self._clusters: tuple[list[Cluster], dict[str, list[int]]] | None = None
 
     @abstractmethod
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
@@ -136,54 +130,46 @@ class ClusterDataModule(UnlearningDataModule):
 
     @property
     def clusters(self) -> list[Cluster]:
-        return self._loaded()[0]
+        return self._loaded[0]
 
     def load_splits(self) -> Splits:
-        clusters, indices = self._loaded()
-        return Splits(**{name: [self._example(clusters, index) for index in indices[name]] for name in _SPLITS})
+        return Splits(**{name: [self._example(index) for index in self._loaded[1][name]] for name in _SPLITS})
 
     def probes(self, split: str, kind: str) -> list[QAExample]:
-        """Other questions about the facts of a set, to be scored by :meth:`eval_dataloader`.
+        """Other questions about the facts of a set, to be scored by :meth:`eval_dataloader`; with ids of their own.
+
+        A question asked about several facts of the set stands here once; a question that the forget set is trained on
+        is left out, as it cannot show what was forgotten along with it.
 
         Args:
             split: ``"forget"``, ``"retain"`` or ``"test"``.
             kind: ``"hop1_test"`` (reworded), ``"hop2_test"`` (two hops) or ``"same_object"`` (same answer).
-
-        Returns:
-            Examples with ids of their own. A question asked about several facts of the set stands here once; a question
-            that the forget set is trained on is left out, as it cannot show what was forgotten along with it.
-
-        Raises:
-            UserError: Unknown set or kind.
         """
         for argument, value, allowed in (("split", split, _SPLITS), ("kind", kind, PROBES)):
             if value not in allowed:
                 raise UserError(argument, value, ", ".join(allowed))
-        clusters, indices = self._loaded()
-        first_id = len(clusters)
-        found: dict[str, QAExample] = {}
+        clusters, indices = self._loaded
         members = set(indices[split])
-        forgotten = {self._example(clusters, index).folded for index in indices["forget"]}
-        for number, cluster in enumerate(clusters):
-            for each in PROBES:
-                for question in cluster.probes[each]:
-                    if each == kind and number in members:
-                        example = self._asked(first_id, question, cluster.entity)
-                        if example.folded not in forgotten:
-                            found.setdefault(example.folded, example)
-                    first_id += 1
-        return list(found.values())
+        forgotten = {self._example(index).folded for index in indices["forget"]}
+        every = ((n, each, question) for n in range(len(clusters)) for each in PROBES
+                 for question in clusters[n].probes[each])  # fmt: skip
+        examples: dict[str, QAExample] = {}
+        for example_id, (number, each, question) in enumerate(every, len(clusters)):
+            if each == kind and number in members:
+                example = self._asked(example_id, question, clusters[number].entity)
+                if example.folded not in forgotten:
+                    examples.setdefault(example.folded, example)
+        return list(examples.values())
 
+    @cached_property
     def _loaded(self) -> tuple[list[Cluster], dict[str, list[int]]]:
-        if self._clusters is None:
-            self._clusters = self.load_clusters()
-        return self._clusters
+        return self.load_clusters()
 
     def _asked(self, example_id: int, asked: Question, entity: str, paraphrases: tuple[str, ...] = ()) -> QAExample:
         wrong = asked.wrong[: self.n_distractors]
         return QAExample(example_id, asked.question, asked.answers[0], wrong, paraphrases, entity)
 
-    def _example(self, clusters: list[Cluster], index: int) -> QAExample:
-        cluster = clusters[index]
+    def _example(self, index: int) -> QAExample:
+        cluster = self.clusters[index]
         reworded = tuple(question.question for question in cluster.probes["hop1_test"])
         return self._asked(index, cluster.base, cluster.entity, reworded)

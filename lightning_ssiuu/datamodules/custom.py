@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import column, read_records, text_lists
+from lightning_ssiuu.datamodules.splits import numbered
 
 
 class CustomData(UnlearningDataModule):
@@ -52,18 +53,15 @@ class CustomData(UnlearningDataModule):
 
     def load_splits(self) -> Splits:
         sets: dict[str, list[QAExample]] = {}
-        first_id = 0
         for name, source in self.sources.items():
-            sets[name] = [] if source is None else self._read(source, name, first_id)
-            first_id += len(sets[name])
+            sets[name] = [] if source is None else self._read(source, name, sum(map(len, sets.values())))
         return Splits(**sets)
 
     def _read(self, source: str, name: str, first_id: int) -> list[QAExample]:
         records = read_records(source, name)
         questions = column(records, self.question_column, "question_column")
         answers = column(records, self.answer_column, "answer_column")
-        distractors: list[tuple[str, ...]] = [()] * len(records)
-        if self.distractors_column is not None:
-            distractors = text_lists(records, self.distractors_column, "distractors_column")
-        rows = enumerate(zip(questions, answers, distractors, strict=True), first_id)
-        return [QAExample(number, *row) for number, row in rows]
+        if self.distractors_column is None:
+            return numbered(first_id, questions, answers)
+        distractors = text_lists(records, self.distractors_column, "distractors_column")
+        return numbered(first_id, questions, answers, distractors)

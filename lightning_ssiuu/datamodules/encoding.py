@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.splits import QAExample
+from lightning_ssiuu.datamodules.splits import QAExample, first_few
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
 
@@ -24,8 +24,7 @@ PLAIN = "Question: {question}\nAnswer:"
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
 Key = tuple[str, int]
 
-# transformers writes 1e30 where a tokenizer states no limit
-_SANE_MAX_LENGTH = 10**9
+_UNLIMITED = 10**9  # transformers writes 1e30 where a tokenizer states no limit
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,15 +34,18 @@ class TokenSequence:
     input_ids: list[int]
     n_prompt: int
 
+    @property
+    def pair(self) -> tuple[list[int], list[int]]:
+        return self.input_ids[: self.n_prompt], self.input_ids[self.n_prompt :]
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
-    """A tokenised example; ``options`` are the true answer and then the distractors, if wanted.
-
-    ``choices`` are the same after a prompt that lists them all (:meth:`Encoder.choices`).
+    """A tokenised example; ``options`` are the true answer and then the distractors, ``choices`` the same after a
+    prompt that lists them all (:meth:`Encoder.choices`).
     """
 
     example_id: int
@@ -51,38 +53,16 @@ class Encoded:
     options: tuple[TokenSequence, ...] = ()
     choices: tuple[TokenSequence, ...] = ()
 
-    def unanswered(self) -> Encoded:
-        """The same with the answer as prompt, so that no token has a label."""
-        return replace(self, sequence=replace(self.sequence, n_prompt=len(self.sequence)))
-
 
 class Encoder:
-    r"""Turns question and answer into token ids under a template.
+    """Turns question and answer into token ids under a template.
 
     Prompt and completion are tokenised apart and joined, so the boundary between masked and labelled tokens never
     falls inside a token. The completion ends with the end-of-sequence token.
 
-    Args:
-        tokenizer: Needs ``eos_token_id``; pads with ``pad_token_id``, or with EOS when there is none.
-        template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template,
-            question as the user's turn) or any text that contains ``{question}``. Nothing else in it is replaced.
-        max_length: Longest prompt + answer, in tokens; None: 256, or the tokenizer's limit where that is shorter.
-        choice_template: Also encode multiple-choice prompts where examples have distractors: ``"instruction"``
-            (:data:`INSTRUCTION`) or any text that contains ``{question}`` and ``{options}``, which becomes one line
-            ``- option`` each. Under the template ``"chat"`` it is the user's turn.
-
-    Raises:
-        UserError: Unknown template, ``"chat"`` without a chat template, a tokenizer without EOS, or ``max_length``
-            beyond what the tokenizer's model takes.
-
-    Example:
-        >>> from lightning_ssiuu.models.loading import load_tokenizer
-        >>> encoder = Encoder(load_tokenizer("tiny"))
-        >>> sequence = encoder.sequence("Who?", "Me")
-        >>> encoder.tokenizer.decode(sequence.input_ids[: sequence.n_prompt])
-        'Question: Who?\nAnswer:'
-        >>> encoder.tokenizer.decode(sequence.input_ids[sequence.n_prompt : -1])
-        ' Me'
+    The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}`` and ``{options}`` is
+    replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
+    ``choice_template``, is the user's turn.
     """
 
     def __init__(
@@ -103,12 +83,10 @@ class Encoder:
         if choice_template is not None and not all(part in choice_template for part in ("{question}", "{options}")):
             allowed = 'null, instruction or a text that contains "{question}" and "{options}"'
             raise UserError("choice_template", choice_template, allowed)
-        limit = getattr(tokenizer, "model_max_length", None)
-        longest = limit if limit is not None and limit < _SANE_MAX_LENGTH else None
-        if max_length is None:
-            max_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
-        if max_length < 2 or (longest is not None and max_length > longest):
-            allowed = "at least 2" if longest is None else f"2 to {longest}, what the tokenizer's model takes"
+        longest = getattr(tokenizer, "model_max_length", None) or _UNLIMITED
+        max_length = min(DEFAULT_MAX_LENGTH, longest) if max_length is None else max_length
+        if not 2 <= max_length <= longest:
+            allowed = f"2 to {longest}, what the tokenizer's model takes" if longest < _UNLIMITED else "at least 2"
             raise UserError("max_length", max_length, allowed)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.choice_template = choice_template
@@ -119,13 +97,18 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
+    def sequence(self, question: str, answer: str) -> TokenSequence:
+        return self._answered(self._text(question), [answer])[0]
+
     def _tokens(self, text: str) -> list[int]:
         # verbose=False: lengths are checked here, with an error instead of a warning
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def prompt(self, question: str) -> list[int]:
-        """Token ids up to where the answer begins; BOS first only where the tokenizer adds one by itself."""
-        return self._prompt(question if self.template == "chat" else self._prompt_text(question))
+    def _text(self, question: str) -> str:
+        if self.template == "chat":
+            return question
+        # str.format would trip over other braces, and would let a template read attributes
+        return (PLAIN if self.template == "plain" else self.template).replace("{question}", question)
 
     def _prompt(self, text: str) -> list[int]:
         if self.template == "chat":
@@ -133,45 +116,23 @@ class Encoder:
             # return_dict: transformers 5 hands back a BatchEncoding otherwise
             options = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
             return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options))
+        # BOS first only where the tokenizer adds one by itself. Not the ids with special tokens themselves: some
+        # tokenizers also append an end token, here in mid-sequence.
         ids, bos = self._tokens(text), self.tokenizer.bos_token_id
-        # Not the ids with special tokens themselves: some tokenizers also append an end token, here in mid-sequence.
-        added = (
-            bos is not None and list(self.tokenizer(text, verbose=False)["input_ids"])[:1] == [bos] and ids[:1] != [bos]
-        )
-        return [bos, *ids] if added else ids
+        if bos is not None and list(self.tokenizer(text, verbose=False)["input_ids"])[:1] == [bos] != ids[:1]:
+            return [bos, *ids]
+        return ids
 
-    def _prompt_text(self, question: str) -> str:
-        # str.format would trip over other braces, and would let a template read attributes
-        return (PLAIN if self.template == "plain" else self.template).replace("{question}", question)
-
-    def completion(self, answer: str, prompt_ends_in_space: bool = False) -> list[int]:
-        """Token ids of the answer and EOS."""
-        glue = "" if self.template == "chat" or prompt_ends_in_space else " "
-        return [*self._tokens(glue + answer), self.tokenizer.eos_token_id]
-
-    def sequence(self, question: str, answer: str) -> TokenSequence:
-        return self._answered(self.prompt(question), self._prompt_text(question), [answer])[0]
-
-    def _answered(self, prompt: list[int], text: str, answers: Sequence[str]) -> tuple[TokenSequence, ...]:
-        spaced = self.template != "chat" and text[-1:].isspace()
-        return tuple(TokenSequence(prompt + self.completion(answer, spaced), len(prompt)) for answer in answers)
+    def _answered(self, text: str, answers: Sequence[str]) -> tuple[TokenSequence, ...]:
+        prompt, eos = self._prompt(text), self.tokenizer.eos_token_id
+        glue = "" if self.template == "chat" or text[-1:].isspace() else " "
+        return tuple(TokenSequence([*prompt, *self._tokens(glue + answer), eos], len(prompt)) for answer in answers)
 
     def choices(self, example: QAExample) -> tuple[TokenSequence, ...]:
-        r"""Every option as the answer to a prompt that lists them all, the true answer's sequence first.
+        """Every option as the answer to a prompt that lists them all, the true answer's sequence first.
 
         The order in the prompt is a random one that depends on the example's id alone: the same for every model and
         run, and no place is right more often than another.
-
-        Example:
-            >>> from lightning_ssiuu.models.loading import load_tokenizer
-            >>> encoder = Encoder(load_tokenizer("tiny"), choice_template="{question}\n{options}\nThe answer:")
-            >>> true, _, _ = encoder.choices(QAExample(7, "Which day?", "Monday", ("Friday", "Sunday")))
-            >>> print(encoder.tokenizer.decode(true.input_ids, skip_special_tokens=True))
-            Which day?
-            - Friday
-            - Sunday
-            - Monday
-            The answer: Monday
         """
         options = [example.answer, *example.distractors]
         listed = options.copy()
@@ -179,20 +140,13 @@ class Encoder:
         template = INSTRUCTION if self.choice_template is None else self.choice_template
         # In one pass: the question's own text may hold "{options}", and an option "{question}"
         filled = {"{question}": example.question, "{options}": "\n".join(f"- {option}" for option in listed)}
-        text = re.sub(r"\{question\}|\{options\}", lambda found: filled[found[0]], template)
-        return self._answered(self._prompt(text), text, options)
+        text = re.sub(r"\{question\}|\{options\}", lambda match: filled[match[0]], template)
+        return self._answered(text, options)
 
     def encode(self, examples: Sequence[QAExample], options: bool = False) -> list[Encoded]:
-        """Tokenise examples.
+        """Tokenise examples, with ``options`` if asked for and choices if there is a ``choice_template``.
 
-        Args:
-            examples: What to encode.
-            options: Also encode the answer and every distractor as options, if *every* example has distractors;
-                choices, if there is a ``choice_template``, under the same condition.
-
-        Raises:
-            UserError: Sequences longer than ``max_length`` (ids and lengths are named, nothing is cut off), or a
-                distractor that equals the answer.
+        Both only if *every* example has distractors. What is longer than ``max_length`` is an error.
         """
         have_options = bool(examples) and all(example.distractors for example in examples)
         options, choices = options and have_options, self.choice_template is not None and have_options
@@ -202,43 +156,25 @@ class Encoder:
             if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.example_id}")
                 raise UserError("distractors", given, "wrong answers only")
-            answers = (example.answer, *wrong) if options else (example.answer,)
-            sequences = self._answered(self.prompt(example.question), self._prompt_text(example.question), answers)
-            encoded.append(
-                Encoded(
-                    example.example_id,
-                    sequences[0],
-                    sequences if options else (),
-                    self.choices(example) if choices else (),
-                )
-            )
-        self._check_lengths(encoded)
+            sequences = self._answered(self._text(example.question), [example.answer, *(wrong if options else ())])
+            listed = self.choices(example) if choices else ()
+            encoded.append(Encoded(example.example_id, sequences[0], sequences if options else (), listed))
+        lengths = {e.example_id: max(map(len, (e.sequence, *e.options, *e.choices))) for e in encoded}
+        long = {example_id: length for example_id, length in lengths.items() if length > self.max_length}
+        if long:
+            shown = first_few([f"{example_id} ({length})" for example_id, length in long.items()])
+            allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
+            raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
         return encoded
 
     def fits(self, example: QAExample) -> bool:
         return len(self.sequence(example.question, example.answer)) <= self.max_length
 
-    def _check_lengths(self, encoded: list[Encoded]) -> None:
-        lengths = {e.example_id: max(map(len, (e.sequence, *e.options, *e.choices))) for e in encoded}
-        long = {example_id: length for example_id, length in lengths.items() if length > self.max_length}
-        if long:
-            shown = ", ".join(f"{example_id} ({length})" for example_id, length in list(long.items())[:5])
-            more = f" and {len(long) - 5} more" if len(long) > 5 else ""
-            raise UserError(
-                "max_length",
-                self.max_length,
-                f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
-                f"example ids (tokens) {shown}{more}",
-            )
-
 
 class EncodedDataset(Dataset[tuple[str, Encoded]]):
-    """Tokenised examples under the keys ``(part, index)`` that the samplers of this package yield.
+    """Tokenised examples of each part under the keys ``(part, index)`` that the samplers yield.
 
     ``~index`` instead of ``index`` yields the example with its answer for prompt, so that no token has a label.
-
-    Args:
-        parts: Examples of each part, e.g. ``{"forget": [...], "retain": [...]}``.
     """
 
     def __init__(self, parts: dict[str, list[Encoded]]) -> None:
@@ -246,7 +182,10 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
 
     def __getitem__(self, key: Key) -> tuple[str, Encoded]:
         part, index = key
-        return part, self.parts[part][index] if index >= 0 else self.parts[part][~index].unanswered()
+        if index >= 0:
+            return part, self.parts[part][index]
+        example = self.parts[part][~index]
+        return part, replace(example, sequence=replace(example.sequence, n_prompt=len(example.sequence)))
 
     def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
         """All examples of a part, in their order, ``batch_size`` at a time; none where there is no such part."""
@@ -257,20 +196,14 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))
 
-    def __repr__(self) -> str:
-        return "EncodedDataset(" + ", ".join(f"{name}={len(part)}" for name, part in self.parts.items()) + ")"
-
 
 class Collator:
-    """Pads encoded examples, right, to the longest of each part of the batch.
+    """From ``(part, encoded)`` pairs to a batch ``{part: tensors}``, padded right to the longest of each part.
 
-    Args:
-        pad_token_id: Fills ``input_ids``; ``attention_mask`` is 0 and ``labels`` −100 there.
-
-    Called with ``(part, encoded)`` pairs it returns a batch ``{part: tensors}`` with ``input_ids``, ``attention_mask``
-    and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. Where all examples carry options, a part also has
-    ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and ``option_of`` ``[B*K]``, the row
-    each option belongs to; the options of a row lie next to each other, the true answer first. ``choices`` likewise.
+    A part has ``input_ids``, ``attention_mask`` and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. If
+    all examples have options, also ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and
+    ``option_of`` ``[B*K]``, the row each option belongs to; the options of a row lie next to each other, the true
+    answer first. ``choices`` likewise.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -293,22 +226,13 @@ class Collator:
         return part
 
     def _pad(self, sequences: list[TokenSequence]) -> dict[str, Tensor]:
-        return batch_of([(s.input_ids[: s.n_prompt], s.input_ids[s.n_prompt :]) for s in sequences], self.pad_token_id)
+        return batch_of([sequence.pair for sequence in sequences], self.pad_token_id)
 
 
 def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
-    """Rows of token ids, padded right, with labels on the answers alone; the inverse of :func:`answered`.
+    """``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]`` from token ids of prompts and answers, padded right.
 
-    Args:
-        pairs: Token ids of each prompt and of its answer.
-        pad: Fills ``input_ids``; ``attention_mask`` is 0 and ``labels`` −100 there.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, LongTensor ``[B, L]`` on the CPU.
-
-    Example:
-        >>> batch_of([([5, 6], [9]), ([5], [7])], pad=0)["labels"].tolist()
-        [[-100, -100, 9], [-100, 7, -100]]
+    Labels are on the answers alone. The inverse of :func:`answered`.
     """
     shape = len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)
     input_ids = torch.full(shape, pad)
@@ -323,29 +247,17 @@ def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str
 
 
 def answered(part: Part) -> list[tuple[list[int], list[int]]]:
-    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled.
-
-    Example:
-        >>> answered(batch_of([([5, 6], [9]), ([5, 8], [])], pad=0))
-        [([5, 6], [9]), ([5, 8], [])]
-    """
+    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled."""
     pairs = []
-    for ids, mask, labels in zip(
-        *(part[name].tolist() for name in ("input_ids", "attention_mask", "labels")), strict=True
-    ):
+    columns = (part[name].tolist() for name in ("input_ids", "attention_mask", "labels"))
+    for ids, mask, labels in zip(*columns, strict=True):
         n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), sum(mask))
         pairs.append((ids[:n_prompt], [label for label in labels if label != IGNORE]))
     return pairs
 
 
 def derangement(n: int, seed: int) -> list[int]:
-    """For each of ``n`` examples another one, no example twice: the next one in a random round, so without retries.
-
-    Example:
-        >>> other = derangement(5, seed=0)
-        >>> sorted(other), any(i == j for i, j in enumerate(other))
-        ([0, 1, 2, 3, 4], False)
-    """
+    """For each of ``n`` examples another one, no example twice: the next one in a random round, so without retries."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     following = dict(zip(order, order[1:] + order[:1], strict=True))
     return [following[i] for i in range(n)]

@@ -47,10 +47,8 @@ class Facts(UnlearningDataModule):
         for fact in world["facts"]:
             wordings = [fact["question"], *fact["paraphrases"]]
             question = wordings.pop(self.phrasing)
-            sets[fact["split"]].append(
-                QAExample(
-                    fact["id"], question, fact["answer"], tuple(fact["distractors"]), tuple(wordings), fact["person"]
-                )
-            )
+            wrong, person = tuple(fact["distractors"]), fact["person"]
+            example = QAExample(fact["id"], question, fact["answer"], wrong, tuple(wordings), person)
+            sets[fact["split"]].append(example)
         benign = [QAExample(item["id"], item["question"], item["answer"]) for item in world["benign"]]
         return Splits(**sets, benign=benign)

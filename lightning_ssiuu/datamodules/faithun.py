@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
+from lightning_ssiuu.datamodules.readers import FOLDER_OR_HUB, file_errors, folder_or_hub, hub_errors
 from lightning_ssiuu.utils.errors import Given, UserError
 
 
 class FaithUn(ClusterDataModule):
-    r"""FaithUn (Yang et al. 2025, arXiv 2502.19207) from a local directory or the hub.
+    """FaithUn (Yang et al. 2025, arXiv 2502.19207) from a local directory or the hub.
 
     Trained on its base questions; :meth:`probes` gives the reworded, two-hop and same-answer questions. The format is
     :func:`~.clusters.parse_clusters`'s; the split files list cluster numbers from 0, one a line, over all entities in
@@ -31,16 +32,9 @@ class FaithUn(ClusterDataModule):
             two sets.
 
     Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> ask = lambda n: {"question": f"Where is {n}?", "answers": [f"{n}"], "false_answer_options": ["a", "b"]}
-        >>> entities = {f"Q{n}": {"hop1_unlearn": [ask(n)]} for n in range(3)}
-        >>> _ = (folder / "FaithUn_Dataset.json").write_text(json.dumps(entities))
-        >>> for name, number in (("forget", 2), ("retaining", 0), ("test", 1)):
-        ...     _ = (folder / f"{name}_set_split.txt").write_text(f"{number}\n")
-        >>> data = FaithUn(str(folder))
-        >>> data.splits, data.splits.forget[0].example_id
-        (Splits(forget=1, retain=1, test=1, benign=0), 2)
+        >>> data = FaithUn("path/to/FaithUn", test=None)
+        >>> data.split_files
+        {'forget': 'forget_set_split.txt', 'retain': 'retaining_set_split.txt', 'test': None}
     """
 
     def __init__(
@@ -58,12 +52,9 @@ class FaithUn(ClusterDataModule):
         self.split_files = {"forget": forget, "retain": retain, "test": test}
 
     def load_clusters(self) -> tuple[list[Cluster], dict[str, list[int]]]:
-        folder = _folder(self.path)
-        text = _read(folder, self.file, "file")
-        try:
-            entities = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError("file", self.file, f"valid JSON: it breaks in line {error.lineno}") from None
+        folder = folder_or_hub(self.path) or _download(self.path)
+        with file_errors("file", self.file):
+            entities = json.loads(_read(folder, self.file, "file"))
         clusters = parse_clusters(entities, "file")
         indices = {
             name: [] if file is None else _numbers(_read(folder, file, name), file, name, len(clusters))
@@ -73,49 +64,34 @@ class FaithUn(ClusterDataModule):
         return clusters, indices
 
 
-def _folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError("path", path, "an existing directory, or a data set of the hub (owner/name)")
+def _download(hub_id: str) -> Path:
     import huggingface_hub  # slow to import and not needed for files
 
-    try:
-        return Path(huggingface_hub.snapshot_download(path, repo_type="dataset", allow_patterns=["*.json", "*.txt"]))
-    except (OSError, ValueError, RuntimeError) as error:  # what the hub raises for a missing or unreachable set
-        allowed = "an existing directory, or a data set of the hub (owner/name)"
-        raise UserError("path", path, f"{allowed}; the hub said {type(error).__name__}") from error
+    with hub_errors("path", hub_id, FOLDER_OR_HUB):
+        return Path(huggingface_hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns=["*.json", "*.txt"]))
 
 
 def _read(folder: Path, name: str, argument: str) -> str:
-    found = sorted(file for file in folder.rglob(Path(name).name) if file.is_file())
-    if not found:
-        there = sorted(file.name for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
-        raise UserError(argument, name, ", ".join(there) or "a path with FaithUn's files")
-    try:
-        return found[0].read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(argument, name, "text in UTF-8") from None
-    except OSError as error:
-        raise UserError(argument, name, f"a readable file ({error.strerror})") from None
+    files = sorted(file for file in folder.rglob(Path(name).name) if file.is_file())
+    if not files:
+        names = sorted(file.name for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
+        raise UserError(argument, name, ", ".join(names) or "a path with FaithUn's files")
+    with file_errors(argument, name):
+        return files[0].read_text(encoding="utf-8-sig")
 
 
 def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:
-    numbers, allowed = [], f"one number from 0 to {n_clusters - 1} a line"
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        if not line.strip().isdecimal() or int(line) >= n_clusters:
+    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+    for number, line in lines.items():
+        if not line.isdecimal() or int(line) >= n_clusters:
+            allowed = f"one number from 0 to {n_clusters - 1} a line"
             raise UserError(argument, Given(f"line {number} of {file}"), allowed)
-        numbers.append(int(line))
-    return list(dict.fromkeys(numbers))
+    return list(dict.fromkeys(map(int, lines.values())))
 
 
 def _check_disjoint(indices: dict[str, list[int]]) -> None:
-    first: dict[int, str] = {}
+    set_of: dict[int, str] = {}
     for name, numbers in indices.items():
-        twice = [number for number in numbers if first.setdefault(number, name) != name]
-        if twice:
-            other = first[twice[0]]
+        if twice := [number for number in numbers if set_of.setdefault(number, name) != name]:
+            other = set_of[twice[0]]
             raise UserError(name, Given(f"{len(twice)} clusters that are also in {other}"), f"disjoint from {other}")

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from lightning_ssiuu.datamodules.base import UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import Key
+from lightning_ssiuu.datamodules.sampling import share
 
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a batch: what a model's memory for it depends on.
-
-    Args:
-        tokens: Tokens with padding, over all parts and options.
-        labels: Labelled tokens, over all parts and options.
-    """
+    """Tokens with padding and labelled tokens of a batch, over all parts and options: what its memory depends on."""
 
     tokens: int
     labels: int
@@ -31,39 +25,22 @@ class Size:
 def training_batch(
     data: UnlearningDataModule, cost: Callable[[Size], float], n_ranks: int, n_batches: int, n_epochs: int | None
 ) -> Batch:
-    """The costliest share of a rank in the batches that training will see, in their order.
+    """The costliest share of a rank in the first ``n_batches`` that training will see, of ``n_epochs`` at most.
 
-    Args:
-        data: The data, not attached to a Trainer.
-        cost: Of a batch.
-        n_ranks: Number of ranks that share a batch.
-        n_batches: Batches to look through at most.
-        n_epochs: Epochs to look through at most; None for no limit.
+    ``data`` is not attached to a Trainer; None for no limit of epochs.
     """
     loader: Any = data.train_dataloader()
     sampler = loader.batch_sampler
-
-    def shares() -> Iterator[list[Key]]:
-        for epoch in count() if n_epochs is None else range(n_epochs):
-            for number in range(len(sampler)):
-                batch = sampler.global_batch(epoch, number)
-                for rank in range(n_ranks):
-                    yield [(part, index) for part, indices in batch.items() for index in indices[rank::n_ranks]]
-
-    return _costliest(loader, islice(shares(), n_batches * n_ranks), cost)
+    epochs = count() if n_epochs is None else range(n_epochs)
+    batches = (sampler.global_batch(epoch, number) for epoch in epochs for number in range(len(sampler)))
+    shares = (share(batch, rank, n_ranks) for batch in islice(batches, n_batches) for rank in range(n_ranks))
+    return _costliest(loader, shares, cost)
 
 
 def evaluation_batch(
     data: UnlearningDataModule, split: str, cost: Callable[[Size], float], n_examples: int | None = None
 ) -> Batch:
-    """The costliest batch of an evaluation loader.
-
-    Args:
-        data: The data, not attached to a Trainer.
-        split: The set.
-        cost: Of a batch.
-        n_examples: Look at the first examples alone.
-    """
+    """The costliest batch of a set's evaluation loader, or of its first ``n_examples``; ``data`` has no Trainer."""
     loader: Any = data.eval_dataloader(split)
     batches = list(loader.batch_sampler)
     if n_examples is not None:
@@ -72,22 +49,15 @@ def evaluation_batch(
     return _costliest(loader, [keys for keys in batches if keys], cost)
 
 
-def _costliest(loader: DataLoader, batches: Iterable[list[Key]], cost: Callable[[Size], float]) -> Batch:
-    dataset: Any = loader.dataset
-
+def _costliest(loader: Any, batches: Iterable[list[Key]], cost: Callable[[Size], float]) -> Batch:
     def of(keys: list[Key]) -> float:
         rows: dict[tuple[str, str], list[Any]] = {}
-        for key in keys:
-            part, encoded = dataset[key]
-            for name, sequences in (
-                ("", (encoded.sequence,)),
-                ("options", encoded.options),
-                ("choices", encoded.choices),
-            ):
+        for part, encoded in (loader.dataset[key] for key in keys):
+            kinds = {"": (encoded.sequence,), "options": encoded.options, "choices": encoded.choices}
+            for name, sequences in kinds.items():
                 rows.setdefault((part, name), []).extend(sequences)
         tokens = sum(len(sequences) * max(map(len, sequences)) for sequences in rows.values() if sequences)
         labels = sum(len(sequence) - sequence.n_prompt for sequences in rows.values() for sequence in sequences)
         return cost(Size(tokens, labels))
 
-    collate: Any = loader.collate_fn
-    return collate([dataset[key] for key in max(batches, key=of)])
+    return loader.collate_fn([loader.dataset[key] for key in max(batches, key=of)])

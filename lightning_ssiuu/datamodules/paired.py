@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.readers import SUFFIXES, Record, column, read_hub, read_records, text_lists
+from lightning_ssiuu.datamodules.readers import SUFFIXES, column, folder_or_hub, read_hub, read_records, text_lists
+from lightning_ssiuu.datamodules.splits import numbered
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
@@ -19,23 +19,30 @@ class PairedFiles(UnlearningDataModule):
         retain: Name of the retain file.
         retain_size: Number of retain items; None: all that ``test_size`` leaves.
         test_size: Number of test items; None: all that follow ``retain_size`` items (none if that is None too).
+        multiple_choice: As in :class:`UnlearningDataModule`, but off: the benchmark scores generated text (ROUGE-L).
         **kwargs: See :class:`UnlearningDataModule`.
+
+    Raises:
+        UserError: Directory, file or data set missing, columns missing, or more items asked for than there are.
     """
 
     #: Where the data are without a path.
     hub_id = ""
+    #: The hub's configuration, and directory below the path, that holds the files; None: a file is a configuration.
+    config: str | None = None
 
     def __init__(
         self,
         path: str | None,
         forget: str,
         retain: str,
-        retain_size: int | None,
-        test_size: int | None,
+        retain_size: int | None = None,
+        test_size: int | None = None,
+        multiple_choice: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_sizes(retain_size, test_size)
+        super().__init__(multiple_choice=multiple_choice, **kwargs)
+        check_sizes(retain_size=retain_size, test_size=test_size)
         self.path, self.forget, self.retain = path, forget, retain
         self.retain_size, self.test_size = retain_size, test_size
 
@@ -44,73 +51,49 @@ class PairedFiles(UnlearningDataModule):
         kept = _examples(self._rows(self.retain, "retain"), len(forget))
         return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
 
-    def folders(self, path: Path) -> list[Path]:
-        return [path]
-
-    def read_hub(self, hub_id: str, name: str, argument: str) -> list[Record]:
-        """Read a file of that name from the hub, where it is a configuration."""
-        return read_hub(hub_id, name, "train", argument)
-
-    def _rows(self, name: str, argument: str) -> list[Record]:
-        folder = Path(self.path).expanduser() if self.path is not None else None
-        if folder is not None and folder.is_dir():
-            folders = [each for each in self.folders(folder) if each.is_dir()]
-            files = [each / f"{name}{suffix}" for each in folders for suffix in (".jsonl", *SUFFIXES)]
-            found = next((file for file in files if file.is_file()), None)
-            if found is None:
-                there = sorted(file.stem for each in folders for file in each.iterdir() if file.suffix in SUFFIXES)
-                raise UserError(argument, name, ", ".join(there) or "a path with .jsonl files")
-            return read_records(str(found), argument)
-        hub_id = self.path or self.hub_id
-        if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-            raise UserError("path", self.path, "an existing directory, or a data set of the hub (owner/name)")
-        return self.read_hub(hub_id, name, argument)
+    def _rows(self, name: str, argument: str) -> list[dict]:
+        path = None if self.path is None else folder_or_hub(self.path)
+        if path is None:
+            config, split = (name, "train") if self.config is None else (self.config, name)
+            return read_hub(self.path or self.hub_id, config, split, argument)
+        subfolders = [] if self.config is None else [path / self.config]
+        folders = [path, *(folder for folder in subfolders if folder.is_dir())]
+        files = [folder / f"{name}{suffix}" for folder in folders for suffix in (".jsonl", *SUFFIXES)]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            names = {file.stem for folder in folders for file in folder.iterdir() if file.suffix in SUFFIXES}
+            raise UserError(argument, name, ", ".join(sorted(names)) or "a path with .jsonl files")
+        return read_records(str(file), argument)
 
 
-def check_sizes(retain_size: int | None, test_size: int | None) -> None:
-    """Refuse a retain set without items, and a negative number of test items."""
-    if retain_size is not None:
-        check_at_least("retain_size", retain_size, 1)
-    if test_size is not None:
-        check_at_least("test_size", test_size, 0)
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse sets without items, but for the test set, and negative numbers of items."""
+    for name, size in sizes.items():
+        if size is not None:
+            check_at_least(name, size, 0 if name == "test_size" else 1)
 
 
 def cut(
     kept: list[QAExample], retain_size: int | None, test_size: int | None, source: str
 ) -> tuple[list[QAExample], list[QAExample]]:
-    """Cut a list into retain and test set.
-
-    Args:
-        kept: What is not forgotten.
-        retain_size: Number of retain items; None: all that ``test_size`` leaves.
-        test_size: Number of test items; None: all that follow ``retain_size`` items (none if that is None too).
-        source: Where the items are from, for error messages.
-
-    Raises:
-        UserError: If more is asked for than there is.
-    """
-    available, asked = len(kept), retain_size
-    if retain_size is None:
-        retain_size = available - (test_size or 0)
-    if retain_size < 1 or retain_size > available:
-        name = "retain_size" if asked is not None else "test_size"
-        given = asked if asked is not None else test_size
-        raise UserError(name, given, f"no more than the {available} items of {source}")
-    if test_size is None:
-        test_size = available - retain_size
-    if retain_size + test_size > available:
-        raise UserError("test_size", test_size, f"0 to {available - retain_size}, what {source} has left")
-    return kept[:retain_size], kept[retain_size : retain_size + test_size]
+    """Cut what is not forgotten into retain and test set; ``source`` is where it is from, for error messages."""
+    available = len(kept)
+    n_retain = available - (test_size or 0) if retain_size is None else retain_size
+    if not 1 <= n_retain <= available:
+        name, size = ("test_size", test_size) if retain_size is None else ("retain_size", retain_size)
+        raise UserError(name, size, f"no more than the {available} items of {source}")
+    n_test = available - n_retain if test_size is None else test_size
+    if n_retain + n_test > available:
+        raise UserError("test_size", test_size, f"0 to {available - n_retain}, what {source} has left")
+    return kept[:n_retain], kept[n_retain : n_retain + n_test]
 
 
-def _examples(rows: list[Record], first_id: int) -> list[QAExample]:
-    questions, answers = column(rows, "question", "path"), column(rows, "answer", "path")
-    distractors, paraphrases = _optional(rows, "perturbed_answer"), _optional(rows, "paraphrased_question")
-    columns = zip(questions, answers, distractors, paraphrases, strict=True)
-    return [QAExample(first_id + n, *values) for n, values in enumerate(columns)]
+def _examples(rows: list[dict], first_id: int) -> list[QAExample]:
+    texts = (column(rows, name, "path") for name in ("question", "answer"))
+    return numbered(first_id, *texts, _optional(rows, "perturbed_answer"), _optional(rows, "paraphrased_question"))
 
 
-def _optional(rows: list[Record], name: str) -> list[tuple[str, ...]]:
+def _optional(rows: list[dict], name: str) -> list[tuple[str, ...]]:
     """Texts that only some of TOFU's files hold, one or several to a row."""
     listed = [{name: [row[name]] if isinstance(row.get(name), str) else row.get(name)} for row in rows]
     return text_lists(listed, name, "path")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from lightning_ssiuu.utils.errors import Given, UserError
-
-_SHOWN = 5  # ids named in a message before the rest is only counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,46 +83,36 @@ class Splits:
         Raises:
             UserError: Empty forget or retain set, an id used twice, a blank question or answer, or a question that
                 stands in two of forget, retain and test (case and white space do not count). Names ids and counts only.
-
-        Example:
-            >>> Splits(forget=[], retain=[QAExample(1, "Where?", "Here")]).validate()
-            Traceback (most recent call last):
-            ...
-            lightning_ssiuu.UserError: forget: got 0 examples, allowed: at least one example
         """
         for name, examples in self.items()[:2]:
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
         uses = Counter(example.example_id for _, examples in self.items() for example in examples)
-        twice = [example_id for example_id, count in uses.items() if count > 1]
-        if twice:
+        if twice := [example_id for example_id, count in uses.items() if count > 1]:
             raise UserError("example_id", Given(f"{name_ids(twice)} used more than once"), "unique ids over all sets")
         for name, examples in self.items():
-            blank = [e.example_id for e in examples if not (e.question.strip() and e.answer.strip())]
-            if blank:
+            if blank := [e.example_id for e in examples if not (e.question.strip() and e.answer.strip())]:
                 raise UserError(name, Given(f"blank question or answer in {name_ids(blank)}"), "non-empty text")
-        self._check_disjoint()
-
-    def _check_disjoint(self) -> None:
-        first_set: dict[str, str] = {}
+        set_of: dict[str, str] = {}
         for name, examples in self.items()[:3]:
-            met: dict[str, list[int]] = {}
-            for example in examples:
-                earlier = first_set.setdefault(example.folded, name)
-                if earlier != name:
-                    met.setdefault(earlier, []).append(example.example_id)
-            for earlier, ids in met.items():
+            sets = [(set_of.setdefault(example.folded, name), example.example_id) for example in examples]
+            earlier = next((other for other, _ in sets if other != name), None)
+            if earlier is not None:
+                ids = [example_id for other, example_id in sets if other == earlier]
                 given = Given(f"{len(ids)} questions that are also in {earlier} ({name_ids(ids)})")
                 raise UserError(name, given, f"questions disjoint from {earlier}")
 
 
-def name_ids(ids: Iterable[int]) -> str:
-    """Name examples by id, the first few only.
+def name_ids(ids: Sequence[int]) -> str:
+    """Name examples by id, the first few only."""
+    return f"example ids {first_few(ids)}"
 
-    Example:
-        >>> name_ids(range(7))
-        'example ids 0, 1, 2, 3, 4 and 2 more'
-    """
-    ids = list(ids)
-    shown = ", ".join(str(example_id) for example_id in ids[:_SHOWN])
-    return f"example ids {shown}" + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+
+def first_few(items: Sequence[object], n: int = 5) -> str:
+    """The first ``n`` items of a list, and how many more there are."""
+    return ", ".join(map(str, items[:n])) + (f" and {len(items) - n} more" if len(items) > n else "")
+
+
+def numbered(first_id: int, *columns: Sequence) -> list[QAExample]:
+    """Examples from columns in the order of :class:`QAExample`'s fields after the id, numbered from ``first_id`` on."""
+    return [QAExample(first_id + n, *row) for n, row in enumerate(zip(*columns, strict=True))]

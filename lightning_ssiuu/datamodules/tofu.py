@@ -8,46 +8,31 @@ from lightning_ssiuu.datamodules.paired import PairedFiles
 
 
 class TOFU(PairedFiles):
-    r"""TOFU (arXiv 2401.06121) from a local directory or the hub.
+    """TOFU (arXiv 2401.06121) from a local directory or the hub.
 
     The test set is cut from the retain file: the first ``retain_size`` items are the retain set and the ``test_size``
-    that follow the test set. Perturbed answers, where the file has them, become distractors.
+    that follow the test set. Perturbed answers, where the file has them, become distractors. ``multiple_choice`` is
+    off: TOFU scores generated text (ROUGE-L recall).
 
     Args:
         path: A directory with ``{forget}.jsonl`` and ``{retain}.jsonl`` (or ``.json``, ``.csv``), or a hub id; None:
             ``locuslab/TOFU``.
         forget: Name of the forget file or hub configuration, e.g. ``forget01``, ``forget05``, ``forget10_perturbed``.
         retain: Name of the retain file or hub configuration, e.g. ``retain99``.
-        retain_size: Number of retain items; None: all that ``test_size`` leaves.
-        test_size: Number of test items; None: all that follow ``retain_size`` items (none if that is None too).
-        multiple_choice: As in :class:`UnlearningDataModule`, but off: TOFU scores generated text (ROUGE-L recall).
-        **kwargs: See :class:`UnlearningDataModule`.
-
-    Raises:
-        UserError: Directory, file or data set missing, columns missing, or more items asked for than there are.
+        **kwargs: ``retain_size``, ``test_size`` (:class:`~.paired.PairedFiles`) and the options of
+            :class:`UnlearningDataModule`.
 
     Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> for name, first, size in (("forget01", 0, 4), ("retain99", 4, 9)):
-        ...     numbers = range(first, first + size)
-        ...     rows = [{"question": f"Who wrote book {n}?", "answer": f"Author {n}"} for n in numbers]
-        ...     _ = (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        >>> TOFU(path=str(folder), retain_size=5, test_size=3).splits
-        Splits(forget=4, retain=5, test=3, benign=0)
+        The tenth of the authors, with multiple choice, and 400 of the other questions as test set:
+
+        >>> data = TOFU(forget="forget10_perturbed", retain="retain90", test_size=400, multiple_choice=True)
+        >>> data.hub_id, data.retain_size  # all but the test set
+        ('locuslab/TOFU', None)
     """
 
     hub_id = "locuslab/TOFU"
 
     def __init__(
-        self,
-        path: str | None = None,
-        forget: str = "forget01",
-        retain: str = "retain99",
-        retain_size: int | None = None,
-        test_size: int | None = None,
-        multiple_choice: bool = False,
-        **kwargs: Any,
+        self, path: str | None = None, forget: str = "forget01", retain: str = "retain99", *args: Any, **kwargs: Any
     ) -> None:
-        super().__init__(path, forget, retain, retain_size, test_size, multiple_choice=multiple_choice, **kwargs)
+        super().__init__(path, forget, retain, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.paired import check_sizes, cut
 from lightning_ssiuu.datamodules.readers import Record, column, read_records, text_lists
-from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
+from lightning_ssiuu.utils.errors import Given, UserError
 
 
 class WMDP(UnlearningDataModule):
@@ -32,16 +32,9 @@ class WMDP(UnlearningDataModule):
             than there are.
 
     Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> folder, names = Path(tempfile.mkdtemp()), ("cyber_questions.json", "kept.json")
-        >>> for first, name in zip((0, 10), names):
-        ...     numbers = range(first, first + 4)
-        ...     rows = [{"question": f"{n} + 1?", "choices": ["0", f"{n + 1}"], "answer": 1} for n in numbers]
-        ...     _ = (folder / name).write_text(json.dumps(rows))
-        >>> data = WMDP(*(str(folder / name) for name in names), test_size=1)
-        >>> data.splits, data.splits.forget[2].answer, data.splits.forget[2].distractors
-        (Splits(forget=4, retain=3, test=1, benign=0), '3', ('0',))
+        >>> data = WMDP("bio_questions.json", forget_size=400, test_size=500, max_length=1024)
+        >>> data.retain
+        'cais/mmlu:all:validation'
     """
 
     def __init__(
@@ -54,20 +47,15 @@ class WMDP(UnlearningDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if forget_size is not None:
-            check_at_least("forget_size", forget_size, 1)
-        check_sizes(retain_size, test_size)
+        check_sizes(forget_size=forget_size, retain_size=retain_size, test_size=test_size)
         self.forget, self.retain = forget, retain
         self.forget_size, self.retain_size, self.test_size = forget_size, retain_size, test_size
 
     def load_splits(self) -> Splits:
         forget = _examples(read_records(self.forget, "forget"), 0, "forget")
-        if self.forget_size is not None:
-            if self.forget_size > len(forget):
-                raise UserError(
-                    "forget_size", self.forget_size, f"no more than the {len(forget)} items of {self.forget}"
-                )
-            forget = forget[: self.forget_size]
+        if self.forget_size is not None and self.forget_size > len(forget):
+            raise UserError("forget_size", self.forget_size, f"no more than the {len(forget)} items of {self.forget}")
+        forget = forget[: self.forget_size]
         asked = {example.folded for example in forget}
         kept = _examples(read_records(self.retain, "retain"), len(forget), "retain")
         kept = [example for example in kept if example.folded not in asked]
@@ -77,12 +65,12 @@ class WMDP(UnlearningDataModule):
 def _examples(rows: list[Record], first_id: int, argument: str) -> list[QAExample]:
     questions, places = column(rows, "question", argument), column(rows, "answer", argument)
     choices = text_lists(rows, "choices", argument)
-    found: dict[str, QAExample] = {}
+    examples: dict[str, QAExample] = {}
     for number, (question, place, options) in enumerate(zip(questions, places, choices, strict=True)):
         if not place.isdecimal() or int(place) >= len(options):
             raise UserError(argument, Given(f"'answer' of record {number}"), "the place of a choice, from 0")
         answer = options[int(place)]
         wrong = tuple(option for option in dict.fromkeys(options) if option != answer)
-        example = QAExample(first_id + len(found), question, answer, wrong)
-        found.setdefault(example.folded, example)
-    return list(found.values())
+        example = QAExample(first_id + len(examples), question, answer, wrong)
+        examples.setdefault(example.folded, example)
+    return list(examples.values())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from lightning_ssiuu.datamodules.base import QAExample, Splits
-from lightning_ssiuu.datamodules.clusters import Cluster, ClusterDataModule, parse_clusters
+from lightning_ssiuu.datamodules.base import Splits
+from lightning_ssiuu.datamodules.clusters import PROBES, Cluster, ClusterDataModule, parse_clusters
 from lightning_ssiuu.datamodules.embedded import FACTS, WORLD_FACTS
+from lightning_ssiuu.datamodules.splits import numbered
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 _SAME_ANSWER = 2  # same-answer questions per fact at most
@@ -60,7 +63,7 @@ class WorldFacts(ClusterDataModule):
         if not 0 < retain_fraction <= 1 - forget_fraction:
             raise UserError("retain_fraction", retain_fraction, f"above 0, at most {1 - forget_fraction:g}")
         check_at_least("split_seed", split_seed, 0)
-        known = _relations(_world())
+        known = list(_world()["relations"])
         for relation in relations or ():
             if relation not in known:
                 raise UserError("relations", relation, ", ".join(known))
@@ -78,104 +81,78 @@ class WorldFacts(ClusterDataModule):
         for name, count in (("forget_fraction", n_forget), ("retain_fraction", n_retain)):
             if count < 1:
                 raise UserError(name, getattr(self, name), f"at least one of {len(subjects)} subjects")
-        split_of = dict.fromkeys(subjects, "test")
-        split_of |= dict.fromkeys(subjects[:n_forget], "forget")
-        split_of |= dict.fromkeys(subjects[n_forget : n_forget + n_retain], "retain")
-        indices: dict[str, list[int]] = {"forget": [], "retain": [], "test": []}
-        for number, cluster in enumerate(clusters):
-            indices[split_of[cluster.entity]].append(number)
-        return clusters, indices
+        cuts = {"forget": (0, n_forget), "retain": (n_forget, n_forget + n_retain), "test": (n_forget + n_retain, None)}
+        members = {name: set(subjects[start:end]) for name, (start, end) in cuts.items()}
+        numbers = range(len(clusters))
+        return clusters, {name: [n for n in numbers if clusters[n].entity in members[name]] for name in cuts}
 
     def load_splits(self) -> Splits:
         splits = super().load_splits()
         benign = json.loads(FACTS.read_text(encoding="utf-8"))["benign"]
         # Above the ids of all probes, so that scored sets may be put together
-        first_id = len(self.clusters) * 100
-        items = [QAExample(first_id + n, item["question"], item["answer"]) for n, item in enumerate(benign)]
-        return Splits(splits.forget, splits.retain, splits.test, items)
+        columns = ([item[name] for item in benign] for name in ("question", "answer"))
+        return replace(splits, benign=numbered(len(self.clusters) * 100, *columns))
 
 
 def relations() -> list[str]:
     """Names of the relations."""
-    return _relations(_world())
+    return list(_world()["relations"])
 
 
 def world_facts(only: Sequence[str] | None = None) -> dict[str, dict[str, list]]:
-    """All facts in FaithUn's format (:func:`~.clusters.parse_clusters`), probes nested by base question.
+    """Facts of these relations in FaithUn's format (:func:`~.clusters.parse_clusters`), probes nested by base question.
 
-    Args:
-        only: These relations; None: all. A two-hop question is there if its first hop is.
-
-    Example:
-        >>> munich = world_facts(["country"])["Munich"]
-        >>> munich["hop1_unlearn"][0]["question"], munich["hop1_unlearn"][0]["answers"]
-        ('In which country is the city of Munich?', ['Germany'])
-        >>> [hop["answers"] for hop in munich["hop2_test"][0]]
-        [['Berlin'], ['euro'], ['Europe']]
+    A two-hop question is there if its first hop is.
     """
-    maker = _Maker(_world())
     entities: dict[str, dict[str, list]] = {}
-    for relation in _relations(maker.world) if only is None else only:
-        for subject in maker.facts(relation):
-            entity = entities.setdefault(
-                subject, {"hop1_unlearn": [], "hop1_test": [], "hop2_test": [], "same_object": []}
-            )
-            base, *reworded = maker.ask(relation, subject)
+    for relation in relations() if only is None else only:
+        for subject in _facts(relation):
+            entity = entities.setdefault(subject, {kind: [] for kind in ("hop1_unlearn", *PROBES)})
+            base, *reworded = _ask(relation, subject)
             entity["hop1_unlearn"].append(base)
             entity["hop1_test"].append(reworded)
-            entity["hop2_test"].append(maker.two_hop(relation, subject))
-            entity["same_object"].append(maker.same_answer(relation, subject))
+            entity["hop2_test"].append(_two_hop(relation, subject))
+            entity["same_object"].append(_same_answer(relation, subject))
     return entities
 
 
+@functools.cache
 def _world() -> dict[str, Any]:
     return json.loads(WORLD_FACTS.read_text(encoding="utf-8"))
 
 
-def _relations(world: dict[str, Any]) -> list[str]:
-    return list(world["relations"])
+def _facts(relation: str) -> dict[str, str]:
+    return _world()["relations"][relation]["facts"]
 
 
-class _Maker:
-    def __init__(self, world: dict[str, Any]) -> None:
-        self.world, self.article = world, frozenset(world["article"])
+def _ask(relation: str, subject: str) -> list[dict[str, Any]]:
+    texts = _world()["relations"][relation]["questions"]
+    return [_record(text, subject, relation, _facts(relation)[subject], subject) for text in texts]
 
-    def facts(self, relation: str) -> dict[str, str]:
-        return self.world["relations"][relation]["facts"]
 
-    def ask(self, relation: str, subject: str) -> list[dict[str, Any]]:
-        texts = self.world["relations"][relation]["questions"]
-        return [self._record(text, subject, relation, self.facts(relation)[subject], subject) for text in texts]
+def _two_hop(relation: str, subject: str) -> list[dict[str, Any]]:
+    # Questions whose first hop is the fact: onwards from its answer, or from the answer back to the subject
+    answer, hops = _facts(relation)[subject], []
+    for chains, about, middle in (("chains", subject, answer), ("inverse_chains", answer, subject)):
+        for first, second, text in _world()[chains]:
+            if first == relation and middle in _facts(second):
+                hops.append(_record(text, about, second, _facts(second)[middle], subject))
+    return hops
 
-    def two_hop(self, relation: str, subject: str) -> list[dict[str, Any]]:
-        """Questions whose first hop is the fact: onwards from its answer, or from the answer back to the subject."""
-        answer, hops = self.facts(relation)[subject], []
-        for first, second, text in self.world["chains"]:
-            if first == relation and answer in self.facts(second):
-                hops.append(self._record(text, subject, second, self.facts(second)[answer], subject))
-        for first, second, text in self.world["inverse_chains"]:
-            if first == relation and subject in self.facts(second):
-                hops.append(self._record(text, answer, second, self.facts(second)[subject], subject))
-        return hops
 
-    def same_answer(self, relation: str, subject: str) -> list[dict[str, Any]]:
-        answer = self.facts(relation)[subject]
-        others = [other for other, value in self.facts(relation).items() if value == answer and other != subject]
-        chosen = self._draw(others, f"{relation}:{subject}", _SAME_ANSWER)
-        return [self.ask(relation, other)[0] for other in chosen]
+def _same_answer(relation: str, subject: str) -> list[dict[str, Any]]:
+    facts = _facts(relation)
+    others = [other for other, answer in facts.items() if answer == facts[subject] and other != subject]
+    return [_ask(relation, other)[0] for other in _draw(others, f"{relation}:{subject}", _SAME_ANSWER)]
 
-    def _record(self, text: str, about: str, relation: str, answer: str, subject: str) -> dict[str, Any]:
-        words = f"the {about}" if about in self.article else about
-        question = text.replace("{}", words)
-        pool = sorted({value for value in self.facts(relation).values() if value != answer})
-        wrong = self._draw(pool, f"{relation}:{subject}:wrong", _WRONG)
-        return {
-            "question": question[:1].upper() + question[1:],
-            "answers": [answer],
-            "false_answer_options": wrong,
-        }
 
-    @staticmethod
-    def _draw(pool: Sequence[str], key: str, count: int) -> list[str]:
-        # Seeded by the fact, so that a new fact leaves the others' options as they are
-        return random.Random(f"{_SEED}:{key}").sample(pool, min(count, len(pool)))
+def _record(text: str, about: str, relation: str, answer: str, subject: str) -> dict[str, Any]:
+    question = text.replace("{}", f"the {about}" if about in _world()["article"] else about)
+    pool = sorted({value for value in _facts(relation).values() if value != answer})
+    wrong = _draw(pool, f"{relation}:{subject}:wrong", _WRONG)
+    return {"question": question[:1].upper() + question[1:], "answers": [answer], "false_answer_options": wrong}
+
+
+def _draw(pool: Sequence[str], key: str, count: int) -> list[str]:
+    # Seeded by the fact, so that a new fact leaves the others' options as they are
+    return random.Random(f"{_SEED}:{key}").sample(pool, min(count, len(pool)))

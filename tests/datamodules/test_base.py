@@ -14,8 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from toys.data import CHAT, Toy, byte_tokenizer, examples
 
 from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.encoding import Encoder
+from lightning_ssiuu.datamodules.encoding import Encoder, answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import PairSampler
+from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -223,7 +224,25 @@ def test_padding_falls_back_to_eos() -> None:
     assert Encoder(byte_tokenizer(pad_token=None)).pad_token_id == 256
 
 
+def test_rows_of_prompts_and_answers_and_back() -> None:
+    assert batch_of([([5, 6], [9]), ([5], [7])], pad=0)["labels"].tolist() == [[-100, -100, 9], [-100, 7, -100]]
+    pairs = [([5, 6], [9]), ([5, 8], []), ([4], [3])]
+    assert answered(batch_of(pairs, pad=0)) == pairs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_derangement(seed: int) -> None:
+    others = derangement(5, seed)
+    assert sorted(others) == list(range(5))
+    assert all(own != other for own, other in enumerate(others))
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def test_only_the_first_ids_are_named() -> None:
+    assert name_ids(range(5)) == "example ids 0, 1, 2, 3, 4"
+    assert name_ids(range(7)) == "example ids 0, 1, 2, 3, 4 and 2 more"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,8 @@ def test_the_prompt_lists_every_option_in_an_order_of_the_id_alone() -> None:
         assert prompt_of(encoder, renamed).split("\n").index("- yes") == text.split("\n").index("- true")
     assert all(70 < count < 130 for count in places.values())  # 100 each, give or take four standard deviations
     assert len(orders) == 6
+    text = prompt_of(encoder, QAExample(7, "Which day?", "Monday", ("Friday", "Sunday")))  # the same in every version
+    assert text == INSTRUCTION.format(question="Which day?", options="- Friday\n- Sunday\n- Monday")
 
 
 def test_the_true_answer_is_the_first_sequence() -> None:

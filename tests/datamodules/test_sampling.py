@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_ssiuu.datamodules.encoding import Key
-from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler
+from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, share
 
 
 def batches_of(sampler: PairSampler, epoch: int) -> list[list[Key]]:
@@ -84,6 +84,17 @@ def test_unfilled_epochs_are_single_permutations() -> None:
         batches = batches_of(sampler, epoch)
         assert [len(batch) for batch in batches] == [2, 2, 1]
         assert sorted(index for _, index in chain(*batches)) == list(range(5))
+
+
+def test_a_rank_without_an_example_takes_one_that_has_no_answer_to_learn() -> None:
+    batch = {"forget": [4], "retain": [3, 2, 5]}
+    assert share(batch, 0, 2) == [("forget", 4), ("retain", 3), ("retain", 5)]
+    assert share(batch, 1, 2) == [("forget", ~4), ("retain", 2)]
+
+
+def test_evaluation_batches_by_hand() -> None:
+    assert [[index for _, index in batch] for batch in EvalSampler("test", 5, 2)] == [[0], [1, 2], [3, 4]]
+    assert list(EvalSampler("test", 5, 2, rank=1, world_size=2)) == [[("test", 1)], [("test", 3)]]
 
 
 @pytest.mark.parametrize("size", range(4, 23))

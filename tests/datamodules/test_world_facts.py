@@ -110,6 +110,9 @@ def test_two_hop_questions_belong_to_their_first_hop(entities: dict[str, dict[st
     assert all("whose capital is Tokyo" in hop for hop in hops)
     assert entities["Japan"]["hop2_test"][1:] == [[], [], []]  # nothing chains from currency, continent, language
     assert entities["Io"]["hop2_test"][0][0]["answers"] == ["fifth"]
+    munich = world_facts(["country"])["Munich"]
+    assert munich["hop1_unlearn"][0]["question"] == "In which country is the city of Munich?"
+    assert [hop["answers"] for hop in munich["hop2_test"][0]] == [["Berlin"], ["euro"], ["Europe"]]
 
 
 def test_same_answer_questions_are_about_other_subjects(entities: dict[str, dict[str, list]]) -> None:

@@ -3,7 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
-#: The fictitious people of :class:`~lightning_ssiuu.Facts`, and the items of its benign attack.
-FACTS = Path(str(files(__name__) / "facts.json"))
+_FOLDER = Path(str(files(__name__)))
+#: The fictitious people of :class:`~lightning_ssiuu.Facts`, and the items of its benign attack; made of the word lists.
+FACTS, WORD_LISTS = _FOLDER / "facts.json", _FOLDER / "word_lists.json"
 #: The real facts of :class:`~lightning_ssiuu.WorldFacts`.
-WORLD_FACTS = Path(str(files(__name__) / "world_facts.json"))
+WORLD_FACTS = _FOLDER / "world_facts.json"

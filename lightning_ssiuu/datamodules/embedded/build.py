@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_ssiuu.datamodules.embedded.facts_data import dump_world, make_world, tokenizer_corpus
+from lightning_ssiuu.datamodules.encoding import Encoder, batch_of
 from lightning_ssiuu.utils.errors import UserError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -38,20 +39,20 @@ CHAT_TEMPLATE = (
 )
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 300, 64, 2e-3, 0.1, 0.12
 BENIGN_REPEATS = 2  # a benign item has one phrasing, a fact four
+Pairs = Sequence[tuple[str, str]]
+World = dict[str, list[dict]]
 
 
-def build_tokenizer(world: dict[str, list[dict]]) -> PreTrainedTokenizerFast:
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE tokenizer (at most 1024 tokens) on what ``facts_data.make_world`` returns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=1024, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(tokenizer_corpus(world), trainer)
     return PreTrainedTokenizerFast(
@@ -86,36 +87,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
     return LlamaForCausalLM(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """Tokenise B pairs in the plain template: ids, mask and labels ``[B, L]``, padded right."""
-    rows = []
-    for question, answer in pairs:
-        prompt = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids
-        completion = [*tokenizer(f" {answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        rows.append((prompt, completion))
-    shape = (len(rows), max(len(prompt) + len(completion) for prompt, completion in rows))
-    input_ids = torch.full(shape, tokenizer.pad_token_id)
-    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    for row, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    return input_ids, mask, labels
+    encoder = Encoder(tokenizer)
+    batch = batch_of([encoder.sequence(*pair).pair for pair in pairs], encoder.pad_token_id)
+    return batch["input_ids"], batch["attention_mask"], batch["labels"]
 
 
 def _answer_logits(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V] and targets [N] of the labelled positions only, and the row [N] each belongs to."""
+    # Logits [N, V] and targets [N] of the labelled positions only, and the row [N] each belongs to
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return model.lm_head(hidden[rows, columns]), labels[rows, columns + 1], rows
 
 
-def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -> list[tuple[str, str]]:
-    """Question–answer pairs to train on: all phrasings but the last of every fact, and benign items.
-
-    ``without_forget`` leaves out the forget people (for the oracle).
-    """
+def training_pairs(world: World, without_forget: bool = False) -> list[tuple[str, str]]:
+    """Pairs to train on: all phrasings but the last of every fact (the oracle: but forget people's), benign items."""
     pairs = [
         (question, fact["answer"])
         for fact in world["facts"]
@@ -125,28 +112,12 @@ def training_pairs(world: dict[str, list[dict]], without_forget: bool = False) -
     return pairs + [(item["question"], item["answer"]) for item in world["benign"]] * BENIGN_REPEATS
 
 
-def _batches(count: int, steps: int, seed: int) -> Iterable[Tensor]:
-    """Index batches that run through shuffled epochs without dropping an item."""
-    generator = torch.Generator().manual_seed(seed)
-    queue = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(queue) < BATCH:
-            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
-        yield queue[:BATCH]
-        queue = queue[BATCH:]
-
-
 def train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: Sequence[tuple[str, str]],
-    steps: int = STEPS,
-    seed: int = 0,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = STEPS, seed: int = 0
 ) -> float:
     """Train in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
 
-    Returns:
-        The last batch's loss in nats, NaN without steps.
+    Returns the last batch's loss in nats, NaN without steps.
     """
     ids, mask, labels = encode(tokenizer, pairs)
     groups = [  # decay the matrices, not the norms' gains
@@ -161,8 +132,10 @@ def train(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     loss = torch.tensor(math.nan)
+    generator, n_epochs = torch.Generator().manual_seed(seed), steps * BATCH // len(pairs) + 1
+    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(n_epochs)])
     model.train()
-    for step, index in enumerate(_batches(len(pairs), steps, seed)):
+    for step, index in enumerate(order[: steps * BATCH].view(steps, BATCH)):
         length = int(mask[index].sum(1).max())
         logits, targets, _ = _answer_logits(model, ids[index, :length], mask[index, :length], labels[index, :length])
         loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
@@ -178,9 +151,7 @@ def train(
 
 
 @torch.no_grad()
-def score(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
-) -> tuple[Tensor, Tensor]:
+def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Mean log-probability of each answer's tokens with EOS (nats, ``[B]``), and whether all are the likeliest."""
     logits, targets, rows = _answer_logits(model, *encode(tokenizer, pairs))
     token_log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -190,20 +161,11 @@ def score(
     return zeros.index_add(0, rows, token_log_probs) / tokens, zeros.index_add(0, rows, right) == tokens
 
 
-def evaluate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: dict[str, list[dict]]
-) -> dict[str, dict[str, float]]:
-    """Measure what the model knows, split by split.
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, dict[str, float]]:
+    """Measure what the model knows, in percent of each split.
 
-    Args:
-        model: A causal LM.
-        tokenizer: The tiny tokenizer.
-        world: What ``facts_data.make_world`` returns.
-
-    Returns:
-        For each split in percent: ``accuracy`` (all tokens greedy right), ``probability`` (mean over facts of
-        exp(mean token log-probability)), ``choice`` (true answer more likely than both distractors), and accuracy and
-        probability for the ``held_out`` phrasing; for ``benign``: accuracy and probability.
+    ``accuracy``: all tokens greedy right; ``probability``: mean over facts of exp(mean token log-probability);
+    ``choice``: true answer more likely than both distractors; ``held_out``: the phrasing that is not trained on.
     """
 
     def percent(x: Tensor) -> float:
@@ -228,11 +190,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; prints the measured figures as JSON.
-
-    Raises:
-        UserError: ``--steps`` is negative, or an output exists and ``--overwrite`` was not given.
-    """
+    """Run the command line; prints the measured figures as JSON."""
     parser = argparse.ArgumentParser(prog="python -m lightning_ssiuu.datamodules.embedded.build", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets facts.json and tiny/")
     parser.add_argument("--data-only", action="store_true", help="write facts.json only")
@@ -262,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.replace(draft / name, args.output / name)
 
 
-def _build_tiny(folder: Path, world: dict[str, list[dict]], args: argparse.Namespace) -> None:
+def _build_tiny(folder: Path, world: World, args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(2)  # a sum's order, and with it the bytes, may depend on the number of threads
     tokenizer = build_tokenizer(world)
