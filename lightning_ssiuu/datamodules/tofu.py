@@ -23,11 +23,11 @@ class TOFU(PairedFiles):
             :class:`UnlearningDataModule`.
 
     Example:
-        The tenth of the authors, with multiple choice, and 400 of the other questions as test set:
+        A tenth of the authors forgotten, with multiple choice, and 400 of the others' questions as test set:
 
         >>> data = TOFU(forget="forget10_perturbed", retain="retain90", test_size=400, multiple_choice=True)
-        >>> data.hub_id, data.retain_size  # all but the test set
-        ('locuslab/TOFU', None)
+        >>> data.hub_id
+        'locuslab/TOFU'
     """
 
     hub_id = "locuslab/TOFU"

@@ -115,10 +115,7 @@ def training_pairs(world: World, without_forget: bool = False) -> list[tuple[str
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = STEPS, seed: int = 0
 ) -> float:
-    """Train in place with AdamW, warm-up and cosine decay, on the label-smoothed loss of the answer tokens.
-
-    Returns the last batch's loss in nats, NaN without steps.
-    """
+    """Train in place on the label-smoothed loss of the answer tokens; the last loss in nats, NaN without steps."""
     ids, mask, labels = encode(tokenizer, pairs)
     groups = [  # decay the matrices, not the norms' gains
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
