@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from toys.cli import ROOT, attacking, read_json, script
+from toys.cli import ROOT, attacking, installed, read_json, script
 
 from lightning_ssiuu.evaluation.scores import SCORES, Score, check_score, find_score
 from lightning_ssiuu.utils.errors import UserError
@@ -17,6 +20,7 @@ WRITTEN = (
     ("my_scores.py", "guide.md", "perplexity = Score", 5),
     ("my_method.py", "attribution_methods.md", "@from_activations", 15),
     ("my_data.py", "guide.md", "class Sums", 5),
+    ("my_objective.py", "guide.md", "class BoundedAscent", 5),
 )
 
 
@@ -43,20 +47,21 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(here: Path) -> Path:
     """An unlearned model: the user's data, stopping score, table score and attribution method."""
-    done = script(
-        *(here, "fit", "--model", "GradientDifference", "--model.checkpoint", "tiny", "--data", "my_data.Sums"),
+    done = installed(
+        *(here, "fit", "--model", "my_objective.BoundedAscent", "--model.checkpoint", "tiny", "--data", "my_data.Sums"),
         *("--model.scores", f"[{PERPLEXITY}]", "--stopping.score", PERPLEXITY, "--stopping.threshold", "0"),
         *("--attribution.method", ACTIVATION, "--attribution.memory_budget", "20MB"),
         *("--attribution.probe_examples", "4"),
         *("--trainer.max_steps", "1", "--trainer.default_root_dir", "run"),
     )
-    assert done.returncode == 0, done.stderr
-    assert f"forget {PERPLEXITY}" in done.stdout
+    assert done.status == 0, done.err
+    assert f"forget {PERPLEXITY}" in done.out
     return here / "run"
 
 
 def test_fit(run: Path) -> None:
     metrics = read_json(run / "metrics.json")
+    assert metrics["objective"] == "BoundedAscent"
     assert metrics["score"] == PERPLEXITY
     assert set(metrics["after"]["scores"]["forget"]) == {PERPLEXITY}
     assert metrics["after"]["forget_score"] == metrics["after"]["scores"]["forget"][PERPLEXITY] > 1
@@ -67,7 +72,7 @@ def test_fit(run: Path) -> None:
 def test_attack_takes_the_score_of_the_run(run: Path, here: Path) -> None:
     options = attacking(learning_rates=[1e-4], seeds=[0], p=[0.5], epochs=1)
     done = script(here, "attack", "--model", "run/model", *options)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     (row,) = read_json(run / "attack.json")["attacks"]
     assert row["score"] == PERPLEXITY
     assert row["unlearned"]["before"]["mean"] > 1
@@ -79,28 +84,28 @@ def test_ablation_takes_the_method(run: Path, here: Path) -> None:
     counts = []
     for method in ([], attacking(method=ACTIVATION)):
         done = script(here, "attack", *models, "--attack", "Ablation", *few, *method, "--overwrite")
-        assert done.returncode == 0, done.stderr
+        assert done.status == 0, done.err
         content = read_json(here / "ablated" / "attack.json")
         assert content["settings"]["ablation"].get("method") == (ACTIVATION if method else None)
         assert ("method" in content["settings"]["ablation"]) == bool(method)
         counts.append(content["attacks"][0]["n_neurons"])
     assert counts[0] != counts[1]  # other attributions, other flags
     wrong = script(here, "attack", *models, "--attack", "Ablation", *few, "--attack.method", "ablaton", "--overwrite")
-    assert wrong.returncode == 2
-    assert "attack.method: got 'ablaton', allowed: one of" in wrong.stderr
+    assert wrong.status == 2
+    assert "attack.method: got 'ablaton', allowed: one of" in wrong.err
 
 
 def test_audit(run: Path, here: Path) -> None:
     models = ("--original", "tiny", "--unlearned", "run/model", "--output", "audited", "--probe_examples", "4")
     done = script(here, "audit", *models, "--method", ACTIVATION, "--scores", f"[{PERPLEXITY}]")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert PERPLEXITY in (here / "audited" / "audit.json").read_text(encoding="utf-8")
 
 
 def test_compare(run: Path, here: Path) -> None:
     done = script(here, "compare", "run", "--output", "table")
-    assert done.returncode == 0, done.stderr
-    assert PERPLEXITY in done.stdout + "".join(p.read_text(encoding="utf-8") for p in (here / "table").glob("*.csv"))
+    assert done.status == 0, done.err
+    assert PERPLEXITY in done.out + "".join(p.read_text(encoding="utf-8") for p in (here / "table").glob("*.csv"))
 
 
 def test_from_elsewhere(run: Path, here: Path, tmp_path: Path) -> None:
@@ -110,14 +115,25 @@ def test_from_elsewhere(run: Path, here: Path, tmp_path: Path) -> None:
     modules.mkdir()
     (modules / "my_data.py").write_text((here / "my_data.py").read_text(encoding="utf-8"), encoding="utf-8")
     audit = ("audit", "--original", "tiny", "--unlearned", str(run / "model"), "--output", str(elsewhere / "out"))
-    refused = script(here, *audit, cwd=elsewhere)
-    assert refused.returncode == 2
-    assert "(no module my_data: run where it lies, or set PYTHONPATH)" in refused.stderr.splitlines()[-1]
+    refused = script(elsewhere, *audit)
+    assert refused.status == 2
+    assert "(no module my_data: run where it lies, or set PYTHONPATH)" in refused.err.splitlines()[-1]
     assert list(elsewhere.iterdir()) == []
-    found = script(here, *audit, "--devices", "50", cwd=elsewhere, PYTHONPATH=f"{ROOT}:{modules}")
-    assert found.stderr.splitlines()[-1].startswith("lightning-ssiuu: error: devices: got 50")  # of 8 examples
-    safe = script(here, *audit, PYTHONSAFEPATH="1")
-    assert "(no module my_data: " in safe.stderr.splitlines()[-1]
+    found = script(elsewhere, *audit, "--devices", "50", path=[modules])
+    assert found.err.splitlines()[-1].startswith("lightning-ssiuu: error: devices: got 50")  # of 8 examples
+
+
+@pytest.mark.parametrize(("option", "looked_in"), [((), True), (("-P",), False)], ids=["by default", "python -P"])
+def test_modules_of_the_working_directory(option: tuple[str, ...], looked_in: bool, here: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place.py"
+    place.write_text(
+        "import os, sys\nfrom lightning_ssiuu import __main__\n__main__.main(['compare', '--help'])\n"
+        "print(sys.path.index(os.getcwd()) == len(sys.path) - 1 if os.getcwd() in sys.path else None)",
+        encoding="utf-8",
+    )
+    words = [sys.executable, *option, str(place)]
+    done = subprocess.run(words, cwd=here, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str(True if looked_in else None), done.stderr
 
 
 def test_names_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

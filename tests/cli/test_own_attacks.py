@@ -59,8 +59,8 @@ def test_they_are_as_short_as_promised() -> None:
 def swept(workplace: Path) -> dict[str, Any]:
     """An uninterrupted sweep's report, by a process of its own that knows only the directory it is started in."""
     done = script(workplace, *RELEARN, "--output", "whole")
-    assert done.returncode == 0, done.stderr
-    assert "Highest forget probability under attack" in done.stdout
+    assert done.status == 0, done.err
+    assert "Highest forget probability under attack" in done.out
     return read_json(workplace / "whole" / "attack.json")
 
 

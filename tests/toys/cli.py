@@ -7,9 +7,13 @@ import fcntl
 import functools
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +61,54 @@ def command(*args: str | Path) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def script(folder: Path, *args: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the console script as it is installed, in a directory (``folder/bin``) that is not the working directory."""
-    installed = folder / "bin" / "lightning-ssiuu"
-    installed.parent.mkdir(exist_ok=True)
+def installed(folder: Path, *args: str | Path, **environment: str) -> Result:
+    """Run the console script in an interpreter of its own; it lies in ``folder/bin``, not in the working directory."""
+    place = folder / "bin" / "lightning-ssiuu"
+    place.parent.mkdir(exist_ok=True)
     text = "import sys\nfrom lightning_ssiuu.__main__ import main\nsys.exit(main())\n"
-    installed.write_text(text, encoding="utf-8")
+    place.write_text(text, encoding="utf-8")
     options: Any = {"env": os.environ | {"PYTHONPATH": str(ROOT)} | environment, "capture_output": True, "text": True}
-    return subprocess.run([sys.executable, str(installed), *args], cwd=cwd or folder, check=False, **options)
+    done = subprocess.run([sys.executable, str(place), *map(str, args)], cwd=folder, check=False, **options)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def script(folder: Path, *args: str | Path, path: Sequence[Path] = ()) -> Result:
+    """The same in a fork of this process, which has everything heavy imported already and is left as it was.
+
+    Args:
+        folder: The working directory.
+        args: Of the command.
+        path: More places where modules are looked for, as PYTHONPATH has them.
+    """
+    with tempfile.TemporaryDirectory() as kept:
+        shown = [Path(kept) / name for name in ("out", "err")]
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                for number, file in enumerate(shown, 1):
+                    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+                for handler in (handler for logger in _loggers() for handler in logger.handlers):
+                    if type(handler) is logging.StreamHandler:
+                        handler.setStream(sys.stderr)
+                os.chdir(folder)
+                sys.path[:] = [*map(str, path), *(place for place in sys.path if place and Path(place) != folder)]
+                for name in [name for name in sys.modules if name.startswith("my_")]:
+                    del sys.modules[name]
+                status = main([str(arg) for arg in args])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, code = os.waitpid(pid, 0)
+        return Result(os.waitstatus_to_exitcode(code), *(file.read_text(encoding="utf-8") for file in shown))
+
+
+def _loggers() -> list[logging.Logger]:
+    named = logging.root.manager.loggerDict.values()
+    return [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]
 
 
 def fit(folder: Path, *args: str | Path, recipe: Path = DEFAULT) -> Result:
