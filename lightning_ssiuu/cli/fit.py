@@ -110,8 +110,10 @@ class UnlearningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config, root = self.config.fit, self.trainer.default_root_dir
+        if method := self.model.unwritten():
+            raise UserError("model", type(self.model).__name__, f"an objective that defines {method}(batch)")
         check_strategy(self.trainer, self.model)
-        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, is_fit=True)
+        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, self.model)
         if not config.estimate_memory:  # which may be asked beside the results of an earlier run
             refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))
         # How much the model takes is asked again when it is known; a directory that cannot be written is told now.
@@ -126,7 +128,7 @@ class UnlearningCLI(LightningCLI):
         self._before_any()
 
     def before_validate(self) -> None:
-        self.ckpt_path = checkpoint_to_go_on_from(self.config[self.subcommand], self.trainer, is_fit=False)
+        self.ckpt_path = checkpoint_to_go_on_from(self.config[self.subcommand], self.trainer)
         self._before_any()
 
     before_test = before_validate

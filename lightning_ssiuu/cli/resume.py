@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
 
-from lightning_ssiuu.training.checkpoints import check_checkpoint, newest_checkpoint
+from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.training.checkpoints import check_checkpoint, check_states, newest_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import refuse_existing
 
@@ -29,11 +30,12 @@ _MISFIT = re.compile(
 )
 
 
-def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, is_fit: bool) -> Any:
+def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, trained: UnlearningModule | None = None) -> Any:
     """The checkpoint that ``--ckpt_path`` means, checked; None to begin anew.
 
     ``last`` is the newest that :class:`~lightning_ssiuu.callbacks.KeepCheckpoints` left in the run's directory. Where
-    there is none the run begins, so that one command can be given again and again until it has finished.
+    there is none the run begins, so that one command can be given again and again until it has finished. ``trained`` is
+    what ``fit`` is to go on with.
     """
     path = config.get("ckpt_path")
     if path == "last":
@@ -45,7 +47,8 @@ def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, is_fit: bool) -> A
     content = check_checkpoint("ckpt_path", path, config.get("weights_only") is not False)
     if Path(path).is_dir() and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
         raise UserError("ckpt_path", path, "a file: only strategies that shard the weights read folders of shards")
-    if is_fit and content:
+    if trained is not None and content:
+        check_states(content, trained.stateful(), path)
         # Lightning would do nothing at all, not even write results, and end as if all were well.
         epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         for name, reached in (("max_steps", content["global_step"]), ("max_epochs", epochs)):

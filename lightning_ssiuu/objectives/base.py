@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.regularizers import Regularizer
-from lightning_ssiuu.training.checkpoints import Stateful, put_state, take_state
+from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
 from lightning_ssiuu.training.reference import (
     LiveReference,
@@ -153,6 +154,11 @@ class UnlearningModule(Stateful, L.LightningModule):
         if self.retain == "kl":
             return kl_divergence(answers, self.original("retain/logits", batch))
         return answer_nll(answers)
+
+    def unwritten(self) -> str | None:
+        """Name of the method that a subclass still has to write; None for a complete objective."""
+        own = type(self).forget_loss is not UnlearningModule.forget_loss
+        return None if own or self._backbone or self.forget_weight == 0 else "forget_loss"
 
     def references(self) -> dict[str, Observation]:
         """What losses ask of the original, by ``"<part>/<what>"``; see :mod:`~lightning_ssiuu.training.reference`."""
@@ -329,7 +335,7 @@ class UnlearningModule(Stateful, L.LightningModule):
         if self.lora is not None and not is_sharded(self):
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["reference"] = self.reference_key
-        for key, owner in self._stateful().items():
+        for key, owner in self.stateful().items():
             put_state(checkpoint, key, owner.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -342,11 +348,14 @@ class UnlearningModule(Stateful, L.LightningModule):
                 rank_zero_warn(f"{given}: what is drawn at random (dropout) will not be what it would have been")
             self._random_states = states[rank() if rank() < len(states) else 0]
         folder = self._trainer.ckpt_path if self._trainer is not None else None
-        for key, owner in self._stateful().items():
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_states(checkpoint, self.stateful(), folder)
+        for key, owner in self.stateful().items():
             if key in checkpoint:
                 owner.load_state(take_state(checkpoint, key, self.model, folder))
 
-    def _stateful(self) -> dict[str, Stateful]:
+    def stateful(self) -> dict[str, Stateful]:
+        """Whose states a checkpoint holds, by their keys."""
         return {"objective": self} | ({} if self.regularizer is None else {"regularizer": self.regularizer})
 
     def build(self, device: torch.device, **options: Any) -> AnswerModel:

@@ -47,6 +47,10 @@ class DisplacedObjective(UnlearningModule):
         """Put the step's forget gradient, times ``forget_weight``, into ``.grad``, by default by adding."""
         add_gradients(parameters, gradients)
 
+    def unwritten(self) -> str | None:
+        own = type(self).displaced_gradient is not DisplacedObjective.displaced_gradient
+        return None if own else "displaced_gradient"
+
     @property
     def n_micro_batches(self) -> int:
         """Micro-batches of an optimiser step, by which Lightning divides the losses; 1 outside a Trainer."""

@@ -190,6 +190,17 @@ class Stateful:
             setattr(self, name, state[name.removeprefix("_")])
 
 
+def check_states(content: Mapping[str, Any], owners: Mapping[str, Stateful], path: Any) -> None:
+    """Raise a UserError unless a checkpoint has the states to go on with: by key, those of objective and regulariser.
+
+    Without them a run would go on as if they were new, and end elsewhere than an uninterrupted one.
+    """
+    for key, owner in owners.items():
+        if set(owner.state()) != set(content.get(key) or ()):
+            name = type(owner).__name__
+            raise UserError("ckpt_path", str(path), f"a checkpoint with the {key}'s state, as {name} writes it now")
+
+
 def put_state(checkpoint: dict[str, Any], key: str, state: Mapping[str, Any]) -> None:
     """Put ``state`` under ``key`` into a checkpoint, as ``on_save_checkpoint`` gets it; each rank must call it.
 

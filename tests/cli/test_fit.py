@@ -218,3 +218,16 @@ finally:
 
 def test_threads_are_limited() -> None:
     assert torch.get_num_threads() == 1  # tests/conftest.py: the suite shares few cores
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), [("DisplacedObjective", "displaced_gradient"), ("UnlearningModule", "forget_loss")]
+)
+def test_an_objective_that_is_not_written_is_refused(model: str, method: str, tmp_path: Path) -> None:
+    root = ("--trainer.default_root_dir", tmp_path / "run")
+    result = command("fit", "--model", model, "--data", "Facts", *root)
+    assert result.status == 2
+    assert result.err.splitlines()[-1].endswith(
+        f"model: got '{model}', allowed: an objective that defines {method}(batch)"
+    )
+    assert not (tmp_path / "run").exists()

@@ -20,12 +20,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from toys.cli import SHORT, fit
+from toys.cli import DEFAULT, RECIPES, SHORT, fit
 from toys.data import Toy
 from toys.models import bare_trainer, equal, weights
 from toys.training import Tiny
 
-from lightning_ssiuu import AtomicCheckpointIO
+from lightning_ssiuu import PDU, AtomicCheckpointIO
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, KeepCheckpoints, NeuronAttributionCallback
 from lightning_ssiuu.cli.resume import refuse_to_lose
 from lightning_ssiuu.training.checkpoints import check_checkpoint, newest_checkpoint, write_whole_checkpoints
@@ -386,3 +386,22 @@ def test_what_a_new_run_may_replace(tmp_path: Path) -> None:
 
 def test_newest_of_nothing(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "no") is None
+
+
+def test_a_checkpoint_without_the_states_to_go_on_with_is_refused(tmp_path: Path) -> None:
+    """Of an earlier version, or of another objective or regulariser: it would go on as if they were new."""
+    pdu, longer = RECIPES / "objective" / "pdu.yaml", (*SHORT, "--trainer.max_steps", "4")
+    root = tmp_path / "run"
+    assert fit(root, *SHORT, "--checkpoints.every_n_steps", "1", recipe=pdu).status == 0
+    kept = newest_checkpoint(root / "checkpoints")
+    assert kept is not None
+    content = torch.load(kept, weights_only=True)
+    assert set(content["objective"]) == set(PDU().state())
+    content["dual"] = content.pop("objective")  # where an earlier version had it
+    torch.save(content, tmp_path / "old.ckpt")
+    for recipe, given in ((pdu, tmp_path / "old.ckpt"), (DEFAULT, kept)):
+        refused = fit(tmp_path / "other", *longer, "--ckpt_path", given, recipe=recipe)
+        assert refused.status == 2
+        assert f"ckpt_path: got '{given}', allowed: a checkpoint with the" in refused.err.splitlines()[-1]
+        assert not (tmp_path / "other").exists()
+    assert fit(tmp_path / "other", *longer, "--ckpt_path", kept, recipe=pdu).status == 0
