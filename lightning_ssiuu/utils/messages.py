@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pkgutil import resolve_name
+from traceback import walk_tb
 from typing import Any
 
+import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 from lightning_ssiuu.utils.files import disk_refusal
-from lightning_ssiuu.utils.registry import no_module
+from lightning_ssiuu.utils.registry import one_line, why_not_found
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -33,6 +35,9 @@ _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not reada
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
 _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNION_VALUE = re.compile(r"^\s*Given value: (.*)$", re.MULTILINE)
+_REASON = re.compile(r"^\s*- (.*?)(?=\n\s*- |\n\s*Given value|\Z)", re.MULTILINE | re.DOTALL)
+_TYPE_ONLY = re.compile(r"Expected an? (?!instantiatable)")
+_CLASS_VALUE = re.compile(r"class_path'?[=:] ?'([^']+)'")
 _TYPE_NAMES = {
     "NoneType": "null",
     "int": "a whole number",
@@ -41,7 +46,6 @@ _TYPE_NAMES = {
     "str": "text",
     "collections.abc.Sequence": "a list",
 }
-_LONGEST = 300
 _OURS = "lightning_ssiuu."
 
 
@@ -54,14 +58,21 @@ def user_error(error: BaseException) -> UserError | None:
         return refusal
     # By name, because jsonargparse's own class derives from argparse's in some versions and replaces it in others.
     parsed = next((cause for cause in chain if type(cause).__name__ == "ArgumentError"), None)
+    argument = ""
     if parsed is None and str(error).startswith("Does not validate against any of the Union"):
-        parsed = error
-    return None if parsed is None else _translate(str(parsed).strip())
+        parsed, argument = error, _built(error)
+    return None if parsed is None else _translate(str(parsed).strip(), argument)
 
 
-def _translate(text: str) -> UserError:
+def _built(error: BaseException) -> str:
+    # Argument whose object was being built: the report of a constructor that raises does not say it.
+    frames = [frame.f_locals.get("component") for frame, _ in walk_tb(error.__traceback__)]
+    return next((str(action.dest) for action in reversed(frames) if hasattr(action, "dest")), "arguments")
+
+
+def _translate(text: str, argument: str = "") -> UserError:
     # The innermost complaint of jsonargparse's nested report, and the key it belongs to.
-    path = ".init_args.".join(_KEY.findall(text))
+    path = ".init_args.".join(_KEY.findall(text)) or argument
     inner = _KEY.split(text)[-1]
     classes = _CLASS.findall(text)
     prefix = f"{path}.init_args." if path and _CLASS.search(inner) else (f"{path}." if path else "")
@@ -75,11 +86,13 @@ def _translate(text: str) -> UserError:
         return UserError(prefix + name.lstrip("-"), Given("an option that does not exist"), allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"
-        return UserError(key, found[1], _classes(inner) + (f" ({no_module(found[2])})" if found[2] else ""))
+        return UserError(key, found[1], _classes(inner) + _because(why_not_found(found[1])))
     if found := _NO_CLASS.search(inner):
         whole = _UNION_VALUE.search(inner)
         given = next(filter(None, [*found.groups(), whole and whole[1]]))
-        return UserError(f"{path}.class_path" if path else "class_path", given, _classes(inner))
+        return UserError(
+            f"{path}.class_path" if path else "class_path", given, _classes(inner) + _because(why_not_found(given))
+        )
     if found := _FILE.search(inner):
         name = os.path.relpath(found[1]) if found[1].startswith(os.getcwd() + os.sep) else found[1]
         return UserError(path or "config", name, "an existing file")
@@ -90,26 +103,48 @@ def _translate(text: str) -> UserError:
     union, value = _SUBTYPES.search(inner), _UNION_VALUE.search(inner)
     if union and value:
         nested = re.fullmatch(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", value[1])
-        if nested is None:
-            return UserError(path, value[1], _type_names(union[1]))
-        allowed = _classes(inner) if nested[1].endswith("class_path") else _type_names(union[1])
-        return UserError(f"{path}.{nested[1]}", nested[2], allowed)
+        argument, given = (".".join(filter(None, (path, nested[1]))), nested[2]) if nested else (path, value[1])
+        class_path = _CLASS_VALUE.search(given)
+        given = class_path[1] if class_path else given
+        names_class = nested is None or nested[1].endswith("class_path")
+        classes_there = _classes(inner if names_class else "")  # the report is on the class that has the option
+        if why := why_not_found(given):
+            return UserError(argument, given, classes_there + _because(why))
+        reason = _reason(inner)
+        if reason == "Expected an instantiatable class, but is abstract":
+            return UserError(argument, given, classes_there + _because(f"{given} is abstract"))
+        if class_path:  # of a class that is there: its constructor has raised
+            return UserError(argument, given, f"options that it accepts{_because(reason)}")
+        named = classes_there if nested and names_class else _type_names(union[1])
+        return UserError(argument, given, named + _because(reason))
     if found := _TYPE.search(inner):
         return UserError(path, found[2], _type_names(found[1]))
     summary = " ".join(inner.split())
     argument = path or "arguments"
     if found := re.match(r"argument (\S+): (.+)", summary):
         argument, summary = found[1], found[2]
-    return UserError(argument, Given("what it cannot use"), summary[:_LONGEST])
+    return UserError(argument, Given("what it cannot use"), one_line(summary))
+
+
+def _because(reason: str) -> str:
+    return f" ({reason})" if reason else ""
+
+
+def _reason(report: str) -> str:
+    # The first complaint of the innermost union that does not only repeat a type.
+    reasons = _REASON.findall(report.rpartition("Errors:")[2])
+    return one_line(next((reason for reason in reasons if not _TYPE_ONLY.match(reason)), ""))
 
 
 def _options(class_path: str) -> list[str]:
     # Constructor arguments of a class, those it hands on to its bases included.
     options: dict[str, None] = {}
     for base in inspect.getmro(resolve_name(class_path)):
-        if "__init__" in vars(base) and base.__module__.startswith(_OURS):
+        if "__init__" in vars(base):
             parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
             options |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+            if all(p.kind != p.VAR_KEYWORD for p in parameters):
+                break
     return list(options) or ["the class's constructor arguments"]
 
 
@@ -117,8 +152,8 @@ def _classes(report: str) -> str:
     # What could have been named instead: this package's subclasses of the first class the report mentions.
     for base_path in re.findall(r"<class '(lightning_ssiuu\.[\w.]+)'>", report):
         base = resolve_name(base_path)
-        names = sorted(kind.__name__ for kind in _subclasses(base) if kind.__module__.startswith(_OURS))
-        if names := [name for name in names if not name.startswith("_")]:
+        ours = {kind.__name__ for kind in _subclasses(base) if kind.__module__.startswith(_OURS)}
+        if names := sorted(ours.intersection(lightning_ssiuu.__all__)):
             return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}"
     return "the import path of a class that exists, e.g. torch.optim.AdamW"
 
@@ -155,4 +190,4 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         option = "devices" if text.startswith("You requested gpu") else str(named[1]) if named else ""
         if option not in given:
             raise
-        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({text[:_LONGEST]})") from error
+        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({one_line(text)})") from error

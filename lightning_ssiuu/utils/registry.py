@@ -10,14 +10,14 @@ from typing import TypeVar, cast
 from lightning_ssiuu.utils.errors import UserError
 
 T = TypeVar("T")
+_LONGEST = 300
 
 
 def resolve(name: str, known: Mapping[str, T], argument: str) -> T:
     """What a name stands for: the entry of that name in ``known``, else what lies at that import path.
 
     Raises:
-        UserError: If it is neither, under the name ``argument``. What an existing module raises while it is imported
-            comes through as it is.
+        UserError: If it is neither, under the name ``argument``; it says what a module raised while it was imported.
 
     Example:
         >>> resolve("math.pi", {}, "score")
@@ -30,24 +30,40 @@ path (did you mean 'probability'?)
     """
     if name in known:
         return known[name]
-    path, _, attribute = name.rpartition(".")
-    why = ""
-    if path and all(part.isidentifier() for part in name.split(".")):
-        try:
-            module = import_module(path)
-        except ModuleNotFoundError as error:
-            if not f"{path}.".startswith(f"{error.name}."):
-                raise  # a module that this one imports
-            why = no_module(str(error.name))
-        else:
-            if hasattr(module, attribute):
-                return cast(T, getattr(module, attribute))
-            why = f"{path} has no {attribute}"
-    elif nearest := get_close_matches(name, known, 1):
+    found, why = _import(name)
+    if not why and found is not None:
+        return cast(T, found)
+    if "." not in name and (nearest := get_close_matches(name, known, 1)):
         why = f"did you mean {nearest[0]!r}?"
     raise UserError(argument, name, f"one of {list(known)}, or an import path" + (f" ({why})" if why else ""))
+
+
+def why_not_found(name: str) -> str:
+    """Why nothing can be imported from a path, in one line; empty if something can, or if it is no import path."""
+    return _import(name)[1]
+
+
+def _import(name: str) -> tuple[object, str]:
+    # What lies at an import path, or why nothing does.
+    path, _, attribute = name.rpartition(".")
+    if not path or not all(part.isidentifier() for part in name.split(".")):
+        return None, ""
+    try:
+        module = import_module(path)
+    except Exception as error:  # the user's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            return None, no_module(str(error.name))
+        return None, one_line(f"{path} cannot be imported: {type(error).__name__}: {error}")
+    if hasattr(module, attribute):
+        return getattr(module, attribute), ""
+    return None, f"{path} has no {attribute}"
 
 
 def no_module(name: str) -> str:
     """What to say of a module that is found nowhere."""
     return f"no module {name}: run where it lies, or set PYTHONPATH"
+
+
+def one_line(text: str) -> str:
+    """Another's message as part of one line: without line breaks, and not too long."""
+    return " ".join(text.split())[:_LONGEST]

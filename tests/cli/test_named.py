@@ -155,5 +155,6 @@ def test_names_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UserError, match=r"stopping\.score") as refused:
             check_score(name, "stopping.score")
         assert said in str(refused.value)
-    with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
+    with pytest.raises(UserError, match="not_installed_at_all") as refused:
         check_score("needs_more.score")
+    assert "needs_more cannot be imported: ModuleNotFoundError" in str(refused.value)

@@ -171,3 +171,16 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def question_rows(first: int, count: int) -> list[dict[str, Any]]:
     """Numbered questions with short answers."""
     return [{"question": f"Who wrote book {n}?", "answer": f"Author {n}"} for n in range(first, first + count)]
+
+
+def refused(result: Result, argument: str, *said: str) -> None:
+    """Check the one line."""
+    assert result.status == 2, result.err
+    lines = result.err.splitlines()
+    told = [line for line in lines if line.startswith("lightning-ssiuu: error: ")]
+    assert told == lines[-1:]
+    assert told[0].startswith(f"lightning-ssiuu: error: {argument}: got "), told[0]
+    assert "allowed: " in told[0]
+    assert "Traceback" not in result.err
+    for text in said:
+        assert text in told[0], told[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys.cli import RECIPES, Result, command, files, fit, question_rows, write_rows
+from toys.cli import RECIPES, command, files, fit, question_rows, refused, write_rows
 
 from lightning_ssiuu.models.loading import TINY
 from lightning_ssiuu.utils.errors import UserError
@@ -18,19 +18,6 @@ from lightning_ssiuu.utils.messages import trainer_mistakes, user_error
 
 INIT, REGULARIZER = "--model.init_args", "--model.init_args.regularizer.init_args"
 GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-
-
-def refused(result: Result, argument: str, *said: str) -> None:
-    """Check the one line."""
-    assert result.status == 2, result.err
-    lines = result.err.splitlines()
-    told = [line for line in lines if line.startswith("lightning-ssiuu: error: ")]
-    assert told == lines[-1:]
-    assert told[0].startswith(f"lightning-ssiuu: error: {argument}: got "), told[0]
-    assert "allowed: " in told[0]
-    assert "Traceback" not in result.err
-    for text in said:
-        assert text in told[0], told[0]
 
 
 FIT_OPTIONS: dict[str, tuple[list[str], str, list[str]]] = {
