@@ -7,8 +7,9 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import world_size
-from lightning_ssiuu.utils.errors import naming
+from lightning_ssiuu.utils.errors import UserError, naming
 
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -76,7 +77,12 @@ class Outcome:
     forget_score: float
     control: bool = False
     n_neurons: int | None = None
-    score: str = ""
+    score: str = field(kw_only=True)
+
+    @property
+    def cell(self) -> tuple[str | None, int, bool]:
+        """What it is compared by with the other model's: variant, seed and whether it is a control."""
+        return self.variant, self.seed, self.control
 
 
 @dataclass
@@ -106,6 +112,8 @@ class Attack(ABC):
 
     #: Options that hold paths: they are not shown in ``attack.json``.
     paths: ClassVar[tuple[str, ...]] = ()
+    #: What :meth:`run` gives.
+    gives: ClassVar[type[Outcome | RecoveryCurve]] = Outcome
 
     @property
     def kind(self) -> str:
@@ -168,6 +176,39 @@ class Attack(ABC):
     def rows(self, results: Sequence[Any], score: str) -> list[dict[str, Any]]:
         """The rows of ``attack.json`` that sum up all that :meth:`run` gave."""
         return [row | {"attack": self.name} for row in outcome_rows(results)]
+
+
+def checked(attack: Attack, given: Any, targets: Sequence[Target]) -> list[Any]:
+    """What :meth:`Attack.run` gave, as a list.
+
+    Raises:
+        UserError: Not an iterable of the attack's own outcomes (or curves), or not the same ones for every target.
+    """
+
+    def refusal(wanted: str) -> UserError:
+        return UserError("attack", attack.name, f"an attack whose run() gives {wanted}")
+
+    wanted, kind = attack.gives, attack.kind
+    if not isinstance(given, Iterable):
+        raise refusal(f"{wanted.__name__} objects, not {type(given).__name__}")
+    results = list(given)
+    for result in results:
+        if not isinstance(result, wanted):
+            raise refusal(f"{wanted.__name__} objects alone, not {type(result).__name__}")
+        if result.kind != kind:
+            raise refusal(f"results of its own kind {kind!r}, not {result.kind!r}")
+    names = [target.name for target in targets]
+    if {result.model for result in results} != set(names):
+        raise refusal(f"at least one {wanted.__name__} for each of {names}, and for no other model")
+    # A sweep may go on with more learning rates for one model than for the other.
+    several: Callable[[Iterable[Any]], Any] = set if wanted is RecoveryCurve else Counter
+    cells = [several(result.cell for result in results if result.model == name) for name in names]
+    if any(of_model != cells[0] for of_model in cells):
+        label = "p and seeds" if wanted is RecoveryCurve else "variants, seeds and controls"
+        raise refusal(f"the same {label} for each of {names}")
+    if wanted is Outcome and {cell[0] for cell in cells[0]} != {cell[0] for cell in cells[0] if not cell[2]}:
+        raise refusal("at least one outcome that is no control for every variant")
+    return results
 
 
 def _plain(value: Any) -> Any:

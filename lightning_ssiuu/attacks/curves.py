@@ -29,6 +29,11 @@ class RecoveryCurve:
     epochs: list[int] = field(default_factory=list)
     forget_scores: list[float] = field(default_factory=list)
 
+    @property
+    def cell(self) -> tuple[float | None, int]:
+        """What it is compared by with the other model's: p and seed."""
+        return self.p, self.seed
+
 
 def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     """Score of one attack on one model: per seed the highest forget score over learning rates and epochs.

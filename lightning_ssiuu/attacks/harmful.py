@@ -13,7 +13,7 @@ from lightning_ssiuu.attacks.sweep import SweptModel
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import random_fraction
 from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
-from lightning_ssiuu.evaluation.scores import SCORES
+from lightning_ssiuu.evaluation.scores import SCORES, find_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
@@ -60,8 +60,8 @@ class Harmful(Relearning):
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         super().check(data, score, devices)
-        accuracies = [name for name, known in SCORES.items() if isinstance(known.metric(), AnswerAccuracy)]
-        if self.pool == "wrong" and score not in accuracies:
+        if self.pool == "wrong" and not isinstance(find_score(score).metric(), AnswerAccuracy):
+            accuracies = [name for name, known in SCORES.items() if isinstance(known.metric(), AnswerAccuracy)]
             allowed = f"all with score {score!r}: wrong answers are told by {', '.join(accuracies)}"
             raise UserError("attack.pool", "wrong", allowed)
 

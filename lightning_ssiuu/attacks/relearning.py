@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -58,6 +58,8 @@ class Relearning(Attack):
         ...
         lightning_ssiuu.UserError: attack.learning_rates: got 0.0, allowed: finite numbers > 0
     """
+
+    gives: ClassVar[type[RecoveryCurve]] = RecoveryCurve
 
     learning_rates: Sequence[float] = (1e-5, 5e-6, 1e-6)
     seeds: Sequence[int] = (0, 1, 2)

@@ -11,7 +11,7 @@ import transformers
 
 import lightning_ssiuu
 from lightning_ssiuu.attacks import Attack, Harmful, Relearning
-from lightning_ssiuu.attacks.base import Target
+from lightning_ssiuu.attacks.base import Target, checked
 from lightning_ssiuu.attacks.records import (
     REPORT,
     FinishedAttacks,
@@ -85,9 +85,7 @@ def attack(
         if log is not None:
             log.finished = gathered(log.finished)[0]
             more["log"] = log
-        results = list(method.run(targets, report.data, score, devices, **more))
-        if not results:
-            raise UserError("attack", method.name, "an attack that gives at least one outcome")
+        results = checked(method, method.run(targets, report.data, score, devices, **more), targets)
         rows = method.rows(results, score)
         if devices.is_first:
             settings = {"score": score, "precision": devices.precision, **method.settings()}

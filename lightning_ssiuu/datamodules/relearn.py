@@ -49,7 +49,8 @@ class RelearnDataModule(UnlearningDataModule):
 
     Raises:
         UserError: ``p`` outside (0, 1), nothing attacked or nothing scored, a question that is both, no benign items,
-            ids in ``pool`` that are not in the forget set, or a missing or unreadable ``benign_path``.
+            ids in ``pool`` that are not in the forget set, a missing or unreadable ``benign_path``, or a
+            selection that is no pair of lists of examples.
 
     Example:
         >>> from lightning_ssiuu.datamodules import Facts
@@ -108,7 +109,10 @@ class RelearnDataModule(UnlearningDataModule):
             if unknown := self.pool - {example.example_id for example in forget}:
                 raise UserError("pool", Given(f"{len(unknown)} ids that are not in the forget set"), "its ids")
             forget = [example for example in forget if example.example_id in self.pool]
-        attacked, scored = self.select(forget, np.random.default_rng([self.seed, _SELECTION]))
+        selected: Any = self.select(forget, np.random.default_rng([self.seed, _SELECTION]))
+        if not _is_selection(selected):
+            raise UserError("attack", self.kind, "select() that returns attacked and scored examples")
+        attacked, scored = map(list, selected)
         for name, examples in (("attacked", attacked), ("scored", scored)):
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
@@ -135,6 +139,15 @@ class RelearnDataModule(UnlearningDataModule):
         if self.p is None:
             return self.harmless.draw(rng), forget
         return random_fraction(forget, self.p, rng)
+
+
+def _is_selection(selected: Any) -> bool:
+    # A pair of lists of examples.
+    if not (isinstance(selected, list | tuple) and len(selected) == 2):
+        return False
+    return all(
+        isinstance(part, list | tuple) and all(isinstance(example, QAExample) for example in part) for part in selected
+    )
 
 
 def random_fraction(

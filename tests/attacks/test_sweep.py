@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from toys.cli import files, read_json
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model
 
+from lightning_ssiuu import Facts
 from lightning_ssiuu.attacks import Benign, Harmful, Paraphrase, Sampling, finetune, sweep
 from lightning_ssiuu.attacks.base import Attack
 from lightning_ssiuu.attacks.records import FinishedAttacks, checkpoint_fingerprint
@@ -262,7 +264,6 @@ def test_no_word_of_a_scored_item_is_in_any_training_batch(models: Path, tmp_pat
 
 def test_wrong_answers_alone_as_the_pool(tmp_path: Path) -> None:
     """What a spoilt model still knows is neither attacked nor scored, for the oracle either."""
-    from lightning_ssiuu import Facts
     from lightning_ssiuu.models.loading import load_model
 
     model, generator = load_model("tiny"), torch.Generator().manual_seed(1)
@@ -280,6 +281,33 @@ def test_wrong_answers_alone_as_the_pool(tmp_path: Path) -> None:
     assert row["oracle"]["before"]["per_seed"] == [100.0, 100.0]  # "tiny" knows them all
     with pytest.raises(UserError, match="pool: got 'wrong', allowed: all: the model answers no forget example wrongly"):
         attack("tiny", attack=method, **options, output=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "selected",
+    [None, 3, [], "ab", (examples(0, 2), None), (examples(0, 2), [1, 2]), (examples(0, 2), examples(2, 2), [])],
+)
+def test_a_selection_is_two_lists_of_examples(selected: Any) -> None:
+    class Odd(Harmful):
+        def select(self, forget: Any, p: Any, rng: Any) -> Any:
+            return selected
+
+    told = r"^attack: got 'odd', allowed: select\(\) that returns attacked and scored examples$"
+    with pytest.raises(UserError, match=told):
+        Odd(seeds=[0]).cells(Toy())
+
+
+def test_a_score_of_ones_own_tells_wrong_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+        from torchmetrics import MeanMetric
+        from lightning_ssiuu.evaluation.scores import SCORES, Score
+        right, mean = SCORES["all_tokens"], Score(MeanMetric, SCORES["probability"].measure)
+    """
+    (tmp_path / "scores_of_ones_own.py").write_text(dedent(source), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    Harmful(pool="wrong").check(Facts(), "scores_of_ones_own.right", Devices("cpu"))
+    with pytest.raises(UserError, match=r"^attack\.pool: .* all with score 'scores_of_ones_own\.mean'"):
+        Harmful(pool="wrong").check(Facts(), "scores_of_ones_own.mean", Devices("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model
 
 from lightning_ssiuu import Facts, FaithUn
-from lightning_ssiuu.attacks import Ablation, Paraphrase, Quantization, Sampling, quantization
-from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score, outcome_rows
+from lightning_ssiuu.attacks import Ablation, Harmful, Paraphrase, Quantization, Sampling, quantization
+from lightning_ssiuu.attacks.base import Attack, Outcome, Target, checked, forget_score, outcome_rows
+from lightning_ssiuu.attacks.curves import RecoveryCurve
 from lightning_ssiuu.attacks.paraphrase import other_questions
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.models.answers import AnswerModel
@@ -47,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_rows_pair_the_seeds_and_keep_controls_apart() -> None:
     found = [
-        Outcome(model, "ablation", "zero", seed, 9, 5.0, score, control, n_neurons, "probability")
+        Outcome(model, "ablation", "zero", seed, 9, 5.0, score, control, n_neurons, score="probability")
         for model, seed, score, control, n_neurons in (
             ("oracle", 1, 7.0, False, 2),
             ("oracle", 0, 3.0, False, 2),
@@ -74,8 +75,79 @@ def test_rows_pair_the_seeds_and_keep_controls_apart() -> None:
 
 
 def test_rows_without_an_oracle_have_no_gap() -> None:
-    (row,) = outcome_rows([Outcome("unlearned", "quantization", "8bit", 0, 9, 5.0, 6.0)])
+    (row,) = outcome_rows([Outcome("unlearned", "quantization", "8bit", 0, 9, 5.0, 6.0, score="probability")])
     assert not {"oracle", "gap", "control", "n_neurons"} & set(row)
+
+
+# ---- what an attack gives -------------------------------------------------------------------------------------------
+
+
+class Given(Attack):
+    """Gives what it is told to."""
+
+    given: Any = None
+
+    def run(self, targets: Any, data: Any, score: str, devices: Devices) -> Any:
+        return self.given
+
+
+def outcome(
+    model: str, variant: str | None = None, seed: int = 0, control: bool = False, kind: str = "given"
+) -> Outcome:
+    return Outcome(model, kind, variant, seed, 9, 5.0, 6.0, control, score="probability")
+
+
+def curve(model: str, seed: int = 0, rate: float = 1e-3, kind: str = "harmful") -> RecoveryCurve:
+    return RecoveryCurve(model, kind, 0.1, rate, seed, 4, 32, [0, 1], [0.0, 1.0])
+
+
+TARGETS = [Target("model", "tiny", HERE), Target("oracle", "tiny", HERE)]
+BOTH = [outcome("unlearned"), outcome("oracle")]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (None, "Outcome objects, not NoneType"),
+        (3.0, "Outcome objects, not float"),
+        ([], "at least one Outcome for each of"),
+        ([*BOTH, 1.0], "Outcome objects alone, not float"),
+        ([*BOTH, curve("oracle")], "Outcome objects alone, not RecoveryCurve"),
+        ([outcome("unlearned", kind="noise"), outcome("oracle")], "results of its own kind 'given', not 'noise'"),
+        ([outcome("oracle")], "at least one Outcome for each of"),
+        ([*BOTH, outcome("original")], "at least one Outcome for each of"),
+        ([*BOTH, outcome("oracle", seed=1)], "the same variants, seeds and controls for each of"),
+        ([*BOTH, outcome("oracle")], "the same variants, seeds and controls for each of"),
+        ([outcome("unlearned", "a"), outcome("oracle", "b")], "the same variants, seeds and controls for each of"),
+        ([*BOTH, outcome("unlearned", control=True)], "the same variants, seeds and controls for each of"),
+        ([outcome(name, control=True) for name in ("unlearned", "oracle")], "at least one outcome that is no control"),
+    ],
+)
+def test_what_an_attack_gives_is_checked(given: Any, told: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^attack: got 'given', allowed: an attack whose run\(\) gives {told}"
+    ) as error:
+        checked(Given(), given, TARGETS)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_relearning_attack_gives_is_checked() -> None:
+    both = [curve("unlearned"), curve("oracle")]
+    widened = [*both, curve("oracle", rate=3e-3)]  # until the oracle was saturated, too
+    assert checked(Harmful(), iter(widened), TARGETS) == widened
+    assert checked(Harmful(), both[:1], TARGETS[:1]) == both[:1]
+    for given, told in (
+        (BOTH, "RecoveryCurve objects alone, not Outcome"),
+        ([curve("unlearned", kind="benign"), both[1]], "results of its own kind 'harmful', not 'benign'"),
+        ([*both, curve("oracle", seed=1)], "the same p and seeds for each of"),
+    ):
+        with pytest.raises(UserError, match=told):
+            checked(Harmful(), given, TARGETS)
+
+
+def test_an_outcome_says_what_was_measured() -> None:
+    with pytest.raises(TypeError, match="score"):
+        Outcome("unlearned", "noise", None, 0, 9, 5.0, 6.0)  # type: ignore[call-arg]
 
 
 # ---- quantisation --------------------------------------------------------------------------------------------------

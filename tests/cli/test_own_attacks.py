@@ -23,6 +23,29 @@ WRITTEN = {
     for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text("utf-8"), re.M | re.S)
     if (found := re.search(r"class (\w+)\((?:Harmful|Attack)\)", block))
 }
+#: Attacks that give what cannot be summed up.
+BAD = """
+from lightning_ssiuu import Harmful
+from lightning_ssiuu.attacks.base import Attack
+
+class Nothing(Attack):
+    def run(self, targets, data, score, devices):
+        pass
+
+class OracleAlone(Attack):
+    def run(self, targets, data, score, devices):
+        yield self.outcome(targets[1], data, score, 1.0, 2.0)
+
+class Unpaired(Attack):
+    def run(self, targets, data, score, devices):
+        for n, target in enumerate(targets, 1):
+            for seed in range(n):
+                yield self.outcome(target, data, score, 1.0, 2.0, seed=seed)
+
+class NoPair(Harmful):
+    def select(self, forget, p, rng):
+        return forget
+"""
 FEW = attacking(p=[0.3], learning_rates=[3e-4, 1e-3], seeds=[0, 1], epochs=1)
 
 
@@ -36,6 +59,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(default_run()[0], folder / "run")
     (folder / "my_attacks.py").write_text(WRITTEN["ShortestFirst"] + WRITTEN["Noise"], encoding="utf-8")
+    (folder / "bad_attacks.py").write_text(BAD, encoding="utf-8")
     return folder
 
 
@@ -202,4 +226,21 @@ def test_mistakes(workplace: Path, args: tuple[str, ...], told: str) -> None:
     done = command("attack", "--model", "run/model", "--output", "none", "--attack", *args)
     assert done.status == 2
     assert done.err.startswith(f"lightning-ssiuu: error: {told}"), done.err
+    assert not (workplace / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Nothing", "'nothing', allowed: an attack whose run() gives Outcome objects, not NoneType"),
+        ("OracleAlone", "'oracle_alone', allowed: an attack whose run() gives at least one Outcome for each of"),
+        ("Unpaired", "'unpaired', allowed: an attack whose run() gives the same variants, seeds and controls for"),
+        ("NoPair", "'no_pair', allowed: select() that returns attacked and scored examples"),
+    ],
+)
+def test_what_an_attack_gives_is_checked(workplace: Path, name: str, told: str) -> None:
+    done = command("attack", *MODELS, "--output", "none", "--attack", f"bad_attacks.{name}")
+    assert done.status == 2
+    (line,) = [line for line in done.err.splitlines() if "error" in line]
+    assert line.startswith(f"lightning-ssiuu: error: attack: got {told}"), done.err
     assert not (workplace / "none").exists()

@@ -387,6 +387,19 @@ def test_differing_attacks_and_missing_seeds_are_told(tmp_path: Path) -> None:
     ]
 
 
+def test_options_that_only_one_version_has_do_not_differ(tmp_path: Path) -> None:
+    row = {"attack": "quantization", "kind": "quantization", "p": None, "variant": "8bit", "score": "probability"}
+    row |= {"unlearned": {"before": spread(9.0), "forget_score": spread(10.0, 0.0, 1)}}
+    earlier = {"lora": None, "seeds": [0, 1, 2], "quantization": ["8bit", "4bit"]}
+    runs = []
+    for name, own in (("earlier", earlier), ("now", {"widths": ["8bit", "4bit"]}), ("one", {"widths": ["8bit"]})):
+        runs.append(write_run(tmp_path / name, objective=name, attacks=[row]))
+        edit(runs[-1] / "attack.json", settings={"quantization": {"score": "probability", **own}})
+    assert compare(runs[:2]).notes == []
+    assert compare(runs, tmp_path / "three").notes == ["quantization: the runs were attacked with different widths"]
+    assert compare(runs[::2], tmp_path / "two").notes == ["quantization: the runs were attacked with different widths"]
+
+
 def test_a_diverged_run_leaves_its_cells_empty(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", attacks=[attacked(0.1, 20.0)], drawn=curves(0.1, 1e-4, [9.0, 20.0]))
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))

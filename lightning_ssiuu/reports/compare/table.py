@@ -225,10 +225,14 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for attack, settings in (run.attack.get("settings") or {}).items():
             own = {key: value for key, value in settings.items() if key != "provenance"}
+            if attack == "quantization" and "quantization" in own:
+                own["widths"] = own.pop("quantization")  # as earlier versions called it
             given.setdefault(attack, []).append(own | {"data": settings.get("provenance", {}).get("data_sha256")})
     for attack, each in given.items():
         keys = sorted(set().union(*each))
-        if unlike := [key for key in keys if any(settings.get(key) != each[0].get(key) for settings in each)]:
+        # An option that only some of the runs' versions had is not compared.
+        values = {key: [settings[key] for settings in each if key in settings] for key in keys}
+        if unlike := [key for key in keys if any(value != values[key][0] for value in values[key])]:
             notes.append(f"{attack}: the runs were attacked with different {', '.join(unlike)}")
     return notes
 
