@@ -16,7 +16,7 @@ from toys.cli import command, files
 from toys.compare import OUTPUTS, TABLES, attacked, broken, curves, edit, spread, table, write_json, write_run
 
 from lightning_ssiuu.cli.compare import compare
-from lightning_ssiuu.reports.compare.grouping import differences, group_by_seed, labels
+from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
 from lightning_ssiuu.reports.compare.plots import panels
 from lightning_ssiuu.reports.compare.reading import read_run, read_runs
 from lightning_ssiuu.reports.compare.table import common_attacks, compare_runs, pareto_front
@@ -227,18 +227,6 @@ def test_second_stages_of_several_seeds_are_one_row(tmp_path: Path) -> None:
     other = write_run(tmp_path / "undo_other", objective="UNDO", checkpoint="elsewhere")
     groups = group_by_seed(read_runs([*stages, other])[0])
     assert [len(group) for group in groups] == [2, 1]
-
-
-def test_long_differences_give_way_to_directories(tmp_path: Path) -> None:
-    a, b = (dict.fromkeys("abcd", f"{value}" * 12) for value in (1, 2))
-    paths = [write_run(tmp_path / "narrow", options=a), write_run(tmp_path / "wide", options=b)]
-    assert labels(group_by_seed(read_runs(paths)[0])) == ["SSIUU (narrow)", "SSIUU (wide)"]
-
-
-def test_a_class_differs_by_its_name_or_by_its_options() -> None:
-    plain = {"model": {"class_path": "NPO", "init_args": {"beta": 0.1, "regularizer": None}}}
-    other = {"model": {"class_path": "NPO", "init_args": {"beta": 0.5, "regularizer": {"class_path": "a.L2"}}}}
-    assert differences([plain, other]) == [{"beta": "beta=0.1"}, {"beta": "beta=0.5", "regularizer": "L2"}]
 
 
 def test_an_oracle_among_the_runs_fills_its_row(tmp_path: Path) -> None:
