@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lightning_ssiuu.reports.compare.reading import check_comparable, read_runs
 from lightning_ssiuu.reports.compare.table import Comparison, compare_runs
-from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, one_line, print_comparison
+from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, print_comparison
+from lightning_ssiuu.utils.errors import one_line
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_csv, written_atomically
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}

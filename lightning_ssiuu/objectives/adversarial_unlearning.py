@@ -17,7 +17,7 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.perturbation import (
-    answered,
+    answered_rows,
     answers_of,
     displaced,
     gradient_at,
@@ -129,7 +129,7 @@ class AdversarialUnlearning(DisplacedObjective):
 
     def divided(self, batch: Part) -> tuple[Tensor, Tensor]:
         """This rank's rows that are the adversary's, and those whose forgetting is taken at its weights."""
-        rows = answered(batch)
+        rows = answered_rows(batch)
         own = batch["example_id"][rows].tolist()
         everyone = sorted({example for ids in gathered(own) for example in ids})
         if self.steps == 0 or self.step_size == 0 or len(everyone) < 2:

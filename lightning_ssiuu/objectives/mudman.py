@@ -12,7 +12,15 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.losses import answer_nll
-from lightning_ssiuu.training.perturbation import answered, displaced, gradient_at, move, place, rows_of, share_of_mean
+from lightning_ssiuu.training.perturbation import (
+    answered_rows,
+    displaced,
+    gradient_at,
+    move,
+    place,
+    rows_of,
+    share_of_mean,
+)
 from lightning_ssiuu.training.shards import local, norm_over_shards, trained_parameters
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
@@ -71,7 +79,7 @@ class MUDMAN(DisplacedObjective):
         self._adversary_gradients: list[Tensor] | None = None  # summed over the micro-batches of this step
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        rows, weight = share_of_mean(answered(batch))
+        rows, weight = share_of_mean(answered_rows(batch))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
             if not self._adversary or self.global_step % self.fork_every_n_steps == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
-from lightning_ssiuu.training.perturbation import answered, displaced, gradient_at, move, rows_of, share_of_mean
+from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, move, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import norm_over_shards
 from lightning_ssiuu.utils.errors import check_number
 
@@ -39,7 +39,7 @@ class SAM(DisplacedObjective):
         self.rho = rho
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
-        rows, weight = share_of_mean(answered(batch))
+        rows, weight = share_of_mean(answered_rows(batch))
         part = rows_of(batch, rows)
         with displaced(self.model) as parameters:
             if self.rho > 0:

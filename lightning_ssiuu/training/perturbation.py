@@ -65,7 +65,7 @@ def gradient_at(
     return gradients
 
 
-def answered(part: Part) -> Tensor:
+def answered_rows(part: Part) -> Tensor:
     """Numbers of the rows with an answer, ``[n]``."""
     return (part["labels"] != -100).any(1).nonzero().squeeze(1)
 

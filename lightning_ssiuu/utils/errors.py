@@ -38,6 +38,11 @@ class UserError(ValueError):
 UserError.__module__ = "lightning_ssiuu"  # its public place: what a traceback shows
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters, which terminals obey."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
 def check_number(argument: str, value: float, positive: bool = False) -> None:
     """Refuse what is not a finite number ≥ 0, or > 0 where it has to be positive."""
     if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):

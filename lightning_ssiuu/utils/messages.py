@@ -14,7 +14,7 @@ from typing import Any
 import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 from lightning_ssiuu.utils.files import disk_refusal
-from lightning_ssiuu.utils.registry import one_line, why_not_found
+from lightning_ssiuu.utils.registry import shortened, why_not_found
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -123,7 +123,7 @@ def _translate(text: str, argument: str = "") -> UserError:
     argument = path or "arguments"
     if found := re.match(r"argument (\S+): (.+)", summary):
         argument, summary = found[1], found[2]
-    return UserError(argument, Given("what it cannot use"), one_line(summary))
+    return UserError(argument, Given("what it cannot use"), shortened(summary))
 
 
 def _because(reason: str) -> str:
@@ -133,7 +133,7 @@ def _because(reason: str) -> str:
 def _reason(report: str) -> str:
     # The first complaint of the innermost union that does not only repeat a type.
     reasons = _REASON.findall(report.rpartition("Errors:")[2])
-    return one_line(next((reason for reason in reasons if not _TYPE_ONLY.match(reason)), ""))
+    return shortened(next((reason for reason in reasons if not _TYPE_ONLY.match(reason)), ""))
 
 
 def _options(class_path: str) -> list[str]:
@@ -190,4 +190,4 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         option = "devices" if text.startswith("You requested gpu") else str(named[1]) if named else ""
         if option not in given:
             raise
-        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({one_line(text)})") from error
+        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({shortened(text)})") from error

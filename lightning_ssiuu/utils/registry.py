@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TypeVar, cast
 
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, one_line
 
 T = TypeVar("T")
 _LONGEST = 300
@@ -53,7 +53,7 @@ def _import(name: str) -> tuple[object, str]:
     except Exception as error:  # the user's module may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
             return None, no_module(str(error.name))
-        return None, one_line(f"{path} cannot be imported: {type(error).__name__}: {error}")
+        return None, shortened(f"{path} cannot be imported: {type(error).__name__}: {error}")
     if hasattr(module, attribute):
         return getattr(module, attribute), ""
     return None, f"{path} has no {attribute}"
@@ -64,6 +64,6 @@ def no_module(name: str) -> str:
     return f"no module {name}: run where it lies, or set PYTHONPATH"
 
 
-def one_line(text: str) -> str:
-    """Another's message as part of one line: without line breaks, and not too long."""
-    return " ".join(text.split())[:_LONGEST]
+def shortened(text: str) -> str:
+    """Another's message as part of one line: without line breaks and control characters, and not too long."""
+    return one_line(text)[:_LONGEST]

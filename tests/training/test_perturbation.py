@@ -8,7 +8,7 @@ from torch import nn
 from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.training.perturbation import (
     add_gradients,
-    answered,
+    answered_rows,
     answers_of,
     displaced,
     gradient_at,
@@ -41,7 +41,7 @@ def test_gradients_beside_the_one_that_trains() -> None:
 
 def test_rows_of_a_part() -> None:
     labels = torch.tensor([[-100, 5], [-100, -100], [-100, 6]])
-    rows = answered({"labels": labels})
+    rows = answered_rows({"labels": labels})
     assert rows.tolist() == [0, 2]
     assert torch.equal(rows_of({"labels": labels}, rows)["labels"], labels[[0, 2]])
     answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)

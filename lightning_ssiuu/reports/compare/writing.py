@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ssiuu.reports.compare.table import Column, Comparison, Figure, Row
+from lightning_ssiuu.utils.errors import one_line
 
 _WIDEST_NAME = 30
 _TEX = {
@@ -19,11 +20,6 @@ _TEX = {
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
     **{"⁺": "$^{+}$", "⁻": "$^{-}$", "±": r"$\pm$", "−": "$-$"},
 }
-
-
-def one_line(text: str) -> str:
-    """Text without line breaks and control characters, which terminals obey."""
-    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def markdown_text(text: str) -> str:
