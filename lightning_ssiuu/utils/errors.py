@@ -27,8 +27,7 @@ class UserError(ValueError):
 
     def __init__(self, argument: str, value: object, allowed: str) -> None:
         self.argument, self.value, self.allowed = argument, value, allowed
-        shown = " ".join(repr(value).split())
-        super().__init__(f"{argument}: got {shown}, allowed: {allowed}")
+        super().__init__(one_line(f"{argument}: got {value!r}, allowed: {allowed}"))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         # ValueError would be rebuilt from the one-line text alone, and a spawned rank must be able to send it.

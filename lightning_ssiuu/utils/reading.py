@@ -1,0 +1,58 @@
+"""Foreign files: whatever reading one raises is a mistake of the user's, told in one line under its argument."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_ssiuu.utils.errors import UserError, one_line
+
+
+@contextmanager
+def reading(argument: str, value: object, allowed: str, quote: bool = True) -> Iterator[None]:
+    """Inside, anything that reading what a user named raises is a UserError about ``argument``.
+
+    Libraries raise what they like at a file that is not what they expect, so nothing is picked out here but our own
+    errors, which say more. ``quote`` adds the reason in the library's words; False where those may hold data-set text.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a RecursionError or MemoryError, too
+        raise UserError(argument, value, f"{allowed} ({reason(error)})" if quote else allowed) from None
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters; its type's name where it says nothing."""
+    kind = type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = one_line(next(iter(str(error).strip().splitlines()), ""))[:200]
+    return f"{kind}: {said}" if isinstance(error, (LookupError, AttributeError)) and said else said or kind
+
+
+def read_json(path: str | os.PathLike[str], argument: str, kind: type = dict) -> Any:
+    """Content of a JSON file that must be a ``kind``; a UserError otherwise, which quotes nothing of the content."""
+    allowed = f"valid JSON in {Path(path).name}, {'an object' if kind is dict else 'a list'}"
+    with reading(argument, os.fspath(path), allowed, quote=False):
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    if not isinstance(content, kind):
+        raise UserError(argument, os.fspath(path), allowed)
+    return content
+
+
+def read_yaml(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
+    """Content of a YAML file that must be a mapping; a UserError otherwise."""
+    allowed = f"valid YAML in {Path(path).name}, a mapping"
+    with reading(argument, os.fspath(path), allowed, quote=False):
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict):
+        raise UserError(argument, os.fspath(path), allowed)
+    return content
