@@ -37,7 +37,7 @@ class KeepCheckpoints(Checkpoint):
             raise UserError("checkpoints.every_n_steps", every_n_steps, "a number ≥ 1, or null")
         self.every_n_steps, self.folder = every_n_steps, folder
         self._saved_step = 0
-        self._begins = False
+        self._begins = self._is_due = self._is_fresh = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -47,10 +47,27 @@ class KeepCheckpoints(Checkpoint):
         if self._begins:
             self._begins = False
             self._remove(trainer, but=None)
-        step = trainer.global_step
+        self._is_fresh, step = False, trainer.global_step
         if self.every_n_steps is None or step == self._saved_step or step % self.every_n_steps or _ends(trainer):
             return
-        self._saved_step = step
+        if trainer.is_last_batch:  # a validation and whatever else ends an epoch are part of it
+            self._is_due = True
+        else:
+            self._write(trainer)
+            self._is_fresh = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Going on from a checkpoint written before it would validate again: right, but not for nothing.
+        if self._is_fresh:
+            self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._is_due and not _ends(trainer):
+            self._write(trainer)
+        self._is_due = False
+
+    def _write(self, trainer: L.Trainer) -> None:
+        self._saved_step = step = trainer.global_step
         path = Path(run_directory(trainer)) / self.folder / f"step={step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         self._remove(trainer, but=path)

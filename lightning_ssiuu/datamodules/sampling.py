@@ -92,22 +92,23 @@ class ResumableLoader(DataLoader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._position = 0
+        self._epoch = self._position = 0
 
     def __iter__(self) -> Any:
-        self._position = self.batch_sampler.start
+        # Of the batches handed out, not of the epoch that the sampler may be told to serve next.
+        self._epoch, self._position = self.batch_sampler.epoch, self.batch_sampler.start
         for batch in super().__iter__():
             self._position += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.batch_sampler.epoch, "position": self._position}
+        return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         epoch, position = state["epoch"], state["position"]
         if position >= len(self.batch_sampler):
             epoch, position = epoch + 1, 0
-        self.batch_sampler.epoch, self.batch_sampler.start = epoch, position
+        self._epoch, self._position = self.batch_sampler.epoch, self.batch_sampler.start = epoch, position
 
 
 class EvalSampler(Sampler[list[Key]]):

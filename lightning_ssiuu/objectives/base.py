@@ -25,6 +25,7 @@ from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
+from lightning_ssiuu.training.progress import settle_progress
 from lightning_ssiuu.training.reference import (
     LiveReference,
     Observation,
@@ -350,6 +351,7 @@ class UnlearningModule(Stateful, L.LightningModule):
         folder = self._trainer.ckpt_path if self._trainer is not None else None
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_states(checkpoint, self.stateful(), folder)
+            settle_progress(checkpoint, self._trainer.accumulate_grad_batches)
         for key, owner in self.stateful().items():
             if key in checkpoint:
                 owner.load_state(take_state(checkpoint, key, self.model, folder))
