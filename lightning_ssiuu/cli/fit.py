@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ssiuu.callbacks import (
     ForgetThresholdStopping,
@@ -20,6 +21,7 @@ from lightning_ssiuu.callbacks import (
 )
 from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
 from lightning_ssiuu.cli.resume import checkpoint_mistakes, checkpoint_to_go_on_from, config_text, refuse_to_lose
+from lightning_ssiuu.cli.settings import KEY, check_settings, run_settings
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
@@ -34,7 +36,10 @@ from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved ``config.yaml`` to the run directory after the first batch, so not for a refused run."""
+    """Writes the resolved ``config.yaml`` to the run directory after the first batch, so not for a refused run.
+
+    What of it determines the run is also in every checkpoint, and has to be the same where a run goes on.
+    """
 
     text: str | None = None
 
@@ -54,6 +59,15 @@ class SaveConfig(SaveConfigCallback):
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
         self.text = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = run_settings(config_text(self.parser, self.config))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Most were compared before anything was loaded; not what only Lightning finds or reads.
+        if trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
+            now = run_settings(config_text(self.parser, self.config))
+            check_settings(checkpoint[KEY], now, trainer.ckpt_path or "")
 
 
 class UnlearningCLI(LightningCLI):
@@ -113,7 +127,8 @@ class UnlearningCLI(LightningCLI):
         if method := self.model.unwritten():
             raise UserError("model", type(self.model).__name__, f"an objective that defines {method}(batch)")
         check_strategy(self.trainer, self.model)
-        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, self.model)
+        settings = run_settings(config_text(self._parser("fit"), config))
+        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, self.model, settings)
         if not config.estimate_memory:  # which may be asked beside the results of an earlier run
             refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))
         # How much the model takes is asked again when it is known; a directory that cannot be written is told now.

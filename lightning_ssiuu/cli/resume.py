@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,42 +13,62 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_ssiuu.cli.settings import KEY, check_settings
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.checkpoints import check_checkpoint, check_states, newest_checkpoint
+from lightning_ssiuu.training.progress import settle_progress
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import refuse_existing
+from lightning_ssiuu.utils.reading import read_yaml
 
 _FINISHED = "metrics.json"  # what a run writes last
 #: What ``fit`` writes beside the model; any of them in the way is a run that must not be overwritten unasked.
 RESULTS = (_FINISHED, "config.yaml", "spurious_neurons.csv", "plots")
-# Names that Lightning resolves by itself, from callbacks and schedulers of its own.
-_LIGHTNINGS = ("best", "last", "hpc")
+_HPC = re.compile(r"hpc_ckpt_(\d+)\.ckpt")  # what Lightning writes before a cluster's scheduler requeues a job
 _MISFIT = re.compile(
     r"loading state_dict|loaded state dict|contains only the model|restored a checkpoint with"
     r"|Missing key in checkpoint|Size mismatch between saved"
 )
 
 
-def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, trained: UnlearningModule | None = None) -> Any:
+def checkpoint_to_go_on_from(
+    config: Any, trainer: L.Trainer, trained: UnlearningModule | None = None, settings: Mapping[str, Any] | None = None
+) -> Any:
     """The checkpoint that ``--ckpt_path`` means, checked; None to begin anew.
 
     ``last`` is the newest that :class:`~lightning_ssiuu.callbacks.KeepCheckpoints` left in the run's directory. Where
     there is none the run begins, so that one command can be given again and again until it has finished. ``trained`` is
-    what ``fit`` is to go on with.
+    what ``fit`` is to go on with, ``settings`` what determines that run (:func:`~.settings.run_settings`).
     """
     path = config.get("ckpt_path")
     if path == "last":
         newest = newest_checkpoint(Path(trainer.default_root_dir) / config.checkpoints.folder)
         has_own = any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks)
         path = str(newest) if newest else "last" if has_own else None
-    if path is None or path in _LIGHTNINGS:
+    elif path == "best":
+        raise UserError("ckpt_path", path, "last, or a path: which checkpoint is best is known within a run alone")
+    elif path == "hpc":
+        found = {
+            int(match[1]): file
+            for file in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")
+            if (match := _HPC.fullmatch(file.name))
+        }
+        if not found:
+            raise UserError(
+                "ckpt_path", path, f"last, or a path: there is no hpc_ckpt_<n>.ckpt in {trainer.default_root_dir}"
+            )
+        path = str(found[max(found)])
+    if path is None or path == "last":
         return path
     content = check_checkpoint("ckpt_path", path, config.get("weights_only") is not False)
     if Path(path).is_dir() and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
         raise UserError("ckpt_path", path, "a file: only strategies that shard the weights read folders of shards")
     if trained is not None and content:
+        _check_same_run(content, settings or {}, path)
         check_states(content, trained.stateful(), path)
+        settle_progress(content)
         # Lightning would do nothing at all, not even write results, and end as if all were well.
         epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         for name, reached in (("max_steps", content["global_step"]), ("max_epochs", epochs)):
@@ -56,6 +76,20 @@ def checkpoint_to_go_on_from(config: Any, trainer: L.Trainer, trained: Unlearnin
                 allowed = f"one from before the end of the run: it has {reached} of trainer.{name} behind it"
                 raise UserError("ckpt_path", path, allowed)
     return path
+
+
+def _check_same_run(content: Mapping[str, Any], settings: Mapping[str, Any], path: str) -> None:
+    if KEY in content:
+        check_settings(content[KEY], settings, path)
+        return
+    # Of an earlier version; beside the folder of a run's checkpoints lies what it was given.
+    written = Path(path).absolute().parent.parent / "config.yaml"
+    if written.is_file():
+        check_settings(read_yaml(written, "ckpt_path"), settings, path)
+    else:
+        rank_zero_warn(
+            f"{path} does not hold the settings its run began with: whether they are the same is not checked"
+        )
 
 
 @contextmanager

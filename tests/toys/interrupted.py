@@ -97,7 +97,7 @@ def small() -> Small:
 
 def data(n_batches: int, **options: Any) -> Toy:
     """A set of so many batches of two, the last of which runs over into the next permutation."""
-    splits = Splits(examples(0, 2 * n_batches - 1), examples(20, 7))
+    splits = Splits(examples(0, max(2, 2 * n_batches - 1)), examples(20, 7))
     return Toy(splits, TOKENIZER, **options)
 
 
