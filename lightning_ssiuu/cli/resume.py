@@ -13,7 +13,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_ssiuu.cli.settings import KEY, check_settings
 from lightning_ssiuu.objectives import UnlearningModule
@@ -66,7 +65,7 @@ def checkpoint_to_go_on_from(
     if Path(path).is_dir() and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
         raise UserError("ckpt_path", path, "a file: only strategies that shard the weights read folders of shards")
     if trained is not None and content:
-        _check_same_run(content, settings or {}, path)
+        _check_same_run(content, settings or {}, path, trainer.is_global_zero)
         check_states(content, trained.stateful(), path)
         settle_progress(content)
         # Lightning would do nothing at all, not even write results, and end as if all were well.
@@ -78,7 +77,7 @@ def checkpoint_to_go_on_from(
     return path
 
 
-def _check_same_run(content: Mapping[str, Any], settings: Mapping[str, Any], path: str) -> None:
+def _check_same_run(content: Mapping[str, Any], settings: Mapping[str, Any], path: str, is_first_rank: bool) -> None:
     if KEY in content:
         check_settings(content[KEY], settings, path)
         return

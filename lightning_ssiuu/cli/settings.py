@@ -69,7 +69,7 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]
             return
         # Sections and classes have all their options; in a mapping of the user's an absent key is a value.
         has_all = name.count(".") == 0 or name.endswith(".init_args")
-        for key in old if has_all else old | {key: None for key in new}:
+        for key in old if has_all else old | dict.fromkeys(new):
             if not has_all or key in new:
                 yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new and not _moved(old, new):

@@ -1,4 +1,4 @@
-"""Where an interrupted run goes on: all of Lightning's counters and the loader's position, from one count of batches."""
+"""Where an interrupted run goes on: Lightning's counters and the loader's position, from one count of batches."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import bare_trainer
-from torch import nn
 
 from lightning_ssiuu import UnlearningModule
 from lightning_ssiuu.callbacks import KeepCheckpoints
@@ -23,7 +23,7 @@ STEPS = 12
 TOKENIZER = byte_tokenizer()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for SIGKILL: nothing but the checkpoints is left of a run."""
 
 
@@ -35,7 +35,7 @@ class Kill(Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         if trainer.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 class Ids(Callback):
@@ -104,7 +104,7 @@ def data(n_batches: int, **options: Any) -> Toy:
 def life(
     folder: Path, every: int | None, end: int | None, n_batches: int = 3, workers: int = 0, **options: Any
 ) -> dict[str, Any] | None:
-    """Train from the newest checkpoint on; None if killed after step ``end``, else all that equal runs have in common."""
+    """Train from the newest checkpoint on; None if killed after step ``end``, else what equal runs have in common."""
     resume = newest_checkpoint(folder)
     L.seed_everything(0 if resume is None else 1, verbose=False)
     module = small()
@@ -116,7 +116,7 @@ def life(
     trainer = bare_trainer(**(defaults | limits | options), callbacks=callbacks)
     try:
         trainer.fit(module, data(n_batches, num_workers=workers), ckpt_path=resume)
-    except Killed:
+    except KilledError:
         return None
     return {
         "steps": trainer.global_step,
@@ -137,11 +137,31 @@ def digest(tensors: Sequence[torch.Tensor]) -> str:
     return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def lives(folder: Path, every: int | None, kills: Sequence[int], **options: Any) -> dict[str, Any]:
-    """A run killed after each of these steps and taken up each time."""
+Known = dict[tuple[int, ...], tuple[str, bytes] | None]
+
+
+def lives(folder: Path, every: int, kills: Sequence[int], known: Known | None = None, **options: Any) -> dict[str, Any]:
+    """A run killed after each of these steps and taken up each time.
+
+    ``known`` remembers what runs that were killed alike so far had left, so that their common lives are lived once.
+    """
+    known = {} if known is None else known
     folder.mkdir(parents=True, exist_ok=True)
-    for end in kills:
+    for count, end in enumerate(kills, 1):
+        past = tuple(kills[:count])
+        if past in known:
+            _leave(folder, known[past])
+            continue
         assert life(folder, every, end, **options) is None, "it ended before it was killed"
+        newest = newest_checkpoint(folder)
+        known[past] = (newest.name, newest.read_bytes()) if newest else None
     result = life(folder, every, None, **options)
     assert result is not None
     return result
+
+
+def _leave(folder: Path, left: tuple[str, bytes] | None) -> None:
+    for path in folder.glob("*.ckpt"):
+        path.unlink()
+    if left is not None:
+        (folder / left[0]).write_bytes(left[1])

@@ -350,7 +350,7 @@ def test_full_disk_during_a_run_which_then_goes_on(tmp_path: Path) -> None:
     again = fit(root, *options, "[]", "--ckpt_path", "last")
     assert again.status == 2
     assert "a directory without model, or --overwrite" in again.err
-    end = fit(tmp_path / "other", *SHORT, "--trainer.max_steps", "3", "--ckpt_path", folder / "step=3.ckpt")
+    end = fit(tmp_path / "other", *quick, "--trainer.max_steps", "3", "--ckpt_path", folder / "step=3.ckpt")
     assert "one from before the end of the run: it has 3 of trainer.max_steps behind it" in end.err
 
 
