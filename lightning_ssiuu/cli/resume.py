@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_ssiuu.cli.settings import KEY, check_settings
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.checkpoints import check_checkpoint, check_states, newest_checkpoint
 from lightning_ssiuu.training.progress import settle_progress
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, one_line
 from lightning_ssiuu.utils.files import refuse_existing
 from lightning_ssiuu.utils.reading import read_yaml
 
@@ -85,10 +86,9 @@ def _check_same_run(content: Mapping[str, Any], settings: Mapping[str, Any], pat
     written = Path(path).absolute().parent.parent / "config.yaml"
     if written.is_file():
         check_settings(read_yaml(written, "ckpt_path"), settings, path)
-    else:
-        rank_zero_warn(
-            f"{path} does not hold the settings its run began with: whether they are the same is not checked"
-        )
+    elif is_first_rank:
+        note = f"{path} does not hold the settings its run began with: whether they are the same is not checked"
+        print(f"lightning-ssiuu: note: {one_line(note)}", file=sys.stderr)
 
 
 @contextmanager

@@ -147,6 +147,7 @@ def lives(folder: Path, every: int, kills: Sequence[int], known: Known | None = 
     """
     known = {} if known is None else known
     folder.mkdir(parents=True, exist_ok=True)
+    _leave(folder, None)
     for count, end in enumerate(kills, 1):
         past = tuple(kills[:count])
         if past in known:

@@ -100,7 +100,7 @@ def test_settings(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_epochs", [None, 4])
 @pytest.mark.parametrize("when", ["steps", "validation", "epoch end"])
 def test_checkpoints_of_a_callback_of_ones_own(when: str, max_epochs: int | None, tmp_path: Path) -> None:
-    """Written by ModelCheckpoint at every step, after every validation, or at every epoch's end; from each, and again."""
+    """Written by ModelCheckpoint at every step, after every validation, at every epoch's end; from each, and again."""
     options: dict[str, Any] = {"n_batches": 3} | ({} if max_epochs is None else {"max_epochs": max_epochs})
     if when == "validation":
         options |= {"check_val_every_n_epoch": 1, "val_check_interval": 2}
@@ -137,7 +137,7 @@ def test_checkpoints_of_a_callback_of_ones_own(when: str, max_epochs: int | None
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_callback_that_stops_by_validation_counts_on(tmp_path: Path) -> None:
-    """Its patience is used up at the same step: no validation is left out, none is done twice."""
+    """Its patience is used up at the same step: no validation is left out, none counts twice."""
     options = {"n_batches": 3, "check_val_every_n_epoch": 1, "max_steps": 30}
 
     def stop() -> list[Any]:
