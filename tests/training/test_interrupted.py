@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
-from collections.abc import Iterator
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from toys.interrupted import STEPS, Known, life, lives
+from toys.ranks import ranks
 
 EPOCH = 4
 COMMON = ("steps", "epoch", "batches", "bits", "rate")
 
 
 @pytest.fixture(autouse=True)
-def silent() -> Iterator[None]:
-    names = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+def quick_and_silent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A Trainer reads what every installed package offers, each time."""
+    monkeypatch.setattr(registry, "entry_points", cache(registry.entry_points))
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        caplog.set_level(logging.ERROR, name)
 
 
 def same(result: dict[str, Any], whole: dict[str, Any], *which: object) -> None:
@@ -89,7 +90,7 @@ def test_settings(name: str, tmp_path: Path) -> None:
         assert whole["epoch"] == options["max_epochs"]
     assert bool(whole["scores"]) == name.startswith("validated")
     end = whole["steps"]
-    for every, kills in ((1, (3, 9)), (1, (3, 6, 9)), *((n, draw.sample(range(1, end), 3)) for n in (1, 2, 3))):
+    for every, kills in ((1, (3, 9)), (1, (3, 6, 9)), *((n, draw.sample(range(1, end), 3)) for n in (2, 3))):
         if "workers" in options and every > 1:
             continue  # they take time to start
         kills = sorted(kills)
@@ -130,7 +131,7 @@ def test_checkpoints_of_a_callback_of_ones_own(when: str, max_epochs: int | None
         once = tmp_path / f"from {first.stem}"
         result = run(once, first)
         assert [result[key] for key in COMMON] == [whole[key] for key in COMMON], first
-        for second in saved(once)[:: 1 if when == "epoch end" else 3]:
+        for second in saved(once)[:: 1 if when == "epoch end" else 5]:
             twice = run(once / second.stem, second)
             assert [twice[key] for key in COMMON] == [whole[key] for key in COMMON], (first, second)
 
@@ -160,3 +161,25 @@ def test_a_callback_that_stops_by_validation_counts_on(tmp_path: Path) -> None:
 def test_the_kill_is_one(tmp_path: Path) -> None:
     assert life(tmp_path, 1, 4) is None
     assert [path.name for path in tmp_path.iterdir()] == ["step=4.ckpt"]
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Each has dropout masks of its own; a batch of two is shared between them."""
+    patterns: list[tuple[int, list[int]]] = [(STEPS, []), (1, [3, 6, 9]), (2, [5, 7]), (3, [2, 9])]
+    options = {"n_batches": 3, "strategy": "ddp", "devices": 2}
+
+    def do() -> int:
+        rank = os.environ.get("LOCAL_RANK", 0)
+        for number, (every, kills) in enumerate(patterns):
+            torch.save(lives(tmp_path / str(number), every, kills, **options), tmp_path / f"{number}.{rank}")
+        return 0
+
+    end = ranks(do, tmp_path / "ranks", timeout=200)
+    assert end.status == 0, end.err[-3000:]
+    for rank in range(2):
+        whole, *interrupted = (torch.load(tmp_path / f"{number}.{rank}") for number in range(len(patterns)))
+        assert whole["steps"] == STEPS
+        for result, pattern in zip(interrupted, patterns[1:], strict=True):
+            same(result, whole, rank, pattern)
+    first, second = (torch.load(tmp_path / f"0.{rank}")["seen"] for rank in range(2))
+    assert all(first[batch][2] != second[batch][2] for batch in first)  # other examples
