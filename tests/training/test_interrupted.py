@@ -47,17 +47,18 @@ def test_every_pair_and_random_triples(tmp_path: Path) -> None:
     one is drawn.
     """
     draw = random.Random(0)
-    whole = lives(tmp_path / "whole", STEPS, (), n_batches=EPOCH)
-    assert (whole["steps"], whole["epoch"], whole["batches"]) == (STEPS, STEPS // EPOCH, STEPS - 1)
+    steps, options = 2 * EPOCH + 2, {"n_batches": EPOCH, "max_steps": 2 * EPOCH + 2}
+    whole = lives(tmp_path / "whole", steps, (), **options)
+    assert (whole["steps"], whole["batches"]) == (steps, steps - 1)
     for every in (1, 2, 3, EPOCH):
         known: Known = {}
-        kept = list(range(0, STEPS, every))
-        kill = {step: min(step + draw.randrange(every), STEPS - 1) for step in kept}
+        kept = list(range(0, steps, every))
+        kill = {step: min(step + draw.randrange(every), steps - 1) for step in kept}
         pairs = [*combinations(kept[every == 1 :], 2), *((step, step) for step in kept if every > 1)]
         triples = [sorted(draw.choices(kept, k=3)) for _ in range(20 if every == 1 else 10)]
         for places in (*pairs, *triples):
             kills = [kill[place] for place in places]
-            same(lives(tmp_path / "run", every, kills, known, n_batches=EPOCH), whole, every, kills)
+            same(lives(tmp_path / "run", every, kills, known, **options), whole, every, kills)
 
 
 #: Options of the Trainer and the data, and batches an epoch.
