@@ -69,7 +69,7 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]
             return
         # Sections and classes have all their options; in a mapping of the user's an absent key is a value.
         has_all = name.count(".") == 0 or name.endswith(".init_args")
-        for key in old if has_all else old | dict.fromkeys(new):
+        for key in old if has_all else {**old, **new}:
             if not has_all or key in new:
                 yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new and not _moved(old, new):
@@ -78,8 +78,8 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]
 
 def _class(settings: Mapping[str, Any]) -> Any:
     """The class; one of this package by its name, whichever file it stood in."""
-    path = settings.get("class_path")
-    return path.rsplit(".", 1)[-1] if str(path).startswith("lightning_ssiuu.") else path
+    path = str(settings.get("class_path"))
+    return path.rsplit(".", 1)[-1] if path.startswith("lightning_ssiuu.") else path
 
 
 def _moved(old: Any, new: Any) -> bool:

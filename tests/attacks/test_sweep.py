@@ -116,9 +116,10 @@ def test_killed_at_a_random_step_and_in_the_middle_of_a_line(
     # the third attack from there is in the other model's sweep; its line stays half written
     killed(lambda: run(models, tmp_path), FinishedAttacks, "add", 3, torn=True)
     assert not (tmp_path / PARTIAL).read_bytes().endswith(b"\n")
+    killed(lambda: run(models, tmp_path), FinishedAttacks, "add", 2)
     with counted(sweep, "relearn") as attacks:
         assert run(models, tmp_path) == whole
-    assert len(attacks) == 8 - 3 - 2
+    assert len(attacks) == 8 - 3 - 2 - 1
     assert files(tmp_path) == {"attack.json"}
 
 

@@ -80,7 +80,7 @@ OTHER = {
     ("--data.init_args.batch_size", "4"): "data.init_args.batch_size: got 4",
     ("--data.init_args.template", "Ask {question}"): "data.init_args.template: got 'Ask {question}', allowed: 'plain'",
     ("--attribution.probe_examples", "4"): "attribution.probe_examples: got 4, allowed: 8",
-    ("--attribution.target", "answer"): "attribution.target: got 'answer', allowed: 'length_normalised'",
+    ("--attribution.target", "sequence"): "attribution.target: got 'sequence', allowed: 'length_normalised'",
     ("--trainer.accumulate_grad_batches", "2"): "trainer.accumulate_grad_batches: got 2, allowed: 1",
     ("--trainer.gradient_clip_val", "0.5"): "trainer.gradient_clip_val: got 0.5, allowed: None",
     ("--seed_everything", "5"): "seed_everything: got 5, allowed: 0",

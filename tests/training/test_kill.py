@@ -131,11 +131,11 @@ def run(folder: Path, resume: Path | None = None, deadly: Deadly | None = None) 
     }
 
 
-def killed(folder: Path, deadly: Deadly, seconds: float) -> bool:
-    """Fork, so that nothing is imported again; the child trains until it is killed."""
+def killed(folder: Path, deadly: Deadly, seconds: float = 0.0) -> bool:
+    """Fork, so that nothing is imported again; the child trains, from what is left there on, until it is killed."""
     if (child := os.fork()) == 0:
         try:
-            run(folder, deadly=deadly)
+            run(folder, newest_checkpoint(folder / "checkpoints"), deadly)
             time.sleep(60 if deadly.way == "time" else 0)  # it was quicker than thought
         finally:
             os._exit(1)
@@ -182,3 +182,18 @@ def test_killed_at_ten_random_points(tmp_path: Path) -> None:
         assert [file.name for file in (folder / "checkpoints").iterdir()] == [f"step={STEPS - STEPS % EVERY}.ckpt"]
         resumed_at.append(checkpoint and checkpoint.name)
     assert len(set(resumed_at)) > 2, resumed_at
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_killed_three_times_in_a_row(tmp_path: Path) -> None:
+    """The regulariser's anchor, the attribution's history and the stopping score, too; the last ends an epoch."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, folder = run(tmp_path / "whole"), tmp_path / "killed"
+    del whole["seconds"]
+    for step, left in ((4, 2), (6, 4), (7, 6)):
+        assert killed(folder, Deadly("between backward and optimiser step", step, 0.0))
+        assert [file.name for file in (folder / "checkpoints").iterdir()] == [f"step={left}.ckpt"]
+    again = run(folder, folder / "checkpoints" / "step=6.ckpt")
+    for key, value in whole.items():
+        assert same(value, again[key]), key
