@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.splits import QAExample, first_few
+from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
 from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, check_chat_options, text_turn
 from lightning_ssiuu.datamodules.tokenization import Joined, JointTokenizer, Piece, text_of
 from lightning_ssiuu.models.answers import Part
@@ -169,8 +170,13 @@ class Encoder:
         completion = self._completion(prompt, _PROBE[1])
         joined, text = self._joint(prompt, completion), text_of([*prompt, *completion])
         rendered = text if self._chat is None else self._chat.render(*_PROBE)
-        ours, whole = [*joined.prompt, *joined.completion], self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        answer, back = (str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (joined[1], ours))
+        ours, whole = (
+            [*joined.prompt, *joined.completion],
+            self.tokenizer(rendered, add_special_tokens=False)["input_ids"],
+        )
+        answer, back = (
+            str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (joined[1], ours)
+        )
         if self._turn.remark:
             self._warn(self._turn.remark)
         elif not joined.clean:
@@ -224,6 +230,19 @@ class Encoder:
             allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
             raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
         return encoded
+
+    def sha256(self, splits: Splits) -> str:
+        """Hex digest of sets as token ids: of every wording of each example, with the true and all wrong answers."""
+        digest = hashlib.sha256()
+        for name, examples in splits.items():
+            digest.update(name.encode())
+            for example in examples:
+                digest.update(str(example.example_id).encode())
+                answers = [example.answer, *example.distractors]
+                for question in (example.question, *example.paraphrases):
+                    pairs = [sequence.pair for sequence in self._answered(self._prompt(question), answers)]
+                    digest.update(str(pairs).encode())
+        return digest.hexdigest()
 
     def fits(self, example: QAExample) -> bool:
         return len(self.sequence(example.question, example.answer)) <= self.max_length

@@ -102,7 +102,11 @@ class Chat:
             UserError: A template that fails, or that does not write question and answer once each as they are.
         """
         prompt, whole = self._rendered(_QUESTION), self._rendered(_QUESTION, _ANSWER)
-        if whole.count(_QUESTION) != 1 or whole.count(_ANSWER) != 1 or not whole.index(_QUESTION) < whole.index(_ANSWER):
+        if (
+            whole.count(_QUESTION) != 1
+            or whole.count(_ANSWER) != 1
+            or not whole.index(_QUESTION) < whole.index(_ANSWER)
+        ):
             allowed = "plain or a format string: this chat template does not write question and answer once each"
             raise UserError("template", "chat", allowed)
         start = whole.index(_ANSWER)
@@ -150,7 +154,8 @@ class Chat:
 
     def _marked(self, whole: str) -> tuple[int, int] | None:
         # First and last character of what the template says the model generates.
-        if not self.tokenizer.is_fast or not re.search(r"\{%-?\s*generation\s*-?%\}", self.tokenizer.get_chat_template()):
+        template = self.tokenizer.get_chat_template()
+        if not self.tokenizer.is_fast or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return None
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         encoded = self.render(_QUESTION, _ANSWER, **options)

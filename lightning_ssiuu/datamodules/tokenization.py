@@ -31,6 +31,11 @@ def text_of(pieces: Iterable[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
+def is_end(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token can end a turn: the end-of-sequence token, and every token added to the vocabulary."""
+    return token == tokenizer.eos_token_id or token in tokenizer.added_tokens_decoder
+
+
 class JointTokenizer:
     """Tokenises a prompt and its completion as the one text that they are, without tokens around it.
 
@@ -65,8 +70,8 @@ class JointTokenizer:
             tokenizer, places = self._renamed
             prompt, completion = ([self._rename(piece) for piece in pieces] for pieces in (prompt, completion))
             joined = self._by_offsets(tokenizer, text_of(prompt), text_of(completion), split_special_tokens=True)
-            ids = ([places.get(token, token) for token in part] for part in joined[:2])
-            return Joined(*ids, joined.clean)
+            before, after = ([places.get(token, token) for token in part] for part in joined[:2])
+            return Joined(before, after, joined.clean)
         if self.tokenizer.is_fast:
             return self._by_offsets(self.tokenizer, text_of(prompt), text_of(completion))
         return self._by_prefix(prompt, completion, lambda pieces: self._ids(text_of(pieces)))
@@ -91,8 +96,8 @@ class JointTokenizer:
             clean &= answers == (n_prompt is not None)
         if clean and n_prompt:
             return Joined(ids[:n_prompt], ids[n_prompt:])
-        apart = (list(_encoded(tokenizer, part, **options)["input_ids"]) for part in (prompt, completion))
-        return Joined(*apart, clean=False)
+        before, after = (list(_encoded(tokenizer, part, **options)["input_ids"]) for part in (prompt, completion))
+        return Joined(before, after, clean=False)
 
     def _by_prefix(self, prompt: Sequence[Piece], completion: Sequence[Piece], ids_of: Any) -> Joined:
         joint = ids_of([*prompt, *completion])
