@@ -149,7 +149,7 @@ def tokenizer_of(
 
 
 class Slow(PreTrainedTokenizer):
-    """A tokenizer that does not say which characters its tokens stand for: words with the space before them, letters."""
+    """A tokenizer that does not say which characters its tokens stand for: words with their space, and letters."""
 
     def __init__(self, chat: str | None = None) -> None:
         words = {f" {word}" for sentence in SENTENCES for word in sentence.split()}
