@@ -126,10 +126,6 @@ class Encoder:
     def sequence(self, question: str, answer: str) -> TokenSequence:
         return self._answered(self._prompt(question), [answer])[0]
 
-    def completion(self, answer: str) -> list[int]:
-        """Token ids of an answer behind a prompt, with the token that ends it."""
-        return self.sequence(_PROBE[0], answer).pair[1]
-
     def _prompt(self, question: str) -> list[Piece]:
         first, *others = self._turn.parts
         own = Piece(question.strip() if self._turn.trims else question, own=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ _PLACE = "{question}"
 # Letters alone, which pass through whatever a template does to text.
 _QUESTION, _ANSWER = "ssiuuQuestion", "ssiuuAnswer"
 _CLOCK = "strftime_now"
-# transformers hands no functions to a template: a macro, which goes before the library's function of the same name.
+# A macro goes before the library's function of the same name; functions that are handed over do not reach a template.
 _STOPPED_CLOCK = (
     "{%- macro strftime_now(format) -%}{%- set told = namespace(text=format) -%}"
     "{%- for directive, value in stopped_clock.items() -%}"
@@ -76,16 +77,25 @@ class Chat:
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         options = {"tokenize": False, "add_generation_prompt": answer is None} | options
-        return self.tokenizer.apply_chat_template(turns, **options, **self._variables())
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options)
 
-    def _variables(self) -> dict[str, Any]:
+    @property
+    def template(self) -> str:
+        """The chat template with its variables and the date written into it, which says the same on every day."""
+        template = self.tokenizer.get_chat_template()
         day = Date.fromisoformat(self.date)
         variables: dict[str, Any] = {"date_string": day.strftime("%d %b %Y"), **self.template_options}
-        template = self.tokenizer.get_chat_template()
+        clock = ""
         if _CLOCK in template:
             variables["stopped_clock"] = {each: day.strftime(each) for each in _DIRECTIVE.findall(template)}
-            variables["chat_template"] = _STOPPED_CLOCK + template
-        return variables
+            clock = _STOPPED_CLOCK
+        return "".join(f"{{%- set {name} = {value!r} %}}\n" for name, value in variables.items()) + clock + template
+
+    def dated(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with that template for its own, for libraries that render chats themselves."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = self.template
+        return tokenizer
 
     def turn(self) -> Turn:
         """What the template makes of a question and its answer, told from how it renders them.
@@ -184,8 +194,11 @@ def check_chat_options(template: str, system_prompt: str | None, options: Mappin
             raise UserError(name, value, "null, or --data.init_args.template chat")
     if options is not None and not isinstance(options, Mapping):
         raise UserError("template_options", options, "null, or variables of the chat template by name")
-    if taken := [name for name in options or {} if name in _OURS or not isinstance(name, str)]:
-        raise UserError("template_options", taken[0], "other variables: this one is set by the package")
+    for name in options or {}:
+        if name in _OURS:
+            raise UserError("template_options", name, "other variables: this one is set by the package")
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise UserError("template_options", name, "names of variables")
     try:
         Date.fromisoformat(date)
     except (TypeError, ValueError):

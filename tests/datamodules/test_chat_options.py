@@ -1,4 +1,4 @@
-"""System prompt, variables and date of a chat template: passed on, kept with a run, and refused where they mean nothing."""
+"""System prompt, variables and date of a chat template: passed on, kept with a run, refused where they mean nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers.utils import chat_template_utils
 
 from lightning_ssiuu.datamodules import Facts, QAExample, RelearnDataModule, Splits
 from lightning_ssiuu.datamodules.encoding import Encoder
+from lightning_ssiuu.datamodules.templates import Chat
 from lightning_ssiuu.evaluation.runs import run_data
 from lightning_ssiuu.evaluation.utility import encoding_like
 from lightning_ssiuu.training.reference import reference_key
@@ -54,6 +55,16 @@ def test_prompts_stay_the_same_from_day_to_day(name: str, another_day: None) -> 
     chat = CHATS[name]
     assert "2031" in chat.tokenizer().apply_chat_template([{"role": "user", "content": "Who?"}], tokenize=False)
     assert asked(name) == chat.prompt.format(q="Who?")
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_tokenizer_for_libraries_that_render_themselves(name: str, another_day: None) -> None:
+    chat = CHATS[name]
+    tokenizer = chat.tokenizer()
+    turns = [{"role": "user", "content": "Who?"}]
+    dated = Chat(tokenizer).dated()
+    assert dated.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == chat.prompt.format(q="Who?")
+    assert tokenizer.chat_template == chat.template
 
 
 def test_the_date_is_an_option() -> None:
@@ -112,6 +123,7 @@ def test_the_system_prompt() -> None:
         ("Qwen 3", {"template_options": {"messages": []}}, "template_options", "set by the package"),
         ("Qwen 3", {"template_options": {"add_generation_prompt": True}}, "template_options", "set by the package"),
         ("Llama 3.2", {"template_options": {"date_string": 3}}, "template_options", "the chat template said"),
+        ("Qwen 3", {"template_options": {"not a name": 1}}, "template_options", "names of variables"),
         ("Llama 3.2", {"date": "tomorrow"}, "date", "YYYY-MM-DD"),
         ("Llama 3.2", {"date": "2026-02-30"}, "date", "YYYY-MM-DD"),
     ],
