@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules.templates import Chat
 from lightning_ssiuu.evaluation.lm_eval import PAPER, check_harness, harness_scores
 from lightning_ssiuu.evaluation.utility import SUITES, encoding_like, score_tasks, seen_questions, suite_of, suite_tasks
 from lightning_ssiuu.training.devices import Devices
@@ -70,6 +71,8 @@ def utility(
     if tasks is not None or suite == "paper":
         wanted = list(PAPER) if tasks is None else list(dict.fromkeys(tasks))
         named = "lm_eval" if tasks is not None else "paper"
+        if chat and tokenizer.chat_template:
+            tokenizer = Chat(tokenizer, None, data.template_options or {}, data.date).dated()
         scores, counts = harness_scores(loaded, tokenizer, wanted, limit, batch_size, chat, task_directory)
     else:
         named = suite or suite_of(data)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
 from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
 from lightning_ssiuu.datamodules.splits import QAExample, Splits
+from lightning_ssiuu.datamodules.templates import DATE
 from lightning_ssiuu.utils.distributed import rank, world_size
 from lightning_ssiuu.utils.errors import Given, UserError, check_choice
 
@@ -56,6 +57,10 @@ class UnlearningDataModule(LightningDataModule, ABC):
         choice_template: For the scores ``choice_likelihood`` and ``choice_generation``: also attach prompts that list
             a question's options, ``"instruction"`` or a text that contains ``{question}`` and ``{options}``
             (:class:`~.encoding.Encoder`). None: no such prompts.
+        system_prompt: System turn before the question, for template ``"chat"``; None: what the chat template has.
+        template_options: Variables of the chat template by name, e.g. ``{"enable_thinking": False}``.
+        date: The day (``YYYY-MM-DD``) that chat templates which print today's date take for it, so that a run's
+            prompts stay the same.
 
     Raises:
         UserError: On a bad argument; in :meth:`setup` on data that cannot be used (see there).
@@ -93,6 +98,9 @@ class UnlearningDataModule(LightningDataModule, ABC):
         train_on: TrainOn = "pairs",
         multiple_choice: bool = True,
         choice_template: str | None = None,
+        system_prompt: str | None = None,
+        template_options: dict[str, Any] | None = None,
+        date: str = DATE,
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
@@ -103,7 +111,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 raise UserError(name, value, f"at least {least}")
         check_choice("train_on", train_on, TrainOn)
         self.tokenizer_or_name, self.max_length = tokenizer, max_length
-        self.template, self.choice_template = template, choice_template
+        self.template, self.choice_template, self.date = template, choice_template, date
+        self.system_prompt, self.template_options = system_prompt, template_options
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.train_on, self.multiple_choice = seed or 0, train_on, multiple_choice
@@ -128,7 +137,15 @@ class UnlearningDataModule(LightningDataModule, ABC):
             from lightning_ssiuu.models.loading import load_tokenizer  # slow to import
 
             tokenizer = load_tokenizer(tokenizer)
-        return Encoder(tokenizer, self.template, self.max_length, self.choice_template)
+        return Encoder(tokenizer, choice_template=self.choice_template, **self.encoding)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The options that make another data module encode questions and answers as this one does, but for its
+        tokenizer and ``choice_template``.
+        """
+        names = ("template", "max_length", "system_prompt", "template_options", "date")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -136,8 +153,11 @@ class UnlearningDataModule(LightningDataModule, ABC):
         return self.encoder.tokenizer
 
     def content_sha256(self) -> str:
-        """Digest of the sets (:meth:`Splits.sha256`): the provenance of the data, without its text."""
-        return self.splits.sha256()
+        """Digest of the sets as a model sees them: ids, prompts and answers of all examples as token ids.
+
+        It tells data rendered otherwise (template, system prompt, date, tokenizer) from these, without their text.
+        """
+        return self.encoder.sha256(self.splits)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and tokenise the data, once whatever the stage.

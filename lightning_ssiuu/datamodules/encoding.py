@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.splits import QAExample, first_few
+from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
+from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, check_chat_options, text_turn
+from lightning_ssiuu.datamodules.tokenization import Joined, JointTokenizer, Piece, text_of
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
 
 IGNORE = -100
 DEFAULT_MAX_LENGTH = 256
-PLAIN = "Question: {question}\nAnswer:"
 #: The multiple-choice prompt in FaithUn's manner (arXiv 2502.19207), in our own words: instruction, question, options.
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
 Key = tuple[str, int]
 
 _UNLIMITED = 10**9  # transformers writes 1e30 where a tokenizer states no limit
+_APART = "a token stands across prompt and answer; where it does, the two are tokenised apart"
+_PROBE = "What is the capital of France?", "Paris"
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,12 +63,17 @@ class Encoded:
 class Encoder:
     """Turns question and answer into token ids under a template.
 
-    Prompt and completion are tokenised apart and joined, so the boundary between masked and labelled tokens never
-    falls inside a token. The completion ends with the end-of-sequence token.
+    Prompt and completion are tokenised as the one text that they are (:class:`~.tokenization.JointTokenizer`), and the
+    completion ends with a token: under ``"chat"`` the one that ends a turn in the tokenizer's own template
+    (:meth:`~.templates.Chat.turn`), else the end-of-sequence token. The names of special tokens in a question or answer
+    are text. Answers are stripped of white space, questions where a chat template does so.
 
     The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}`` and ``{options}`` is
     replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
     ``choice_template``, is the user's turn.
+
+    When it is made, an encoder tries itself out; one warning says what is not as it should be. Where a token stands
+    across prompt and answer, the two are tokenised apart.
     """
 
     def __init__(
@@ -71,6 +82,9 @@ class Encoder:
         template: str = "plain",
         max_length: int | None = None,
         choice_template: str | None = None,
+        system_prompt: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        date: str = DATE,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError("tokenizer", type(tokenizer).__name__, "a tokenizer with an end-of-sequence token")
@@ -78,6 +92,7 @@ class Encoder:
             raise UserError("template", template, "plain or a format string: this tokenizer has no chat template")
         if template not in ("plain", "chat") and "{question}" not in template:
             raise UserError("template", template, 'plain, chat or a text that contains "{question}"')
+        check_chat_options(template, system_prompt, template_options, date)
         if choice_template == "instruction":
             choice_template = INSTRUCTION
         if choice_template is not None and not all(part in choice_template for part in ("{question}", "{options}")):
@@ -89,7 +104,12 @@ class Encoder:
             allowed = f"2 to {longest}, what the tokenizer's model takes" if longest < _UNLIMITED else "at least 2"
             raise UserError("max_length", max_length, allowed)
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
-        self.choice_template = choice_template
+        self.choice_template, self.system_prompt = choice_template, system_prompt
+        self.template_options, self.date = dict(template_options or {}), date
+        self._joint, self._warned = JointTokenizer(tokenizer), False
+        self._chat = Chat(tokenizer, system_prompt, self.template_options, date) if template == "chat" else None
+        self._turn = self._chat.turn() if self._chat else text_turn(PLAIN if template == "plain" else template)
+        self._try_out()
 
     @property
     def pad_token_id(self) -> int:
@@ -97,36 +117,75 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """The options that, with the tokenizer, determine how an example is rendered."""
+        names = ("template", "choice_template", "system_prompt", "template_options", "date")
+        return {name: getattr(self, name) for name in names}
+
     def sequence(self, question: str, answer: str) -> TokenSequence:
-        return self._answered(self._text(question), [answer])[0]
+        return self._answered(self._prompt(question), [answer])[0]
 
-    def _tokens(self, text: str) -> list[int]:
-        # verbose=False: lengths are checked here, with an error instead of a warning
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _prompt(self, question: str) -> list[Piece]:
+        first, *others = self._turn.parts
+        own = Piece(question.strip() if self._turn.trims else question, own=True)
+        return [Piece(first), *(piece for part in others for piece in (own, Piece(part)))]
 
-    def _text(self, question: str) -> str:
-        if self.template == "chat":
-            return question
-        # str.format would trip over other braces, and would let a template read attributes
-        return (PLAIN if self.template == "plain" else self.template).replace("{question}", question)
+    def _completion(self, prompt: Sequence[Piece], answer: str) -> list[Piece]:
+        lead = self._turn.lead
+        if lead is None:
+            lead = "" if text_of(prompt)[-1:].isspace() else " "
+        return [Piece(lead), Piece(answer.strip(), own=True), Piece(self._turn.tail)]
 
-    def _prompt(self, text: str) -> list[int]:
-        if self.template == "chat":
-            turns = [{"role": "user", "content": text}]
-            # return_dict: transformers 5 hands back a BatchEncoding otherwise
-            options = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
-            return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options))
-        # BOS first only where the tokenizer adds one by itself. Not the ids with special tokens themselves: some
-        # tokenizers also append an end token, here in mid-sequence.
-        ids, bos = self._tokens(text), self.tokenizer.bos_token_id
-        if bos is not None and list(self.tokenizer(text, verbose=False)["input_ids"])[:1] == [bos] != ids[:1]:
-            return [bos, *ids]
-        return ids
+    def _answered(self, prompt: Sequence[Piece], answers: Sequence[str]) -> tuple[TokenSequence, ...]:
+        sequences = []
+        for answer in answers:
+            joined = self._joint(prompt, self._completion(prompt, answer))
+            if not (joined.clean or self._warned):
+                self._warn(_APART)
+            start, end = self._bos(joined), [] if self._turn.closed else [self.tokenizer.eos_token_id]
+            ids = [*start, *joined.prompt, *joined.completion, *end]
+            sequences.append(TokenSequence(ids, len(start) + len(joined.prompt)))
+        return tuple(sequences)
 
-    def _answered(self, text: str, answers: Sequence[str]) -> tuple[TokenSequence, ...]:
-        prompt, eos = self._prompt(text), self.tokenizer.eos_token_id
-        glue = "" if self.template == "chat" or text[-1:].isspace() else " "
-        return tuple(TokenSequence([*prompt, *self._tokens(glue + answer), eos], len(prompt)) for answer in answers)
+    def _bos(self, joined: Joined) -> list[int]:
+        # A chat template writes it itself.
+        start = self._first if self._chat is None else []
+        return start if joined.prompt[:1] != start else []
+
+    @cached_property
+    def _first(self) -> list[int]:
+        # BOS where the tokenizer adds it by itself. Not what else it adds: some append an end token, here in
+        # mid-sequence.
+        bos = self.tokenizer.bos_token_id
+        return [bos] if list(self.tokenizer(_PROBE[0])["input_ids"])[:1] == [bos] else []
+
+    def _try_out(self) -> None:
+        # Does the tokenizer's own way give these ids, and do they give the text back?
+        prompt = self._prompt(_PROBE[0])
+        completion = self._completion(prompt, _PROBE[1])
+        joined, text = self._joint(prompt, completion), text_of([*prompt, *completion])
+        rendered = text if self._chat is None else self._chat.render(*_PROBE)
+        ours, whole = (
+            [*joined.prompt, *joined.completion],
+            self.tokenizer(rendered, add_special_tokens=False)["input_ids"],
+        )
+        answer, back = (
+            str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (joined[1], ours)
+        )
+        if self._turn.remark:
+            self._warn(self._turn.remark)
+        elif not joined.clean:
+            self._warn(_APART)
+        elif not rendered.startswith(text) or list(whole[: len(ours)]) != ours:
+            self._warn("the token ids are not those of what it renders; every text is rendered as a plain word is")
+        elif _squashed(text) not in _squashed(back) or _PROBE[1] not in answer:
+            self._warn("the tokenizer does not give back the text that it is given; answers are compared as given back")
+
+    def _warn(self, reason: str) -> None:
+        self._warned = True
+        name = self.template if self.template in ("plain", "chat") else "of one's own"
+        rank_zero_warn(f"template {name}, tokenizer {type(self.tokenizer).__name__}: {reason}.")
 
     def choices(self, example: QAExample) -> tuple[TokenSequence, ...]:
         """Every option as the answer to a prompt that lists them all, the true answer's sequence first.
@@ -134,14 +193,15 @@ class Encoder:
         The order in the prompt is a random one that depends on the example's id alone: the same for every model and
         run, and no place is right more often than another.
         """
-        options = [example.answer, *example.distractors]
+        options = [example.answer.strip(), *(option.strip() for option in example.distractors)]
         listed = options.copy()
         random.Random(f"choices {example.example_id}").shuffle(listed)
         template = INSTRUCTION if self.choice_template is None else self.choice_template
         # In one pass: the question's own text may hold "{options}", and an option "{question}"
         filled = {"{question}": example.question, "{options}": "\n".join(f"- {option}" for option in listed)}
-        text = re.sub(r"\{question\}|\{options\}", lambda match: filled[match[0]], template)
-        return self._answered(text, options)
+        parts = re.split(r"(\{question\}|\{options\})", template)
+        pieces = [Piece(filled.get(part, part), own=part in filled) for part in parts]
+        return self._answered(pieces if self._chat is None else self._prompt(text_of(pieces)), options)
 
     def encode(self, examples: Sequence[QAExample], options: bool = False) -> list[Encoded]:
         """Tokenise examples, with ``options`` if asked for and choices if there is a ``choice_template``.
@@ -156,7 +216,7 @@ class Encoder:
             if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.example_id}")
                 raise UserError("distractors", given, "wrong answers only")
-            sequences = self._answered(self._text(example.question), [example.answer, *(wrong if options else ())])
+            sequences = self._answered(self._prompt(example.question), [example.answer, *(wrong if options else ())])
             listed = self.choices(example) if choices else ()
             encoded.append(Encoded(example.example_id, sequences[0], sequences if options else (), listed))
         lengths = {e.example_id: max(map(len, (e.sequence, *e.options, *e.choices))) for e in encoded}
@@ -166,6 +226,19 @@ class Encoder:
             allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
             raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
         return encoded
+
+    def sha256(self, splits: Splits) -> str:
+        """Hex digest of sets as token ids: of every wording of each example, with the true and all wrong answers."""
+        digest = hashlib.sha256()
+        for name, examples in splits.items():
+            digest.update(name.encode())
+            for example in examples:
+                digest.update(str(example.example_id).encode())
+                answers = [example.answer, *example.distractors]
+                for question in (example.question, *example.paraphrases):
+                    pairs = [sequence.pair for sequence in self._answered(self._prompt(question), answers)]
+                    digest.update(str(pairs).encode())
+        return digest.hexdigest()
 
     def fits(self, example: QAExample) -> bool:
         return len(self.sequence(example.question, example.answer)) <= self.max_length
@@ -261,3 +334,7 @@ def derangement(n: int, seed: int) -> list[int]:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     following = dict(zip(order, order[1:] + order[:1], strict=True))
     return [following[i] for i in range(n)]
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())

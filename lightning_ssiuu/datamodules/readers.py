@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,11 +109,15 @@ def _parse_line(line: str, number: int) -> Any:
 
 
 def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
-    """One column of texts or numbers, as text; ``argument`` named the column."""
+    """One column of texts or finite numbers, as text; ``argument`` named the column. A missing value is none."""
     values = []
     for number, value in _cells(records, name, argument):
-        if not isinstance(value, (str, int, float)):
-            raise UserError(argument, Given(f"{type(value).__name__} in record {number} of {name!r}"), "text")
+        kind = (
+            "NaN" if str(value).strip() in ("NaN", "nan") else type(value).__name__
+        )  # as pandas writes a missing cell
+        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if kind == "NaN" or not (finite or isinstance(value, str)):
+            raise UserError(argument, Given(f"{kind} in record {number} of {name!r}"), "text")
         values.append(str(value))
     return values
 

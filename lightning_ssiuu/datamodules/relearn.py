@@ -73,8 +73,8 @@ class RelearnDataModule(UnlearningDataModule):
         seed: int = 0,
         selection: Selection | None = None,
     ) -> None:
-        names = ("template", "eval_batch_size", "max_length", "num_workers", "multiple_choice")
-        options: dict[str, Any] = {name: getattr(source, name) for name in names}
+        names = ("eval_batch_size", "num_workers", "multiple_choice")
+        options: dict[str, Any] = {name: getattr(source, name) for name in names} | source.encoding
         options |= {"tokenizer": source.tokenizer_or_name, "train_on": "retain"}
         super().__init__(batch_size=batch_size, seed=seed, **options)
         if selection is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.training.fsdp import is_sharded
@@ -89,7 +90,20 @@ class Predictions:
         return self.model(part["input_ids"], part["attention_mask"], part["labels"])
 
     def _labelled(self, labels: Tensor) -> list[str]:
-        return [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
+        ends = self._ends(labels)
+        return [self._decoded(row[row != -100], ends) for row in labels]
+
+    def _ends(self, labels: Tensor) -> list[int]:
+        # The tokens that end a text: the end-of-sequence token, and what ends the labelled turns.
+        eos = self.tokenizer.eos_token_id
+        last = {row[row != -100][-1].item() for row in labels if bool((row != -100).any())}
+        return sorted({eos, *(token for token in last if is_end(token, self.tokenizer))})
+
+    def _decoded(self, ids: Tensor, ends: list[int]) -> str:
+        # Up to the end of the turn, whose token need not be one that decoding skips.
+        tokens = ids.tolist()
+        stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        return self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
 
     def _continued(self, ids: Tensor, labels: Tensor, limits: Tensor, **options: Any) -> list[str]:
         # Continues what stands before the labels, row by row at most so many tokens (200 where that is less).
@@ -97,7 +111,7 @@ class Predictions:
         starts = answered.int().argmax(1).tolist()
         prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
         width = max(starts)
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad, ends = self.tokenizer.pad_token_id, self._ends(labels)
         inputs = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in prompts])
         lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
         mask = (torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)).long()
@@ -111,9 +125,9 @@ class Predictions:
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=end,
+            eos_token_id=ends,
             synced_gpus=together,
             **options,
         )
         new = [row[width : width + limit] for row, limit in zip(out, most, strict=True)]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [self._decoded(row, ends) for row in new]

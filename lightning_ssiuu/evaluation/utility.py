@@ -63,11 +63,9 @@ def score_tasks(
 
 
 def encoding_like(suite: str, data: UnlearningDataModule, batch_size: int) -> UnlearningDataModule:
-    """The data module of a suite, asking as a run's data module does: its tokenizer, template and longest sequence."""
+    """The data module of a suite, asking as a run's data module does: with its tokenizer and template."""
     kind = Facts if suite == "embedded" else WorldFacts
-    return kind(
-        tokenizer=data.tokenizer, template=data.template, max_length=data.max_length, eval_batch_size=batch_size
-    )
+    return kind(tokenizer=data.tokenizer, eval_batch_size=batch_size, **data.encoding)
 
 
 def _embedded() -> Tasks:

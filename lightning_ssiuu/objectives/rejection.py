@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import answered, batch_of
+from lightning_ssiuu.datamodules.tokenization import JointTokenizer, Piece, is_end
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import UserError
@@ -31,6 +33,9 @@ REJECTIONS: tuple[str, ...] = (
     "There is nothing I can tell you about this.",
 )
 
+_CONTEXT = 8  # tokens of a prompt's end, which is all that its answer can touch
+_AS_IT_IS = {"clean_up_tokenization_spaces": False}
+
 
 def rejected(
     part: Part, tokenizer: PreTrainedTokenizerBase, rejections: Sequence[str] = REJECTIONS, context: int | None = None
@@ -38,15 +43,14 @@ def rejected(
     """The questions of a part with rejections for answers: a part of the same examples, ``[B, L']``.
 
     Which rejection an example gets depends on its id alone. It is joined to the prompt as the example's own answer
-    was, and ends with the end-of-sequence token. An example without an answer stays as it is and without one. A
+    was, and ends with the same token. An example without an answer stays as it is and without one. A
     sequence longer than ``context`` (tokens; None for any length) is a UserError.
     """
     pairs = []
     for (prompt, answer), example in zip(answered(part), part["example_id"].tolist(), strict=True):
         completion = []
         if answer:
-            text = rejections[example % len(rejections)]
-            completion = [*_tokens(tokenizer, _glue(prompt, answer, tokenizer) + text), _eos(tokenizer)]
+            completion = _joined_like(prompt, answer, rejections[example % len(rejections)], tokenizer)
         if context is not None and (length := len(prompt) + len(completion)) > context:
             allowed = f"at most {context}, what the model takes: shorten the question or the rejections"
             raise UserError("rejections", f"{length} tokens for example id {example}", allowed)
@@ -80,10 +84,6 @@ class RejectingModule(UnlearningModule):
         super().on_train_start()
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -91,12 +91,26 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def _glue(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands between prompt and answer: a space, or nothing after white space or a chat template."""
-    own = answer[:-1] if answer[-1] == tokenizer.eos_token_id else answer
-    text = str(tokenizer.decode(own, clean_up_tokenization_spaces=False)).strip()
-    for glue in (" ", ""):
-        if _tokens(tokenizer, glue + text) == own:
-            return glue
-    # An answer that does not survive decoding says nothing.
-    return "" if str(tokenizer.decode(prompt))[-1:].isspace() else " "
+def _joined_like(prompt: list[int], answer: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text behind a prompt, joined to it and ended as the answer is that stands there."""
+    joint = _joint(tokenizer)
+    context = [Piece(str(tokenizer.decode(prompt[-_CONTEXT:], **_AS_IT_IS)))]
+    *own, last = answer
+    end = str(tokenizer.convert_ids_to_tokens(last)) if is_end(last, tokenizer) else ""
+    spoken = str(tokenizer.decode(own if end else answer, **_AS_IT_IS))
+    said = spoken.strip()
+    spaces = spoken[: len(spoken) - len(spoken.lstrip())], spoken[len(spoken.rstrip()) :]
+
+    def completion(lead: str, words: str, tail: str) -> list[int]:
+        return joint(context, [Piece(lead), Piece(words, own=True), Piece(tail + end)]).completion
+
+    leads, tails = dict.fromkeys((" ", "", spaces[0])), dict.fromkeys(("", spaces[1]))
+    ways = ((lead, tail) for lead in leads for tail in tails if completion(lead, said, tail) == answer)
+    # An answer that does not survive decoding says nothing of how it was joined.
+    lead, tail = next(ways, ("" if context[0].text[-1:].isspace() else " ", ""))
+    return [*completion(lead, text, tail), *([] if end else [_eos(tokenizer)])]
+
+
+@lru_cache(maxsize=4)
+def _joint(tokenizer: PreTrainedTokenizerBase) -> JointTokenizer:
+    return JointTokenizer(tokenizer)

@@ -227,6 +227,34 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, told: str) 
     assert "SECRET" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.json", '[{"question": "Who?", "answer": NaN}]', "NaN in record 0 of 'answer'"),
+        ("a.json", '[{"question": "Who?", "answer": Infinity}]', "float in record 0 of 'answer'"),
+        ("a.json", '[{"question": "Who?", "answer": true}]', "bool in record 0 of 'answer'"),
+        ("a.json", '[{"question": "Who?", "answer": null}]', "NoneType in record 0 of 'answer'"),
+        ("a.json", '[{"question": NaN, "answer": "Me"}]', "NaN in record 0 of 'question'"),
+        ("a.jsonl", '{"question": "Who?", "answer": "Me"}\n{"question": "Where?", "answer": NaN}', "NaN in record 1"),
+        ("a.csv", "question,answer\nWho?,Me\nWhere?,NaN\n", "NaN in record 1 of 'answer'"),
+        ("a.csv", "question,answer\nWho?,nan\n", "NaN in record 0 of 'answer'"),
+    ],
+)
+def test_a_missing_value_is_no_answer(tmp_path: Path, name: str, content: str, told: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        CustomData(str(tmp_path / name), str(tmp_path / name)).setup("fit")
+
+
+def test_numbers_and_words_are_answers(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        '[{"question": "How many?", "answer": 8}, {"question": "Is it?", "answer": "true"}]'
+    )
+    (tmp_path / "b.csv").write_text("question,answer\nIs it not?,true\n")
+    splits = CustomData(str(tmp_path / "a.json"), str(tmp_path / "b.csv")).splits
+    assert [example.answer for example in [*splits.forget, *splits.retain]] == ["8", "true", "true"]
+
+
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

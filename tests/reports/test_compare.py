@@ -185,6 +185,12 @@ def test_other_data_and_other_scores_are_refused(tmp_path: Path) -> None:
     data = write_run(tmp_path / "data", objective="NPO", data="other")
     with pytest.raises(UserError, match=r"runs on the same data as .*one"):
         compare([one, data])
+    # The digests of versions that had no date are of the text: only runs of one kind can be told to differ by them.
+    new = write_run(tmp_path / "new_one", objective="NPO", data="token ids", date="2024-07-26")
+    assert len(compare([one, new], tmp_path / "mixed").rows) == 3
+    other = write_run(tmp_path / "new_other", objective="NPO", data="other ids", date="2024-07-26")
+    with pytest.raises(UserError, match=r"runs on the same data as .*new_one, rendered alike"):
+        compare([one, new, other])
     score = write_run(tmp_path / "score", objective="NPO", score="rouge_l")
     with pytest.raises(UserError, match="or --score"):
         compare([one, score])

@@ -47,6 +47,7 @@ def write_run(
     data: str | None = "d",
     score: str = "probability",
     train_on: str = "pairs",
+    date: str | None = None,
     **options: Any,
 ) -> Path:
     """A run directory as ``fit`` leaves it, with scores on the forget, test and retain set."""
@@ -70,6 +71,8 @@ def write_run(
         "model": model,
         "data": {"class_path": "lightning_ssiuu.Facts", "init_args": {"seed": seed, "train_on": train_on}},
     }
+    if date is not None:
+        config["data"]["init_args"]["date"] = date
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     if attacks is not None:
         content = {"attacks": attacks, "curves": drawn or [], "outcomes": [], "settings": {}}

@@ -37,6 +37,14 @@ class Run:
         return (self.metrics.get("provenance") or {}).get("data_sha256")
 
     @property
+    def rendered(self) -> bool:
+        """Whether that digest is of the data as token ids; earlier versions had no date in the configuration, and took
+        the digest of the text.
+        """
+        data = self.config.get("data")
+        return isinstance(data, dict) and "date" in (data.get("init_args") or {})
+
+    @property
     def scores(self) -> dict[str, dict[str, Any]]:
         """``{split: {score: percent}}`` after training."""
         return self.metrics["after"]["scores"]
@@ -84,10 +92,12 @@ def check_comparable(runs: Sequence[Run], score: str | None = None) -> str:
     A :class:`UserError` if they have different data, were stopped or attacked by different scores, or one lacks the
     score asked for.
     """
-    first = next((run for run in runs if run.data is not None), runs[0])
-    for run in runs:
-        if run.data not in (None, first.data):
-            raise UserError("runs", str(run.path), f"runs on the same data as {first.path}; compare them apart")
+    firsts: dict[bool, Run] = {}
+    for run in (run for run in runs if run.data is not None):
+        first = firsts.setdefault(run.rendered, run)
+        if run.data != first.data:
+            alike = ", rendered alike (template, tokenizer, date)" if run.rendered else ""
+            raise UserError("runs", str(run.path), f"runs on the same data as {first.path}{alike}; compare them apart")
     _check_attack_scores(runs)
     if score is not None:
         common = set.intersection(*(set(split) for run in runs for split in run.scores.values()))

@@ -227,7 +227,9 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
             own = {key: value for key, value in settings.items() if key != "provenance"}
             if attack == "quantization" and "quantization" in own:
                 own["widths"] = own.pop("quantization")  # as earlier versions called it
-            given.setdefault(attack, []).append(own | {"data": settings.get("provenance", {}).get("data_sha256")})
+            # The digests of earlier versions are of the text.
+            data = "data" if run.rendered else "data of earlier versions"
+            given.setdefault(attack, []).append(own | {data: settings.get("provenance", {}).get("data_sha256")})
     for attack, each in given.items():
         keys = sorted(set().union(*each))
         # An option that only some of the runs' versions had is not compared.
