@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.files import check_space, nothing_left, written_atomically
+from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
 
@@ -104,6 +106,12 @@ class UnlearningCLI(LightningCLI):
         use_all_devices(trainer.strategy)
         write_whole_checkpoints(trainer)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        writes = subcommand == "fit" and not self.config.fit.estimate_memory and self.trainer.is_global_zero
+        root = self.trainer.default_root_dir
+        with only_here("trainer.default_root_dir", root) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def _parse_ckpt_path(self) -> None:
         pass  # Lightning would read the whole checkpoint, to let its hyperparameters win over the configuration
