@@ -34,7 +34,7 @@ from lightning_ssiuu.reports.audit.page import SHOWN_NEURONS, Measured, report_h
 from lightning_ssiuu.reports.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import write_csv, write_json, written_atomically
+from lightning_ssiuu.utils.files import refuse_links, write_csv, write_json, written_atomically
 
 
 def audit(
@@ -105,13 +105,14 @@ def audit(
     attribute = attribution_method(method, target, memory_budget)
     given = {"original": original, "unlearned": unlearned, "oracle": oracle, "after_attack": after_attack}
     with Report(given, data, devices, output, ["audit.json"], overwrite, "unlearned", needed=1 << 23) as report:
+        refuse_links("output", report.folder, ["audit_spurious_neurons.csv", "plots", "report.html"])
         data, models = report.data, report.models
         data.setup("validate")
         data.check_share(devices.n_ranks)
         if probe_examples < devices.n_ranks:
             raise UserError("probe_examples", probe_examples, f"at least {devices.n_ranks}, one for each device")
         relearning = recorded_relearning(unlearned, score, oracle is not None)
-        score = score or (relearning["score"] if relearning else run_score(unlearned))
+        score = score or (relearning["score"] if relearning else run_score(unlearned, argument="unlearned"))
         probe = (probe or RelearningProbe()) if relearning is None and relearning_probe else None
         if probe is not None:
             probe.check(data, score, devices)
@@ -171,10 +172,11 @@ def audit(
                 variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
                 examples = measured.examples(data)
                 table = diagnoses["unlearned"].table
-                _write(
-                    report.folder, content, table, Measured(models, command, variations, moved, len(table), examples)
-                )
-                print_audit(content)
+                measures = Measured(models, command, variations, moved, len(table), examples)
+                try:
+                    _write(report.folder, content, table, measures)
+                finally:  # also where the disk refuses
+                    print_audit(content)
         return content
 
 

@@ -71,8 +71,10 @@ def privacy(
             "nonmembers": "given" if nonmembers else "test",
         }
         content["provenance"] = report.provenance([k, gradient_norm, nonmembers is None, precision])
-        report.write("privacy.json", content)
-        print_privacy(content)
+        try:
+            report.write("privacy.json", content)
+        finally:  # also where the disk refuses
+            print_privacy(content)
         return content
 
 

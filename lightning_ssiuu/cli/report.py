@@ -54,14 +54,14 @@ class Report:
         self.devices = devices
         hide_short_bars(*resolve_models(self.models))
         judged = self.models[subject]
-        devices.architecture = run_architecture(judged, devices.architecture)
+        devices.architecture = run_architecture(judged, devices.architecture, subject)
         self.folder = output_directory(judged, output)
         with ExitStack() as held:
             if devices.is_first:
                 held.enter_context(only_here("output", self.folder))
             refuse_existing("output", self.folder, names, overwrite)
             check_space("output", self.folder, needed)
-            self.data = run_data(judged, data)
+            self.data = run_data(judged, data, subject)
             with naming(subject):
                 check_tokenizers(self.models, self.data)
             self._held = held.pop_all()

@@ -84,8 +84,10 @@ def utility(
             "n_items": counts,
             "provenance": report.provenance([named, tasks, limit, chat, precision]) | {"data_sha256": sha256},
         }
-        report.write("utility.json", content)
-        print_utility(content)
+        try:
+            report.write("utility.json", content)
+        finally:  # also where the disk refuses
+            print_utility(content)
         return content
 
 

@@ -15,56 +15,67 @@ try:
 except ImportError:  # not on Windows: nobody is kept out there
     fcntl = None  # type: ignore[assignment]
 
-#: The file that is locked. One that a killed process left is locked by nobody, and goes with the next command.
-LOCK = ".lightning-ssiuu.lock"
+_held: set[int] = set()
 
 
 @contextmanager
 def only_here(argument: str, folder: str | os.PathLike[str]) -> Iterator[None]:
     """Inside, every other command that asks for ``folder`` is refused; it is made, and if still empty removed again.
 
-    The kernel lifts the lock of a process that is gone, however it ended. Where the file system knows no locks nobody
-    is kept out.
+    It is the directory that is locked, so nothing lies in it, and the kernel lifts the lock of a process that is gone,
+    however it ended. Where the file system does not lock directories (NFS) nobody is kept out.
 
     Raises:
         UserError: If another process is inside, or the directory cannot be made or written.
     """
-    place, process = Path(folder).absolute(), os.getpid()
-    missing = [path for path in (place, *place.parents) if not path.exists()]
-    descriptor = None
+    place = Path(folder).absolute()
+    missing: list[Path] = []
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(place / LOCK)
+        try:
+            missing = [path for path in (place, *place.parents) if not path.exists()]
+            descriptor = _locked(place)
+        except OSError as error:
+            raise UserError(argument, str(folder), f"a directory that can be written ({error.strerror})") from error
         if descriptor is None:
             raise UserError(argument, str(folder), "a directory in which no other command is at work")
-        yield
-    except OSError as error:
-        if descriptor is not None:
-            raise  # of what is done inside
-        raise UserError(argument, str(folder), f"a directory that can be written ({error.strerror})") from error
-    finally:
-        if os.getpid() == process:
-            if descriptor is not None:
-                (place / LOCK).unlink(missing_ok=True)
-                os.close(descriptor)
-            for path in missing:
-                with suppress(OSError):  # not empty, or never made
-                    path.rmdir()
-
-
-def _locked(path: Path) -> int | None:
-    # A descriptor, locked as long as it is open and this process lives; None if another one has it.
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        _held.add(descriptor)
         try:
-            if fcntl is not None:
-                # Not flock: what is forked (a dataloader's worker) would hold it on, and NFS has none of its own.
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            if descriptor in _held:  # not in a process that was forked inside
+                _held.remove(descriptor)
+                os.close(descriptor)
+    finally:
+        for path in missing:
+            with suppress(OSError):  # not empty, or never made
+                path.rmdir()
+
+
+def _locked(place: Path) -> int | None:
+    # A descriptor of the directory, locked as long as it is open; None if another process has it.
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place if fcntl else os.devnull, os.O_RDONLY)  # Windows opens no directories
+        if fcntl is None:
+            return descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 os.close(descriptor)
                 return None
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(place)):
                 return descriptor
-        os.close(descriptor)  # of one that has just gone, with its file
+        os.close(descriptor)  # of a directory that another one has just removed
+
+
+def _let_go() -> None:
+    # What was forked (a dataloader's worker) and lives on a little would hold the lock on.
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,16 @@ def installed(folder: Path, *args: str | Path, **environment: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def script(folder: Path, *args: str | Path, path: Sequence[Path] = ()) -> Result:
+def script(
+    folder: Path, *args: str | Path, path: Sequence[Path] = (), first: Callable[[], object] = lambda: None
+) -> Result:
     """The same in a fork of this process, which has everything heavy imported already and is left as it was.
 
     Args:
         folder: The working directory.
         args: Of the command.
         path: More places where modules are looked for, as PYTHONPATH has them.
+        first: Called before the command, in its process.
     """
     with tempfile.TemporaryDirectory() as kept:
         shown = [Path(kept) / name for name in ("out", "err")]
@@ -95,6 +98,7 @@ def script(folder: Path, *args: str | Path, path: Sequence[Path] = ()) -> Result
                 sys.path[:] = [*map(str, path), *(place for place in sys.path if place and Path(place) != folder)]
                 for name in [name for name in sys.modules if name.startswith("my_")]:
                     del sys.modules[name]
+                first()
                 status = main([str(arg) for arg in args])
             except BaseException:
                 traceback.print_exc()
