@@ -225,7 +225,7 @@ class UnlearningCLI(LightningCLI):
             raise UserError("trainer.fast_dev_run", quick, "false: its results would look like a run's; max_steps: 1")
         # fit cannot do without validation batches either, and says so.
         limits = {"fit": "limit_train_batches", "validate": "limit_val_batches", "test": "limit_test_batches"}
-        name = limits[self.subcommand]
+        name = limits[str(self.subcommand)]
         if getattr(self.trainer, name) == 0:
             raise UserError(f"trainer.{name}", 0, "a number of batches ≥ 1, or a fraction of them above 0")
 
