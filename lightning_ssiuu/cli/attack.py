@@ -27,7 +27,7 @@ from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import check_name, refuse_existing, refuse_links
+from lightning_ssiuu.utils.files import check_name, refuse_existing, refuse_links, same_place
 
 
 def attack(
@@ -106,6 +106,8 @@ def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, ov
     folder, data, devices, encoder = report.folder, report.data, report.devices, report.data.encoder
     partial, attacked = _beside(attack)
     saved = folder / attacked if save_attacked else None
+    if saved is not None and any(same_place(saved, checkpoint) for checkpoint in report.models.values()):
+        raise UserError("save_attacked", True, f"false, or another output: {attacked} there is under attack itself")
     determined = {  # everything that determines the curves
         "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
         "score": score,

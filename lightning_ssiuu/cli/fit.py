@@ -38,7 +38,7 @@ from lightning_ssiuu.training.fsdp import use_all_devices
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
-from lightning_ssiuu.utils.files import check_space, nothing_left, refuse_links, written_atomically
+from lightning_ssiuu.utils.files import check_space, nothing_left, refuse_links, same_place, written_atomically
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
@@ -205,6 +205,8 @@ class UnlearningCLI(LightningCLI):
             for name in (saved, *([f"{saved}_adapter"] if config.saving.adapter else [])):
                 check_folder("saving.folder", name, [*taken, config.checkpoints.folder])
                 refuse_links("trainer.default_root_dir", root, [name])
+            if same_place(root / saved, self.model.checkpoint):
+                raise UserError("saving.folder", saved, "a folder that is not the checkpoint this run begins from")
         refuse_links("trainer.default_root_dir", root, [*RESULTS, "influence.csv", config.checkpoints.folder, *taken])
 
     def _before_any(self) -> None:

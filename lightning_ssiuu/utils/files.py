@@ -198,6 +198,11 @@ def refuse_links(argument: str, folder: str | os.PathLike[str], names: Iterable[
             raise UserError(argument, str(folder), f"a directory in which {name} is no symbolic link")
 
 
+def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether both are there and are one file or directory."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def check_name(argument: str, name: str, taken: Iterable[str] = ()) -> None:
     """Raise a :class:`UserError` unless ``name`` can be that of an entry of a directory, and is not one of ``taken``.
 

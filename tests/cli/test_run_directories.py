@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_names_that_something_else_has(options: dict[str, str], tmp_path: Path) 
     argument = next(iter(options))
     refused(fit(tmp_path / "run", *BARE, *given), argument, "a name that nothing else")
     assert not (tmp_path / "run").exists()
+
+
+def test_no_model_is_replaced_by_what_became_of_it(tmp_path: Path) -> None:
+    for name in ("model", "attacked_harmful"):
+        shutil.copytree(default_run()[0] / "model", tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    from_there = ("--model.init_args.checkpoint", tmp_path / "model", "--overwrite")
+    refused(fit(tmp_path, *BARE, *from_there), "saving.folder", "not the checkpoint this run begins from")
+    given = ("--model", tmp_path / "attacked_harmful", "--output", tmp_path, "--save_attacked", "--overwrite")
+    refused(command(*SWEEP, *given), "save_attacked", "attacked_harmful there is under attack itself")
+    assert before == {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "Plots", "lightning_logs", "attacked_harmful", PARTIAL])
