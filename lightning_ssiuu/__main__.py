@@ -31,7 +31,9 @@ _USAGE = """usage: lightning-ssiuu COMMAND [options]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a mistake of the user's, told in one line, 130 after Ctrl-C.
+    """Run a command; returns the exit status.
+
+    That is 0, 2 for a mistake of the user's, told in one line, 130 after Ctrl-C, and 143 after SIGTERM.
 
     Args:
         argv: Arguments without the program's name; None takes the process's.
@@ -70,21 +72,34 @@ def _find_modules_here() -> None:
 
 
 def _run(command: Callable[[], None]) -> int:
-    try:
-        command()
-    except KeyboardInterrupt:
+    from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
+
+    with ending_on_sigterm() as received:
+        status = 0
+        try:
+            command()
+        except BaseException as error:  # torch.distributed.checkpoint's is no Exception
+            if not received.is_set():
+                status = _status(error)
+        if received.is_set():  # whatever it has become on its way
+            if not _rank():
+                print("lightning-ssiuu: ended by SIGTERM", file=sys.stderr, flush=True)
+            return TERMINATED
+    return status
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED
-    except SystemExit as error:  # --help, or Lightning's way out after an interrupt
+    if isinstance(error, SystemExit):  # --help, or Lightning's way out after an interrupt
         if isinstance(error.__context__, KeyboardInterrupt):
             return _INTERRUPTED
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
-        from lightning_ssiuu.utils.messages import user_error
+    from lightning_ssiuu.utils.messages import user_error
 
-        if (mistake := user_error(error)) is None:
-            raise
-        return _refuse(str(mistake))
-    return 0
+    if (mistake := user_error(error)) is None:
+        raise error
+    return _refuse(str(mistake))
 
 
 def _refuse(text: str) -> int:

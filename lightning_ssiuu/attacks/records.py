@@ -12,29 +12,37 @@ from typing import Any
 
 from lightning_ssiuu.attacks.base import Outcome
 from lightning_ssiuu.attacks.curves import RecoveryCurve
+from lightning_ssiuu.evaluation.results import check_attacks
 from lightning_ssiuu.models.loading import plain_configuration, resolve_checkpoint
-from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import write_json
+from lightning_ssiuu.utils.reading import only, read_json, reading
 
 REPORT = "attack.json"
 
 #: Lists of ``attack.json`` whose entries name their attack.
 _LISTS = ("attacks", "curves", "outcomes")
+_HEAD = b'{"fingerprint": "'
 #: What tells the attacks of one sweep apart: model, p, seed, learning rate, epochs.
 Cell = tuple[str, float | None, int, float, int]
 
 
-def read_attacks(folder: Path) -> dict[str, Any]:
+def read_attacks(folder: Path, argument: str = "output") -> dict[str, Any]:
     """The ``attack.json`` of a directory, or an empty one; one that this version did not write is a UserError."""
-    try:
-        content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(folder / REPORT):
         return {**{name: [] for name in _LISTS}, "settings": {}}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not content.keys() >= {*_LISTS, "settings"}:
-        raise UserError("output", str(folder), f"a directory whose {REPORT} is of this version")
-    return content
+    allowed = f"a directory whose {REPORT} is of this version"
+    return read_json(folder / REPORT, argument, allowed=allowed, check=_check_whole)
+
+
+def _check_whole(content: Mapping[str, Any]) -> None:
+    only(dict, content["settings"])
+    for name in _LISTS:
+        only(str, *(entry["attack"] for entry in content[name]))
+    check_attacks(content)
+    for row in content["attacks"]:  # what an audit asks of those that trained
+        if row["n_attack"] is not None:
+            seeds = row["unlearned"]["forget_score"]["per_seed"], row["unlearned"]["before"]["per_seed"]
+            only((int, float, type(None)), *seeds[0], *seeds[1])
 
 
 def merge_attacks(
@@ -70,13 +78,28 @@ class FinishedAttacks:
         self.finished: dict[Cell, RecoveryCurve] = {}
 
     def read(self) -> dict[Cell, RecoveryCurve] | None:
-        """The finished curves; None if the file is another sweep's. Writes nothing."""
-        lines = self._whole_lines()
-        if not lines:
+        """The finished curves; None if the file is another sweep's, or damaged. Writes nothing.
+
+        Raises:
+            UserError: If it is the file of no sweep.
+        """
+        if not os.path.lexists(self.path):
             return {}
-        if json.loads(lines[0]) != {"fingerprint": self.fingerprint}:
+        with reading("output", str(self.path), "no such file, or that of an interrupted sweep", quote=False):
+            lines = self._whole_lines()
+            if not lines:  # killed within the first: the half of what begin() writes, or nothing at all
+                half = self.path.read_bytes()[: len(_HEAD)]
+                if not _HEAD.startswith(half):
+                    raise ValueError("of something else")
+                return {}
+            head = json.loads(lines[0])
+            only(str, head["fingerprint"])
+        if head != {"fingerprint": self.fingerprint}:
             return None
-        curves = [RecoveryCurve(**json.loads(line)) for line in lines[1:]]
+        try:
+            curves = [_curve(json.loads(line)) for line in lines[1:]]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
         return {cell(curve): curve for curve in curves}
 
     def begin(self) -> None:
@@ -85,15 +108,20 @@ class FinishedAttacks:
             return
         self._begun = True
         lines = [] if self.anew else self._whole_lines()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not lines:
-            self.path.write_bytes(b"")
-            self._append({"fingerprint": self.fingerprint})
+            self._begin_file()
         else:
             with self.path.open("r+b") as file:
                 file.truncate(sum(map(len, lines)))
 
+    def _begin_file(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(b"")
+        self._append({"fingerprint": self.fingerprint})
+
     def add(self, curve: RecoveryCurve) -> None:
+        if not self.path.exists():  # somebody removed the directory: what comes now is kept again
+            self._begin_file()
         self._append(asdict(curve))
 
     def remove(self) -> None:
@@ -106,9 +134,19 @@ class FinishedAttacks:
             os.fsync(file.fileno())
 
     def _whole_lines(self) -> list[bytes]:
-        if not self.path.is_file():
+        if not self.path.exists():
             return []
         return [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _curve(content: Mapping[str, Any]) -> RecoveryCurve:
+    curve = RecoveryCurve(**content)
+    only(str, curve.model, curve.kind)
+    only((int, float), curve.p or 0.0, curve.learning_rate, *curve.forget_scores)
+    only(int, curve.seed, curve.n_attack, curve.n_scored, *curve.epochs)
+    if not 0 < len(curve.epochs) == len(curve.forget_scores):
+        raise ValueError("a curve whose epochs and scores differ in number")
+    return curve
 
 
 def cell(curve: RecoveryCurve) -> Cell:

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_ssiuu.evaluation.loaders import run_directory
+from lightning_ssiuu.evaluation.results import check_folder
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -23,7 +24,7 @@ class KeepCheckpoints(Checkpoint):
         folder: Name below ``trainer.default_root_dir``.
 
     Raises:
-        UserError: If ``every_n_steps`` is below 1.
+        UserError: If ``every_n_steps`` is below 1, or ``folder`` no plain name or that of a result.
 
     Example:
         >>> KeepCheckpoints(every_n_steps=100).folder
@@ -35,6 +36,7 @@ class KeepCheckpoints(Checkpoint):
     def __init__(self, every_n_steps: int | None = None, folder: str = "checkpoints") -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError("checkpoints.every_n_steps", every_n_steps, "a number ≥ 1, or null")
+        check_folder("checkpoints.folder", folder)
         self.every_n_steps, self.folder = every_n_steps, folder
         self._saved_step = 0
         self._begins = self._is_due = self._is_fresh = False

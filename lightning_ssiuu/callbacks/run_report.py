@@ -52,9 +52,11 @@ class RunReport(L.Callback):
         self.after = self._evaluate(trainer, pl_module)
         content = self._content(trainer, pl_module)
         if trainer.is_global_zero:
-            write_json(Path(run_directory(trainer)) / "metrics.json", content)
-            if self.print_table:
-                print_before_after(content)
+            try:
+                write_json(Path(run_directory(trainer)) / "metrics.json", content)
+            finally:  # also where the disk refuses
+                if self.print_table:
+                    print_before_after(content)
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before}

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from lightning_ssiuu.evaluation.loaders import run_directory
+from lightning_ssiuu.evaluation.results import check_folder
 from lightning_ssiuu.models.export import plain_bytes, save_adapter, save_pretrained
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space
@@ -24,7 +25,8 @@ class SavePretrained(L.Callback):
         adapter: With ``lora``, also write the adapters alone as ``<folder>_adapter``, in peft's format.
 
     Raises:
-        UserError: If the disk has too little room or cannot be written, or there are no adapters to write.
+        UserError: If ``folder`` is no plain name or that of a result, the disk has too little room or cannot be
+            written, or there are no adapters to write.
 
     Example:
         >>> SavePretrained().folder
@@ -32,6 +34,8 @@ class SavePretrained(L.Callback):
     """
 
     def __init__(self, folder: str | None = "model", adapter: bool = False) -> None:
+        if folder is not None:
+            check_folder("saving.folder", folder)
         self.folder, self.adapter = folder, adapter
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

@@ -27,7 +27,7 @@ from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import refuse_existing
+from lightning_ssiuu.utils.files import check_name, refuse_existing, refuse_links, same_place
 
 
 def attack(
@@ -72,7 +72,9 @@ def attack(
     if save_attacked and not isinstance(method, Relearning):
         allowed = f"false with attack {type(method).__name__}, which trains nothing"
         raise UserError("save_attacked", save_attacked, allowed)
-    report = Report({"model": model, "oracle": oracle}, data, devices, output)
+    with Report({"model": model, "oracle": oracle}, data, devices, output) as report:
+        check_name("attack", method.name)
+        refuse_links("output", report.folder, [REPORT, *_beside(method)])
     if method.name in read_attacks(report.folder)["settings"] and not overwrite:
         allowed = f"a directory whose {REPORT} has no {method.name} attack, or --overwrite"
         raise UserError("output", str(report.folder), allowed)
@@ -90,7 +92,9 @@ def attack(
         if devices.is_first:
             settings = {"score": score, "precision": devices.precision, **method.settings()}
             settings["provenance"] = report.provenance(settings)
+                try:
             merge_attacks(report.folder, method.name, rows, settings, results)
+                finally:  # also where the disk refuses
             print_attacks(rows, rows[0]["score"])
             if log is not None:
                 log.remove()
@@ -100,7 +104,10 @@ def attack(
 def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> FinishedAttacks:
     # What is finished of a sweep is kept beside attack.json, and is of use to the same sweep only.
     folder, data, devices, encoder = report.folder, report.data, report.devices, report.data.encoder
-    saved = folder / f"attacked_{attack.name}" if save_attacked else None
+    partial, attacked = _beside(attack)
+    saved = folder / attacked if save_attacked else None
+    if saved is not None and any(same_place(saved, checkpoint) for checkpoint in report.models.values()):
+        raise UserError("save_attacked", True, f"false, or another output: {attacked} there is under attack itself")
     determined = {  # everything that determines the curves
         "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
         "score": score,
@@ -113,7 +120,7 @@ def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, ov
         "saved": save_attacked,
         "versions": [package.__version__ for package in (lightning_ssiuu, torch, lightning, transformers)],
     }
-    log = FinishedAttacks(folder / f"attack.{attack.name}.partial.jsonl", fingerprint(determined), saved)
+    log = FinishedAttacks(folder / partial, fingerprint(determined), saved)
     finished = log.read()
     if finished is None and not overwrite:
         allowed = f"with the options of the {attack.name} attack that was interrupted there, or with --overwrite"
@@ -124,6 +131,11 @@ def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, ov
     log.anew = finished is None or (saved is not None and not saved.exists())
     log.finished = {} if log.anew else finished or {}
     return log
+
+
+def _beside(attack: Attack) -> tuple[str, str]:
+    # What lies beside attack.json: of an unfinished sweep, and the attacked model.
+    return f"attack.{attack.name}.partial.jsonl", f"attacked_{attack.name}"
 
 
 def run(args: list[str]) -> None:

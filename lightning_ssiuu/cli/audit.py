@@ -34,7 +34,7 @@ from lightning_ssiuu.reports.audit.page import SHOWN_NEURONS, Measured, report_h
 from lightning_ssiuu.reports.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import write_csv, write_json, written_atomically
+from lightning_ssiuu.utils.files import refuse_links, write_csv, write_json, written_atomically
 
 
 def audit(
@@ -104,74 +104,80 @@ def audit(
         check_score(score, "score")
     attribute = attribution_method(method, target, memory_budget)
     given = {"original": original, "unlearned": unlearned, "oracle": oracle, "after_attack": after_attack}
-    report = Report(given, data, devices, output, ["audit.json"], overwrite, "unlearned", needed=1 << 23)
-    data, models = report.data, report.models
-    data.setup("validate")
-    data.check_share(devices.n_ranks)
-    if probe_examples < devices.n_ranks:
-        raise UserError("probe_examples", probe_examples, f"at least {devices.n_ranks}, one for each device")
-    relearning = recorded_relearning(unlearned, score, oracle is not None)
-    score = score or (relearning["score"] if relearning else run_score(unlearned))
-    probe = (probe or RelearningProbe()) if relearning is None and relearning_probe else None
-    if probe is not None:
-        probe.check(data, score, devices)
-    attacked = None if probe is None else asdict(probe)
-    options = [probe_examples, alpha, target, scores, devices.precision, score, attacked, method]
-    with devices.launched():
-        measured = measure(
-            *(models, data, devices, probe_examples, target, scores, score, alpha, own_change, show_text),
-            method=attribute,
-        )
-        examined = measured.examined
-        changed: list[str] = [name for name in ("unlearned", "oracle") if name in examined]
-        diagnoses = {
-            name: diagnose(examined["original"], examined[name], alpha, measured.own if name == "unlearned" else None)
-            for name in changed
-        }
-        forgetting = measured.forgetting(score)
-        evidence: list[Evidence] = []
-        ablation: dict[str, Any] | None = None
-        # What was not unlearned needs no attack to be seen.
-        if forgetting.share >= LEAST_FORGOTTEN:
-            if probe is not None:
-                relearning = probe_relearning({name: models[name] for name in changed}, data, probe, score, devices)
-            evidence += relearning_evidence(relearning["attacks"], forgetting) if relearning else []
-            forced = forced_score(score)
-            sites = examined["original"].attribution["forget"].sites
-            flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
-            ablation = undo_neurons(original, unlearned, sites, flags, data, forced, devices)
-            evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
-        content: dict[str, Any] = {
-            "verdict": decide(forgetting, evidence).content(),
-            "scores": {name: model.scores for name, model in examined.items()},
-            "influence": {name: diagnosis.figures() for name, diagnosis in diagnoses.items()},
-            "flagged": [asdict(neuron) for neuron in diagnoses["unlearned"].table[:SHOWN_NEURONS]],
-            "relearning": relearning,
-            "ablation": ablation,
-            "logit_lens": measured.lens or None,
-            "target": target,
-            "method": method or "gradient_x_activation",
-            "alpha": alpha,
-        }
-        moved: tuple[Tensor, Tensor] | None = None  # influences before and after the attack
-        if "after_attack" in examined:
-            before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
-            content["correlation"] = asdict(attribution_correlation(before, after))
-            content["attribution_correlation"] = content["correlation"]["rho"]
-            moved = influences(before["forget"]), influences(after["forget"])
-        content["provenance"] = report.provenance(options)
-        if devices.is_first:
-            chosen = (
-                models | {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
+    with Report(given, data, devices, output, ["audit.json"], overwrite, "unlearned", needed=1 << 23) as report:
+        refuse_links("output", report.folder, ["audit_spurious_neurons.csv", "plots", "report.html"])
+        data, models = report.data, report.models
+        data.setup("validate")
+        data.check_share(devices.n_ranks)
+        if probe_examples < devices.n_ranks:
+            raise UserError("probe_examples", probe_examples, f"at least {devices.n_ranks}, one for each device")
+        relearning = recorded_relearning(unlearned, score, oracle is not None)
+        score = score or (relearning["score"] if relearning else run_score(unlearned, argument="unlearned"))
+        probe = (probe or RelearningProbe()) if relearning is None and relearning_probe else None
+        if probe is not None:
+            probe.check(data, score, devices)
+        attacked = None if probe is None else asdict(probe)
+        options = [probe_examples, alpha, target, scores, devices.precision, score, attacked, method]
+        with devices.launched():
+            measured = measure(
+                *(models, data, devices, probe_examples, target, scores, score, alpha, own_change, show_text),
+                method=attribute,
             )
-            words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
-            command = " ".join(["lightning-ssiuu audit", *words, *(["--show_text"] if show_text else [])])
-            variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
-            examples = measured.examples(data)
-            table = diagnoses["unlearned"].table
-            _write(report.folder, content, table, Measured(models, command, variations, moved, len(table), examples))
-            print_audit(content)
-    return content
+            examined = measured.examined
+            changed: list[str] = [name for name in ("unlearned", "oracle") if name in examined]
+            diagnoses = {
+                name: diagnose(
+                    examined["original"], examined[name], alpha, measured.own if name == "unlearned" else None
+                )
+                for name in changed
+            }
+            forgetting = measured.forgetting(score)
+            evidence: list[Evidence] = []
+            ablation: dict[str, Any] | None = None
+            # What was not unlearned needs no attack to be seen.
+            if forgetting.share >= LEAST_FORGOTTEN:
+                if probe is not None:
+                    relearning = probe_relearning({name: models[name] for name in changed}, data, probe, score, devices)
+                evidence += relearning_evidence(relearning["attacks"], forgetting) if relearning else []
+                forced = forced_score(score)
+                sites = examined["original"].attribution["forget"].sites
+                flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
+                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, devices)
+                evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
+            content: dict[str, Any] = {
+                "verdict": decide(forgetting, evidence).content(),
+                "scores": {name: model.scores for name, model in examined.items()},
+                "influence": {name: diagnosis.figures() for name, diagnosis in diagnoses.items()},
+                "flagged": [asdict(neuron) for neuron in diagnoses["unlearned"].table[:SHOWN_NEURONS]],
+                "relearning": relearning,
+                "ablation": ablation,
+                "logit_lens": measured.lens or None,
+                "target": target,
+                "method": method or "gradient_x_activation",
+                "alpha": alpha,
+            }
+            moved: tuple[Tensor, Tensor] | None = None  # influences before and after the attack
+            if "after_attack" in examined:
+                before, after = (examined[name].attribution for name in ("unlearned", "after_attack"))
+                content["correlation"] = asdict(attribution_correlation(before, after))
+                content["attribution_correlation"] = content["correlation"]["rho"]
+                moved = influences(before["forget"]), influences(after["forget"])
+            content["provenance"] = report.provenance(options)
+            if devices.is_first:
+                chosen = (
+                    models | {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
+                )
+                words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
+                command = " ".join(["lightning-ssiuu audit", *words, *(["--show_text"] if show_text else [])])
+                variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
+                examples = measured.examples(data)
+                table = diagnoses["unlearned"].table
+                measures = Measured(models, command, variations, moved, len(table), examples)
+                try:
+                    _write(report.folder, content, table, measures)
+                finally:  # also where the disk refuses
+                    print_audit(content)
+        return content
 
 
 def _write(folder: Path, content: dict[str, Any], table: Sequence[SpuriousNeuron], measured: Measured) -> None:

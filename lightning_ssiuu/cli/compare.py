@@ -11,7 +11,7 @@ from lightning_ssiuu.reports.compare.reading import check_comparable, read_runs
 from lightning_ssiuu.reports.compare.table import Comparison, compare_runs
 from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, print_comparison
 from lightning_ssiuu.utils.errors import one_line
-from lightning_ssiuu.utils.files import check_space, refuse_existing, write_csv, written_atomically
+from lightning_ssiuu.utils.files import check_space, refuse_existing, refuse_links, write_csv, written_atomically
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}
 _PLOTS = ("plots/recovery_curves.png", "plots/pareto.png")
@@ -42,11 +42,14 @@ def compare(
     score = check_comparable(finished, score)
     parents = [os.path.dirname(os.path.abspath(run.path)) for run in finished]
     folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / "compare"
+    refuse_links("output", folder, ["plots"])
     refuse_existing("output", folder, _OUTPUTS, overwrite)
     check_space("output", folder, 1 << 20)
     comparison = compare_runs(finished, score)
-    _write(folder, comparison)
-    print_comparison(comparison)
+    try:
+        _write(folder, comparison)
+    finally:  # also where the disk refuses
+        print_comparison(comparison)
     passed_over = [
         f"{path} is no finished run, passed over" for path in skipped if Path(path).resolve() != folder.resolve()
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -20,9 +23,16 @@ from lightning_ssiuu.callbacks import (
     SavePretrained,
 )
 from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
-from lightning_ssiuu.cli.resume import checkpoint_mistakes, checkpoint_to_go_on_from, config_text, refuse_to_lose
+from lightning_ssiuu.cli.resume import (
+    RESULTS,
+    checkpoint_mistakes,
+    checkpoint_to_go_on_from,
+    config_text,
+    refuse_to_lose,
+)
 from lightning_ssiuu.cli.settings import KEY, check_settings, run_settings
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.evaluation.results import check_folder
 from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
@@ -30,7 +40,8 @@ from lightning_ssiuu.training.fsdp import use_all_devices
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
-from lightning_ssiuu.utils.files import check_space, nothing_left, written_atomically
+from lightning_ssiuu.utils.files import check_space, nothing_left, refuse_links, same_place, written_atomically
+from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
 
@@ -42,6 +53,7 @@ class SaveConfig(SaveConfigCallback):
     """
 
     text: str | None = None
+    begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pass  # the data and the threshold have not been checked yet
@@ -58,7 +70,7 @@ class SaveConfig(SaveConfigCallback):
         if self.text is not None and trainer.is_global_zero:
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
-        self.text = None
+        self.text, self.begun = None, True
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = run_settings(config_text(self.parser, self.config))
@@ -119,6 +131,12 @@ class UnlearningCLI(LightningCLI):
         write_whole_checkpoints(trainer)
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        writes = subcommand == "fit" and not self.config.fit.estimate_memory and self.trainer.is_global_zero
+        root = self.trainer.default_root_dir
+        with only_here("trainer.default_root_dir", root) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def _parse_ckpt_path(self) -> None:
         pass  # Lightning would read the whole checkpoint, to let its hyperparameters win over the configuration
 
@@ -127,6 +145,7 @@ class UnlearningCLI(LightningCLI):
         if method := self.model.unwritten():
             raise UserError("model", type(self.model).__name__, f"an objective that defines {method}(batch)")
         check_strategy(self.trainer, self.model)
+        self._check_folders()
         settings = run_settings(config_text(self._parser("fit"), config))
         self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, self.model, settings)
         if not config.estimate_memory:  # which may be asked beside the results of an earlier run
@@ -161,14 +180,52 @@ class UnlearningCLI(LightningCLI):
         self._run(self.trainer.test, kwargs)
 
     def _run(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+
+        def begun() -> bool:
+            return any(isinstance(one, SaveConfig) and one.begun for one in callbacks)
+
         with (
-            nothing_left(self.trainer.default_root_dir),
+            nothing_left(self.trainer.default_root_dir, self._logs(), begun),
             EndTogether.around(self.trainer),
             checkpoint_mistakes(self.ckpt_path),
+            self._limit_mistakes(),
         ):
             function(**kwargs | {"ckpt_path": self.ckpt_path})
 
+    @contextmanager
+    def _limit_mistakes(self) -> Iterator[None]:
+        # Only Lightning knows how many batches there are.
+        try:
+            yield
+        except MisconfigurationException as error:
+            found = re.search(r"increase the `(limit_\w+)` argument\. Try at least `\w+=([\d.]+)", str(error))
+            if found is None:
+                raise
+            given = self.config[self.subcommand].trainer
+            name = "overfit_batches" if given.overfit_batches else found[1]
+            raise UserError(f"trainer.{name}", given[name], f"at least {found[2]}: one batch") from error
+
+    def _logs(self) -> list[str]:
+        # Directories of loggers, for which the first process writes; not all say where that is.
+        return [logger.log_dir for logger in self.trainer.loggers if logger.log_dir and self.trainer.is_global_zero]
+
+    def _check_folders(self) -> None:
+        # Every folder that this run writes in its directory has a name of its own, and is no link to elsewhere.
+        config, root = self.config.fit, Path(self.trainer.default_root_dir).absolute()
+        logs = [Path(log).absolute() for log in self._logs()]
+        taken = [log.relative_to(root).parts[0] for log in logs if log.is_relative_to(root) and log != root]
+        check_folder("checkpoints.folder", config.checkpoints.folder, taken)
+        if (saved := config.saving.folder) is not None:
+            for name in (saved, *([f"{saved}_adapter"] if config.saving.adapter else [])):
+                check_folder("saving.folder", name, [*taken, config.checkpoints.folder])
+                refuse_links("trainer.default_root_dir", root, [name])
+            if same_place(root / saved, self.model.checkpoint):
+                raise UserError("saving.folder", saved, "a folder that is not the checkpoint this run begins from")
+        refuse_links("trainer.default_root_dir", root, [*RESULTS, "influence.csv", config.checkpoints.folder, *taken])
+
     def _before_any(self) -> None:
+        self._check_limits()
         checkpoint = resolve_checkpoint(self.model.checkpoint)
         hide_short_bars(checkpoint)
         limit = context_length(checkpoint) if os.path.isdir(checkpoint) else None  # a hub id is not downloaded for this
@@ -178,6 +235,16 @@ class UnlearningCLI(LightningCLI):
                 raise UserError("data.max_length", self.datamodule.max_length, f"at most {limit}, the model's context")
             encoder.max_length = limit
         self.datamodule.setup()
+
+    def _check_limits(self) -> None:
+        # What Lightning takes for "nothing to do" ends as if all were well.
+        if quick := self.config[self.subcommand].trainer.fast_dev_run:
+            raise UserError("trainer.fast_dev_run", quick, "false: its results would look like a run's; max_steps: 1")
+        # fit cannot do without validation batches either, and says so.
+        limits = {"fit": "limit_train_batches", "validate": "limit_val_batches", "test": "limit_test_batches"}
+        name = limits[str(self.subcommand)]
+        if getattr(self.trainer, name) == 0:
+            raise UserError(f"trainer.{name}", 0, "a number of batches ≥ 1, or a fraction of them above 0")
 
 
 def run(args: list[str]) -> None:

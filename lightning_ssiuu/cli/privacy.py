@@ -51,29 +51,31 @@ def privacy(
     if not 0 < k <= 1:
         raise UserError("k", k, "a fraction in (0, 1]")
     devices = Devices(accelerator, 1, precision=precision)
-    report = Report({"model": model, "oracle": oracle}, data, devices, output, ["privacy.json"], overwrite)
-    data = report.data
-    others = data.splits.test if nonmembers is None else _read(nonmembers)
-    if not others:
-        raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
-    measured = {}
-    for name, checkpoint in report.models.items():
-        with naming(name):
-            loaded = devices.load(checkpoint)
-        measured[name] = measure(loaded, data, others, k, gradient_norm)
-        del loaded  # before the next one is loaded
-    content: dict[str, Any] = {"membership_auc": {name: attacks.auc() for name, attacks in measured.items()}}
-    if oracle is not None:
-        content |= compare_with_oracle(measured["model"], measured["oracle"])
-    content |= {
-        "n_forget": len(data.splits.forget),
-        "n_nonmembers": len(others),
-        "nonmembers": "given" if nonmembers else "test",
-    }
-    content["provenance"] = report.provenance([k, gradient_norm, nonmembers is None, precision])
-    report.write("privacy.json", content)
-    print_privacy(content)
-    return content
+    with Report({"model": model, "oracle": oracle}, data, devices, output, ["privacy.json"], overwrite) as report:
+        data = report.data
+        others = data.splits.test if nonmembers is None else _read(nonmembers)
+        if not others:
+            raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
+        measured = {}
+        for name, checkpoint in report.models.items():
+            with naming(name):
+                loaded = devices.load(checkpoint)
+            measured[name] = measure(loaded, data, others, k, gradient_norm)
+            del loaded  # before the next one is loaded
+        content: dict[str, Any] = {"membership_auc": {name: attacks.auc() for name, attacks in measured.items()}}
+        if oracle is not None:
+            content |= compare_with_oracle(measured["model"], measured["oracle"])
+        content |= {
+            "n_forget": len(data.splits.forget),
+            "n_nonmembers": len(others),
+            "nonmembers": "given" if nonmembers else "test",
+        }
+        content["provenance"] = report.provenance([k, gradient_norm, nonmembers is None, precision])
+        try:
+            report.write("privacy.json", content)
+        finally:  # also where the disk refuses
+            print_privacy(content)
+        return content
 
 
 def print_privacy(content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -23,11 +24,14 @@ from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
+from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.provenance import provenance
 
 
 class Report:
     """The models, data and output directory of a command; checked, nothing loaded or written.
+
+    A context: until it ends no other command can work in the output directory.
 
     ``models`` are checkpoints by argument (None is left out), ``subject`` is the argument of the one that is judged:
     its run is the default for ``data`` and ``output``. The files ``names`` are refused unless ``overwrite``; ``needed``
@@ -50,13 +54,23 @@ class Report:
         self.devices = devices
         hide_short_bars(*resolve_models(self.models))
         judged = self.models[subject]
-        devices.architecture = run_architecture(judged, devices.architecture)
+        devices.architecture = run_architecture(judged, devices.architecture, subject)
         self.folder = output_directory(judged, output)
-        refuse_existing("output", self.folder, names, overwrite)
-        check_space("output", self.folder, needed)
-        self.data = run_data(judged, data)
-        with naming(subject):
-            check_tokenizers(self.models, self.data)
+        with ExitStack() as held:
+            if devices.is_first:
+                held.enter_context(only_here("output", self.folder))
+            refuse_existing("output", self.folder, names, overwrite)
+            check_space("output", self.folder, needed)
+            self.data = run_data(judged, data, subject)
+            with naming(subject):
+                check_tokenizers(self.models, self.data)
+            self._held = held.pop_all()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     @cached_property
     def data_sha256(self) -> str:

@@ -63,7 +63,7 @@ def utility(
     if tasks is not None or suite == "paper":
         check_harness("suite" if tasks is None else "tasks", suite if tasks is None else list(tasks))
     devices = Devices(accelerator, 1, precision=precision)
-    report = Report({"model": model}, data, devices, output, ["utility.json"], overwrite)
+    with Report({"model": model}, data, devices, output, ["utility.json"], overwrite) as report:
     data = report.data
     with naming("model"):
         tokenizer, loaded = data.tokenizer, devices.load(model)
@@ -87,7 +87,9 @@ def utility(
         "n_items": counts,
         "provenance": report.provenance([named, tasks, limit, chat, precision]) | {"data_sha256": sha256},
     }
+        try:
     report.write("utility.json", content)
+        finally:  # also where the disk refuses
     print_utility(content)
     return content
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
+from lightning_ssiuu.evaluation.results import check_metrics, read_config, read_result
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.reading import reading
 from lightning_ssiuu.utils.registry import no_module
 
 
@@ -52,46 +51,50 @@ def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> N
             raise UserError(argument, checkpoint, "a model with the same tokenizer as the others")
 
 
-def run_score(model: str, default: str = "probability") -> str:
-    """The score a run was stopped by, as written in its ``metrics.json``."""
+def run_score(model: str, default: str = "probability", argument: str = "model") -> str:
+    """The score a run was stopped by, as written in its ``metrics.json``; errors name the ``argument`` of the model."""
     run = run_of(model)
-    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["score"] if run else default
+    return read_result(run / "metrics.json", argument, check_metrics)["score"] if run else default
 
 
-def run_data(model: str, data: UnlearningDataModule | None) -> UnlearningDataModule:
+def run_data(model: str, data: UnlearningDataModule | None, argument: str = "model") -> UnlearningDataModule:
     """The data module to judge a model by: the one given, else its run's, else the embedded facts.
 
     Whatever tokenizer the run's data module names, what comes back has the saved model's.
     """
     if data is None:
         run = run_of(model)
-        data = Facts(tokenizer=model) if run is None else _from_config(run / "config.yaml")
+        data = Facts(tokenizer=model) if run is None else _from_config(run, argument)
     if isinstance(data.tokenizer_or_name, str):
         data.tokenizer_or_name = model
     return data
 
 
 def run_architecture(
-    model: str, architecture: str | Mapping[str, Any] | Architecture | None = None
+    model: str, architecture: str | Mapping[str, Any] | Architecture | None = None, argument: str = "model"
 ) -> Architecture | None:
     """The record a model is described by: the one given, else its run's; None: by its type."""
     run = run_of(model)
     if architecture is not None or run is None:
         return find_architecture(architecture)
-    section: Any = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("model") or {}
-    return find_architecture((section.get("init_args") or {}).get("architecture"))
+    section = read_config(run, argument).get("model")
+    options = section.get("init_args") if isinstance(section, dict) else None
+    with reading(argument, str(run / "config.yaml"), "a configuration with an architecture that can be used here"):
+        return find_architecture(options.get("architecture") if isinstance(options, dict) else None)
 
 
-def _from_config(path: Path) -> UnlearningDataModule:
-    from jsonargparse import ArgumentError, ArgumentParser
+def _from_config(run: Path, argument: str) -> UnlearningDataModule:
+    from jsonargparse import ArgumentParser
 
-    section: Any = yaml.safe_load(path.read_text(encoding="utf-8")).get("data")
+    section = read_config(run, argument).get("data")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(UnlearningDataModule, "data")
     try:
         return parser.instantiate_classes(parser.parse_object({"data": section})).data
-    except (ArgumentError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         missing = re.search(r"No module named '([^']+)'", str(error))
         why = f" ({no_module(missing[1])})" if missing else ""
         allowed = f"data given explicitly: the run's configuration names a data module that cannot be built here{why}"
-        raise UserError("data", str(path), allowed) from error
+        raise UserError("data", str(run / "config.yaml"), allowed) from error

@@ -22,6 +22,7 @@ from lightning_ssiuu.utils.console import quiet
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether
+from lightning_ssiuu.utils.termination import keep_sigterm
 
 Strategy = Literal["auto", "ddp", "fsdp2"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -106,7 +107,7 @@ class Devices:
             strategy = ModelParallelStrategy(data_parallel_size=self.n_ranks, tensor_parallel_size=1)
         elif self.n_ranks > 1:
             strategy = DDPStrategy(gradient_as_bucket_view=True)  # else every gradient is held twice
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
             strategy=strategy,
@@ -120,6 +121,8 @@ class Devices:
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
+        keep_sigterm(trainer)
+        return trainer
 
     def load(self, checkpoint: str) -> AnswerModel:
         """Load a model to this process's device; under ``"fsdp2"`` no process ever holds all of it but the first."""

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ except ImportError:  # not on Windows: leftovers of a killed process stay there
 
 _PREFIX = ".lightning-ssiuu-partial-"
 _OLD = "old"
+_LONGEST = 200  # bytes of a name: file systems take 255, and some are added
 # What a disk or its owner refuses and a user can mend; the first only happen to those who write. Anything else (a file
 # that is not there) may be a defect.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -34,7 +35,8 @@ _REFUSALS = {*_NO_ROOM, errno.EACCES, errno.EPERM, errno.EIO, errno.EEXIST, errn
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, what is there becomes ``path``.
 
-    Works for a file or a directory, which the block itself creates; on an exception nothing is left behind. What is
+    Works for a file or a directory, which the block itself creates; on an exception nothing is left behind. A symbolic
+    link in that place is replaced, never followed. What is
     renamed is on the disk already, not only in its cache, so ``path`` is whole even after a power cut. What a killed
     process left in the same directory is removed; what another one is writing there is not.
 
@@ -59,8 +61,8 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _put(temporary: Path, target: Path, aside: Path) -> None:
-    if not target.is_dir() or target.is_symlink():
-        temporary.replace(target)
+    if not (temporary.is_dir() if target.is_symlink() else target.is_dir()):
+        temporary.replace(target)  # a symbolic link itself, not what it leads to
         return
     # A directory cannot be replaced in one step; with the old one aside a crash loses neither (clear_leftovers).
     target.rename(aside)
@@ -126,7 +128,7 @@ def clear_leftovers(folder: str | os.PathLike[str]) -> None:
             if (lock := _lock(leftover, wait=False)) is None:
                 continue
             try:
-                if (leftover / _OLD).exists():  # killed between two renames: what stands beside it is whole
+                if os.path.lexists(leftover / _OLD):  # killed between two renames: what stands beside it is whole
                     for whole in leftover.iterdir():
                         if whole.name != _OLD and not (leftover.parent / whole.name).exists():
                             whole.rename(leftover.parent / whole.name)
@@ -179,26 +181,69 @@ def write_csv(path: str | os.PathLike[str], header: Iterable[str], rows: Iterabl
 
 
 def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterable[str], overwrite: bool) -> None:
-    """Raise a :class:`UserError` where one of ``names`` exists in ``folder``, unless overwriting was asked for."""
+    """Raise a :class:`UserError` where one of ``names`` exists in ``folder``, unless overwriting was asked for.
+
+    A symbolic link is refused in any case.
+    """
     for name in names:
+        refuse_links(argument, folder, [name])
         if not overwrite and (Path(folder) / name).exists():
             raise UserError(argument, str(folder), f"a directory without {name}, or --overwrite")
 
 
+def refuse_links(argument: str, folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raise a :class:`UserError` where one of ``names``, which will be written in ``folder``, is a symbolic link."""
+    for name in names:
+        if (Path(folder) / name).is_symlink():
+            raise UserError(argument, str(folder), f"a directory in which {name} is no symbolic link")
+
+
+def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether both are there and are one file or directory."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def check_name(argument: str, name: str, taken: Iterable[str] = ()) -> None:
+    """Raise a :class:`UserError` unless ``name`` can be that of an entry of a directory, and is not one of ``taken``.
+
+    Upper and lower case count as the same, as they do for some file systems.
+
+    Example:
+        >>> check_name("saving.folder", "../model")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: saving.folder: got '../model', allowed: one plain name, without / and leading dot
+    """
+    plain = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\")
+    if not plain or not 0 < len(name.encode()) <= _LONGEST:
+        raise UserError(argument, name, "one plain name, without / and leading dot")
+    if name.casefold() in {one.casefold() for one in taken}:
+        raise UserError(argument, name, "a name that nothing else in that directory has")
+
+
 @contextmanager
-def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """When a mistake or an exit ends the block, the empty directories it made in ``folder`` are removed again."""
+def nothing_left(
+    folder: str | os.PathLike[str], logs: Iterable[str | os.PathLike[str]] = (), begun: Callable[[], bool] = bool
+) -> Iterator[None]:
+    """When a mistake or an exit ends the block before it has ``begun``, what loggers made in it is removed again.
+
+    That is every file in ``logs``, directories of loggers, that was not there before, and every empty directory, also
+    elsewhere in ``folder``.
+    """
     # Loggers make their directories before the data and the model have been checked.
-    root = Path(folder).absolute()
-    missing = [root, *(parent for parent in root.parents if not parent.exists())] if not root.exists() else []
-    known = {path for path in root.rglob("*") if path.is_dir()} | {root}
+    root, places = Path(folder).absolute(), [Path(log).absolute() for log in logs]
+    missing = {path for place in (root, *places) for path in (place, *place.parents) if not path.exists()}
+    known = {root, *(path for path in root.rglob("*") if path.is_dir())}
+    known |= {path for place in places for path in place.rglob("*")}
     try:
         yield
     except (UserError, SystemExit):
-        made = [path for path in root.rglob("*") if path.is_dir() and path not in known]
-        for path in [*sorted(made, reverse=True), *missing]:
-            with suppress(OSError):  # not empty, or never made
-                path.rmdir()
+        if not begun():
+            made = {path for path in root.rglob("*") if path.is_dir()}
+            made |= {path for place in places for path in place.rglob("*")}
+            for path in sorted((made - known) | missing, reverse=True):
+                with suppress(OSError):  # not empty, or never made
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         raise
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 
 from lightning_ssiuu.utils.messages import user_error
+from lightning_ssiuu.utils.termination import keep_sigterm
 
 MISTAKE = 2  # exit status of a command whose user made a mistake
 # Seconds: until a process that lost one of the others is ended; until one that failed takes itself for the first.
@@ -53,6 +54,7 @@ class EndTogether(L.Callback):
     @contextmanager
     def around(cls, trainer: L.Trainer) -> Iterator[None]:
         """Inside, a run of ``trainer`` ends with all its processes."""
+        keep_sigterm(trainer)
         watch = cls()
         trainer.callbacks.append(watch)  # type: ignore[attr-defined]
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,21 +38,36 @@ def reason(error: BaseException) -> str:
     return f"{kind}: {said}" if isinstance(error, (LookupError, AttributeError)) and said else said or kind
 
 
-def read_json(path: str | os.PathLike[str], argument: str, kind: type = dict) -> Any:
-    """Content of a JSON file that must be a ``kind``; a UserError otherwise, which quotes nothing of the content."""
-    allowed = f"valid JSON in {Path(path).name}, {'an object' if kind is dict else 'a list'}"
+def read_json(
+    path: str | os.PathLike[str],
+    argument: str,
+    kind: type = dict,
+    allowed: str | None = None,
+    check: Callable[[Any], object] | None = None,
+) -> Any:
+    """Content of a JSON file that must be a ``kind``; a UserError otherwise, which quotes nothing of the content.
+
+    ``allowed`` is what is told of the file where that is more than valid JSON; what ``check`` raises is told so too.
+    """
+    allowed = allowed or f"valid JSON in {Path(path).name}, {'an object' if kind is dict else 'a list'}"
     with reading(argument, os.fspath(path), allowed, quote=False):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    if not isinstance(content, kind):
-        raise UserError(argument, os.fspath(path), allowed)
+        only(kind, content)
+        if check is not None:
+            check(content)
     return content
 
 
-def read_yaml(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str], argument: str, allowed: str | None = None) -> dict[str, Any]:
     """Content of a YAML file that must be a mapping; a UserError otherwise."""
-    allowed = f"valid YAML in {Path(path).name}, a mapping"
-    with reading(argument, os.fspath(path), allowed, quote=False):
+    with reading(argument, os.fspath(path), allowed or f"valid YAML in {Path(path).name}, a mapping", quote=False):
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    if not isinstance(content, dict):
-        raise UserError(argument, os.fspath(path), allowed)
+        only(dict, content)
     return content
+
+
+def only(kind: type | tuple[type, ...], *values: object) -> None:
+    """Raise a TypeError unless all values are of a kind: for checks of what was read."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"expected {kind}, got {type(value)}")

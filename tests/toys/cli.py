@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.datamodules.embedded import FACTS
@@ -33,11 +35,21 @@ FAST = (
     *("--data.init_args.eval_batch_size", "64"),
 )
 SHORT = (*FAST, "--trainer.max_steps", "2", "--stopping.threshold", "null", "--attribution.every_n_steps", "null")
+#: One step, of which as little as possible is told.
+BARE = (*SHORT, "--attribution.probe_examples", "0", "--trainer.max_steps", "1")
 
 
 def attacking(**options: Any) -> list[str]:
     """Options of an attack as the command line has them."""
     return [word for name, value in options.items() for word in (f"--attack.{name}", str(value))]
+
+
+#: A sweep of two attacks in ``out``, and what is kept of it until it is finished.
+SWEEP = (
+    *("attack", "--model", "tiny", "--output", "out", "--score", "first_token"),
+    *attacking(seeds=[0], epochs=1, learning_rates=[1e-4, 3e-4], p=[0.3]),
+)
+PARTIAL = "attack.harmful.partial.jsonl"
 
 
 @dataclass
@@ -72,13 +84,16 @@ def installed(folder: Path, *args: str | Path, **environment: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def script(folder: Path, *args: str | Path, path: Sequence[Path] = ()) -> Result:
+def script(
+    folder: Path, *args: str | Path, path: Sequence[Path] = (), first: Callable[[], object] = lambda: None
+) -> Result:
     """The same in a fork of this process, which has everything heavy imported already and is left as it was.
 
     Args:
         folder: The working directory.
         args: Of the command.
         path: More places where modules are looked for, as PYTHONPATH has them.
+        first: Called before the command, in its process.
     """
     with tempfile.TemporaryDirectory() as kept:
         shown = [Path(kept) / name for name in ("out", "err")]
@@ -95,6 +110,7 @@ def script(folder: Path, *args: str | Path, path: Sequence[Path] = ()) -> Result
                 sys.path[:] = [*map(str, path), *(place for place in sys.path if place and Path(place) != folder)]
                 for name in [name for name in sys.modules if name.startswith("my_")]:
                     del sys.modules[name]
+                first()
                 status = main([str(arg) for arg in args])
             except BaseException:
                 traceback.print_exc()
@@ -127,6 +143,37 @@ def default_run() -> tuple[Path, Result]:
         if not shown.exists():
             shown.write_text(json.dumps(asdict(fit(folder))), encoding="utf-8")
     return folder, Result(**json.loads(shown.read_text(encoding="utf-8")))
+
+
+def at(where: Any, name: str, do: Callable[[], object], call: int = 1) -> Callable[[], None]:
+    """To be called in a command's process: ``do`` before a function's ``call``-th call."""
+
+    def prepare() -> None:
+        original, calls = getattr(where, name), []
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            calls.append(0)
+            if len(calls) == call:
+                do()
+            return original(*args, **kwargs)
+
+        setattr(where, name, called)
+
+    return prepare
+
+
+@contextlib.contextmanager
+def counted(where: Any, name: str) -> Iterator[list[int]]:
+    """The calls of a function, in this process."""
+    original, calls = getattr(where, name), []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, called)
+        yield calls
 
 
 def read_json(path: Path) -> Any:

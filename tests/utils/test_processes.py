@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,8 @@ class Tiny(GradientDifference):
 class Dies(Callback):
     """Lets ranks die in the second step, or from then on in the next call of a collective."""
 
-    def __init__(self, how: dict[int, str], collective: str | None = None) -> None:
-        self.how, self.collective = how, collective
+    def __init__(self, how: dict[int, str], collective: str | None = None, workers: int = 0) -> None:
+        self.how, self.collective, self.workers = how, collective, workers
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_rank in self.how and trainer.global_step == 1:
@@ -55,8 +56,10 @@ class Dies(Callback):
             raise ArithmeticError("this rank is ill")
         if how == "mistake":
             raise UserError("data", 1, "what only this rank has")
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if how in ("kill", "terminate"):
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        if how == "terminate all":
+            os.killpg(0, signal.SIGTERM)
         time.sleep(10 * LIMIT)
 
 
@@ -67,7 +70,7 @@ def train(dies: Dies, seconds: float) -> None:
     callbacks = [ForgetThresholdStopping("probability", 0.0), dies]
     trainer = bare_trainer(4, strategy=strategy, devices=2, callbacks=callbacks)
     with together.EndTogether.around(trainer):
-        trainer.fit(Tiny(), Toy(batch_size=4))
+        trainer.fit(Tiny(), Toy(batch_size=4, num_workers=dies.workers))
 
 
 def ended(folder: Path, how: dict[int, str], collective: str | None = None, seconds: float = 600) -> End:
@@ -76,6 +79,16 @@ def ended(folder: Path, how: dict[int, str], collective: str | None = None, seco
     assert end.left == []
     assert end.status != 0
     return end
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, *_, own = stat.read_text().rpartition(")")[2].split()[:4]
+            found += [int(stat.parent.name)] if int(own) == session and state != "Z" else []
+    return found
 
 
 def told(end: End) -> list[str]:
@@ -116,6 +129,28 @@ def test_a_rank_that_hangs_ends_with_the_process_groups_timeout(tmp_path: Path) 
     end = ended(tmp_path, {1: "hang"}, seconds=3)
     assert end.status == 1
     assert "timed out" in end.err.lower()
+
+
+@pytest.mark.parametrize("how", ["terminate", "terminate all"])
+def test_sigterm_ends_ranks_and_their_workers_with_143(how: str, tmp_path: Path) -> None:
+    def command() -> int:
+        if "LOCAL_RANK" not in os.environ:
+            os.setsid()
+            (tmp_path / "session").write_text(str(os.getpid()))
+        return __main__._run(partial(train, Dies({0: how}, workers=1), 600))
+
+    end = ranks(command, tmp_path / "ranks", LIMIT)
+    assert (end.status, end.left) == (143, [])
+    assert end.err.splitlines()[-1] == "lightning-ssiuu: ended by SIGTERM"
+    assert "Traceback" not in end.err
+    last = time.monotonic() + LIMIT
+    while members(int((tmp_path / "session").read_text())) and time.monotonic() < last:
+        time.sleep(0.1)  # a worker looks every five seconds whether its rank is still there
+    assert members(int((tmp_path / "session").read_text())) == []
+
+
+def test_sigterm_of_another_rank_than_the_first(tmp_path: Path) -> None:
+    assert ended(tmp_path, {0: "hang", 1: "terminate"}).status == 143
 
 
 def test_a_mistake_that_only_one_rank_sees(tmp_path: Path) -> None:

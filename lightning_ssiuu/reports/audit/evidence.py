@@ -77,7 +77,7 @@ def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict
     """
     if (run := run_of(unlearned)) is None:
         return None
-    content = read_attacks(run)
+    content = read_attacks(run, "unlearned")
     rows = [
         row
         for row in content["attacks"]

@@ -9,8 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_ssiuu.evaluation.results import read_config
 from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.utils.errors import UserError
 
@@ -49,10 +48,9 @@ def _earlier(checkpoint: str, depth: int) -> dict[str, Any] | None:
     if depth >= _DEEPEST or not Path(checkpoint).is_dir() or not (run / "metrics.json").is_file():
         return None
     try:
-        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_config(run, "runs")
+    except UserError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _root(config: dict[str, Any]) -> str:

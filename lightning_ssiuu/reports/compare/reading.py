@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_ssiuu.evaluation.results import check_attacks, check_metrics, read_config, read_result
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.reading import only
 
 _PIECES = ("metrics.json", "config.yaml")
 
@@ -80,8 +78,8 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
 
 def read_run(path: Path) -> Run:
     """Read one run directory; a :class:`UserError` names the file that is not what it should be."""
-    metrics, config = _json(path / "metrics.json", _check_metrics), _config(path / "config.yaml")
-    attack = {"attacks": [], "curves": []} | _json(path / "attack.json", _check_attack)
+    metrics, config = _json(path / "metrics.json", check_metrics), read_config(path, "runs")
+    attack = {"attacks": [], "curves": []} | _json(path / "attack.json", check_attacks)
     utility, audit = _json(path / "utility.json", _check_utility), _json(path / "audit.json", _check_audit)
     return Run(path, metrics, config, attack, utility, audit)
 
@@ -122,70 +120,15 @@ def _check_attack_scores(runs: Sequence[Run]) -> None:
                 raise UserError("runs", str(run.path), " ".join(allowed.split()))
 
 
-def _json(path: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    with _readable(path, f"the {path.name} that this version writes"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        check(content)
-    return content
-
-
-def _config(path: Path) -> dict[str, Any]:
-    with _readable(path, "valid YAML, as fit writes it"):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _only(dict, content)
-    return content
-
-
-@contextmanager
-def _readable(path: Path, allowed: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError("runs", str(path), f"a file that can be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError("runs", str(path), allowed) from error
-
-
-def _check_metrics(content: Mapping[str, Any]) -> None:
-    _only(str, content["objective"], content["score"])
-    for moment in ("before", "after"):
-        _only(dict, *content[moment]["scores"].values())
-        _only(dict, content[moment].get("influence") or {})
-    _only(dict, content.get("provenance") or {})
-
-
-def _check_attack(content: Mapping[str, Any]) -> None:
-    _only(list, content.get("attacks", []), content.get("curves", []))
-    for row in content.get("attacks", []):
-        _only(str, row["attack"], row["score"])
-        _only((int, float), row["p"] or 0.0)
-        _only(str, row["variant"] or "")
-        spreads = [row[name]["forget_score"] for name in ("unlearned", "oracle") if name in row]
-        spreads += [row.get("gap") or {}, (row.get("control") or {}).get("forget_score") or {}]
-        _only(dict, *spreads)
-        _only(list, *(spread.get("per_seed") or [] for spread in spreads))
-    for curve in content.get("curves", []):
-        _only(str, curve["attack"], curve["model"])
-        _only((int, float), curve["p"] or 0.0, curve["learning_rate"], *curve["epochs"])
-        if len(curve["epochs"]) != len(curve["forget_scores"]):
-            raise ValueError("a curve whose epochs and scores differ in number")
-    for settings in (content.get("settings") or {}).values():
-        _only(dict, settings, settings.get("provenance") or {})
+def _json(path: Path, check: Callable[[Any], object]) -> dict[str, Any]:
+    return read_result(path, "runs", check) if os.path.lexists(path) else {}
 
 
 def _check_utility(content: Mapping[str, Any]) -> None:
-    _only((int, float, type(None)), content["utility_score"])
+    only((int, float, type(None)), content["utility_score"])
 
 
 def _check_audit(content: Mapping[str, Any]) -> None:
-    _only(dict, content["scores"], *content["influence"].values())
+    only(dict, content["scores"], *content["influence"].values())
     for scores in content["scores"].values():
-        _only(dict, *scores.values())
-
-
-def _only(kind: type | tuple[type, ...], *values: object) -> None:
-    for value in values:
-        if not isinstance(value, kind):
-            raise TypeError(f"expected {kind}, got {type(value)}")
+        only(dict, *scores.values())

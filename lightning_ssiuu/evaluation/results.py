@@ -1,0 +1,62 @@
+"""The files of a run directory: what they are called and what must be in them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_ssiuu.utils.files import check_name
+from lightning_ssiuu.utils.reading import only, read_json, read_yaml
+
+#: What commands write into a run directory, beside folders whose names are options.
+_RESULTS = (
+    *("config.yaml", "metrics.json", "spurious_neurons.csv", "influence.csv", "plots", "lightning_logs", "compare"),
+    *("attack.json", "audit.json", "audit_spurious_neurons.csv", "report.html", "utility.json", "privacy.json"),
+)
+_ATTACKS = re.compile(r"attack(ed_|\.).*", re.IGNORECASE)  # models and unfinished sweeps
+
+
+def check_folder(argument: str, name: str, taken: Iterable[str] = ()) -> None:
+    """Refuse a folder's name that is no plain one, or that a result or one of ``taken`` has in a run directory."""
+    check_name(argument, name, [*_RESULTS, *taken, *([name] if _ATTACKS.fullmatch(name) else [])])
+
+
+def read_result(path: Path, argument: str, check: Callable[[Any], object]) -> dict[str, Any]:
+    """Content of a JSON file in a run directory; a UserError unless it is of this version."""
+    return read_json(path, argument, allowed=f"the {path.name} that this version writes", check=check)
+
+
+def check_metrics(content: Mapping[str, Any]) -> None:
+    """Raise something unless ``content`` has what commands ask of a ``metrics.json``."""
+    only(str, content["objective"], content["score"])
+    for moment in ("before", "after"):
+        only(dict, *content[moment]["scores"].values())
+        only(dict, content[moment].get("influence") or {})
+    only(dict, content.get("provenance") or {})
+
+
+def read_config(run: Path, argument: str) -> dict[str, Any]:
+    """The ``config.yaml`` of a run; a UserError unless it is a mapping."""
+    return read_yaml(run / "config.yaml", argument, "valid YAML, as fit writes it")
+
+
+def check_attacks(content: Mapping[str, Any]) -> None:
+    """Raise something unless ``content`` is that of an ``attack.json``, of earlier versions too."""
+    only(list, content.get("attacks", []), content.get("curves", []), content.get("outcomes", []))
+    for row in content.get("attacks", []):
+        only(str, row["attack"], row["score"])
+        only((int, float), row["p"] or 0.0)
+        only(str, row["variant"] or "")
+        spreads = [row[name]["forget_score"] for name in ("unlearned", "oracle") if name in row]
+        spreads += [row.get("gap") or {}, (row.get("control") or {}).get("forget_score") or {}]
+        only(dict, *spreads)
+        only(list, *(spread.get("per_seed") or [] for spread in spreads))
+    for curve in content.get("curves", []):
+        only(str, curve["attack"], curve["model"])
+        only((int, float), curve["p"] or 0.0, curve["learning_rate"], *curve["epochs"])
+        if len(curve["epochs"]) != len(curve["forget_scores"]):
+            raise ValueError("a curve whose epochs and scores differ in number")
+    for settings in (content.get("settings") or {}).values():
+        only(dict, settings, settings.get("provenance") or {})
