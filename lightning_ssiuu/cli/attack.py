@@ -75,30 +75,30 @@ def attack(
     with Report({"model": model, "oracle": oracle}, data, devices, output) as report:
         check_name("attack", method.name)
         refuse_links("output", report.folder, [REPORT, *_beside(method)])
-    if method.name in read_attacks(report.folder)["settings"] and not overwrite:
-        allowed = f"a directory whose {REPORT} has no {method.name} attack, or --overwrite"
-        raise UserError("output", str(report.folder), allowed)
-    score = score or run_score(model)
-    method.check(report.data, score, devices)
-    targets = [Target(*given, devices) for given in report.models.items()]
-    log = _log(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
-    with devices.launched():
-        more: dict[str, Any] = {}
-        if log is not None:
-            log.finished = gathered(log.finished)[0]
-            more["log"] = log
-        results = checked(method, method.run(targets, report.data, score, devices, **more), targets)
-        rows = method.rows(results, score)
-        if devices.is_first:
-            settings = {"score": score, "precision": devices.precision, **method.settings()}
-            settings["provenance"] = report.provenance(settings)
-                try:
-            merge_attacks(report.folder, method.name, rows, settings, results)
-                finally:  # also where the disk refuses
-            print_attacks(rows, rows[0]["score"])
+        if method.name in read_attacks(report.folder)["settings"] and not overwrite:
+            allowed = f"a directory whose {REPORT} has no {method.name} attack, or --overwrite"
+            raise UserError("output", str(report.folder), allowed)
+        score = score or run_score(model)
+        method.check(report.data, score, devices)
+        targets = [Target(*given, devices) for given in report.models.items()]
+        log = _log(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
+        with devices.launched():
+            more: dict[str, Any] = {}
             if log is not None:
-                log.remove()
-    return rows
+                log.finished = gathered(log.finished)[0]
+                more["log"] = log
+            results = checked(method, method.run(targets, report.data, score, devices, **more), targets)
+            rows = method.rows(results, score)
+            if devices.is_first:
+                settings = {"score": score, "precision": devices.precision, **method.settings()}
+                settings["provenance"] = report.provenance(settings)
+                try:
+                    merge_attacks(report.folder, method.name, rows, settings, results)
+                finally:  # also where the disk refuses
+                    print_attacks(rows, rows[0]["score"])
+                if log is not None:
+                    log.remove()
+        return rows
 
 
 def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> FinishedAttacks:

@@ -64,34 +64,34 @@ def utility(
         check_harness("suite" if tasks is None else "tasks", suite if tasks is None else list(tasks))
     devices = Devices(accelerator, 1, precision=precision)
     with Report({"model": model}, data, devices, output, ["utility.json"], overwrite) as report:
-    data = report.data
-    with naming("model"):
-        tokenizer, loaded = data.tokenizer, devices.load(model)
-    sha256 = None
-    if tasks is not None or suite == "paper":
-        wanted = list(PAPER) if tasks is None else list(dict.fromkeys(tasks))
-        named = "lm_eval" if tasks is not None else "paper"
-        if chat and tokenizer.chat_template:
-            tokenizer = Chat(tokenizer, None, data.template_options or {}, data.date).dated()
-        scores, counts = harness_scores(loaded, tokenizer, wanted, limit, batch_size, chat, task_directory)
-    else:
-        named = suite or suite_of(data)
-        items = suite_tasks(named, seen_questions(named, data), limit)
-        asking = encoding_like(named, data, batch_size)
-        scores, counts = score_tasks(loaded, items, SUITES[named], asking), {n: len(i) for n, i in items.items()}
-        sha256 = asking.content_sha256()
-    content = {
-        "utility_score": sum(scores.values()) / len(scores),
-        "tasks": scores,
-        "suite": named,
-        "n_items": counts,
-        "provenance": report.provenance([named, tasks, limit, chat, precision]) | {"data_sha256": sha256},
-    }
+        data = report.data
+        with naming("model"):
+            tokenizer, loaded = data.tokenizer, devices.load(model)
+        sha256 = None
+        if tasks is not None or suite == "paper":
+            wanted = list(PAPER) if tasks is None else list(dict.fromkeys(tasks))
+            named = "lm_eval" if tasks is not None else "paper"
+            if chat and tokenizer.chat_template:
+                tokenizer = Chat(tokenizer, None, data.template_options or {}, data.date).dated()
+            scores, counts = harness_scores(loaded, tokenizer, wanted, limit, batch_size, chat, task_directory)
+        else:
+            named = suite or suite_of(data)
+            items = suite_tasks(named, seen_questions(named, data), limit)
+            asking = encoding_like(named, data, batch_size)
+            scores, counts = score_tasks(loaded, items, SUITES[named], asking), {n: len(i) for n, i in items.items()}
+            sha256 = asking.content_sha256()
+        content = {
+            "utility_score": sum(scores.values()) / len(scores),
+            "tasks": scores,
+            "suite": named,
+            "n_items": counts,
+            "provenance": report.provenance([named, tasks, limit, chat, precision]) | {"data_sha256": sha256},
+        }
         try:
-    report.write("utility.json", content)
+            report.write("utility.json", content)
         finally:  # also where the disk refuses
-    print_utility(content)
-    return content
+            print_utility(content)
+        return content
 
 
 def print_utility(content: dict[str, Any]) -> None:
