@@ -94,6 +94,6 @@ class ForgetThresholdStopping(L.Callback):
         self.value, self.level, self.stopped, self._looked_at = (state_dict[name] for name in names)
 
     def _look(self, pl_module: Any) -> float:
-        scores = evaluate(pl_module.model, pl_module.tokenizer, [self._loader], [self.score])
+        scores = evaluate(pl_module.model, pl_module.tokenizer, [self._loader], [self.score], step=pl_module.global_step)
         self.value = value = scores["forget"][self.score]
         return value

@@ -68,7 +68,8 @@ class RunReport(L.Callback):
         if names is not None and stopping and stopping.score not in names:
             names = [stopping.score, *names]
         also = [stopping.score] if stopping and stopping.threshold is not None else []
-        return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names, also)
+        loaders = evaluation_loaders(trainer)
+        return evaluate(pl_module.model, pl_module.tokenizer, loaders, names, also, step=trainer.global_step)
 
     def _content(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         stopping = _find(trainer, ForgetThresholdStopping)

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
+from lightning_ssiuu.models.checks import check_weights
 from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
@@ -85,7 +86,7 @@ def load_model(
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: If there is no such model, its weights are not safetensors, broken, incomplete or quantised already,
+        UserError: If there is no such model, its weights are not safetensors, broken, incomplete, not finite or quantised already,
             bitsandbytes is missing, or ``architecture`` is not this model's.
 
     Example:
@@ -105,6 +106,7 @@ def load_model(
         # transformers would fill them with random numbers and go on.
         allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
         raise UserError("checkpoint", os.fspath(checkpoint), allowed)
+    check_weights(model, os.fspath(checkpoint))
     model.config.use_cache = False
     if quantization is not None:
         prepare_for_training(model)
