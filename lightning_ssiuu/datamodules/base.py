@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -129,6 +130,14 @@ class UnlearningDataModule(LightningDataModule, ABC):
 
             tokenizer = load_tokenizer(tokenizer)
         return Encoder(tokenizer, self.template, self.max_length, self.choice_template)
+
+    def with_template(self, template: str) -> Self:
+        """The same sets asked under another template, as far as evaluation goes; this module stays as it is."""
+        other = copy.copy(self)
+        other.tokenizer_or_name, other.max_length = self.tokenizer, self.encoder.max_length
+        other.template, other._encoded = template, {}
+        other.__dict__.pop("encoder", None)
+        return other
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

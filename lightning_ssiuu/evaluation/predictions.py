@@ -94,7 +94,9 @@ class Predictions:
     def _labelled(self, labels: Tensor) -> list[str]:
         return [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
 
-    def _continued(self, ids: Tensor, labels: Tensor, limits: Tensor, processors: Sequence[LogitsProcessor] = ()) -> list[str]:
+    def _continued(
+        self, ids: Tensor, labels: Tensor, limits: Tensor, processors: Sequence[LogitsProcessor] = ()
+    ) -> list[str]:
         # Continues what stands before the labels, row by row at most so many tokens (200 where that is less).
         answered = labels != -100
         starts = answered.int().argmax(1).tolist()

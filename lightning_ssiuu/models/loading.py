@@ -86,8 +86,8 @@ def load_model(
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: If there is no such model, its weights are not safetensors, broken, incomplete, not finite or quantised already,
-            bitsandbytes is missing, or ``architecture`` is not this model's.
+        UserError: If there is no such model, its weights are not safetensors, broken, incomplete, not finite or
+            quantised already, bitsandbytes is missing, or ``architecture`` is not this model's.
 
     Example:
         >>> load_model("tiny").config.model_type

@@ -235,6 +235,11 @@ class UnlearningModule(Stateful, L.LightningModule):
         return None if self.regularizer is None else "a regularizer"
 
     @property
+    def unlearns(self) -> bool:
+        """Whether it trains on the forget set, to forget it."""
+        return self.forget_weight > 0
+
+    @property
     def is_loaded(self) -> bool:
         """Whether ``configure_model`` or :meth:`adopt` has run."""
         return "model" in self._modules

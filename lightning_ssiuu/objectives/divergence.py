@@ -40,7 +40,8 @@ def check_trained(module: Any, batch: Mapping[str, Part]) -> None:
     step = module.global_step
     mistake: NotFinite | None = None
     if broken := not_finite(weights(module.model)):
-        mistake = diverged(f"the weights of {len(broken)} tensors are NaN, infinite or beyond all measure after step {step}, first {broken[0]}")
+        what = "tensors of weights are NaN, infinite or beyond all measure"
+        mistake = diverged(f"{len(broken)} {what} after step {step}, first {broken[0]}")
     part = next(iter(batch.values()))
     try:
         with torch.no_grad(), untouched(module.model), module.trainer.precision_plugin.forward_context():

@@ -37,7 +37,7 @@ class UserError(ValueError):
 UserError.__module__ = "lightning_ssiuu"  # its public place: what a traceback shows
 
 
-class NotFinite(UserError):
+class NotFinite(UserError):  # noqa: N818 (as UserError, it says what is wrong with the value)
     """NaN or infinity where figures rest on a number: a broken model, or a training run that diverged."""
 
 
