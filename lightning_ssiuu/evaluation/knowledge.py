@@ -82,8 +82,8 @@ class Knowledge:
         """One line where little is known, or far more under another template."""
         if (text := self.doubt()) is not None:
             return text
-        if self.own.above < LEAST_KNOWN:
-            return f"the model hardly knows the forget set ({self.own}): there is hardly anything to forget"
+        if max(self.own.above, self.here.above) < LEAST_KNOWN:
+            return f"the model hardly knows the forget set ({self.here}): there is hardly anything to forget"
         return None
 
 
@@ -95,17 +95,17 @@ def knowledge(
     value: float | None = None,
     chance: float | None = None,
 ) -> Knowledge | None:
-    """What a model knows of the forget set; ``value`` and ``chance`` are its score and the level where known, percent.
+    """What a model knows of the forget set; ``value`` and ``chance`` (percent) are what is known of its score already.
 
     Where that is not much, other templates are tried: ``plain``, ``chat`` if the tokenizer has one, and the question
     alone. They are compared by probability, which knows degrees where whole answers are right or wrong, on the first
-    :data:`~lightning_ssiuu.evaluation.chance.YARDSTICK` examples. None where no level by chance is known.
+    :data:`~lightning_ssiuu.evaluation.chance.YARDSTICK` examples. None of a set of one.
     """
-    if value is None:
-        own = known_under(None, _ASKED, model, tokenizer, data)
-    else:
+    own = None
+    if value is not None:
         chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget")) if chance is None else chance
         own = None if chance is None else Known(data.template, score, value, chance)
+    own = own or known_under(None, _ASKED, model, tokenizer, data)
     if own is None:
         return None
     if own.above >= _ENOUGH:

@@ -27,7 +27,8 @@ class Retention:
     @property
     def margin(self) -> float:
         """Points above chance that still are chance: 5, or two standard errors of ``n`` guesses where that is more."""
-        return max(LEAST_KNOWN, 2 * math.sqrt(self.chance * (100 - self.chance) / max(self.n, 1)))
+        variance = max(0.0, self.chance * (100 - self.chance))  # a score of one's own need not be a percentage
+        return max(LEAST_KNOWN, 2 * math.sqrt(variance / max(self.n, 1)))
 
     @property
     def collapsed(self) -> bool:
