@@ -12,6 +12,7 @@ import yaml
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
+from lightning_ssiuu.models.checks import tokenizers_differ
 from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.registry import no_module
@@ -46,10 +47,11 @@ def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> N
 
     They are compared token by token.
     """
-    vocabulary = data.tokenizer.get_vocab()
     for argument, checkpoint in models.items():
-        if load_tokenizer(checkpoint).get_vocab() != vocabulary:
-            raise UserError(argument, checkpoint, "a model with the same tokenizer as the others")
+        with naming(argument):
+            tokenizer = load_tokenizer(checkpoint)
+        if (difference := tokenizers_differ(tokenizer, data.tokenizer)) is not None:
+            raise UserError(argument, checkpoint, f"a model with the same tokenizer as the others, not {difference}")
 
 
 def run_score(model: str, default: str = "probability") -> str:

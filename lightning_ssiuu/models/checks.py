@@ -1,4 +1,4 @@
-"""Whether a model's numbers are numbers: its weights, and what it predicts."""
+"""Whether a model's numbers are numbers (its weights, and what it predicts), and whether its tokenizer is its own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.utils.errors import Given, NotFinite
+from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
 
 _RATE = "a smaller learning rate, clipped gradients (trainer.gradient_clip_val), or trainer.precision 32-true"
+#: Text on which tokenizers of one vocabulary differ if their normalisers, splits or merges do.
+_PROBE = "Question: Who wrote \u201c\u00c9mile\u201d in 1762?\nAnswer: J.-J. Rousseau,  naturally \u4e2d\u6587 \ud55c"
 
 
 def check_weights(model: nn.Module, checkpoint: str) -> None:
@@ -87,3 +90,44 @@ def diverging(step: int) -> Iterator[None]:
 def has_values(tensor: Tensor) -> bool:
     """Whether there are numbers to look at: a meta tensor, or a simulation's, has none."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int | None, checkpoint: str) -> None:
+    """Check that a tokenizer belongs to a model with so many embeddings (None: not known).
+
+    A padding token without an embedding, which is masked wherever it stands, gives way to the end-of-sequence token.
+    Other added tokens may lie beyond the embeddings, as an image's place in a model that reads text alone does.
+
+    Raises:
+        UserError: Where text, or the end of an answer, becomes tokens that the model has no embedding of.
+    """
+    if rows is None:
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = {tokenizer.bos_token, tokenizer.eos_token}
+    beyond = [i for token, i in tokenizer.get_vocab().items() if i >= rows and (token in ends or token not in special)]
+    if beyond:
+        allowed = f"a model and its own tokenizer ({rows} embeddings, but {len(beyond)} tokens up to id {max(beyond)})"
+        raise UserError("checkpoint", checkpoint, allowed)
+
+
+def tokenizers_differ(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """In what two tokenizers differ, so that their models could not be compared token by token; None: in nothing.
+
+    Padding does not count.
+    """
+    if one.get_vocab() != other.get_vocab():
+        return "another vocabulary"
+    if (one.bos_token_id, one.eos_token_id) != (other.bos_token_id, other.eos_token_id):
+        return "other tokens that begin or end a text"
+    added: list[dict[int, tuple[str, bool]]] = [
+        {i: (token.content, token.special) for i, token in t.added_tokens_decoder.items() if i != t.pad_token_id}
+        for t in (one, other)
+    ]
+    if any(added[0][i] != added[1][i] for i in added[0].keys() & added[1].keys()):
+        return "other special tokens"
+    if list(one(_PROBE)["input_ids"]) != list(other(_PROBE)["input_ids"]):
+        return "another way to split text"
+    return None
