@@ -60,6 +60,12 @@ def run_score(model: str, default: str = "probability") -> str:
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["score"] if run else default
 
 
+def run_collapsed(model: str) -> bool | None:
+    """Whether a run's model collapsed, as written in its ``metrics.json``; None where nobody knows."""
+    run = run_of(model)
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8")).get("collapsed") if run else None
+
+
 def run_data(model: str, data: UnlearningDataModule | None) -> UnlearningDataModule:
     """The data module to judge a model by: the one given, else its run's, else the embedded facts.
 

@@ -33,9 +33,8 @@ def ignorant(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_template_with_which_it_knows_most_is_named(tmp_path: Path) -> None:
-    for more in (("--stopping.threshold", "null"), ("--stopping.score", "probability", "--stopping.threshold", "0.1")):
-        result = fit(tmp_path / "run", *FAST, TEMPLATE, STRANGE, *more)
-        refused(result, "data.init_args.template", repr(STRANGE), "allowed: 'plain'", "probability 87.8")
+    result = fit(tmp_path / "run", *FAST, TEMPLATE, STRANGE, "--stopping.threshold", "null")
+    refused(result, "data.init_args.template", repr(STRANGE), "allowed: 'plain'", "probability 87.8")
     assert not files(tmp_path)
 
 
@@ -76,12 +75,12 @@ def test_nothing_is_said_of_a_model_that_knows(tmp_path: Path) -> None:
 
 
 def test_with_template() -> None:
-    data = Facts(max_length=200)
+    data = Facts(max_length=100)
     data.setup("fit")
     before = data._encoded["forget"][0].sequence.input_ids
     other = data.with_template("{question}")
     asked = next(iter(other.eval_dataloader("forget")))["forget"]
-    assert (other.template, data.template, other.encoder.max_length) == ("{question}", "plain", 200)
+    assert (other.template, data.template, other.encoder.max_length) == ("{question}", "plain", 100)
     assert data._encoded["forget"][0].sequence.input_ids == before
     assert other.splits is data.splits
     assert asked["input_ids"][0].tolist()[:4] == data.tokenizer(data.splits.forget[0].question)["input_ids"][:4]
@@ -92,7 +91,7 @@ def test_levels_by_chance() -> None:
     model = AnswerModel(load_model("tiny"))
     loader = data.eval_dataloader("forget")
     options = {1 + len(example.distractors) for example in data.splits.forget}
-    assert chance_of("multiple_choice", model, data.tokenizer, loader) == 100 / options.pop()
+    assert chance_of("multiple_choice", model, data.tokenizer, loader) == pytest.approx(100 / options.pop())
     assert chance_of("truth_ratio_forget", model, data.tokenizer, loader) is None
     assert (
         chance_of("probability", model, data.tokenizer, data.eval_dataloader("forget", data.splits.forget[:1])) is None
@@ -129,7 +128,7 @@ def test_rules(name: str) -> None:
 def test_the_audit_doubts(tmp_path: Path) -> None:
     """An original asked under a template that it does not know, and models the wrong way round."""
     common = ("--probe_examples", "4", "--scores", "[first_token]", "--own_change", "false", "--score", "probability")
-    data = ("--data", "Facts", "--data.template", STRANGE)
+    data = ("--data", "Facts", "--data.template", STRANGE, "--data.eval_batch_size", "64")
     asked = command("audit", "--original", "tiny", "--unlearned", "tiny", "--output", tmp_path, *common, *data)
     assert asked.status == 0, asked.err
     told = " ".join(asked.out.split())

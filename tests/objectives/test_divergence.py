@@ -45,8 +45,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("fit", "--model", "SSIUU", "--model.checkpoint", "{}", "--data", "Facts"), "checkpoint"),
         (("attack", "--model", "{}"), "model"),
         (("audit", "--original", "{}", "--unlearned", "tiny"), "original"),
-        (("audit", "--original", "tiny", "--unlearned", "{}"), "unlearned"),
-        (("audit", "--original", "tiny", "--unlearned", "tiny", "--oracle", "{}"), "oracle"),
+        (("audit", "--original", "tiny", "--unlearned", "{}", "--probe_examples", "2"), "unlearned"),
         (("utility", "--model", "{}"), "model"),
         (("privacy", "--model", "tiny", "--oracle", "{}", "--gradient_norm", "false"), "oracle"),
     ],
@@ -185,3 +184,8 @@ def test_collapsed_is_said(tmp_path: Path) -> None:
     assert content["collapsed"] is True
     assert content["after"]["retain_score"] < 5 < content["before"]["retain_score"]
     assert "Collapsed: the retain all tokens fell to chance" in " ".join(result.out.split())
+    attack = ("--attack", "Sampling", *attacking(k=1, temperature=0.0, seeds=[0]))
+    result = command("attack", "--model", tmp_path / "run" / "model", *attack)
+    assert result.status == 0, result.err
+    assert "The unlearned model has collapsed" in " ".join(result.out.split())
+    assert read_json(tmp_path / "run" / "attack.json")["settings"]["sampling"]["collapsed"] is True
