@@ -19,6 +19,7 @@ from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
+from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
@@ -331,7 +332,8 @@ class UnlearningModule(Stateful, L.LightningModule):
             self.regularizer.after_step(self.model)
 
     def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._scorer().update(batch)
+        with diverging(self.global_step):
+            self._scorer().update(batch)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"{split}/{k}": v for split, s in self._scorer().compute().items() for k, v in s.items()})
