@@ -17,6 +17,7 @@ from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.training.devices import Devices, quiet_lightning
 from lightning_ssiuu.training.shards import local
+from lightning_ssiuu.utils.errors import NotFinite
 
 
 class Recorder(L.Callback):
@@ -29,14 +30,17 @@ class Recorder(L.Callback):
         epoch = trainer.current_epoch + 1
         if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
             attacked: Any = pl_module
-            score = attack_score(attacked.model, attacked.tokenizer, trainer.datamodule, self.score)  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            score = attack_score(attacked.model, attacked.tokenizer, data, self.score, trainer.global_step)
             self.curve.epochs.append(epoch)
             self.curve.forget_scores.append(score)
 
 
-def attack_score(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: RelearnDataModule, score: str) -> float:
-    """A model's score on what an attack is scored on, in percent."""
-    return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
+def attack_score(
+    model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: RelearnDataModule, score: str, step: int = 0
+) -> float:
+    """A model's score on what an attack is scored on, in percent; after so many steps of the attack."""
+    return evaluate(model, tokenizer, [data.scored_batches()], [score], step=step)["forget"][score]
 
 
 def relearn(
@@ -57,6 +61,9 @@ def relearn(
     The curve is the same on any number of ranks, but for rounding. ``devices`` are launched (None: one device),
     adapters stay in the model until ``LoRA.detach``, and ``before`` is the score before the attack where it is known:
     all attacks on a model begin with the same one.
+
+    Raises:
+        NotFinite: If the attack diverges at this learning rate.
     """
     sizes = len(data.attacked), len(data.scored)
     curve = RecoveryCurve(name, data.kind, data.p, learning_rate, data.seed, *sizes, [0])
@@ -71,8 +78,13 @@ def relearn(
             lora.attach(model.hf)
         module.adopt(model.train(), tokenizer)
         trainer = devices.trainer(epochs, [Recorder(score, curve, every_n_epochs)])
-        trainer.fit(module, datamodule=data)
-    _release(trainer, module, data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except NotFinite as error:
+            allowed = f"rates at which the {name} model stays one: {error.value} (seed {data.seed})"
+            raise NotFinite("attack.learning_rates", learning_rate, allowed) from error
+        finally:
+            _release(trainer, module, data)
     if devices.n_ranks > 1:
         gc.collect()  # DistributedDataParallel and its buckets of gradients
     return curve

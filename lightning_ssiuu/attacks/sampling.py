@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target
 from lightning_ssiuu.datamodules import UnlearningDataModule
@@ -166,7 +166,7 @@ def sampled(evaluated: Predictions, seed: int, number: int, options: Sampling) -
     generators = [np.random.default_rng([seed, i % 2**64, number]) for i in evaluated.part["example_id"].tolist()]
     uniforms = np.stack([generator.random(_MOST_TOKENS) for generator in generators])
     processor = Drawn(torch.from_numpy(uniforms), options.temperature, options.top_p)
-    return evaluated.continuations(logits_processor=LogitsProcessorList([processor]))
+    return evaluated.continuations([processor])
 
 
 def _percent(values: Sequence[float]) -> float:

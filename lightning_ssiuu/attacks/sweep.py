@@ -25,6 +25,7 @@ from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import NotFinite
 
 #: How often an attack is made stronger for one model and p.
 _MOST_WIDENINGS = 8
@@ -144,8 +145,12 @@ class Sweep:
             if (attack := stronger([curve for cell, curve in curves if cell in cells])) is None:
                 return
             rate, epochs = attack
-            for cell in cells:
-                curve = self._curve(target, cell, rate, epochs)
+            try:
+                further = [self._curve(target, cell, rate, epochs) for cell in cells]
+            except NotFinite:  # stronger than a model bears, which nobody asked for by name
+                target.restore()
+                return
+            for cell, curve in zip(cells, further, strict=True):
                 # A longer attack begins as the shorter one did, and takes its place.
                 curves[:] = [(c, old) for c, old in curves if c is not cell or old.learning_rate != rate]
                 curves.append((cell, curve))

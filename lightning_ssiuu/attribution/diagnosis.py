@@ -25,6 +25,7 @@ from lightning_ssiuu.evaluation.loaders import first_parts
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.checks import tokenizers_differ
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import progress
@@ -79,7 +80,7 @@ def examine_model(
     method: AttributionMethod | None = None,
 ) -> Examined:
     """:func:`examine` for a model in memory; ``also`` names scores to add, ``method`` as for :func:`attributions`."""
-    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+    if tokenizers_differ(tokenizer, data.tokenizer) is not None:
         raise UserError("model", tokenizer.name_or_path, "models that share one tokenizer")
     wanted = None if scores is None else list(dict.fromkeys([*scores, *also]))
     measured = evaluate(model, tokenizer, data.val_dataloader(), wanted, also)

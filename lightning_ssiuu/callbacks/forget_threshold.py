@@ -6,12 +6,17 @@ import warnings
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import mismatched_level
+from lightning_ssiuu.evaluation.knowledge import knowledge
 from lightning_ssiuu.evaluation.loaders import split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.utils.errors import UserError, check_at_least
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
+
+Unknown = Literal["refuse", "warn"]
 
 
 class ForgetThresholdStopping(L.Callback):
@@ -26,9 +31,14 @@ class ForgetThresholdStopping(L.Callback):
             at the start; None never stops.
         every_n_steps: Optimiser steps between two looks.
         seed: Of the re-pairing.
+        unknown: What becomes of a run that unlearns where the model's forget score before the first step is no more
+            than chance (that of re-paired questions and answers, or of guessing among options), whatever the threshold:
+            it would end as a success that unlearned nothing. ``"refuse"`` names the template with which the model knows
+            most, if there is one; ``"warn"`` goes on.
 
     Raises:
-        UserError: If an argument is outside its range, or the threshold is met before the first step.
+        UserError: If an argument is outside its range, the model does not know the forget set, or the threshold is met
+            before the first step.
 
     Example:
         >>> ForgetThresholdStopping(score="rouge_l", threshold=10.0, every_n_steps=5).stopped
@@ -41,11 +51,14 @@ class ForgetThresholdStopping(L.Callback):
         threshold: float | Literal["mismatched"] | None = "mismatched",
         every_n_steps: int = 1,
         seed: int = 0,
+        unknown: Unknown = "refuse",
     ) -> None:
         check_score(score, "stopping.score")
         if not (threshold in (None, "mismatched") or (not isinstance(threshold, str) and 0 <= threshold < 100)):
             raise UserError("stopping.threshold", threshold, 'a percentage in [0, 100), "mismatched" or null')
         check_at_least("stopping.every_n_steps", every_n_steps, 1)
+        check_choice("stopping.unknown", unknown, Unknown)
+        self.unknown = unknown
         self.score, self.threshold, self.every_n_steps, self.seed = score, threshold, every_n_steps, seed
         self.value: float | None = None
         self.level: float | None = None
@@ -54,21 +67,27 @@ class ForgetThresholdStopping(L.Callback):
         self._looked_at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.threshold is None:
+        begins = trainer.global_step == 0
+        if self.threshold is not None:
+            with untouched(model := pl_module.model):
+                self._loader = split_loader(trainer, "forget")
+                if self._loader is None:
+                    raise UserError("data", None, "an evaluation loader for the forget set")
+                if self.threshold != "mismatched":
+                    self.level = float(self.threshold)
+                elif self.level is None:  # a resumed run brings the original model's
+                    self.level = mismatched_level(self.score, model, pl_module.tokenizer, self._loader, self.seed)
+            if begins:
+                self._look(pl_module)
+        if begins and _unlearns(trainer, pl_module):
+            self._check_known(trainer, pl_module)
+        if self.level is None or self.value is None:
             return
-        with untouched(model := pl_module.model):
-            self._loader = split_loader(trainer, "forget")
-            if self._loader is None:
-                raise UserError("data", None, "an evaluation loader for the forget set")
-            if self.threshold != "mismatched":
-                self.level = float(self.threshold)
-            elif self.level is None:  # a resumed run brings the original model's
-                self.level = mismatched_level(self.score, model, pl_module.tokenizer, self._loader, self.seed)
-        if trainer.global_step == 0 and self._look(pl_module) <= self.level:
+        if begins and self.value <= self.level:
             allowed = f"below the forget set's {self.score}, which is {self.value:.4g} % before the first step"
             raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
-            self.stopped = trainer.should_stop = self.value is not None and self.value <= self.level
+            self.stopped = trainer.should_stop = self.value <= self.level
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -93,7 +112,24 @@ class ForgetThresholdStopping(L.Callback):
         names = ("value", "level", "stopped", "looked_at")
         self.value, self.level, self.stopped, self._looked_at = (state_dict[name] for name in names)
 
+    def _check_known(self, trainer: Any, pl_module: Any) -> None:
+        value, chance = self.value, self.level if self.threshold == "mismatched" else None
+        known = knowledge(self.score, pl_module.model, pl_module.tokenizer, trainer.datamodule, value, chance)
+        if known is None:
+            return
+        if known.nothing and self.unknown == "refuse":
+            raise known.mistake("model.checkpoint")
+        if (text := known.warning()) is not None:
+            rank_zero_warn(f"ForgetThresholdStopping: {text}")
+
     def _look(self, pl_module: Any) -> float:
-        scores = evaluate(pl_module.model, pl_module.tokenizer, [self._loader], [self.score])
+        model, tokenizer = pl_module.model, pl_module.tokenizer
+        scores = evaluate(model, tokenizer, [self._loader], [self.score], step=pl_module.global_step)
         self.value = value = scores["forget"][self.score]
         return value
+
+
+def _unlearns(trainer: Any, pl_module: Any) -> bool:
+    # A data module's train_on says whether there is a forget part at all.
+    data, unlearns = trainer.datamodule, getattr(pl_module, "unlearns", False)
+    return isinstance(data, UnlearningDataModule) and data.train_on == "pairs" and unlearns

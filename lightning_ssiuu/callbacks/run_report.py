@@ -12,8 +12,10 @@ from rich.table import Column, Table
 
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
-from lightning_ssiuu.evaluation.loaders import evaluation_loaders, run_directory
-from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.evaluation.chance import chance_of, first_batches
+from lightning_ssiuu.evaluation.loaders import evaluation_loaders, run_directory, split_loader
+from lightning_ssiuu.evaluation.retention import Retention
+from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.provenance import provenance
 
@@ -25,7 +27,9 @@ class RunReport(L.Callback):
 
     ``forget_score``, ``retain_score`` and ``test_score`` hold the stopping criterion's score (or the first one measured
     where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score of arXiv
-    2509.22263: on people neither unlearned nor held on to. No data-set text is written. Give it after
+    2509.22263: on people neither unlearned nor held on to. ``collapsed`` says that the retain score is at chance
+    (``retain_chance``) and was not before (:class:`~lightning_ssiuu.evaluation.retention.Retention`; None where no
+    chance is known): such a model has forgotten everything. No data-set text is written. Give it after
     :class:`NeuronAttributionCallback`, whose figures it reports. ``before``, ``after``: ``{split: {score: percent}}``.
 
     Args:
@@ -40,6 +44,7 @@ class RunReport(L.Callback):
         self.print_table = print_table
         self.before: Scores = {}
         self.after: Scores = {}
+        self.chance: float | None = None  # of the retain score
         self.config_text: str | None = None
         self._start = 0.0
 
@@ -47,6 +52,7 @@ class RunReport(L.Callback):
         self._start = time.monotonic()
         if not self.before:
             self.before = self._evaluate(trainer, pl_module)
+            self.chance = self._retain_chance(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.after = self._evaluate(trainer, pl_module)
@@ -59,10 +65,10 @@ class RunReport(L.Callback):
                     print_before_after(content)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before}
+        return {"before": self.before, "chance": self.chance}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = state_dict["before"]
+        self.before, self.chance = state_dict["before"], state_dict.get("chance")
 
     def _evaluate(self, trainer: Any, pl_module: Any) -> Scores:
         names = pl_module.scores
@@ -70,13 +76,30 @@ class RunReport(L.Callback):
         if names is not None and stopping and stopping.score not in names:
             names = [stopping.score, *names]
         also = [stopping.score] if stopping and stopping.threshold is not None else []
-        return evaluate(pl_module.model, pl_module.tokenizer, evaluation_loaders(trainer), names, also)
+        loaders = evaluation_loaders(trainer)
+        return evaluate(pl_module.model, pl_module.tokenizer, loaders, names, also, step=trainer.global_step)
+
+    def _main(self, trainer: Any) -> str:
+        stopping, measured = _find(trainer, ForgetThresholdStopping), next(iter(self.before.values()))
+        return stopping.score if stopping and stopping.score in measured else next(iter(measured))
+
+    def _retain_chance(self, trainer: Any, pl_module: Any) -> float | None:
+        with untouched(pl_module.model):
+            loader = split_loader(trainer, "retain")
+            batches = [] if loader is None else first_batches(loader)
+        return chance_of(self._main(trainer), pl_module.model, pl_module.tokenizer, batches) if batches else None
+
+    def _retention(self, trainer: Any) -> Retention | None:
+        main = self._main(trainer)
+        if self.chance is None or main not in self.before.get("retain", {}):
+            return None
+        dataset = getattr(split_loader(trainer, "retain"), "dataset", ())
+        return Retention(main, self.before["retain"][main], self.after["retain"][main], self.chance, len(dataset))
 
     def _content(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         stopping = _find(trainer, ForgetThresholdStopping)
         attribution = _find(trainer, NeuronAttributionCallback)
-        measured = next(iter(self.before.values()))
-        main = stopping.score if stopping and stopping.score in measured else next(iter(measured))
+        main, retention = self._main(trainer), self._retention(trainer)
         stopped_by = "steps" if 0 < trainer.max_steps <= trainer.global_step else "epochs"
         if stopping and stopping.stopped:
             stopped_by = f"{stopping.score} <= {stopping.level:.4g} %"
@@ -87,6 +110,8 @@ class RunReport(L.Callback):
             "steps": trainer.global_step,
             "stopped_by": stopped_by,
             "score": main,
+            "collapsed": None if retention is None else retention.collapsed,
+            "retain_chance": self.chance,
             "before": _block(self.before, main) | {"influence": dict.fromkeys(influence, 0.0)},
             "after": _block(self.after, main) | {"influence": influence},
             "provenance": provenance(time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256),
@@ -114,3 +139,6 @@ def print_before_after(content: dict[str, Any]) -> None:
     for name, value in after["influence"].items():
         table.add_row(name, f"{before['influence'][name]:.3g}", f"{value:.3g}", "")
     console.print(table)
+    if content.get("collapsed"):
+        chance, score = f"{content['retain_chance']:.1f} %", content["score"].replace("_", " ")
+        console.print(f"Collapsed: the retain {score} fell to chance ({chance}). Not only the forget set is gone.")

@@ -23,7 +23,7 @@ from lightning_ssiuu.attacks.records import (
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.runs import run_score
+from lightning_ssiuu.evaluation.runs import run_collapsed, run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
@@ -92,10 +92,12 @@ def attack(
             if devices.is_first:
                 settings = {"score": score, "precision": devices.precision, **method.settings()}
                 settings["provenance"] = report.provenance(settings)
+                if (collapsed := run_collapsed(model)) is not None:
+                    settings["collapsed"] = collapsed
                 try:
                     merge_attacks(report.folder, method.name, rows, settings, results)
                 finally:  # also where the disk refuses
-                    print_attacks(rows, rows[0]["score"])
+                    print_attacks(rows, rows[0]["score"], collapsed)
                 if log is not None:
                     log.remove()
         return rows
@@ -143,8 +145,8 @@ def run(args: list[str]) -> None:
     run_function(attack, "attack", args, {"attack": "Harmful"})
 
 
-def print_attacks(rows: Sequence[Mapping[str, Any]], score: str) -> None:
-    """Print rows of ``attack.json``, all of one score, as a table."""
+def print_attacks(rows: Sequence[Mapping[str, Any]], score: str, collapsed: bool | None = None) -> None:
+    """Print rows of ``attack.json``, all of one score, as a table, and that the model had ``collapsed``."""
     swept = any("inside_grid" in row.get("unlearned", {}) for row in rows)
     lines = [("attack", "model", "before", "highest" if swept else "after")]
     for row in rows:
@@ -158,7 +160,8 @@ def print_attacks(rows: Sequence[Mapping[str, Any]], score: str) -> None:
                     lines.append((label, f"{name}, control", "", _shown(control["forget_score"])))
         if "gap" in row:
             lines.append((label, "gap", "", _shown(row["gap"])))
-    print_table(lines, f"{'Highest forget' if swept else 'Forget'} {score} under attack, %", right=False)
+    notes = ["The unlearned model has collapsed: what comes back says nothing of erasing."] if collapsed else []
+    print_table(lines, f"{'Highest forget' if swept else 'Forget'} {score} under attack, %", notes, right=False)
 
 
 def _shown(spread: Mapping[str, Any]) -> str:

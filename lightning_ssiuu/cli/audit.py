@@ -145,7 +145,7 @@ def audit(
                 ablation = undo_neurons(original, unlearned, sites, flags, data, forced, devices)
                 evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
             content: dict[str, Any] = {
-                "verdict": decide(forgetting, evidence).content(),
+                "verdict": decide(forgetting, evidence, measured.retention(data)).content(),
                 "scores": {name: model.scores for name, model in examined.items()},
                 "influence": {name: diagnosis.figures() for name, diagnosis in diagnoses.items()},
                 "flagged": [asdict(neuron) for neuron in diagnoses["unlearned"].table[:SHOWN_NEURONS]],

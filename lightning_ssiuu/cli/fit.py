@@ -33,7 +33,8 @@ from lightning_ssiuu.cli.resume import (
 from lightning_ssiuu.cli.settings import KEY, check_settings, run_settings
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_folder
-from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
+from lightning_ssiuu.models.checks import tokenizers_differ
+from lightning_ssiuu.models.loading import context_length, load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
@@ -230,6 +231,11 @@ class UnlearningCLI(LightningCLI):
         hide_short_bars(checkpoint)
         limit = context_length(checkpoint) if os.path.isdir(checkpoint) else None  # a hub id is not downloaded for this
         encoder = self.datamodule.encoder
+        if self.datamodule.tokenizer_or_name != self.model.checkpoint:  # a data module that brings its own
+            difference = tokenizers_differ(encoder.tokenizer, load_tokenizer(self.model.checkpoint))
+            if difference is not None:
+                allowed = f"data with the tokenizer of {self.model.checkpoint}, not {difference}"
+                raise UserError("data.tokenizer", type(self.datamodule).__name__, allowed)
         if limit is not None and encoder.max_length > limit:  # a tokenizer need not know its model's context
             if self.datamodule.max_length is not None:
                 raise UserError("data.max_length", self.datamodule.max_length, f"at most {limit}, the model's context")

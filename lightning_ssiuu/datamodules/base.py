@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -146,6 +147,14 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """
         names = ("template", "max_length", "system_prompt", "template_options", "date")
         return {name: getattr(self, name) for name in names}
+
+    def with_template(self, template: str) -> Self:
+        """The same sets asked under another template, as far as evaluation goes; this module stays as it is."""
+        other = copy.copy(self)
+        other.tokenizer_or_name, other.max_length = self.tokenizer, self.encoder.max_length
+        other.template, other._encoded = template, {}
+        other.__dict__.pop("encoder", None)
+        return other
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

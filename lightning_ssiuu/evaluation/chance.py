@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from statistics import mean
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.metrics.answers import mismatched_rouge_l
@@ -18,7 +18,7 @@ from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.utils.distributed import gathered, rank, world_size
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import NotFinite, UserError
 
 T = TypeVar("T")
 
@@ -61,19 +61,51 @@ def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[Part]:
         yield batch_of([(pairs[i][0], pairs[other[i]][1]) for _, i in keys], pad)
 
 
-_CHOICES = ("multiple_choice", "choice_likelihood", "choice_generation")
+#: Examples on which a level by chance is taken where it only is a yardstick.
+YARDSTICK = 64
+_CHOICES = {"multiple_choice": "options", "choice_likelihood": "choices", "choice_generation": "choices"}
 
 
-def chance_level(
-    score: str, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, data: UnlearningDataModule
-) -> float:
-    """What a forget score is worth without any knowledge of the data, in percent, asking the original model.
+def chance_of(
+    score: str,
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Iterable[Mapping[str, Part]],
+    seed: int = 0,
+) -> float | None:
+    """What a score of a set is worth without any knowledge of it, in percent, asking the original model.
 
-    One over the number of options for choices among options; 0 for scores of which nothing is known.
+    The mean of one over the number of options for choices among options, else :func:`mismatched_level`. None where that
+    says nothing: for scores of which no level is known, and for fewer than two examples.
     """
-    if score in _CHOICES:
-        return 100 * mean(1 / (1 + len(example.distractors)) for example in data.splits.forget)
+    batches: list[Mapping[str, Any]] = list(loader)
+    parts = [part for batch in batches for part in batch.values()]
+    if (options := _CHOICES.get(score)) is not None:
+        if not parts or options not in parts[0]:
+            return None
+        counts = [count for part in parts for count in _counts(part[options]["option_of"])]
+        return 100 * mean(1 / count for count in _over_ranks(counts))
+    if sum(gathered(sum(len(part["input_ids"]) for part in parts))) < 2:
+        return None
     try:
-        return mismatched_level(score, model, tokenizer, data.eval_dataloader("forget"))
+        return mismatched_level(score, model, tokenizer, batches, seed)
+    except NotFinite:
+        raise
     except UserError:
-        return 0.0
+        return None
+
+
+def _counts(option_of: Tensor) -> list[int]:
+    return option_of.unique_consecutive(return_counts=True)[1].tolist()
+
+
+def first_batches(loader: Iterable[Mapping[str, Part]], n_examples: int = YARDSTICK) -> list[Mapping[str, Part]]:
+    """Batches from the beginning of a loader that have so many examples over all ranks, if there are so many."""
+    batches: list[Mapping[str, Part]] = []
+    missing = -(-n_examples // world_size())  # each rank the same number of batches: a rank's may differ by one row
+    for batch in loader:
+        batches.append(batch)
+        missing -= max(len(part["input_ids"]) for part in batch.values())
+        if missing <= 0:
+            break
+    return batches

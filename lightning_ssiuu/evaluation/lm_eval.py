@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, nothing_stored
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 
 #: The tasks of arXiv 2509.22263 with the figure that is reported of each.
@@ -59,15 +59,16 @@ def harness_scores(
     scores, counts = {}, {}
     for name in tasks:
         try:
-            results = simple_evaluate(
-                language_model,
-                tasks=[name],
-                limit=math.ceil(limit / _SUBJECTS.get(name, 1)),
-                task_manager=manager,
-                log_samples=False,
-                bootstrap_iters=0,
-                apply_chat_template=chat,
-            )
+            with nothing_stored(model.hf):
+                results = simple_evaluate(
+                    language_model,
+                    tasks=[name],
+                    limit=math.ceil(limit / _SUBJECTS.get(name, 1)),
+                    task_manager=manager,
+                    log_samples=False,
+                    bootstrap_iters=0,
+                    apply_chat_template=chat,
+                )
         except Exception as error:
             if not _of_the_hub(error):
                 raise

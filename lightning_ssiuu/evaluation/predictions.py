@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.models.checks import check_logits
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
 
@@ -50,14 +51,14 @@ class Predictions:
     def generations(self) -> list[str]:
         return self.continuations()
 
-    def continuations(self, **options: Any) -> list[str]:
+    def continuations(self, processors: Sequence[LogitsProcessor] = ()) -> list[str]:
         """Continue the prompts: each up to twice its own answer's length, at most 200 tokens.
 
         So an example's text does not depend on which others share its batch, or how many ranks share the set.
-        ``options`` are those of ``generate``, which decodes greedily unless a ``logits_processor`` decides.
+        Decoding is greedy unless one of the ``processors`` of the logits decides.
         """
         labels = self.part["labels"]
-        return self._continued(self.part["input_ids"], labels, 2 * (labels != -100).sum(1), **options)
+        return self._continued(self.part["input_ids"], labels, 2 * (labels != -100).sum(1), processors)
 
     @cached_property
     def choice_scores(self) -> Tensor:
@@ -87,7 +88,9 @@ class Predictions:
         return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
 
     def _answers(self, part: Mapping[str, Tensor]) -> Answers:
-        return self.model(part["input_ids"], part["attention_mask"], part["labels"])
+        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"])
+        check_logits(answers.logits)
+        return answers
 
     def _labelled(self, labels: Tensor) -> list[str]:
         ends = self._ends(labels)
@@ -105,7 +108,9 @@ class Predictions:
         stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         return self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
 
-    def _continued(self, ids: Tensor, labels: Tensor, limits: Tensor, **options: Any) -> list[str]:
+    def _continued(
+        self, ids: Tensor, labels: Tensor, limits: Tensor, processors: Sequence[LogitsProcessor] = ()
+    ) -> list[str]:
         # Continues what stands before the labels, row by row at most so many tokens (200 where that is less).
         answered = labels != -100
         starts = answered.int().argmax(1).tolist()
@@ -127,7 +132,15 @@ class Predictions:
             pad_token_id=pad,
             eos_token_id=ends,
             synced_gpus=together,
-            **options,
+            logits_processor=LogitsProcessorList([_Finite(), *processors]),
         )
         new = [row[width : width + limit] for row, limit in zip(out, most, strict=True)]
         return [self._decoded(row, ends) for row in new]
+
+
+class _Finite(LogitsProcessor):
+    """Refuses to choose among logits that are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_logits(scores)
+        return scores

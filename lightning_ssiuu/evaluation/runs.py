@@ -10,6 +10,7 @@ from typing import Any
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_metrics, read_config, read_result
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
+from lightning_ssiuu.models.checks import tokenizers_differ
 from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.reading import reading
@@ -45,16 +46,23 @@ def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> N
 
     They are compared token by token.
     """
-    vocabulary = data.tokenizer.get_vocab()
     for argument, checkpoint in models.items():
-        if load_tokenizer(checkpoint).get_vocab() != vocabulary:
-            raise UserError(argument, checkpoint, "a model with the same tokenizer as the others")
+        with naming(argument):
+            tokenizer = load_tokenizer(checkpoint)
+        if (difference := tokenizers_differ(tokenizer, data.tokenizer)) is not None:
+            raise UserError(argument, checkpoint, f"a model with the same tokenizer as the others, not {difference}")
 
 
 def run_score(model: str, default: str = "probability", argument: str = "model") -> str:
     """The score a run was stopped by, as written in its ``metrics.json``; errors name the ``argument`` of the model."""
     run = run_of(model)
     return read_result(run / "metrics.json", argument, check_metrics)["score"] if run else default
+
+
+def run_collapsed(model: str) -> bool | None:
+    """Whether a run's model collapsed, as written in its ``metrics.json``; None where nobody knows."""
+    run = run_of(model)
+    return read_result(run / "metrics.json", "model", check_metrics).get("collapsed") if run else None
 
 
 def run_data(model: str, data: UnlearningDataModule | None, argument: str = "model") -> UnlearningDataModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scores import SCORES, check_score
 from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.console import progress
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
 
 
 class Scorer:
@@ -47,7 +49,13 @@ class Scorer:
                 metric.update(*SCORES[name].measure(predictions))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        return {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
+        """``{split: {score: percent}}``; a score that is no number is an error, and never one below a threshold."""
+        scores = {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
+        for split, each in scores.items():
+            for name, value in each.items():
+                if not value > -math.inf:
+                    raise NotFinite("checkpoint", Given(f"a model whose {split} {name} is {value}"), "one with a score")
+        return scores
 
     def reset(self) -> None:
         self._metrics.clear()
@@ -74,17 +82,21 @@ def evaluate(
     loaders: Iterable[Iterable[Mapping[str, Part]]],
     scores: Sequence[str] | None = None,
     also: Sequence[str] = (),
+    step: int = 0,
 ) -> dict[str, dict[str, float]]:
     """``{split: {score: percent}}`` on loaders of ``{split: part}`` batches; see :class:`Scorer`.
 
-    The model's mode and every random state are left as they were.
+    The model's mode and every random state are left as they were. ``step`` is that of the run that trains the model.
+
+    Raises:
+        NotFinite: If the model gives no numbers: its ``checkpoint`` is broken, or the run diverged by ``step``.
     """
     scorer = Scorer(model, tokenizer, scores, also)
-    with untouched(model):
+    with untouched(model), diverging(step):
         for loader in loaders:
             for batch in progress(loader, "scoring"):
                 scorer.update(batch)
-    return scorer.compute()
+        return scorer.compute()
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_ssiuu.models.architectures import architecture_of
@@ -68,8 +69,23 @@ class AnswerModel(nn.Module):
         return Answers(logits, targets, sequence_index, labels.shape[0])
 
     def generate(self, **kwargs: Any) -> Tensor:
-        """``transformers``' ``generate``; sharded weights are gathered for this module's methods alone."""
-        return self.hf.generate(**kwargs)
+        """``transformers``' ``generate`` with these options alone, whatever is stored with the checkpoint.
+
+        Sharded weights are gathered for this module's methods alone.
+        """
+        with nothing_stored(self.hf):
+            return self.hf.generate(**kwargs)
+
+
+@contextmanager
+def nothing_stored(hf: PreTrainedModel) -> Iterator[None]:
+    """Inside, generation settings stored with a checkpoint (penalties, beams, sampling) do not act."""
+    stored: Any = hf.generation_config  # generate fills up from it what it is not given
+    hf.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        hf.generation_config = stored
 
 
 @dataclass

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
+from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
 from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
@@ -85,8 +86,8 @@ def load_model(
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: If there is no such model, its weights are not safetensors, broken, incomplete or quantised already,
-            bitsandbytes is missing, or ``architecture`` is not this model's.
+        UserError: If there is no such model, its weights are not safetensors, broken, incomplete, not finite or
+            quantised already, bitsandbytes is missing, or ``architecture`` is not this model's.
 
     Example:
         >>> load_model("tiny").config.model_type
@@ -105,6 +106,7 @@ def load_model(
         # transformers would fill them with random numbers and go on.
         allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
         raise UserError("checkpoint", os.fspath(checkpoint), allowed)
+    check_weights(model, os.fspath(checkpoint))
     model.config.use_cache = False
     if quantization is not None:
         prepare_for_training(model)
@@ -115,10 +117,11 @@ def load_model(
 
 
 def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer, right padding, with a padding token in any case (EOS when it has none).
+    """Load a checkpoint's tokenizer, right padding, with a padding token in any case (EOS where it has none of use).
 
     Raises:
-        UserError: If there is no tokenizer, or it has no end-of-sequence token (answers must end somewhere).
+        UserError: If there is no tokenizer, it has no end-of-sequence token (answers must end somewhere), or tokens
+            that the model has no embedding of.
     """
     source = resolve_checkpoint(checkpoint)
     try:
@@ -129,6 +132,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
         raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer with an end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    fit_tokenizer(tokenizer, embedding_rows(checkpoint), os.fspath(checkpoint))
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -207,6 +211,12 @@ def _converted_gguf(path: Path) -> Path:
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
     """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say."""
     return getattr(_configuration(checkpoint), "max_position_embeddings", None)
+
+
+def embedding_rows(checkpoint: str | os.PathLike[str]) -> int | None:
+    """How many tokens a checkpoint's model has embeddings of; None where its configuration does not say."""
+    rows = getattr(_configuration(checkpoint).get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
 def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:

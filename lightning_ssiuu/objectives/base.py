@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -19,9 +19,12 @@ from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
+from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
+from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
+from lightning_ssiuu.objectives.step_memory import StepMemory
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
@@ -137,6 +140,7 @@ class UnlearningModule(Stateful, L.LightningModule):
         self.reference_key: str | None = None  # of the values on disk; a resumed run has its checkpoint's
         self._backbone: tuple[UnlearningModule, ...] = ()
         self._step_memory = StepMemory()
+        self._last_batch: Mapping[str, Part] = {}
         self._random_states: dict[str, Any] | None = None
 
     # ---- what a subclass writes -------------------------------------------------------------------------------
@@ -233,6 +237,11 @@ class UnlearningModule(Stateful, L.LightningModule):
         return None if self.regularizer is None else "a regularizer"
 
     @property
+    def unlearns(self) -> bool:
+        """Whether it trains on the forget set, to forget it."""
+        return self.forget_weight > 0
+
+    @property
     def is_loaded(self) -> bool:
         """Whether ``configure_model`` or :meth:`adopt` has run."""
         return "model" in self._modules
@@ -283,6 +292,13 @@ class UnlearningModule(Stateful, L.LightningModule):
                 torch.cuda.set_rng_state(self._random_states["cuda"], self.device)
             self._random_states = None
 
+    def on_train_batch_start(self, batch: Mapping[str, Part], batch_idx: int) -> None:
+        self._last_batch = batch
+
+    def on_train_epoch_end(self) -> None:
+        if self._last_batch and self.trainer.fit_loop.done:  # before any callback writes what the run has left
+            check_trained(self, self._last_batch)
+
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         with self._step_memory:
             losses: dict[str, Tensor] = {}
@@ -298,7 +314,7 @@ class UnlearningModule(Stateful, L.LightningModule):
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
                 self.regularizer.before_backward(self.model, loss)
-        self.log_training(mean_over_ranks(losses))
+        self.log_training(finite_losses(mean_over_ranks(losses), self.global_step))
         return loss
 
     def log_training(self, figures: Mapping[str, float | Tensor]) -> None:
@@ -308,6 +324,8 @@ class UnlearningModule(Stateful, L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.regularizer is not None:  # gradients are complete here and not yet clipped
             self.log_training(self.regularizer.apply(self.model))
+        if self._trainer is None or getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            check_gradients(self.named_parameters(), self.global_step)  # a scaler of losses skips such a step
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -315,7 +333,8 @@ class UnlearningModule(Stateful, L.LightningModule):
             self.regularizer.after_step(self.model)
 
     def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._scorer().update(batch)
+        with diverging(self.global_step):
+            self._scorer().update(batch)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"{split}/{k}": v for split, s in self._scorer().compute().items() for k, v in s.items()})
@@ -331,6 +350,8 @@ class UnlearningModule(Stateful, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._last_batch and self._trainer is not None and self.trainer.training:
+            check_trained(self, self._last_batch)  # or the one before, which is good, would be gone
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint["random_states"] = gathered({"cpu": torch.get_rng_state(), "cuda": cuda})
         if self.lora is not None and not is_sharded(self):
@@ -376,24 +397,3 @@ class UnlearningModule(Stateful, L.LightningModule):
             # Not a submodule: its sums are no part of the model's state.
             object.__setattr__(self, "_current_scorer", Scorer(self.model, self.tokenizer, self.scores))
         return self._current_scorer
-
-
-class StepMemory:
-    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Part, Answers]] | None = None
-
-    def __enter__(self) -> None:
-        self._known = {}
-
-    def __exit__(self, *_: object) -> None:
-        self._known = None
-
-    def recall(self, part: Part, run: Callable[[Part], Answers]) -> Answers:
-        if self._known is None:
-            return run(part)
-        # The part is kept beside its answers: an identity means nothing once its object is gone.
-        if id(part) not in self._known:
-            self._known[id(part)] = part, run(part)
-        return self._known[id(part)][1]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
+from lightning_ssiuu.objectives.divergence import finite_losses
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.perturbation import add_gradients
 from lightning_ssiuu.training.shards import reshard
@@ -78,7 +79,7 @@ class DisplacedObjective(UnlearningModule):
                 loss = self.retain_weight * losses["retain_loss"]
             else:  # Lightning needs a loss of this graph all the same
                 loss = 0.0 * self.answers(batch["forget"]).logits.sum()
-        self.log_training(mean_over_ranks(losses))
+        self.log_training(finite_losses(mean_over_ranks(losses), self.global_step))
         return loss + self.forget_weight * losses["forget_loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

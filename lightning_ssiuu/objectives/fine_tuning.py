@@ -20,6 +20,8 @@ class FineTuning(UnlearningModule):
         1.0
     """
 
+    unlearns = False
+
     def retain_loss(self, batch: Part) -> Tensor:
         """Negative log-likelihood; the mean over the global batch also where ranks' shares differ in size.
 

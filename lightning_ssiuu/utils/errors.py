@@ -37,6 +37,10 @@ class UserError(ValueError):
 UserError.__module__ = "lightning_ssiuu"  # its public place: what a traceback shows
 
 
+class NotFinite(UserError):  # noqa: N818 (as UserError, it says what is wrong with the value)
+    """NaN or infinity where figures rest on a number: a broken model, or a training run that diverged."""
+
+
 def one_line(text: str) -> str:
     """Text without line breaks and control characters, which terminals obey."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
@@ -86,4 +90,4 @@ def naming(argument: str) -> Iterator[None]:
     except UserError as error:
         if error.argument != "checkpoint":
             raise
-        raise UserError(argument, error.value, error.allowed) from error
+        raise type(error)(argument, error.value, error.allowed) from error

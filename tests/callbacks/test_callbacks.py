@@ -96,7 +96,7 @@ def test_callbacks_change_no_bit_of_the_training(model: str, with_dropout: str, 
     watchers: dict[str, Any] = {
         "attribution": [NeuronAttributionCallback(4, every_n_steps=1, write=False)],
         "report": [RunReport(print_table=False)],
-        "stopping": [ForgetThresholdStopping("probability", 0.0)],
+        "stopping": [ForgetThresholdStopping("probability", 0.0, unknown="warn")],
     }
     watchers["all"] = [NeuronAttributionCallback(4, every_n_steps=2), *watchers["report"], *watchers["stopping"]]
     watchers["generating"] = [ForgetThresholdStopping("rouge_l", 0.0)] if model == "tiny" else []
@@ -289,7 +289,11 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     trainer = fit(ssiuu(), callbacks, tmp_path, 6, data, logger=logger, log_every_n_steps=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert set(content) == {"objective", "steps", "stopped_by", "score", "before", "after", "provenance"}
+    assert set(content) == {"objective", "steps", "stopped_by", "score", "collapsed"} | {
+        *("retain_chance", "before", "after", "provenance")
+    }
+    assert content["collapsed"] is False
+    assert 0 < content["retain_chance"] < content["after"]["retain_score"]
     assert content["objective"] == "SSIUU"
     assert content["steps"] == trainer.global_step < 6
     assert content["stopped_by"] == "probability <= 50 %"

@@ -25,7 +25,7 @@ RECORD = {
     "final_norm": "model.final_layernorm",
     "modules": {"mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"},
 }
-TRAINED = (*SHORT, "--attribution.alpha", "0.05", "--model.init_args.checkpoint", "model")
+TRAINED = (*SHORT, "--stopping.unknown", "warn", "--attribution.alpha", "0.05", "--model.init_args.checkpoint", "model")
 
 
 def save_phi(folder: Path) -> None:

@@ -51,15 +51,20 @@ def test_default_recipe_writes_what_is_promised() -> None:
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
 
 
+_METRICS = {"objective", "steps", "stopped_by", "score", "collapsed", "retain_chance", "before", "after", "provenance"}
+
+
 def test_metrics_keys() -> None:
     metrics = read_json(default_run()[0] / "metrics.json")
-    assert set(metrics) == {"objective", "steps", "stopped_by", "score", "before", "after", "provenance"}
+    assert set(metrics) == _METRICS
     influence = {"d_plus_total", "d_minus_total", "d_plus_top100", "d_minus_top100", "n_spurious"}
     for moment in ("before", "after"):
         block = metrics[moment]
         assert {"forget_score", "retain_score", "test_score", "scores", "influence"} == set(block)
         assert set(block["influence"]) == influence
         assert all(0 <= value <= 100 for split in block["scores"].values() for value in split.values())
+    assert metrics["collapsed"] is False
+    assert metrics["retain_chance"] == 100 / 64  # one of the other examples' answers is the same
     provenance = metrics["provenance"]
     assert {"versions", "seed", "config_sha256", "data_sha256", "device", "wall_s"} == set(provenance)
     assert provenance["seed"] == 0

@@ -193,7 +193,7 @@ def test_a_user_s_regularizer() -> None:
 def test_every_part_is_run_once(make: Any, forwards: int, accumulate: int) -> None:
     module, model, count = make(), answer_model(), []
     module.optimizer = sgd
-    model.register_forward_hook(lambda *_: count.append(1))
+    model.register_forward_hook(lambda it, *_: count.append(1) if it.training else None)
     module.adopt(model.train(), None)
     batches = [batch(n) for n in range(2 * accumulate)]
     bare_trainer(2, accumulate_grad_batches=accumulate).fit(module, loader(batches))
@@ -202,8 +202,8 @@ def test_every_part_is_run_once(make: Any, forwards: int, accumulate: int) -> No
 
 def test_one_batch_object_served_again_is_run_again() -> None:
     one, count = batch(0), []
-    module, model = SSIUU(optimizer=sgd), answer_model()
-    model.register_forward_hook(lambda *_: count.append(1))
+    module, model = SSIUU(optimizer=sgd), answer_model().train()
+    model.register_forward_hook(lambda it, *_: count.append(1) if it.training else None)
     fitted(module, [one, one, one], model)
     assert len(count) == 6
 

@@ -303,6 +303,13 @@ def test_options_that_only_one_version_has_do_not_differ(tmp_path: Path) -> None
     assert compare(runs[::2], tmp_path / "two").notes == ["quantization: the runs were attacked with different widths"]
 
 
+def test_a_collapsed_run_is_told(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, objective=name) for name in ("SSIUU", "NPO")]
+    edit(runs[0] / "metrics.json", collapsed=False)
+    edit(runs[1] / "metrics.json", collapsed=True)
+    assert compare(runs).notes == [f"{runs[1]}: the retain score fell to chance (collapsed)"]
+
+
 def test_a_diverged_run_leaves_its_cells_empty(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", attacks=[attacked(0.1, 20.0)], drawn=curves(0.1, 1e-4, [9.0, 20.0]))
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))

@@ -153,7 +153,7 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     elif strategy.startswith("fsdp"):
         strategy = ModelParallelStrategy(n_ranks, 1, save_distributed_checkpoint=strategy == "fsdp")
     attribution = NeuronAttributionCallback(3, every_n_steps=1, alpha=0.2, target="length_normalised", write=False)
-    stopping = ForgetThresholdStopping("probability", "mismatched")
+    stopping = ForgetThresholdStopping("probability", "mismatched", unknown="warn")
     report = RunReport(print_table=False)
     keep: list[Any] = []
     if job.save is not None:

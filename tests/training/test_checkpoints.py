@@ -257,7 +257,7 @@ def test_a_run_that_had_reached_its_threshold_ends_there_again(tmp_path: Path) -
         L.seed_everything(0, verbose=False)
         module = Tiny(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
         watch = NeuronAttributionCallback(4, every_n_steps=1, write=False)
-        stop = ForgetThresholdStopping("probability", 0.1)
+        stop = ForgetThresholdStopping("probability", 0.1, unknown="warn")
         trainer = bare_trainer(20, callbacks=[watch, stop, Every()], default_root_dir=tmp_path)
         trainer.fit(module, Toy(), ckpt_path=resume)
         assert stop.stopped

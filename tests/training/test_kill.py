@@ -109,7 +109,7 @@ def run(folder: Path, resume: Path | None = None, deadly: Deadly | None = None) 
     regularizer = AttributionRegularizer(0.2, "relative", target="length_normalised")
     module = Tiny(optimizer=adam, regularizer=regularizer)
     watch = NeuronAttributionCallback(4, every_n_steps=1, write=False)
-    stop = ForgetThresholdStopping("probability", 0.0)
+    stop = ForgetThresholdStopping("probability", 0.0, unknown="warn")
     ids = Ids(folder / "ids.txt")
     trainer = bare_trainer(
         STEPS,

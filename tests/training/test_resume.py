@@ -22,7 +22,7 @@ def run(checkpoint: str, folder: Path, resume: Path | None = None, accumulate: i
     L.seed_everything(0 if resume is None else 1, verbose=False)
     module = ssiuu(checkpoint=checkpoint)
     watch = NeuronAttributionCallback(4, every_n_steps=1, write=False)
-    stop = ForgetThresholdStopping("probability", 0.0)
+    stop = ForgetThresholdStopping("probability", 0.0, unknown="warn")
     keep = [] if resume else [ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)]
     trainer = L.Trainer(
         max_steps=STEPS,

@@ -67,7 +67,7 @@ def train(dies: Dies, seconds: float) -> None:
     """What the command line does around a Trainer."""
     together.end_with_parent()
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=seconds))
-    callbacks = [ForgetThresholdStopping("probability", 0.0), dies]
+    callbacks = [ForgetThresholdStopping("probability", 0.0, unknown="warn"), dies]
     trainer = bare_trainer(4, strategy=strategy, devices=2, callbacks=callbacks)
     with together.EndTogether.around(trainer):
         trainer.fit(Tiny(), Toy(batch_size=4, num_workers=dies.workers))

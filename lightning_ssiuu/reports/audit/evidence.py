@@ -98,7 +98,7 @@ def probe_relearning(
 ) -> dict[str, Any]:
     """Attack the models in turn, only one in memory; as :func:`recorded_relearning`, with the probe's options."""
     attack = probe.attack()
-    with _seed_kept():
+    with _seed_kept(), _named_probe():
         curves = attack.run([Target(*model, devices) for model in models.items()], data, score, devices)
     gc.collect()  # the last model, before the next one is loaded
     options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}

@@ -17,10 +17,12 @@ from lightning_ssiuu.attribution.diagnosis import Examined, examine_model
 from lightning_ssiuu.attribution.logit_lens import layer_logps, prefers_answer
 from lightning_ssiuu.attribution.weight_change import OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.chance import chance_level
+from lightning_ssiuu.evaluation.chance import chance_of, first_batches
+from lightning_ssiuu.evaluation.knowledge import knowledge
 from lightning_ssiuu.evaluation.loaders import first_parts
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel, Target
@@ -39,7 +41,9 @@ SHOWN_EXAMPLES = 12
 class Findings:
     """What was measured, by the model's name.
 
-    ``chance`` is the forget score without any knowledge, in percent, for where there is no oracle; ``own`` are flags by
+    ``chance`` is the forget score without any knowledge, in percent, for where there is no oracle; ``doubt`` says why
+    the original does not know the forget set as it is asked, if it does not; ``retain_chance`` is a score of the retain
+    set and what it is worth without any knowledge, None where that is not known. ``own`` are flags by
     what the unlearned model's own changed weights cost. ``lens`` has per layer the mean log-probability per token of
     the true answer (``"answer"``) and of a wrong one (``"distractor"``), in nats, and how often the true one is
     preferred (``"accuracy"``, percent). ``answers`` are greedy answers by the example's id.
@@ -47,6 +51,8 @@ class Findings:
 
     examined: dict[str, Examined] = field(default_factory=dict)
     chance: float = 0.0
+    doubt: str = ""
+    retain_chance: tuple[str, float] | None = None
     own: list[OwnFlag] | None = None
     lens: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     answers: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -55,7 +61,15 @@ class Findings:
         """What happened to the forget score, and its floor: the oracle's score, else chance."""
         scores = {name: model.scores["forget"][score] for name, model in self.examined.items()}
         floor = (scores["oracle"], "the oracle's") if "oracle" in scores else (self.chance, "chance")
-        return Forgetting(score, scores["original"], scores["unlearned"], *floor)
+        return Forgetting(score, scores["original"], scores["unlearned"], *floor, self.doubt)
+
+    def retention(self, data: UnlearningDataModule) -> Retention | None:
+        """What happened to a score of the retain set; None where no level by chance is known."""
+        if self.retain_chance is None:
+            return None
+        score, chance = self.retain_chance
+        before, after = (self.examined[name].scores["retain"][score] for name in ("original", "unlearned"))
+        return Retention(score, before, after, chance, len(data.splits.retain))
 
     def examples(self, data: UnlearningDataModule) -> list[dict[str, Any]]:
         """The shown examples with both models' answers; empty unless asked for."""
@@ -95,8 +109,13 @@ def measure(
             findings.examined[name] = examine_model(
                 model, tokenizer, data, probe_examples, target, scores, also, method
             )
-        if name == "original" and "oracle" not in checkpoints:
-            findings.chance = chance_level(score, model, tokenizer, data)
+        if name == "original":
+            measured = findings.examined[name].scores
+            by_chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget"))
+            findings.chance = by_chance or 0.0
+            known = knowledge(score, model, tokenizer, data, measured["forget"][score], by_chance)
+            findings.doubt = (known and known.doubt()) or ""
+            findings.retain_chance = _retain_chance(score, model, tokenizer, data, measured["retain"])
         if not devices.sharded:
             if lens := answer_lens(model, data):
                 findings.lens[name] = lens
@@ -112,6 +131,20 @@ def measure(
             findings.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, devices.n_ranks))
         del model
     return findings
+
+
+def _retain_chance(
+    score: str,
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: UnlearningDataModule,
+    measured: Mapping[str, float],
+) -> tuple[str, float] | None:
+    batches = first_batches(data.eval_dataloader("retain"))
+    for name in (score, "probability"):
+        if name in measured and (chance := chance_of(name, model, tokenizer, batches)) is not None:
+            return name, chance
+    return None
 
 
 def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, list[float]]:

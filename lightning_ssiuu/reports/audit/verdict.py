@@ -13,17 +13,19 @@ from typing import Any, Literal
 
 from scipy import stats
 
-Label = Literal["erased", "hidden", "mixed", "not unlearned"]
+from lightning_ssiuu.evaluation.retention import LEAST_KNOWN, Retention
+
+Label = Literal["erased", "hidden", "mixed", "collapsed", "not unlearned"]
 Says = Literal["hidden", "erased", "undecided"]
 
 #: Share of the way from the original's forget score to the floor that counts as unlearned at all, and as all of it.
 LEAST_FORGOTTEN, MOST_FORGOTTEN = 0.5, 0.8
 #: Share of what was lost that a small attack, or undoing the flagged neurons, may bring back where it was erased.
 THRESHOLD = 0.1
+#: Share of what was lost above which a percentage says nothing: the original did not know what an attack teaches.
+MORE_THAN_ALL = 1.25
 #: Of each one-sided bound of a share.
 CONFIDENCE = 0.95
-#: Points above the floor below which the original never knew what was to be forgotten.
-LEAST_KNOWN = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,17 @@ def _bounded(value: float, sample: Sequence[float], factor: float) -> Share:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """The forget score before and after unlearning and its floor (the oracle's, else chance: ``floor_is``), percent."""
+    """The forget score before and after unlearning and its floor (the oracle's, else chance: ``floor_is``), percent.
+
+    ``doubt`` says why the original does not know the forget set as it is asked, empty if it does.
+    """
 
     score: str
     original: float
     unlearned: float
     floor: float
     floor_is: str
+    doubt: str = ""
 
     @property
     def shown(self) -> str:
@@ -84,7 +90,12 @@ class Forgetting:
     @property
     def known(self) -> bool:
         """Whether the original knew what was to be forgotten."""
-        return self.original - self.floor >= LEAST_KNOWN
+        return not self.doubt and self.original - self.floor >= LEAST_KNOWN
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the unlearned model knows it clearly better than the original."""
+        return self.unlearned - self.original >= LEAST_KNOWN
 
     @property
     def share(self) -> float:
@@ -114,6 +125,8 @@ class Evidence:
     note: str = ""
 
     def __str__(self) -> str:
+        if self.share.value > MORE_THAN_ALL:  # of what the original knew: it can only be taught anew
+            return f"{self.what} brings more than was lost, beyond {self.beyond}: the original knew only a part of it"
         return f"{self.what} brings back {self.share} of what was lost, beyond {self.beyond}"
 
 
@@ -123,26 +136,29 @@ class Verdict:
 
     A ground has ``what`` (``"forgetting"``, ``"relearning"``, ``"neurons"``), ``name``, ``text``, ``share`` with its
     bounds ``low`` and ``high`` (None: not known), and ``says``: ``"hidden"``, ``"erased"`` or ``"undecided"``; of the
-    forgetting ``"unlearned"``, ``"partly unlearned"`` or ``"not unlearned"``.
+    forgetting ``"unlearned"``, ``"partly unlearned"`` or ``"not unlearned"``. ``collapsed`` says whether the model lost
+    what it was to keep, None where that was not measured.
     """
 
     label: Label
     sentence: str
     grounds: list[dict[str, Any]]
     uncertainty: str
+    collapsed: bool | None = None
 
     def content(self) -> dict[str, Any]:
         """The ``verdict`` block of ``audit.json``."""
         return asdict(self)
 
 
-def decide(forgetting: Forgetting, evidence: Sequence[Evidence] = ()) -> Verdict:
+def decide(forgetting: Forgetting, evidence: Sequence[Evidence] = (), retention: Retention | None = None) -> Verdict:
     """Judge by the rules of ``docs/audit.md``.
 
     1. Less than half of the way to the floor: *not unlearned*.
     2. Any piece of evidence clearly above the threshold: *hidden*.
-    3. *Erased* if there is an attack, all evidence lies clearly below it, and the score went most of the way.
-    4. Else *mixed*. Without an attack nothing is called erased: flagged neurons can convict, not acquit.
+    3. *Collapsed* if the retain score is at chance and was not before: a broken model gives nothing back either.
+    4. *Erased* if there is an attack, all evidence lies clearly below it, and the score went most of the way.
+    5. Else *mixed*. Without an attack nothing is called erased: flagged neurons can convict, not acquit.
 
     Example:
         >>> fallen = Forgetting("probability", 90.0, 10.0, 8.0, "the oracle's")
@@ -158,16 +174,26 @@ of what was lost, beyond the oracle.
     for piece in evidence:
         share, text = piece.share, f"{piece}" + (f"; {piece.note}" if piece.note else "")
         grounds.append(_ground(piece.kind, piece.name, text, share.says, share.value, share.low, share.high))
-    label = _label(forgetting, evidence)
-    return Verdict(label, _sentence(label, forgetting, evidence), grounds, _uncertainty(label, forgetting, evidence))
+    collapsed = None if retention is None else retention.collapsed
+    label = _label(forgetting, evidence, collapsed is True)
+    sentence = _sentence(label, forgetting, evidence)
+    if collapsed and label == "collapsed":
+        sentence = f"Collapsed: {retention}. What nothing brings back from a broken model was not erased."
+    elif collapsed:
+        sentence += f" The model has collapsed, too: {retention}."
+    if forgetting.swapped:
+        sentence += " The unlearned model knows the forget set better than the original: are the two swapped?"
+    return Verdict(label, sentence, grounds, _uncertainty(label, forgetting, evidence), collapsed)
 
 
-def _label(forgetting: Forgetting, evidence: Sequence[Evidence]) -> Label:
+def _label(forgetting: Forgetting, evidence: Sequence[Evidence], collapsed: bool) -> Label:
     if not forgetting.share >= LEAST_FORGOTTEN:  # also where it is not a number
         return "not unlearned"
     says = [piece.share.says for piece in evidence]
     if "hidden" in says:
         return "hidden"
+    if collapsed:
+        return "collapsed"
     attacked = any(piece.kind == "relearning" for piece in evidence)
     if attacked and set(says) == {"erased"} and forgetting.share >= MOST_FORGOTTEN:
         return "erased"
@@ -177,11 +203,15 @@ def _label(forgetting: Forgetting, evidence: Sequence[Evidence]) -> Label:
 def _sentence(label: Label, forgetting: Forgetting, evidence: Sequence[Evidence]) -> str:
     fall = f"the {forgetting.shown} went from {forgetting.original:.1f} % to {forgetting.unlearned:.1f} %"
     if label == "not unlearned":
+        if forgetting.doubt:
+            return f"Not unlearned: there was nothing to unlearn: {forgetting.doubt}."
         if not forgetting.known:
             return (
                 f"Not unlearned: there was nothing to unlearn, the original's {forgetting.shown} of "
                 f"{forgetting.original:.1f} % is hardly above {forgetting.floor:.1f} % ({forgetting.floor_is})."
             )
+        if forgetting.swapped:
+            return f"Not unlearned: {fall}."
         return f"Not unlearned: {forgetting}, less than half."
     if label == "hidden":
         convicting = [piece for piece in evidence if piece.share.says == "hidden"]

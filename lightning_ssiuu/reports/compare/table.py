@@ -171,7 +171,7 @@ def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
     original = _original([run for run in methods if run.metrics["objective"] != "FineTuning"], score)
     oracle = _oracle(oracle_runs, methods, score)
     table = [*([original] if original else []), *rows, *([oracle] if oracle else [])]
-    notes = [note for row in rows for note in _gaps_in(row, columns)] + _unlike(runs)
+    notes = [note for row in rows for note in _gaps_in(row, columns)] + _collapsed(runs) + _unlike(runs)
     return Comparison(score, columns, table, notes)
 
 
@@ -218,13 +218,17 @@ def _gaps_in(row: Row, columns: Sequence[Column]) -> list[str]:
     return [f"{row.label}: {column.title} is from {n} of {row.n} runs" for column, n in counts if n != row.n]
 
 
+def _collapsed(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.path}: the retain score fell to chance (collapsed)" for run in runs if run.metrics.get("collapsed")]
+
+
 def _unlike(runs: Sequence[Run]) -> list[str]:
     # Attacks whose options, data or score are not the same in all runs.
     notes = []
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for attack, settings in (run.attack.get("settings") or {}).items():
-            own = {key: value for key, value in settings.items() if key != "provenance"}
+            own = {key: value for key, value in settings.items() if key not in ("provenance", "collapsed")}
             if attack == "quantization" and "quantization" in own:
                 own["widths"] = own.pop("quantization")  # as earlier versions called it
             # The digests of earlier versions are of the text.
