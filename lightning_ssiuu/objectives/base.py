@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -22,9 +22,11 @@ from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
+from lightning_ssiuu.objectives.step_memory import StepMemory
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
+from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
 from lightning_ssiuu.training.reference import (
     LiveReference,
     Observation,
@@ -41,7 +43,7 @@ Retain = Literal["nll", "kl"]
 ReferenceFrom = Literal["cached", "second_model"]
 
 
-class UnlearningModule(Stateful, L.LightningModule):
+class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore[misc]
     """A causal language model and an objective that makes it forget; subclass it and write ``forget_loss``.
 
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
@@ -112,6 +114,7 @@ class UnlearningModule(Stateful, L.LightningModule):
         architecture: str | dict[str, Any] | Architecture | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(hyperparameters(self), logger=False)  # what it was made with, subclasses included
         self.architecture = find_architecture(architecture)
         check_number("forget_weight", forget_weight)
         check_number("retain_weight", retain_weight)
@@ -281,6 +284,8 @@ class UnlearningModule(Stateful, L.LightningModule):
             if self._random_states["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._random_states["cuda"], self.device)
             self._random_states = None
+        for logger in self.loggers:  # by ourselves: a run that is refused by now has not written anything
+            logger.log_hyperparams(self.hparams_initial)
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         with self._step_memory:
@@ -335,6 +340,7 @@ class UnlearningModule(Stateful, L.LightningModule):
         if self.lora is not None and not is_sharded(self):
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["reference"] = self.reference_key
+        checkpoint |= self.to_be_restored()
         for key, owner in self.stateful().items():
             put_state(checkpoint, key, owner.state())
 
@@ -374,24 +380,3 @@ class UnlearningModule(Stateful, L.LightningModule):
             # Not a submodule: its sums are no part of the model's state.
             object.__setattr__(self, "_current_scorer", Scorer(self.model, self.tokenizer, self.scores))
         return self._current_scorer
-
-
-class StepMemory:
-    """Forward passes of the current training step, so that loss and regulariser share one; empty between steps."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Part, Answers]] | None = None
-
-    def __enter__(self) -> None:
-        self._known = {}
-
-    def __exit__(self, *_: object) -> None:
-        self._known = None
-
-    def recall(self, part: Part, run: Callable[[Part], Answers]) -> Answers:
-        if self._known is None:
-            return run(part)
-        # The part is kept beside its answers: an identity means nothing once its object is gone.
-        if id(part) not in self._known:
-            self._known[id(part)] = part, run(part)
-        return self._known[id(part)][1]
