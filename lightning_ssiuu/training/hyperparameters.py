@@ -133,12 +133,12 @@ def _made(value: Any, argument: str) -> Any:
     inner = {key: _made(one, argument) for key, one in value.items()}
     if set(value) != {"class_path", "init_args"}:
         return inner
-    bases = (Described, *_FACTORIES, *_RECORDS)
-    kinds: Iterator[Any] = (kind for base in bases for kind in known_classes(base))
-    found = next((kind for kind in kinds if class_path(kind) == value["class_path"]), None)
-    if found is None:
-        raise UserError(argument, value["class_path"], f"{give}, or a class that has been imported")
-    return partial(found, **inner["init_args"]) if issubclass(found, _FACTORIES) else found(**inner["init_args"])
+    bases: tuple[type, ...] = (Described, *_FACTORIES, *_RECORDS)
+    for known in (kind for base in bases for kind in known_classes(base)):
+        if class_path(known) == value["class_path"]:
+            make = partial(known, **inner["init_args"])
+            return make if issubclass(known, _FACTORIES) else make()
+    raise UserError(argument, value["class_path"], f"{give}, or a class that has been imported")
 
 
 def known_classes(base: type) -> Iterator[type]:

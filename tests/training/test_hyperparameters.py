@@ -101,7 +101,7 @@ def test_what_has_no_plain_form_has_to_be_given(tmp_path: Path) -> None:
     ):
         Tempered.load_from_checkpoint(path)
     assert Tempered.load_from_checkpoint(path, optimizer=SGD).retain_weight == 7.0
-    with pytest.raises(UserError, match="checkpoint_path: got .*Tempered.*, allowed: a checkpoint of SSIUU"):
+    with pytest.raises(UserError, match=r"checkpoint_path: got .*Tempered.*, allowed: a checkpoint of SSIUU"):
         SSIUU.load_from_checkpoint(path)
     with pytest.raises(UserError, match="checkpoint"):
         Tempered.load_from_checkpoint(tmp_path / "none.ckpt")
