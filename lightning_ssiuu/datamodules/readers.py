@@ -23,8 +23,8 @@ FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 def read_records(source: str, argument: str) -> list[Record]:
     """Read a list of records; ``argument`` is what ``source`` was given for, for error messages.
 
-    The source is a ``.json`` file (a list, or an object whose ``"data"`` is one), a ``.jsonl`` file, a ``.csv`` file
-    with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``
+    The source is a ``.json`` or ``.jsonl`` file (JSON, a list or an object whose ``"data"`` is one, or JSON Lines: its
+    content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``
     (split ``train`` unless given).
     """
     path = Path(source).expanduser()
@@ -86,10 +86,8 @@ def _read_file(path: Path, source: str, argument: str) -> list[Record]:
     with file_errors(argument, source), path.open(encoding="utf-8-sig", newline="") as file:
         if suffix == ".csv":
             records: Any = list(csv.DictReader(file, strict=True))
-        elif suffix == ".jsonl":
-            records = [_parse_line(line, number) for number, line in enumerate(file, 1) if line.strip()]
         else:
-            records = json.load(file)
+            records = _parse_json(file.read(), suffix)
     if isinstance(records, dict):
         records = records.get("data")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -97,6 +95,17 @@ def _read_file(path: Path, source: str, argument: str) -> list[Record]:
     if suffix == ".csv" and any(None in record for record in records):
         raise UserError(argument, source, "CSV whose rows have no more cells than its header")
     return records
+
+
+def _parse_json(text: str, suffix: str) -> Any:
+    # JSON or JSON Lines, by what is in the file: many a file of lines is called .json.
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [whole] if suffix == ".jsonl" and isinstance(whole, dict) else whole  # one line
 
 
 def _parse_line(line: str, number: int) -> Any:

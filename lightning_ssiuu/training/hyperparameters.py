@@ -144,7 +144,8 @@ def _made(value: Any, argument: str) -> Any:
 def known_classes(base: type) -> Iterator[type]:
     """A class and all its subclasses that have been imported."""
     yield base
-    for kind in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for kind in subclasses:
         yield from known_classes(kind)
 
 
