@@ -38,7 +38,8 @@ class Sampling(Attack):
 
     With ``rouge_l`` and its stemmed forms an example counts the highest value among its samples. With every other score
     it counts whether any sample begins with the true answer (:func:`begins_with`), since teacher-forced scores have
-    nothing to sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy continuation.
+    nothing to sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy
+    continuation.
 
     An example's samples depend on seed, example id and number of the sample alone: not on its batch or on the number
     of ranks, but for rounding.

@@ -33,6 +33,7 @@ from lightning_ssiuu.models.loading import context_length, resolve_checkpoint
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
+from lightning_ssiuu.training.schedules import make_schedule
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -145,9 +146,11 @@ class UnlearningCLI(LightningCLI):
             if least == 0:
                 raise UserError(f"trainer.{name}", 0, "a number ≥ 1, or -1 for no limit")
         try:
-            self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+            optimizer = self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:  # what torch's optimisers raise for a rate below 0 and the like
             raise UserError("model.optimizer", Given("what it refuses"), " ".join(str(error).split())) from error
+        if self.model.lr_scheduler is not None:
+            make_schedule(self.model.lr_scheduler, optimizer, self.model.warmup_steps, lambda: 1)
         self._before_any()
         check_callbacks(self.trainer, self.model, self.datamodule)
 

@@ -144,8 +144,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """Read, check and tokenise the data, once whatever the stage.
 
         Raises:
-            UserError: What :meth:`Splits.validate` and :meth:`~.encoding.Encoder.encode` raise; a batch not
-                divisible among the ranks, or a set with fewer examples than there are ranks; a Trainer that would shard a second time.
+            UserError: What :meth:`Splits.validate` and :meth:`~.encoding.Encoder.encode` raise; a batch not divisible
+                among the ranks; fewer examples than ranks; a Trainer that would shard a second time.
         """
         if not self._encoded:
             sets = dict(self.splits.items())

@@ -24,8 +24,8 @@ def read_records(source: str, argument: str) -> list[Record]:
     """Read a list of records; ``argument`` is what ``source`` was given for, for error messages.
 
     The source is a ``.json`` or ``.jsonl`` file (JSON, a list or an object whose ``"data"`` is one, or JSON Lines: its
-    content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``
-    (split ``train`` unless given).
+    content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
+    ``owner/name:config:split`` (split ``train`` unless given).
     """
     path = Path(source).expanduser()
     is_file, is_known = path.is_file(), path.suffix.lower() in SUFFIXES

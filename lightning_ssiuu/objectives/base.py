@@ -34,6 +34,7 @@ from lightning_ssiuu.training.reference import (
     find_reference,
     reference_logits,
 )
+from lightning_ssiuu.training.schedules import ScheduleName, find_schedule, make_schedule
 from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, rank, world_size
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
@@ -57,7 +58,10 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     Args:
         checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
         optimizer: Takes the parameters, gives the optimiser.
-        lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); None for constant.
+        lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
+            :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function that takes ``num_warmup_steps`` and
+            ``num_training_steps``, too, like those of transformers; None for constant.
+        warmup_steps: Of such a schedule: optimiser steps, or below 1 the share of all steps.
         forget_weight: Weight of the forget loss, ≥ 0.
         retain_weight: Weight of the retain loss, ≥ 0.
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
@@ -101,7 +105,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self,
         checkpoint: str = "tiny",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
+        warmup_steps: float = 0.0,
         forget_weight: float = 1.0,
         retain_weight: float = 1.0,
         regularizer: Regularizer | None = None,
@@ -127,7 +132,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self.checkpoint = checkpoint
         self.lora, self.quantization = lora, quantization
         self.strict_loading = lora is None  # a checkpoint then holds the adapters alone
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.warmup_steps = optimizer, warmup_steps
+        self.lr_scheduler = find_schedule(lr_scheduler, warmup_steps)
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.regularizer = regularizer
         self.gradient_checkpointing = gradient_checkpointing
@@ -332,7 +338,9 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        n_steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731 - asked only where it is needed
+        schedule = make_schedule(self.lr_scheduler, optimizer, self.warmup_steps, n_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
