@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,22 @@ def _read_file(path: Path, source: str, argument: str) -> list[Record]:
 def _parse_json(text: str, suffix: str) -> Any:
     # JSON or JSON Lines, by what is in the file: many a file of lines is called .json.
     try:
-        whole = json.loads(text)
+        if suffix == ".json":
+            return json.loads(text)
+        lines = _parse_lines(text)
+        return lines[0] if len(lines) == 1 and isinstance(lines[0], list) else lines
     except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
+        if suffix == ".json" and error.msg == "Extra data":
+            return _parse_lines(text)
+        if suffix == ".json":
             raise
-        return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [whole] if suffix == ".jsonl" and isinstance(whole, dict) else whole  # one line
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
+        raise
+
+
+def _parse_lines(text: str) -> list[Any]:
+    return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _parse_line(line: str, number: int) -> Any:

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
-from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
+from lightning_ssiuu.models.quantization import check_reach, check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
 
@@ -107,6 +107,7 @@ def load_model(
         raise UserError("checkpoint", os.fspath(checkpoint), allowed)
     model.config.use_cache = False
     if quantization is not None:
+        check_reach(model, quantization)
         prepare_for_training(model)
         check_reading(model)
     if architecture is not None:

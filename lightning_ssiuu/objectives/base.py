@@ -61,7 +61,6 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
             :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function that takes ``num_warmup_steps`` and
             ``num_training_steps``, too, like those of transformers; None for constant.
-        warmup_steps: Of such a schedule: optimiser steps, or below 1 the share of all steps.
         forget_weight: Weight of the forget loss, ≥ 0.
         retain_weight: Weight of the retain loss, ≥ 0.
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
@@ -78,6 +77,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             :mod:`lightning_ssiuu.evaluation.scorer`); None takes every score the data allows without generating text.
         architecture: Where the model's blocks and neurons are: the name of a registered type, the import path of an
             :class:`~lightning_ssiuu.models.architectures.Architecture`, or a record; None: by the checkpoint's type.
+        warmup_steps: Of a schedule by name: optimiser steps, or below 1 the share of all steps.
 
     Raises:
         UserError: If an option, of the base or of a subclass, is not finite or outside the range that its line gives,
@@ -106,7 +106,6 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         checkpoint: str = "tiny",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
-        warmup_steps: float = 0.0,
         forget_weight: float = 1.0,
         retain_weight: float = 1.0,
         regularizer: Regularizer | None = None,
@@ -117,6 +116,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         reference: ReferenceFrom = "cached",
         scores: list[str] | None = None,
         architecture: str | dict[str, Any] | Architecture | None = None,
+        warmup_steps: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self), logger=False)  # what it was made with, subclasses included
