@@ -19,6 +19,7 @@ from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
+from lightning_ssiuu.models.compiling import compile_backend
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
@@ -78,6 +79,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         architecture: Where the model's blocks and neurons are: the name of a registered type, the import path of an
             :class:`~lightning_ssiuu.models.architectures.Architecture`, or a record; None: by the checkpoint's type.
         warmup_steps: Of a schedule by name: optimiser steps, or below 1 the share of all steps.
+        torch_compile: Compile the forward passes that are trained through: True or a backend's name. Not with a second
+            gradient (a regulariser, SAM and its like), quantised or sharded weights.
 
     Raises:
         UserError: If an option, of the base or of a subclass, is not finite or outside the range that its line gives,
@@ -117,6 +120,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         scores: list[str] | None = None,
         architecture: str | dict[str, Any] | Architecture | None = None,
         warmup_steps: float = 0.0,
+        torch_compile: bool | str = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self), logger=False)  # what it was made with, subclasses included
@@ -129,6 +133,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             check_choice("quantization", quantization, Bits)
         if quantization is not None and lora is None:
             raise UserError("quantization", quantization, "null without lora: quantised weights cannot be trained")
+        self.torch_compile = compile_backend(torch_compile)
         self.checkpoint = checkpoint
         self.lora, self.quantization = lora, quantization
         self.strict_loading = lora is None  # a checkpoint then holds the adapters alone
@@ -271,6 +276,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         if self._backbone:  # the same model, and the same memory of this step's forward passes
             self._backbone[0].adopt(model, tokenizer)
             self._backbone[0]._step_memory = self._step_memory
+        if self.torch_compile is not None:
+            model.compile_training(self.torch_compile)
         if self.gradient_checkpointing:
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
