@@ -118,15 +118,25 @@ def check_reach(model: PreTrainedModel, quantization: str) -> None:
 
 def quantized_share(model: PreTrainedModel) -> float:
     """Which share of the matrices outside embeddings and head, counted in weights, is in 8 or 4 bits."""
+    packed = [module for module in model.modules() if _is_packed(module)]
+    return sum(map(_n_weights, packed)) / max(1, n_matrix_weights(model))
+
+
+def n_matrix_weights(model: PreTrainedModel) -> int:
+    """How many weights the matrices outside embeddings and head have, quantised or not."""
     head = model.get_output_embeddings()
-    packed = plain = 0
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes."):
-            packed += module.in_features * module.out_features  # type: ignore[operator]
-            continue
-        if not isinstance(module, nn.Embedding) and module is not head:
-            plain += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
-    return packed / max(1, packed + plain)
+    modules = (m for m in model.modules() if not isinstance(m, nn.Embedding) and m is not head)
+    return sum(map(_n_weights, modules))
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def _n_weights(module: Any) -> int:
+    if _is_packed(module):  # its parameter's shape is another
+        return module.in_features * module.out_features
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
 
 
 def float_type(model: PreTrainedModel) -> torch.dtype:
