@@ -19,8 +19,8 @@ from transformers import LogitsProcessor
 
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.metrics.answers import rouge_l_recall
 from lightning_ssiuu.evaluation.metrics.base import widest_float
+from lightning_ssiuu.evaluation.metrics.rouge import ROUGE
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.training.devices import Devices
@@ -36,9 +36,10 @@ _MOST_TOKENS = 200
 class Sampling(Attack):
     """Draw k continuations of every forget question and keep the best.
 
-    With ``rouge_l`` an example counts the highest ROUGE-L recall among its samples. With every other score it counts
-    whether any sample begins with the true answer (:func:`begins_with`), since teacher-forced scores have nothing to
-    sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy continuation.
+    With ``rouge_l`` and its stemmed forms an example counts the highest value among its samples. With every other score
+    it counts whether any sample begins with the true answer (:func:`begins_with`), since teacher-forced scores have
+    nothing to sample; the outcomes' score is then called ``"answer_given"``. ``before`` is the same of the greedy
+    continuation.
 
     An example's samples depend on seed, example id and number of the sample alone: not on its batch or on the number
     of ranks, but for rounding.
@@ -88,7 +89,7 @@ class Sampling(Attack):
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
     ) -> Iterator[Outcome]:
-        measured = "rouge_l" if score == "rouge_l" else "answer_given"
+        measured = score if score in ROUGE else "answer_given"
         for target in targets:
             before, after = self._best(target, data, score)
             for seed, value in zip(self.seeds, after, strict=True):
@@ -97,7 +98,7 @@ class Sampling(Attack):
     def _best(self, target: Target, data: UnlearningDataModule, score: str) -> tuple[float, list[float]]:
         # The greedy value, and for each seed the value of the best of k, in percent.
         model, tokenizer = target.load()
-        value: Callable[[str, str], float] = rouge_l_recall if score == "rouge_l" else begins_with
+        value: Callable[[str, str], float] = ROUGE.get(score, begins_with)
         greedy: list[float] = []
         best: list[list[float]] = [[] for _ in self.seeds]
         with untouched(model), torch.no_grad():

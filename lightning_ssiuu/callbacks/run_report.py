@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -101,6 +102,8 @@ class RunReport(L.Callback):
         attribution = _find(trainer, NeuronAttributionCallback)
         main, retention = self._main(trainer), self._retention(trainer)
         stopped_by = "steps" if 0 < trainer.max_steps <= trainer.global_step else "epochs"
+        if trainer.should_stop and (early := _find(trainer, EarlyStopping)):
+            stopped_by = f"EarlyStopping on {early.monitor}"
         if stopping and stopping.stopped:
             stopped_by = f"{stopping.score} <= {stopping.level:.4g} %"
         influence = attribution.influence() if attribution else {}

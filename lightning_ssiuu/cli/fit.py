@@ -31,6 +31,14 @@ from lightning_ssiuu.cli.resume import (
     refuse_to_lose,
 )
 from lightning_ssiuu.cli.settings import KEY, check_settings, run_settings
+from lightning_ssiuu.cli.validation import (
+    NEVER,
+    callback_mistakes,
+    check_callbacks,
+    finished_run,
+    print_scores,
+    validation_options,
+)
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_folder
 from lightning_ssiuu.models.checks import tokenizers_differ
@@ -38,6 +46,7 @@ from lightning_ssiuu.models.loading import context_length, load_tokenizer, resol
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
+from lightning_ssiuu.training.schedules import make_schedule
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -111,6 +120,18 @@ class UnlearningCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
+        is_named = any(
+            str(arg).partition("=")[0].endswith(("model.init_args.checkpoint", "model.checkpoint")) for arg in args
+        )
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit" and not is_named and config.get("ckpt_path") is None:
+            self._take_what_was_trained(config)
+
+    def _take_what_was_trained(self, config: Any) -> None:
+        # The configuration of a finished run names the model it began with; what it made is what is to be scored.
+        if (model := finished_run(config)) is not None:
+            config.model.init_args.checkpoint = config.data.init_args.tokenizer = str(model)
+            config.model.init_args.lora = config.model.init_args.quantization = None  # merged and unpacked
 
     def before_instantiate_classes(self) -> None:
         check_engine(self._get(self.config, "trainer", default={}))
@@ -120,12 +141,15 @@ class UnlearningCLI(LightningCLI):
             options["seed"] = int(os.environ["PL_GLOBAL_SEED"]) if seed is True else int(seed)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        checkpoints = self._get(self.config_init, "checkpoints")
+        checkpoints, options = self._get(self.config_init, "checkpoints"), self._get(self.config_init, "trainer")
+        given = options.get("callbacks") or []
+        callbacks = given if isinstance(given, list) else [given]
         if checkpoints.every_n_steps is not None:
             # Not one of the callback sections: a Trainer that keeps no checkpoints refuses a callback that could.
-            given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
-            callbacks = given if isinstance(given, list) else [given]
-            kwargs |= {"callbacks": [*callbacks, checkpoints], "enable_checkpointing": True}
+            callbacks = [*callbacks, checkpoints]
+        kwargs |= {"callbacks": callbacks} | validation_options(callbacks, options)
+        if self.subcommand != "fit" and options.get("logger") in (None, True):
+            kwargs["logger"] = False  # the scores are on the screen; a finished run stays as it is
         with trainer_mistakes(self._get(self.config, "trainer", default={})):
             trainer = super().instantiate_trainer(**kwargs)
         use_all_devices(trainer.strategy)
@@ -157,13 +181,20 @@ class UnlearningCLI(LightningCLI):
             if least == 0:
                 raise UserError(f"trainer.{name}", 0, "a number ≥ 1, or -1 for no limit")
         try:
-            self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+            optimizer = self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:  # what torch's optimisers raise for a rate below 0 and the like
             raise UserError("model.optimizer", Given("what it refuses"), " ".join(str(error).split())) from error
+        if self.model.lr_scheduler is not None:
+            make_schedule(self.model.lr_scheduler, optimizer, self.model.warmup_steps, lambda: 1)
         self._before_any()
+        check_callbacks(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
-        self.ckpt_path = checkpoint_to_go_on_from(self.config[self.subcommand], self.trainer)
+        config = self.config[self.subcommand]
+        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer)
+        if self.ckpt_path is None and config.get("ckpt_path") is not None:  # fit would begin anew
+            allowed = f"a checkpoint: there is none in {self.trainer.default_root_dir}"
+            raise UserError("ckpt_path", config.ckpt_path, allowed)
         self._before_any()
 
     before_test = before_validate
@@ -175,24 +206,30 @@ class UnlearningCLI(LightningCLI):
         self._run(self.trainer.fit, kwargs)
 
     def validate(self, **kwargs: Any) -> None:
-        self._run(self.trainer.validate, kwargs)
+        self._score(self.trainer.validate, kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        self._run(self.trainer.test, kwargs)
+        self._score(self.trainer.test, kwargs)
 
-    def _run(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def _score(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        results = self._run(function, kwargs | {"verbose": False})
+        if kwargs.get("verbose", True):
+            print_scores(results, str(self.ckpt_path or self.model.checkpoint))
+
+    def _run(self, function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
 
         def begun() -> bool:
             return any(isinstance(one, SaveConfig) and one.begun for one in callbacks)
 
         with (
+            callback_mistakes(),
             nothing_left(self.trainer.default_root_dir, self._logs(), begun),
             EndTogether.around(self.trainer),
             checkpoint_mistakes(self.ckpt_path),
             self._limit_mistakes(),
         ):
-            function(**kwargs | {"ckpt_path": self.ckpt_path})
+            return function(**kwargs | {"ckpt_path": self.ckpt_path})
 
     @contextmanager
     def _limit_mistakes(self) -> Iterator[None]:
@@ -264,8 +301,7 @@ def run(args: list[str]) -> None:
         "num_sanity_val_steps": 0,
         "enable_checkpointing": False,
         "enable_model_summary": False,
-        # Callbacks look at the model when they need to; a validation run per epoch would cost more than the training.
-        "check_val_every_n_epoch": 1_000_000,
+        "check_val_every_n_epoch": NEVER,
         "log_every_n_steps": 1,
     }
     # The parsers of the subcommands that are not asked for would take a good third of the time of parsing.

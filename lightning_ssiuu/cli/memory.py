@@ -129,6 +129,7 @@ class _Run:
             raise UserError("trainer.strategy", type(self.strategy).__name__, allowed)
         self.device = self.strategy.root_device
         self.simulation = Simulation(self.device, granularity=512 if self.device.type == "cuda" else 1)
+        module.torch_compile = None  # what is compiled needs no more
         module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer to log to
 
     def estimate(self) -> MemoryEstimate:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -45,7 +46,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
             tokenizer.
         template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template) or
             any text that contains ``{question}`` (:class:`~.encoding.Encoder`).
-        batch_size: Forget sequences per micro-batch over all ranks.
+        batch_size: Forget sequences per micro-batch over all ranks; as many as there are where the set has fewer.
         retain_batch_size: Retain sequences per micro-batch over all ranks; None: as many as ``batch_size``.
         eval_batch_size: Sequences per rank and evaluation batch.
         max_length: Longest prompt + answer in tokens; longer ones are an error, nothing is cut off. None: 256, or
@@ -172,8 +173,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """Read, check and tokenise the data, once whatever the stage.
 
         Raises:
-            UserError: What :meth:`Splits.validate` and :meth:`~.encoding.Encoder.encode` raise; a batch larger than
-                its set or not divisible among the ranks; a Trainer that would shard a second time.
+            UserError: What :meth:`Splits.validate` and :meth:`~.encoding.Encoder.encode` raise; a batch not divisible
+                among the ranks; fewer examples than ranks; a Trainer that would shard a second time.
         """
         if not self._encoded:
             sets = dict(self.splits.items())
@@ -254,8 +255,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
             name = "retain_batch_size" if self.train_on == "pairs" and part == "retain" else "batch_size"
             if batch_size % world_size:
                 raise UserError(name, batch_size, f"a multiple of {world_size}, the number of ranks")
-            if batch_size > len(parts[part]):
-                raise UserError(name, batch_size, f"1 to {len(parts[part])}, the number of examples")
+            if batch_size > len(parts[part]):  # a recipe's, for a set of any size
+                if (most := len(parts[part]) // world_size * world_size) == 0:
+                    allowed = f"at least {world_size} examples, one for each rank"
+                    raise UserError(part, Given(f"{len(parts[part])} examples"), allowed)
+                setattr(self, name, most)
+                rank_zero_info(f"data.{name}: {most} instead of {batch_size}, for there are no more {part} examples.")
 
     def _loader(
         self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader] = DataLoader

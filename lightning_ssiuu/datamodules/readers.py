@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 def read_records(source: str, argument: str) -> list[Record]:
     """Read a list of records; ``argument`` is what ``source`` was given for, for error messages.
 
-    The source is a ``.json`` file (a list, or an object whose ``"data"`` is one), a ``.jsonl`` file, a ``.csv`` file
-    with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``
-    (split ``train`` unless given).
+    The source is a ``.json`` or ``.jsonl`` file (JSON, a list or an object whose ``"data"`` is one, or JSON Lines: its
+    content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
+    ``owner/name:config:split`` (split ``train`` unless given).
     """
     path = Path(source).expanduser()
     is_file, is_known = path.is_file(), path.suffix.lower() in SUFFIXES
@@ -87,10 +87,8 @@ def _read_file(path: Path, source: str, argument: str) -> list[Record]:
     with file_errors(argument, source), path.open(encoding="utf-8-sig", newline="") as file:
         if suffix == ".csv":
             records: Any = list(csv.DictReader(file, strict=True))
-        elif suffix == ".jsonl":
-            records = [_parse_line(line, number) for number, line in enumerate(file, 1) if line.strip()]
         else:
-            records = json.load(file)
+            records = _parse_json(file.read(), suffix)
     if isinstance(records, dict):
         records = records.get("data")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -98,6 +96,27 @@ def _read_file(path: Path, source: str, argument: str) -> list[Record]:
     if suffix == ".csv" and any(None in record for record in records):
         raise UserError(argument, source, "CSV whose rows have no more cells than its header")
     return records
+
+
+def _parse_json(text: str, suffix: str) -> Any:
+    # JSON or JSON Lines, by what is in the file: many a file of lines is called .json.
+    try:
+        if suffix == ".json":
+            return json.loads(text)
+        lines = _parse_lines(text)
+        return lines[0] if len(lines) == 1 and isinstance(lines[0], list) else lines
+    except json.JSONDecodeError as error:
+        if suffix == ".json" and error.msg == "Extra data":
+            return _parse_lines(text)
+        if suffix == ".json":
+            raise
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
+        raise
+
+
+def _parse_lines(text: str) -> list[Any]:
+    return [_parse_line(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _parse_line(line: str, number: int) -> Any:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
-from lightning_ssiuu.evaluation.metrics.answers import mismatched_rouge_l
+from lightning_ssiuu.evaluation.metrics.rouge import ROUGE, mismatched_rouge_l
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import SCORES
@@ -38,9 +38,9 @@ def mismatched_level(
     Scores of a choice among options have no such level, which is a :class:`UserError`.
     """
     parts = [part for batch in loader for part in batch.values()]
-    if score == "rouge_l":
+    if score in ROUGE:
         answers = [text for part in parts for text in Predictions(model, tokenizer, part).references]
-        return mismatched_rouge_l(_over_ranks(answers), seed)
+        return mismatched_rouge_l(_over_ranks(answers), seed, score)
     if SCORES[score].needs is not None or SCORES[score].generates:
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]

@@ -15,7 +15,7 @@ from lightning_ssiuu.evaluation.metrics import (
     AnswerProbability,
     ExactMemorization,
     ExtractionStrength,
-    RougeLRecall,
+    RougeL,
     TruthRatio,
 )
 from lightning_ssiuu.evaluation.metrics.answers import (
@@ -25,6 +25,7 @@ from lightning_ssiuu.evaluation.metrics.answers import (
     generated_choice_accuracy,
     multiple_choice_accuracy,
 )
+from lightning_ssiuu.evaluation.metrics.rouge import ROUGE, check_stemmer
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.registry import resolve
@@ -92,7 +93,10 @@ SCORES: dict[str, Score] = _Scores(
             AnswerProbability,
             lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
         ),
-        "rouge_l": Score(RougeLRecall, lambda e: (e.generations, e.references), generates=True),
+        **{
+            name: Score(partial(RougeL, name), lambda e: (e.generations, e.references), generates=True)
+            for name in ROUGE
+        },
         "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
         "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
         "truth_ratio_forget": Score(partial(TruthRatio, "forget"), _options, needs="options", default=False),
@@ -118,6 +122,7 @@ def register_score(name: str, score: Score) -> None:
 def find_score(name: str, argument: str = "scores") -> Score:
     """The score of a name, or the one at an import path such as ``my_scores.perplexity``."""
     score: object = resolve(name, SCORES, argument)
+    check_stemmer(name, argument)
     if not isinstance(score, Score):
         raise UserError(argument, name, f"the import path of a Score, not of a {type(score).__name__}")
     return score

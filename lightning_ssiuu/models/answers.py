@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_ssiuu.models.architectures import architecture_of
+from lightning_ssiuu.models.compiling import CompiledPasses
 from lightning_ssiuu.utils.errors import UserError
 
 #: A part of a batch: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]``, ``example_id`` ``[B]``, and what else
@@ -53,6 +54,11 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.plain_head = _has_plain_head(hf)
+        self._compiled: CompiledPasses | None = None
+
+    def compile_training(self, backend: str) -> None:
+        """Compile the passes that are trained through (:class:`~lightning_ssiuu.models.compiling.CompiledPasses`)."""
+        self._compiled = CompiledPasses(self.hf.base_model if self.plain_head else self.hf, backend)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
         """The :class:`Answers` at the N labelled positions of ``[B, L]`` tokens (labels: −100 elsewhere)."""
@@ -62,10 +68,10 @@ class AnswerModel(nn.Module):
         targets = labels[:, 1:][labelled]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.plain_head:
-            hidden = self.hf.base_model(**inputs).last_hidden_state
+            hidden = (self._compiled or self.hf.base_model)(**inputs).last_hidden_state
             logits = self.hf.get_output_embeddings()(hidden[sequence_index, position])
         else:
-            logits = self.hf(**inputs).logits[sequence_index, position]
+            logits = (self._compiled or self.hf)(**inputs).logits[sequence_index, position]
         return Answers(logits, targets, sequence_index, labels.shape[0])
 
     def generate(self, **kwargs: Any) -> Tensor:

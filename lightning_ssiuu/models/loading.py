@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
-from lightning_ssiuu.models.quantization import check_reading, loading_options, prepare_for_training
+from lightning_ssiuu.models.quantization import check_reach, check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import cache_directory
 
@@ -109,6 +109,7 @@ def load_model(
     check_weights(model, os.fspath(checkpoint))
     model.config.use_cache = False
     if quantization is not None:
+        check_reach(model, quantization)
         prepare_for_training(model)
         check_reading(model)
     if architecture is not None:

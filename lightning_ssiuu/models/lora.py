@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ssiuu.models.quantization import float_type, was_conv1d
+from lightning_ssiuu.models.quantization import float_type, n_matrix_weights, was_conv1d
 from lightning_ssiuu.utils.errors import UserError
 
 #: The name peft gives the only adapter there is.
@@ -37,7 +38,7 @@ class LoRA:
         dropout: Probability with which an adapter's input is dropped while training, in [0, 1).
         target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]``; None takes
             every linear layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and
-            stay out.
+            stay out; the log then says which share of the weights has adapters.
 
     Raises:
         UserError: If an option is outside its range.
@@ -80,7 +81,7 @@ class LoRA:
             raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
         if any(True for _ in adapted_layers(model)):
             raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
-        targets = self._targets(model)
+        targets, n_weights = self._targets(model), n_matrix_weights(model)
         config = peft.LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
@@ -91,8 +92,13 @@ class LoRA:
         )
         peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
         width = torch.promote_types(float_type(model), torch.float32)
+        n_adapted = 0
         for _, layer in adapted_layers(model):
             _initialise(layer, width)
+            n_adapted += layer.in_features * layer.out_features
+        if self.target_modules is None and (share := n_adapted / max(1, n_weights)) < 0.995:
+            text = f"lora adapts projections with {100 * share:.0f} % of the weights outside embeddings and head"
+            rank_zero_info(f"{model.config.model_type}: {text}; experts kept as one tensor do not train.")
 
     @staticmethod
     def detach(model: nn.Module) -> None:

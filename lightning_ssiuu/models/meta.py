@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.loading import plain_configuration
-from lightning_ssiuu.models.quantization import loading_options, prepare_for_training
+from lightning_ssiuu.models.quantization import check_reach, loading_options, prepare_for_training
 
 _CODES_4BIT, _CODES_8BIT, _BLOCK, _OUTER_BLOCK = 16, 256, 64, 256  # of bitsandbytes' doubly quantised NF4
 
@@ -28,6 +28,7 @@ def blueprint(
     model.config.use_cache = False
     if quantization is not None:
         _quantize(model, loading_options(quantization, dtype, None)["quantization_config"], dtype)
+        check_reach(model, quantization)
         prepare_for_training(model)
     if architecture is not None:
         use_architecture(model, architecture)

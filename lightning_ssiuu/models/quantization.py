@@ -8,6 +8,7 @@ from copy import copy
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -95,6 +96,47 @@ def check_reading(model: nn.Module) -> None:
         if not torch.equal(*(functional.dequantize_4bit(weight, layout).flatten() for layout in (state, flat))):
             rows = f"bitsandbytes misreads {name}, whose rows of {state.shape[-1]} are no multiple of {state.blocksize}"
             raise UserError("quantization", "4bit", f"8bit or null for this model on this CPU: {rows}")
+
+
+def check_reach(model: PreTrainedModel, quantization: str) -> None:
+    """Say which share of the weights is quantised, where that is not all of them; refuse less than half.
+
+    The share is of the matrices outside embeddings and head. bitsandbytes is given plain linear layers alone;
+    transformers keeps all experts of a block in one tensor, and Falcon has linear layers of its own.
+
+    Raises:
+        UserError: If less than half of them is.
+    """
+    if (share := quantized_share(model)) >= 0.995:
+        return
+    name, reached = getattr(model.config, "model_type", type(model).__name__), f"{100 * share:.0f} %"
+    if share < 0.5:
+        allowed = f"null for {name}: it would reach {reached} of the weights, those of plain linear layers alone"
+        raise UserError("quantization", quantization, allowed)
+    rank_zero_info(f"{name}: quantization {quantization} reaches {reached} of the weights outside embeddings and head.")
+
+
+def quantized_share(model: PreTrainedModel) -> float:
+    """Which share of the matrices outside embeddings and head, counted in weights, is in 8 or 4 bits."""
+    packed = [module for module in model.modules() if _is_packed(module)]
+    return sum(map(_n_weights, packed)) / max(1, n_matrix_weights(model))
+
+
+def n_matrix_weights(model: PreTrainedModel) -> int:
+    """How many weights the matrices outside embeddings and head have, quantised or not."""
+    head = model.get_output_embeddings()
+    modules = (m for m in model.modules() if not isinstance(m, nn.Embedding) and m is not head)
+    return sum(map(_n_weights, modules))
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def _n_weights(module: Any) -> int:
+    if _is_packed(module):  # its parameter's shape is another
+        return module.in_features * module.out_features
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
 
 
 def float_type(model: PreTrainedModel) -> torch.dtype:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
+from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.checks import diverging
+from lightning_ssiuu.models.compiling import compile_backend
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
@@ -28,16 +29,13 @@ from lightning_ssiuu.objectives.step_memory import StepMemory
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
+from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
 from lightning_ssiuu.training.progress import settle_progress
-from lightning_ssiuu.training.reference import (
-    LiveReference,
-    Observation,
-    StoredReference,
-    find_reference,
-    reference_logits,
-)
+from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
+from lightning_ssiuu.training.reference import Observation, Reference, find_reference, reference_logits
+from lightning_ssiuu.training.schedules import ScheduleName, find_schedule, make_schedule
 from lightning_ssiuu.training.strategies import check_strategy
-from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks, rank, world_size
+from lightning_ssiuu.utils.distributed import mean_over_ranks, rank
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
 
 Bits = Literal["8bit", "4bit"]
@@ -45,21 +43,21 @@ Retain = Literal["nll", "kl"]
 ReferenceFrom = Literal["cached", "second_model"]
 
 
-class UnlearningModule(Stateful, L.LightningModule):
+class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore[misc]
     """A causal language model and an objective that makes it forget; subclass it and write ``forget_loss``.
 
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
     labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The
     loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means,
-    in nats. The module never reads ``trainer.datamodule``.
-
-    Objectives on a ``backbone`` have its losses: ``forget_weight``, ``retain_weight``, ``retain`` and ``reference`` are
-    set there if one is given, and otherwise go to the default backbone, gradient difference.
+    in nats. Objectives on a ``backbone`` have its losses: ``forget_weight``, ``retain_weight``, ``retain`` and
+    ``reference`` are set there if one is given, and otherwise go to the default backbone, gradient difference.
 
     Args:
         checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
         optimizer: Takes the parameters, gives the optimiser.
-        lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); None for constant.
+        lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
+            :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function that takes ``num_warmup_steps`` and
+            ``num_training_steps``, too, like those of transformers; None for constant.
         forget_weight: Weight of the forget loss, ≥ 0.
         retain_weight: Weight of the retain loss, ≥ 0.
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
@@ -69,23 +67,24 @@ class UnlearningModule(Stateful, L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         retain: The retain loss: ``"nll"``, the negative log-likelihood, or ``"kl"``, the divergence from the original
             model's predictions on the retain answers (objectives with a retain loss of their own refuse the latter).
-        reference: Where an objective that compares with the original model has it from: ``"cached"``, computed before
-            the first step and kept on disk (with ``lora`` computed in every step by the same weights without the
-            adapters), or ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.training.reference`.
-        scores: Names of the scores that ``validate``, ``test`` and the before/after table show (see
-            :mod:`lightning_ssiuu.evaluation.scorer`); None takes every score the data allows without generating text.
+        reference: How an objective compares with the original model: ``"cached"``, by values computed before the first
+            step and kept on disk (with ``lora`` in every step, by the same weights without the adapters), or
+            ``"second_model"``, a frozen copy in memory. See :mod:`lightning_ssiuu.training.reference`.
+        scores: Names of the :mod:`scores <lightning_ssiuu.evaluation.scores>` of ``validate``, ``test`` and the table;
+            None takes every score the data allows without generating text.
         architecture: Where the model's blocks and neurons are: the name of a registered type, the import path of an
             :class:`~lightning_ssiuu.models.architectures.Architecture`, or a record; None: by the checkpoint's type.
+        warmup_steps: Of a schedule by name: optimiser steps, or below 1 the share of all steps.
+        torch_compile: Compile the forward passes trained through: True or a backend's name. Not with a second gradient
+            (a regulariser, SAM and its like), quantised or sharded weights.
 
     Raises:
-        UserError: If an option, of the base or of a subclass, is not finite or outside the range that its line gives,
-            weights are quantised with no adapters to train, or an option of the backbone is given beside it.
+        UserError: If an option is not finite or outside the range that its line gives, or contradicts another one.
 
     Example:
-        >>> from lightning_ssiuu.objectives.losses import answer_nll
         >>> class Ascent(UnlearningModule):
         ...     def forget_loss(self, batch):
-        ...         return -answer_nll(self.answers(batch))
+        ...         return self.answers(batch).mean_logps.mean()
         >>> module = Ascent(checkpoint="tiny", retain_weight=0.5)
         >>> module.configure_model()
         >>> ids = torch.tensor([[5, 6, 7, 8]])
@@ -96,14 +95,14 @@ class UnlearningModule(Stateful, L.LightningModule):
 
     model: AnswerModel
     tokenizer: PreTrainedTokenizerBase
-    #: Whether the objective can be a backbone; False where it is more than its losses.
+    #: Whether it can be a backbone; False where it is more than its losses.
     can_be_backbone = True
 
     def __init__(
         self,
         checkpoint: str = "tiny",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
         forget_weight: float = 1.0,
         retain_weight: float = 1.0,
         regularizer: Regularizer | None = None,
@@ -114,8 +113,11 @@ class UnlearningModule(Stateful, L.LightningModule):
         reference: ReferenceFrom = "cached",
         scores: list[str] | None = None,
         architecture: str | dict[str, Any] | Architecture | None = None,
+        warmup_steps: float = 0.0,
+        torch_compile: bool | str = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(hyperparameters(self), logger=False)  # what it was made with, subclasses included
         self.architecture = find_architecture(architecture)
         check_number("forget_weight", forget_weight)
         check_number("retain_weight", retain_weight)
@@ -125,18 +127,20 @@ class UnlearningModule(Stateful, L.LightningModule):
             check_choice("quantization", quantization, Bits)
         if quantization is not None and lora is None:
             raise UserError("quantization", quantization, "null without lora: quantised weights cannot be trained")
+        self.torch_compile = compile_backend(torch_compile)
         self.checkpoint = checkpoint
         self.lora, self.quantization = lora, quantization
         self.strict_loading = lora is None  # a checkpoint then holds the adapters alone
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.warmup_steps = optimizer, warmup_steps
+        self.lr_scheduler = find_schedule(lr_scheduler, warmup_steps)
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.regularizer = regularizer
         self.gradient_checkpointing = gradient_checkpointing
         self.retain, self.reference = retain, reference
+        self.scores = scores
         for name in scores or ():
             check_score(name)
-        self.scores = scores
-        self._reference: StoredReference | LiveReference | None = None
+        self._reference: Reference | None = None
         self.reference_key: str | None = None  # of the values on disk; a resumed run has its checkpoint's
         self._backbone: tuple[UnlearningModule, ...] = ()
         self._step_memory = StepMemory()
@@ -204,7 +208,7 @@ class UnlearningModule(Stateful, L.LightningModule):
     @property
     def backbone(self) -> UnlearningModule | None:
         """The objective whose losses this one uses, if it has none of its own."""
-        return self._backbone[0] if self._backbone else None
+        return next(iter(self._backbone), None)
 
     def use_backbone(self, backbone: UnlearningModule) -> None:
         """Take losses, weights and references from another objective, which never loads a model of its own.
@@ -272,6 +276,8 @@ class UnlearningModule(Stateful, L.LightningModule):
         if self._backbone:  # the same model, and the same memory of this step's forward passes
             self._backbone[0].adopt(model, tokenizer)
             self._backbone[0]._step_memory = self._step_memory
+        if self.torch_compile is not None:
+            model.compile_training(self.torch_compile)
         if self.gradient_checkpointing:
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -287,10 +293,10 @@ class UnlearningModule(Stateful, L.LightningModule):
             if rank() > 0:  # seeded alike to set up alike, the ranks part here: each has dropout masks of its own
                 torch.manual_seed(torch.initial_seed() + rank())
         else:  # nothing draws any more before the first step
-            torch.set_rng_state(self._random_states["cpu"])
-            if self._random_states["cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(self._random_states["cuda"], self.device)
+            set_random_state(self._random_states, self.device)
             self._random_states = None
+        for logger in self.loggers:  # by ourselves: a run that is refused by now has not written anything
+            logger.log_hyperparams(self.hparams_initial)
 
     def on_train_batch_start(self, batch: Mapping[str, Part], batch_idx: int) -> None:
         self._last_batch = batch
@@ -334,11 +340,11 @@ class UnlearningModule(Stateful, L.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Part], batch_idx: int, dataloader_idx: int = 0) -> None:
         with diverging(self.global_step):
-            self._scorer().update(batch)
+            self._scorer.update(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"{split}/{k}": v for split, s in self._scorer().compute().items() for k, v in s.items()})
-        self._scorer().reset()
+        self.log_dict({f"{split}/{k}": v for split, s in self._scorer.compute().items() for k, v in s.items()})
+        self._scorer.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -347,16 +353,18 @@ class UnlearningModule(Stateful, L.LightningModule):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        n_steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731 - asked only where it is needed
+        schedule = make_schedule(self.lr_scheduler, optimizer, self.warmup_steps, n_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._last_batch and self._trainer is not None and self.trainer.training:
             check_trained(self, self._last_batch)  # or the one before, which is good, would be gone
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        checkpoint["random_states"] = gathered({"cpu": torch.get_rng_state(), "cuda": cuda})
+        checkpoint["random_states"] = random_states(self.device)
         if self.lora is not None and not is_sharded(self):
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["reference"] = self.reference_key
+        checkpoint |= self.to_be_restored()
         for key, owner in self.stateful().items():
             put_state(checkpoint, key, owner.state())
 
@@ -365,10 +373,7 @@ class UnlearningModule(Stateful, L.LightningModule):
             check_adapter_state(self, checkpoint.get("state_dict"))
         self.reference_key = checkpoint.get("reference")
         if states := checkpoint.get("random_states"):
-            if len(states) != world_size():
-                given = f"the checkpoint is of {len(states)} ranks, this run has {world_size()}"
-                rank_zero_warn(f"{given}: what is drawn at random (dropout) will not be what it would have been")
-            self._random_states = states[rank() if rank() < len(states) else 0]
+            self._random_states = state_of_rank(states)
         folder = self._trainer.ckpt_path if self._trainer is not None else None
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_states(checkpoint, self.stateful(), folder)
@@ -390,10 +395,6 @@ class UnlearningModule(Stateful, L.LightningModule):
             self.lora.attach(model)
         return AnswerModel(model)
 
-    def _scorer(self) -> Any:
-        from lightning_ssiuu.evaluation.scorer import Scorer
-
-        if getattr(self, "_current_scorer", None) is None:
-            # Not a submodule: its sums are no part of the model's state.
-            object.__setattr__(self, "_current_scorer", Scorer(self.model, self.tokenizer, self.scores))
-        return self._current_scorer
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model, self.tokenizer, self.scores)

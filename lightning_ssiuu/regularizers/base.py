@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.training.checkpoints import Stateful
+from lightning_ssiuu.training.hyperparameters import Described
 
 
-class Regularizer(Stateful, ABC):
+class Regularizer(Stateful, Described, ABC):
     """What an objective expects of its ``regularizer``: collect per micro-batch, act once per optimiser step.
 
     Only :meth:`apply` has to be written. What a resumed run needs is named in ``state_attributes``

@@ -96,6 +96,9 @@ class LiveReference:
             return self.observations[name](self.model, part)[0]
 
 
+Reference = StoredReference | LiveReference
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, a model with adapters is the one they were attached to."""
@@ -176,9 +179,7 @@ def store(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def find_reference(
-    module: Any, observations: Mapping[str, Observation], resumed: bool
-) -> StoredReference | LiveReference:
+def find_reference(module: Any, observations: Mapping[str, Observation], resumed: bool) -> Reference:
     """What gives an objective the original model's values, when training starts; each rank must call it.
 
     ``resumed`` says whether the weights are an interrupted run's, no longer the original ones.

@@ -73,6 +73,12 @@ def check_strategy(trainer: L.Trainer, module: Trained) -> None:
         raise UserError("trainer.strategy", strategy.launcher._start_method, allowed)
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision | TransformerEnginePrecision):
         raise UserError("trainer.plugins", type(trainer.precision_plugin).__name__, _TYPES)
+    if getattr(module, "torch_compile", None) is not None:
+        sharded = "ModelParallelStrategy" if isinstance(strategy, ModelParallelStrategy) else None
+        options = (name for name in ("quantization", "gradient_checkpointing") if getattr(module, name, None))
+        if (other := who or sharded or next(options, None)) is not None:
+            backend: Any = getattr(module, "torch_compile", None)
+            raise UserError("torch_compile", backend, f"false with {other}, which hooks into the layers")
     if who is not None and isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         allowed = f"false with {who}, whose second backward pass a static graph does not know: "
         raise UserError("trainer.strategy.static_graph", True, allowed + "the ranks' weights would drift apart")

@@ -55,6 +55,23 @@ def test_data_parallel_ranks_count_not_tensor_parallel_ones() -> None:
     assert len(ids(next(iter(data.train_dataloader())), "forget")) == 3
 
 
+def test_a_batch_larger_than_its_set_is_made_smaller(caplog: pytest.LogCaptureFixture) -> None:
+    """A recipe's batch size fits sets of any size: five forget and seven retain examples."""
+    with caplog.at_level(logging.INFO):
+        data = Toy(batch_size=6, retain_batch_size=8)
+        data.setup("fit")
+        data.setup("fit")
+    told = [f"data.{name}: {n} instead of {m}" for name, n, m in (("batch_size", 5, 6), ("retain_batch_size", 7, 8))]
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == told
+    [batch] = data.train_dataloader()
+    assert [len(batch[name]["example_id"]) for name in ("forget", "retain")] == [5, 7]
+    shared = [attach(Toy(batch_size=8, retain_batch_size=2), rank, 2) for rank in range(2)]
+    seen = [one["forget"]["example_id"].tolist() for data in shared for one in data.train_dataloader()]
+    assert [len(ids) for ids in seen] == [2] * 4  # 4 of the 5, a multiple of the ranks
+    with pytest.raises(UserError, match="forget: got 5 examples, allowed: at least 6"):
+        attach(Toy(batch_size=6), 0, 6).setup("fit")
+
+
 def test_retain_batch_size_and_train_on() -> None:
     batch = next(iter(Toy(retain_batch_size=5).train_dataloader()))
     assert {part: len(ids(batch, part)) for part in batch} == {"forget": 2, "retain": 5}
@@ -249,10 +266,8 @@ def test_only_the_first_ids_are_named() -> None:
     ("arguments", "argument"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"batch_size": 6}, "batch_size"),  # the forget set has 5
         ({"batch_size": -2}, "batch_size"),
         ({"retain_batch_size": 0}, "retain_batch_size"),
-        ({"retain_batch_size": 8}, "retain_batch_size"),  # the retain set has 7
         ({"eval_batch_size": 0}, "eval_batch_size"),
         ({"num_workers": -1}, "num_workers"),
         ({"seed": -1}, "seed"),

@@ -206,9 +206,23 @@ def test_custom_mistakes(tmp_path: Path, arguments: dict, argument: str, told: s
     assert "SECRET" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_and_lines_are_told_apart_by_content(tmp_path: Path, suffix: str) -> None:
+    two = [{"question": "a\u2028b", "answer": "1"}, {"question": "c", "answer": "2"}]
+    file = tmp_path / f"a.{suffix}"
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in two)
+    for text in (lines, f"\n{lines}\n\n", json.dumps(two), json.dumps(two, indent=2)):
+        file.write_bytes(text.encode())
+        assert read_records(str(file), "forget") == two
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps(two[1]) + "\n", encoding="utf-8")
+    assert read_records(str(one), "forget") == two[1:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
+        ("a.json", b'{"question": "SECRET"}\n\nSECRET\n', "line 3"),
         ("a.json", b'[{"question": "SECRET"', "valid JSON: it breaks in line 1"),
         ("a.jsonl", b'{"question": "SECRET"}\n\nSECRET\n', "line 3"),
         ("a.json", b'{"question": "SECRET"}', "list of records"),

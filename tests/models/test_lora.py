@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from typing import Any
@@ -84,6 +85,16 @@ def test_only_adapters_train_and_nothing_else_changes(name: str) -> None:
     assert list(rest) == [n for n, _ in original.named_parameters()]
     ids = part([(5, 3)])["input_ids"]
     assert torch.equal(model(ids).logits, original(ids).logits)
+
+
+@pytest.mark.parametrize(("name", "share"), [("mixtral", 14), ("qwen3_moe", 32), ("qwen2_moe", 55), ("llama", None)])
+def test_the_share_that_adapters_reach_is_said(name: str, share: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        LoRA(r=2).attach(random_model(name, torch.float32))
+    said = [record.getMessage() for record in caplog.records if "lora adapts" in record.getMessage()]
+    assert [text.partition(" of the weights")[0] for text in said] == (
+        [] if share is None else [f"{name}: lora adapts projections with {share} %"]
+    )
 
 
 def test_targets_may_be_ends_of_names_and_single_modules() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ from lightning_ssiuu.models.architectures import neuron_sites
 from lightning_ssiuu.models.export import plain_state_dict
 from lightning_ssiuu.models.loading import TINY, load_model
 from lightning_ssiuu.models.lora import LoRA, adapter_parameters
-from lightning_ssiuu.models.quantization import check_reading, dequantized, is_quantized, was_conv1d
+from lightning_ssiuu.models.meta import blueprint
+from lightning_ssiuu.models.quantization import check_reading, dequantized, is_quantized, quantized_share, was_conv1d
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.utils.errors import UserError
@@ -41,6 +43,30 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_quantized(module)}
+
+
+# ---- how much of a model is reached ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", WIDTHS)
+@pytest.mark.parametrize(("name", "share"), [("mixtral", 14), ("qwen3_moe", 32), ("falcon", 0)])
+def test_less_than_half_is_refused(name: str, share: int, quantization: Width, tmp_path: Path) -> None:
+    """By hand for Mixtral, per block: attention 16 · (16 + 8 + 8 + 16) of those and 4 · 3 · 16 · 24 + 4 · 16."""
+    random_model(name, torch.float32).save_pretrained(tmp_path)
+    for load in (load_model, blueprint):
+        with pytest.raises(UserError, match=f"quantization: got '{quantization}', .*reach {share} % of the weights"):
+            load(str(tmp_path), torch.float32, quantization)
+
+
+def test_a_share_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random_model("qwen2_moe", torch.float32).save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert quantized_share(load_model(tmp_path, quantization="8bit")) == pytest.approx(0.55, abs=0.005)
+        assert "qwen2_moe: quantization 8bit reaches 55 % of the weights" in caplog.text
+        caplog.clear()
+        assert quantized_share(load_model("tiny", quantization="8bit")) == 1.0
+        assert "reaches" not in caplog.text
+    assert quantized_share(load_model("tiny")) == 0.0
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ FIT_OPTIONS: dict[str, tuple[list[str], str, list[str]]] = {
     "negative learning rate": ([f"{INIT}.optimizer.init_args.lr", "-1"], "model.optimizer", ["learning rate"]),
     "unknown data option": (["--data.init_args.nope", "3"], "data.init_args.nope", ["phrasing", "batch_size"]),
     "unknown option": (["--nope", "3"], "nope", ["--help"]),
-    "batch larger than the set": (["--data.init_args.batch_size", "1000"], "batch_size", ["1000", "1 to 36"]),
     "too long": (["--data.init_args.max_length", "8"], "max_length", ["8", "example ids"]),
     "beyond the context": (["--data.init_args.max_length", "500"], "max_length", ["500", "128"]),
     "threshold met": (

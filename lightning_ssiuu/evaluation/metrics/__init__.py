@@ -1,8 +1,9 @@
 """Metrics as torchmetrics classes; all but ``ForgetQuality`` (a p-value) return percent."""
 
-from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability, RougeLRecall
+from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability
 from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLeak
 from lightning_ssiuu.evaluation.metrics.memorization import ExactMemorization, ExtractionStrength
+from lightning_ssiuu.evaluation.metrics.rouge import RougeL
 from lightning_ssiuu.evaluation.metrics.truth_ratio import ForgetQuality, ModelUtility, TruthRatio
 
 __all__ = [
@@ -14,6 +15,6 @@ __all__ = [
     "MembershipAUC",
     "ModelUtility",
     "PrivLeak",
-    "RougeLRecall",
+    "RougeL",
     "TruthRatio",
 ]

@@ -1,4 +1,4 @@
-"""Accuracy, probability and ROUGE-L recall of answers: per example as functions, over all as metrics in percent."""
+"""Accuracy and probability of answers: per example as functions, over all as metrics in percent."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.text import rouge_score
 
-from lightning_ssiuu.datamodules.encoding import derangement
 from lightning_ssiuu.evaluation.metrics.base import Percentage, first_of_each, sequence_means
 from lightning_ssiuu.models.answers import sequence_sums
-from lightning_ssiuu.utils.errors import UserError, check_choice
+from lightning_ssiuu.utils.errors import check_choice
 
 AccuracyKind = Literal["first_token", "all_tokens", "multiple_choice", "choice_likelihood", "choice_generation"]
 TokenAccuracy = Literal["first_token", "all_tokens"]
@@ -132,43 +130,3 @@ class AnswerProbability(Percentage):
 
     def update(self, probabilities: Tensor) -> None:
         self._add(probabilities)
-
-
-def rouge_l_recall(prediction: str, reference: str) -> float:
-    """ROUGE-L recall, in [0, 1]: share of the reference's words in its longest common subsequence with the prediction.
-
-    Words are runs of ``a–z0–9`` after lowercasing, without stemming; a text without any (empty, or in another
-    alphabet) scores 0. Lin (2004), "ROUGE: A Package for Automatic Evaluation of Summaries".
-    """
-    return float(rouge_score(prediction, reference, use_stemmer=False, rouge_keys="rougeL")["rougeL_recall"])
-
-
-def mismatched_rouge_l(answers: Sequence[str], seed: int = 0) -> float:
-    """Mean ROUGE-L recall of answers paired with another question's answer, in percent: what an ignorant model scores.
-
-    The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
-    another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
-    """
-    if len(answers) < 2:
-        raise UserError("answers", len(answers), "at least 2")
-    pairs = zip(answers, derangement(len(answers), seed), strict=True)
-    scores = [rouge_l_recall(answers[other], own) for own, other in pairs]
-    return 100 * sum(scores) / len(scores)
-
-
-class RougeLRecall(Percentage):
-    """Mean :func:`rouge_l_recall` of generated answers against the true ones, in percent; keeps sums only, never text.
-
-    Example:
-        >>> rouge = RougeLRecall()
-        >>> rouge.update(["the cat", "a dog"], ["the cat", "the dog"])
-        >>> rouge.compute()
-        tensor(75., dtype=torch.float64)
-    """
-
-    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
-            given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
-            raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")
-        pairs = zip(predictions, references, strict=True)
-        self._add(self.total.new_tensor([rouge_l_recall(prediction, reference) for prediction, reference in pairs]))

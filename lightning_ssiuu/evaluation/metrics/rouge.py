@@ -1,0 +1,148 @@
+"""ROUGE-L of generated answers: recall in any script, and the stemmed English forms of TOFU and MUSE."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.utilities.imports import _NLTK_AVAILABLE
+
+from lightning_ssiuu.datamodules.encoding import derangement
+from lightning_ssiuu.evaluation.metrics.base import Percentage
+from lightning_ssiuu.utils.errors import UserError
+
+#: Beginnings of the Unicode names of characters of scripts that put no spaces between words.
+_UNSPACED = (
+    "CJK ",
+    "IDEOGRAPHIC ",
+    "HIRAGANA ",
+    "KATAKANA",
+    "THAI ",
+    "LAO ",
+    "KHMER ",
+    "MYANMAR ",
+    "JAVANESE ",
+    "TAI ",
+)
+
+
+def words(text: str) -> list[str]:
+    """The units ROUGE compares: runs of letters and digits in any script, without case.
+
+    Of scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a unit.
+    Marks belong to the letter before them; compatible forms of a character (NFKC) are one.
+
+    Example:
+        >>> words("It's 1912, Müller-Straße 5")
+        ['it', 's', '1912', 'müller', 'strasse', '5']
+        >>> words("東京 is हिन्दी")
+        ['東', '京', 'is', 'हिन्दी']
+    """
+    if text.isascii():
+        return re.findall(r"[a-z0-9]+", text.lower())
+    units: list[str] = []
+    inside, alone = False, False  # whether the last character was of a unit, and of one that takes no second letter
+    for character in unicodedata.normalize("NFKC", text).casefold():
+        kind = unicodedata.category(character)
+        if kind[0] in "LN":
+            before, alone = alone, unicodedata.name(character, "").startswith(_UNSPACED)
+            if inside and not before and not alone:
+                units[-1] += character
+            else:
+                units.append(character)
+            inside = True
+        elif kind[0] == "M" and inside:
+            units[-1] += character
+        elif kind != "Cf":  # joiners stand within words
+            inside = False
+    return units
+
+
+def rouge_l_recall(prediction: str, reference: str) -> float:
+    """ROUGE-L recall, in [0, 1]: share of the reference's words in its longest common subsequence with the prediction.
+
+    :func:`words` are compared, without stemming; a text without any scores 0. Lin (2004), "ROUGE: A Package for
+    Automatic Evaluation of Summaries".
+    """
+    return _rouge(prediction, reference, "rougeL_recall", use_stemmer=False, normalizer=str, tokenizer=words)
+
+
+def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
+    """ROUGE-L recall of English texts, in [0, 1], as TOFU (arXiv 2401.06121) has it.
+
+    As the package ``rouge_score`` with ``use_stemmer=True``: words are runs of ``a–z0–9`` after lowercasing, those of
+    more than three letters stemmed (Porter, with NLTK's changes). Needs nltk.
+    """
+    return _rouge(prediction, reference, "rougeL_recall", use_stemmer=True)
+
+
+def rouge_l_f1_stemmed(prediction: str, reference: str) -> float:
+    """The F-measure beside :func:`rouge_l_recall_stemmed`, as MUSE (arXiv 2407.06460) has it."""
+    return _rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=True)
+
+
+#: By name of the score.
+ROUGE: dict[str, Callable[[str, str], float]] = {
+    "rouge_l": rouge_l_recall,
+    "rouge_l_recall_stemmed": rouge_l_recall_stemmed,
+    "rouge_l_f1_stemmed": rouge_l_f1_stemmed,
+}
+
+
+def _rouge(prediction: str, reference: str, figure: str, **options: Any) -> float:
+    return float(rouge_score(prediction, reference, rouge_keys="rougeL", **options)[figure])
+
+
+def check_stemmer(score: str, argument: str = "scores") -> None:
+    """Raise a UserError where a score stems words and nltk is missing."""
+    if score in ROUGE and score != "rouge_l" and not _NLTK_AVAILABLE:
+        raise UserError(argument, score, 'rouge_l, without nltk: pip install "lightning-ssiuu[rouge]"')
+
+
+def mismatched_rouge_l(answers: Sequence[str], seed: int = 0, score: str = "rouge_l") -> float:
+    """Mean ROUGE-L of answers paired with another question's answer, in percent: what an ignorant model scores.
+
+    The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
+    another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
+    """
+    if len(answers) < 2:
+        raise UserError("answers", len(answers), "at least 2")
+    pairs = zip(answers, derangement(len(answers), seed), strict=True)
+    scores = [ROUGE[score](answers[other], own) for own, other in pairs]
+    return 100 * sum(scores) / len(scores)
+
+
+class RougeL(Percentage):
+    """Mean ROUGE-L of generated answers against the true ones, in percent; keeps sums only, never text.
+
+    Args:
+        score: ``"rouge_l"``, :func:`rouge_l_recall`, in any script; or, for English alone, ``"rouge_l_recall_stemmed"``
+            or ``"rouge_l_f1_stemmed"``.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: If the score is unknown, or needs nltk and that is missing.
+
+    Example:
+        >>> rouge = RougeL()
+        >>> rouge.update(["the cat", "a dog"], ["the cat", "the dog"])
+        >>> rouge.compute()
+        tensor(75., dtype=torch.float64)
+    """
+
+    def __init__(self, score: str = "rouge_l", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if score not in ROUGE:
+            raise UserError("score", score, f"one of {list(ROUGE)}")
+        check_stemmer(score)
+        self.score = score
+
+    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
+            given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
+            raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")
+        pairs = zip(predictions, references, strict=True)
+        self._add(self.total.new_tensor([ROUGE[self.score](*pair) for pair in pairs]))
