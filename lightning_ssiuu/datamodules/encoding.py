@@ -228,16 +228,16 @@ class Encoder:
         return encoded
 
     def sha256(self, splits: Splits) -> str:
-        """Hex digest of sets as token ids: of every wording of each example, with the true and all wrong answers."""
+        """Hex digest of sets as token ids: of each example with every answer, and in other words with the true one."""
         digest = hashlib.sha256()
         for name, examples in splits.items():
             digest.update(name.encode())
             for example in examples:
                 digest.update(str(example.example_id).encode())
                 answers = [example.answer, *example.distractors]
-                for question in (example.question, *example.paraphrases):
-                    pairs = [sequence.pair for sequence in self._answered(self._prompt(question), answers)]
-                    digest.update(str(pairs).encode())
+                sequences = [*self._answered(self._prompt(example.question), answers)]
+                sequences += [self.sequence(question, example.answer) for question in example.paraphrases]
+                digest.update(str([sequence.pair for sequence in sequences]).encode())
         return digest.hexdigest()
 
     def fits(self, example: QAExample) -> bool:

@@ -28,6 +28,7 @@ class Joined(NamedTuple):
 
 
 def text_of(pieces: Iterable[Piece]) -> str:
+    """The text that pieces make together."""
     return "".join(piece.text for piece in pieces)
 
 
