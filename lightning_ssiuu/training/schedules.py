@@ -8,11 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
 
 from lightning_ssiuu.utils.errors import Given, UserError, check_number
 from lightning_ssiuu.utils.registry import resolve, shortened
@@ -20,11 +15,21 @@ from lightning_ssiuu.utils.registry import resolve, shortened
 Schedule = Callable[..., Any]
 ScheduleName = Literal["constant_with_warmup", "linear_with_warmup", "cosine_with_warmup"]
 
+
+def _of_transformers(name: str) -> Schedule:
+    def make(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> Any:
+        from transformers import get_scheduler  # slow to import, and bitsandbytes with it
+
+        return get_scheduler(name, optimizer, num_warmup_steps, num_training_steps)
+
+    return make
+
+
 #: After the warm-up, in which the rate rises from 0 in a line: constant, down to 0 in a line, or along half a cosine.
 SCHEDULES: dict[str, Schedule] = {
-    "constant_with_warmup": get_constant_schedule_with_warmup,
-    "linear_with_warmup": get_linear_schedule_with_warmup,
-    "cosine_with_warmup": get_cosine_schedule_with_warmup,
+    "constant_with_warmup": _of_transformers("constant_with_warmup"),
+    "linear_with_warmup": _of_transformers("linear"),
+    "cosine_with_warmup": _of_transformers("cosine"),
 }
 _WARMUP, _TOTAL = "num_warmup_steps", "num_training_steps"  # transformers' names for what is filled in
 
