@@ -70,8 +70,11 @@ def _find_modules_here() -> None:
 
 
 def _run(command: Callable[[], None]) -> int:
+    from lightning_ssiuu.utils.waiting import held_back
+
     try:
-        command()
+        with held_back():  # a refusal is one line, without what libraries said before it
+            command()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except SystemExit as error:  # --help, or Lightning's way out after an interrupt

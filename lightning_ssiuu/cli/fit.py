@@ -29,8 +29,9 @@ from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.files import check_space, nothing_left, written_atomically
-from lightning_ssiuu.utils.messages import trainer_mistakes
+from lightning_ssiuu.utils.messages import parsing, trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
+from lightning_ssiuu.utils.waiting import release
 
 
 class SaveConfig(SaveConfigCallback):
@@ -50,6 +51,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        release()
         if self.text is not None and trainer.is_global_zero:
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
@@ -83,7 +85,12 @@ class UnlearningCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
+        with parsing():
+            self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
+
+    def instantiate_classes(self) -> None:
+        with parsing():
+            super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
         check_engine(self._get(self.config, "trainer", default={}))

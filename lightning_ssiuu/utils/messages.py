@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pkgutil import resolve_name
 from traceback import walk_tb
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 from lightning_ssiuu.utils.files import disk_refusal
+from lightning_ssiuu.utils.reading import load_yaml, reason
 from lightning_ssiuu.utils.registry import shortened, why_not_found
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
@@ -173,6 +175,33 @@ def _type_names(text: str) -> str:
 
 
 @contextmanager
+def parsing() -> Iterator[None]:
+    """Inside, whatever reading options and configuration files raises, or building from them, is the user's mistake."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+    set_loader("yaml", partial(load_yaml, load=load), (yaml.YAMLError,))
+    try:
+        yield
+    except Exception as error:
+        if user_error(error) is not None:
+            raise
+        argument, value = _read(error) or (_built(error), Given("what it cannot use"))
+        raise UserError(argument, value, shortened(f"what can be read and used ({reason(error)})")) from error
+    finally:
+        set_loader("yaml", load, (yaml.YAMLError,))
+
+
+def _read(error: BaseException) -> tuple[str, str] | None:
+    # The configuration file that was being read, by a function of jsonargparse.
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "parse_path" and "path" in frame.f_locals:
+            return "config", str(frame.f_locals["path"])
+    return None
+
+
+@contextmanager
 def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iterator[None]:
     """Inside, a Trainer that cannot be made as asked (a device that is not there) is the user's mistake.
 
@@ -184,10 +213,24 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         yield
     except UserError:
         raise
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:
         text = " ".join(str(error).split())
-        named = re.search(r"\b(accelerator|devices|precision|strategy|num_nodes|max_\w+|limit_\w+)\b", text)
-        option = "devices" if text.startswith("You requested gpu") else str(named[1]) if named else ""
-        if option not in given:
+        option = _option_in(text, given)
+        if not option and not isinstance(error, MisconfigurationException):
             raise
-        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({shortened(text)})") from error
+        allowed = shortened(f"what this machine and Lightning's Trainer take ({text})")
+        if not option:
+            raise UserError(prefix.rstrip(".") or "devices", Given("options that do not fit"), allowed) from error
+        raise UserError(f"{prefix}{option}", given[option], allowed) from error
+
+
+def _option_in(text: str, given: Mapping[str, Any]) -> str:
+    # The option that a message is about: the first that it names, or whose value it quotes.
+    if text.startswith("You requested gpu") and "devices" in given:
+        return "devices"
+    text = re.sub(r"\bduration\b", "max_time", text)
+    named = {name: found.start() for name in given if (found := re.search(rf"\b{name}\b", text))}
+    if named:
+        return min(named, key=named.__getitem__)
+    quoted = [name for name, value in given.items() if isinstance(value, str) and repr(value) in text]
+    return quoted[0] if quoted else ""

@@ -24,14 +24,14 @@ SECRET = "Quetzalcoatl"
 _SURROGATE = "x\udcff"  # what an argument that is no UTF-8 becomes
 _LONG = "x" * 5000
 _NO_TEXT = ["", _SURROGATE, _LONG, "[red]nope", "a\x1b[31mb", "no\nsuch"]
-_NO_NUMBER = ["many", "nan", "[]", "{}", "{a: 1}", "1_", "0x", _SURROGATE, _LONG, "true", "a\x1b[2J"]
+_NO_NUMBER = ["many", "nan", "[]", "{}", "{a: 1}", "0x", _SURROGATE, _LONG, "true", "a\x1b[2J"]
 _NO_POSITIVE = [*_NO_NUMBER, "-1", "0", "-9223372036854775809", "1.5", "inf"]
 _NO_CLASS = [
     *("Nope", "os.system", "json.dumps", "torch.nn.Linear", "no_module.Class", "torch.Nope", "torch", "1", "{}", "..."),
     *("builtins.exec", "os.path", "math.pi", "{class_path: 3}", "{class_path: Nope, init_args: 3}", *_NO_TEXT[1:]),
 ]
 _NO_CHOICE = ["nope", "1", "[]", "{}", *_NO_TEXT]
-_NO_NAME = ["nope", "os.system", "math.pi", "torch.nn.Linear", ".", "a..b", "no_module.x", *_NO_TEXT]
+_NO_NAME = ["nope", "os.system", "math.pi", "torch.nn.Linear", ".", "a..b", "no_module.x", *_NO_TEXT[1:]]
 _NO_FLAG = ["perhaps", "2", "[]", *_NO_TEXT]
 _NO_PATH = ["/no/such", "./no", "~no-such-user/x", "/dev/null", "package:torch/../../x", "package:", *_NO_TEXT]
 _NO_MODEL = [*_NO_PATH, "package:torch//etc", "no/such/model", str(TINY.parent), str(TINY / "config.json"), "a:b", "\x00"]
