@@ -21,6 +21,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import Target
+from lightning_ssiuu.models.loading import check_same_shape
 from lightning_ssiuu.reports.audit.evidence import (
     RelearningProbe,
     neuron_evidence,
@@ -106,6 +107,7 @@ def audit(
     given = {"original": original, "unlearned": unlearned, "oracle": oracle, "after_attack": after_attack}
     report = Report(given, data, devices, output, ["audit.json"], overwrite, "unlearned", needed=1 << 23)
     data, models = report.data, report.models
+    check_same_shape(models)
     data.setup("validate")
     data.check_share(devices.n_ranks)
     if probe_examples < devices.n_ranks:

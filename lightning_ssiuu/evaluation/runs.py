@@ -48,7 +48,9 @@ def check_tokenizers(models: Mapping[str, str], data: UnlearningDataModule) -> N
     """
     vocabulary = data.tokenizer.get_vocab()
     for argument, checkpoint in models.items():
-        if load_tokenizer(checkpoint).get_vocab() != vocabulary:
+        with naming(argument):
+            tokenizer = load_tokenizer(checkpoint)
+        if tokenizer.get_vocab() != vocabulary:
             raise UserError(argument, checkpoint, "a model with the same tokenizer as the others")
 
 

@@ -33,6 +33,7 @@ _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is requir
 _UNKNOWN = re.compile(
     r"[Oo]ption '([^']+)' is not accepted|does not accept option '([^']+)'|arguments: (--?[^\s=]+|\S+)"
 )
+_OPTION = re.compile(r"[\w.\-+/]{1,100}")
 _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
 _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
@@ -82,8 +83,12 @@ def _translate(text: str, argument: str = "") -> UserError:
         names = re.sub(r"\b(fit|validate|test)\.", "", next(filter(None, found.groups())))
         allowed = "a value on the command line or in a --config file"
         return UserError(prefix + names, Given("nothing"), allowed)
+    if "Unexpected config:" in inner:  # whose text may be data
+        return UserError(path or "config", Given("a file that is no mapping"), "YAML with options and their values")
     if found := _UNKNOWN.search(inner):
         name = next(filter(None, found.groups()))
+        if not _OPTION.fullmatch(name):
+            return UserError(path or "config", Given("an option that does not exist"), "the options that --help lists")
         allowed = ", ".join(_options(classes[-1])) if classes and prefix else "the options that --help lists"
         return UserError(prefix + name.lstrip("-"), Given("an option that does not exist"), allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
@@ -101,6 +106,8 @@ def _translate(text: str, argument: str = "") -> UserError:
     if found := _YAML.search(inner):
         place = re.search(r"line (\d+)", found[1])
         allowed = "valid YAML" + (f": it breaks in line {place[1]}" if place else "")
+        if "aliases stand for" in found[1]:
+            allowed = "YAML of at most a million values, those that aliases stand for included"
         return UserError(path or "config", Given("a file that cannot be read"), allowed)
     union, value = _SUBTYPES.search(inner), _UNION_VALUE.search(inner)
     if union and value:
