@@ -128,6 +128,8 @@ def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             given = Given(f"half a character (a lone surrogate) in record {number} of {name!r}")
             raise UserError(argument, given, "text that UTF-8 can hold")
+        if "\0" in text:
+            raise UserError(argument, Given(f"a zero byte in record {number} of {name!r}"), "text")
         values.append(text)
     return values
 

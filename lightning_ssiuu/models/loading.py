@@ -100,19 +100,40 @@ def load_model(
     if quantization is not None:
         options |= loading_options(quantization, dtype, device)
     plain_configuration(checkpoint)
-    with held_back(), reading("checkpoint", os.fspath(checkpoint), _ALLOWED):
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        # transformers would fill them with random numbers and go on.
-        allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
-        raise UserError("checkpoint", os.fspath(checkpoint), allowed)
-    _check_all_used(model, report["unexpected_keys"], os.fspath(checkpoint))
+    model = _pretrained(source, os.fspath(checkpoint), options)
     model.config.use_cache = False
     if quantization is not None:
         prepare_for_training(model)
         check_reading(model)
     if architecture is not None:
         use_architecture(model, architecture)
+    return model
+
+
+def check_loadable(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse what :func:`load_model` would, as far as names, shapes and the configuration tell; no weight is read."""
+    from transformers.utils import logging as transformers_logging
+
+    source = resolve_checkpoint(checkpoint)
+    plain_configuration(checkpoint)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, "device_map": "meta"}
+        _pretrained(source, os.fspath(checkpoint), options)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _pretrained(source: str, given: str, options: dict[str, Any]) -> PreTrainedModel:
+    with held_back(), reading("checkpoint", given, _ALLOWED):
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
+        raise UserError("checkpoint", given, allowed)
+    _check_all_used(model, report["unexpected_keys"], given)
     return model
 
 

@@ -367,7 +367,6 @@ _WRONG_SIZES: dict[str, list[Any]] = {
     "rms_norm_eps": ["x", None, []],
     "hidden_act": ["nope", 7, None, []],
     "rope_parameters": [{"rope_type": "nope"}, "x", 7, {"rope_type": "default", "rope_theta": "x"}],
-    "dtype": ["nope", 7, [], {}],
     "model_type": ["nope", "bert", "", None, 7, []],
     "quantization_config": [[], "x", 7, {"quant_method": "nope"}, {}],
     "pad_token_id": ["x", 5000],
