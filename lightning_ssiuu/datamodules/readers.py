@@ -7,18 +7,19 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import reading
+from lightning_ssiuu.utils.registry import nearest
 
 Record = dict[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".csv")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")  # what a column is called, and answers seldom are
+_MOST_NAMES = 40
 _ALLOWED = "an existing .json, .jsonl or .csv file, or a data set of the hub (owner/name:config:split)"
 FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 
@@ -150,25 +151,18 @@ def text_lists(records: Sequence[Record], name: str, argument: str) -> list[tupl
     return lists
 
 
-def _columns(record: Record) -> str:
+def _columns(record: Record, name: str) -> str:
     # Without a header, or in an object keyed by question, what stands where names should is data.
     names = sorted(map(str, record))
     if not names:
         return "a column: the records have none"
-    return ", ".join(names) if _are_names(names) else f"a column's name; {len(names)} columns have names that may be data"
-
-
-def _are_names(names: Sequence[str]) -> bool:
-    return len(names) <= 40 and all(_NAME.fullmatch(name) for name in names)
-
-
-def _nearest(name: str, record: Record) -> str:
-    found = get_close_matches(name, [key for key in map(str, record) if _NAME.fullmatch(key)], 1)
-    return f" (did you mean {found[0]!r}?)" if found and _are_names(list(map(str, record))) else ""
+    if len(names) > _MOST_NAMES or not all(map(_NAME.fullmatch, names)):
+        return f"a column there is: of {len(names)}, whose names look like data"
+    return ", ".join(names) + (f" ({meant})" if (meant := nearest(name, names)) else "")
 
 
 def _cells(records: Sequence[Record], name: str, argument: str) -> Iterator[tuple[int, Any]]:
     for number, record in enumerate(records):
         if name not in record:
-            raise UserError(argument, name, f"{_columns(record)}{_nearest(name, record)}")
+            raise UserError(argument, name, _columns(record, name))
         yield number, record[name]

@@ -27,7 +27,7 @@ _NO_TEXT = ["", _SURROGATE, _LONG, "[red]nope", "a\x1b[31mb", "no\nsuch"]
 _NO_NUMBER = ["many", "nan", "[]", "{}", "{a: 1}", "0x", _SURROGATE, _LONG, "true", "a\x1b[2J"]
 _NO_POSITIVE = [*_NO_NUMBER, "-1", "0", "-9223372036854775809", "1.5", "inf"]
 _NO_CLASS = [
-    *("Nope", "os.system", "json.dumps", "torch.nn.Linear", "no_module.Class", "torch.Nope", "torch", "1", "{}", "..."),
+    *("Nope", "os.system", "json.dumps", "torch.nn.Linear", "no_module.Class", "torch.Nope", "torch", "1", "..."),
     *("builtins.exec", "os.path", "math.pi", "{class_path: 3}", "{class_path: Nope, init_args: 3}", *_NO_TEXT[1:]),
 ]
 _NO_CHOICE = ["nope", "1", "[]", "{}", *_NO_TEXT]
