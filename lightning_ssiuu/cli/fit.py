@@ -27,7 +27,7 @@ from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
-from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import check_space, nothing_left, written_atomically
 from lightning_ssiuu.utils.messages import parsing, trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
@@ -88,6 +88,12 @@ class UnlearningCLI(LightningCLI):
         with parsing():
             self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise UserError("seed_everything", seed, f"a number from 0 to {(1 << 32) - 1}, true or false")
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         with parsing():
             super().instantiate_classes()
@@ -106,6 +112,9 @@ class UnlearningCLI(LightningCLI):
             given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
             callbacks = given if isinstance(given, list) else [given]
             kwargs |= {"callbacks": [*callbacks, checkpoints], "enable_checkpointing": True}
+        accumulated = self._get(self.config_init, "trainer", default={}).get("accumulate_grad_batches")
+        if accumulated is not None:
+            check_at_least("trainer.accumulate_grad_batches", accumulated, 1)
         with trainer_mistakes(self._get(self.config, "trainer", default={})):
             trainer = super().instantiate_trainer(**kwargs)
         use_all_devices(trainer.strategy)

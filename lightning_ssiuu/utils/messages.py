@@ -81,7 +81,8 @@ def _known_options(error: BaseException) -> list[str]:
     # Those of the parser that raised; its message does not name them.
     for frame, _ in reversed(list(walk_tb(error.__traceback__))):
         if actions := getattr(frame.f_locals.get("self"), "_actions", None):
-            return [str(action.dest) for action in actions]
+            commands = [parser for action in actions for parser in getattr(action, "_name_parser_map", {}).values()]
+            return [str(action.dest) for own in [actions, *(of._actions for of in commands)] for action in own]
     return []
 
 

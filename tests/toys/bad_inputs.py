@@ -54,7 +54,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "trainer.limit_train_batches": ["-1", "2.5", *_NO_NUMBER],
         "trainer.limit_val_batches": ["-1", "2.5", *_NO_NUMBER],
         "trainer.overfit_batches": ["-1", "7.5", *_NO_NUMBER],
-        "trainer.val_check_interval": ["-1", "2.5", *_NO_NUMBER],
+        "trainer.val_check_interval": ["-1", "2.5", "many", "nan", _SURROGATE],
         "trainer.check_val_every_n_epoch": ["x", "1.5", "[]"],
         "trainer.fast_dev_run": ["-1", "perhaps", "[]", _SURROGATE],
         "trainer.log_every_n_steps": ["x", "1.5", "[]"],
