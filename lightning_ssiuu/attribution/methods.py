@@ -73,6 +73,8 @@ def _parameters(function: Any) -> set[str]:
 def _checked(method: Any, given: object, argument: str) -> AttributionMethod:
     # Called with a model, its parts and its sites; whatever cannot be would fail after the first pass.
     try:
+        if inspect.isclass(getattr(method, "func", method)):
+            raise TypeError("a class")
         inspect.signature(method).bind("model", "parts", "sites")
     except (TypeError, ValueError) as error:
         name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)

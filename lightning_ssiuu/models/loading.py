@@ -32,6 +32,7 @@ TINY = Path(str(files("lightning_ssiuu.models") / "tiny"))
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
 _PACKAGE = "package:"
 _INDEX = "model.safetensors.index.json"
+_OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
 _ANY_LAYER = re.compile(r"\.\d+\.")
 #: Where two models may not differ whose neurons are compared.
 _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -189,6 +190,9 @@ def _check_directory(folder: Path, given: str) -> None:
     # transformers takes whatever file an index names, and unpickles those that are not safetensors.
     if not (folder / "config.json").is_file():
         raise UserError("checkpoint", given, "a directory that holds a model (no config.json there)")
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            read_json(folder / name, "checkpoint")
     if not (folder / _INDEX).exists():
         return
     files = read_json(folder / _INDEX, "checkpoint").get("weight_map")

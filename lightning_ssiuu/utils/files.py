@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.utils.errors import UserError, causes
+from lightning_ssiuu.utils.reading import reading
 
 try:
     import fcntl
@@ -181,7 +182,9 @@ def write_csv(path: str | os.PathLike[str], header: Iterable[str], rows: Iterabl
 def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterable[str], overwrite: bool) -> None:
     """Raise a :class:`UserError` where one of ``names`` exists in ``folder``, unless overwriting was asked for."""
     for name in names:
-        if not overwrite and (Path(folder) / name).exists():
+        with reading(argument, str(folder), "a directory that can be written"):
+            exists = (Path(folder) / name).exists()
+        if exists and not overwrite:
             raise UserError(argument, str(folder), f"a directory without {name}, or --overwrite")
 
 
@@ -204,9 +207,10 @@ def nothing_left(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> None:
     """Raise a :class:`UserError` unless ``folder`` can be made and ``needed`` bytes are free there; write nothing."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
+    with reading(argument, str(folder), "a directory that can be written"):
+        existing = Path(folder).absolute()
+        while not existing.exists():
+            existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(argument, str(folder), "a directory that can be written")
     if (free := shutil.disk_usage(existing).free) < needed:
