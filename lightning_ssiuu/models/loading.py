@@ -147,6 +147,8 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
     source = resolve_checkpoint(checkpoint)
     with held_back(), reading("checkpoint", os.fspath(checkpoint), f"{_ALLOWED}, with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer whose model_max_length is a number")
     if tokenizer.eos_token_id is None:
         raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer with an end-of-sequence token")
     if tokenizer.pad_token_id is None:

@@ -105,8 +105,8 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         own = _options(classes[-1]) if classes and prefix else []
         allowed = ", ".join(own) if own else "the options that --help lists"
         name = name.lstrip("-")
-        given = Given("an option that does not exist")
-        return UserError(prefix + name, given, allowed + _because(nearest(name, own or options)))
+        absent = Given("an option that does not exist")
+        return UserError(prefix + name, absent, allowed + _because(nearest(name, own or options)))
     if found := _WRONG_FUNCTION.search(inner):
         kind = re.sub(r"<class '([^']+)'>", r"\1", found[2])
         allowed = f"the import path of a class, or of a function whose annotation says that it returns {kind}"
@@ -118,9 +118,10 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"
         return UserError(key, found[1], _class_or(inner, found[1]))
-    if (found := _NO_CLASS.search(inner)) and found["name"] and "." not in found["name"]:
-        if (union := _SUBTYPES.search(inner)) and re.search("<class '(float|int)'>", union[1]):
-            return UserError(path, found["name"], _type_names(union[1]))
+    plain = _SUBTYPES.search(inner)
+    takes_numbers = plain is not None and re.search("<class '(float|int)'>", plain[1])
+    if plain and takes_numbers and (found := _NO_CLASS.search(inner)) and "." not in (found["name"] or "."):
+        return UserError(path, found["name"], _type_names(plain[1]))
     if found := _NO_CLASS.search(inner):
         whole = _UNION_VALUE.search(inner)
         given = next(filter(None, [*found.groups(), whole and whole[1]]))

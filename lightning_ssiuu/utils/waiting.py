@@ -1,4 +1,4 @@
-"""What libraries log and warn waits until it is known that the user has made no mistake, whose line then stands alone."""
+"""What libraries log and warn waits until it is known that the user made no mistake, whose line then stands alone."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _hold_warnings(waiting: _Waiting, at_the_end: ExitStack) -> None:
         else:
             waiting.later(lambda: show(*warning))
 
-    warnings.showwarning = hold
+    warnings.showwarning = hold  # type: ignore[assignment]
     at_the_end.callback(_put_back, hold, show)
 
 
