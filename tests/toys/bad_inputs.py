@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from toys.bad_options import OPTIONS
+from toys.bad_options import BOMB, OPTIONS
 from toys.cli import DEFAULT
 
 from lightning_ssiuu.models.loading import TINY
@@ -30,16 +30,12 @@ def _rows(first: int, count: int) -> list[dict[str, Any]]:
 
 _DEEP = "[" * 200_000
 _DIGITS = "9" * 5000
-_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
-
 #: Contents of a configuration file.
 CONFIGS: dict[str, bytes] = {
     "utf16": "seed_everything: 1\n".encode("utf-16"),
     "latin1": "nope: é\n".encode("latin-1"),
     "nul": b"seed_everything: 1\x00\n",
-    "bomb": _BOMB.encode(),
+    "bomb": BOMB.encode(),
     "recursive": b"model: &a {init_args: *a}\n",
     "list": b"- 1\n- 2\n",
     "number": b"7\n",
@@ -252,6 +248,8 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "adapter list": _instead("adapter_config.json", "[1]"),
 }
 
+#: Commands that read all files of a run.
+_OF_RUNS = ("compare",)
 #: Contents of the files of a finished run.
 RUNS: dict[str, Mapping[str, str | bytes]] = {
     f"{name} {kind}": {name: content}
@@ -356,7 +354,7 @@ def _models() -> Iterator[BadInput]:
 
 def _runs() -> Iterator[BadInput]:
     for name, files in RUNS.items():
-        for command in ("attack", "utility", "compare"):
+        for command in _OF_RUNS:
 
             def arguments(folder: Path, run: Path, command: str = command, files: Any = files) -> list[str]:
                 for file, content in {**_RUN, **files}.items():

@@ -176,3 +176,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     },
     "compare": {"score": _NO_NAME, "output": ["/dev/null/x"], "nope": ["1"]},
 }
+
+#: Nine lines that stand for 9⁹ values.
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
