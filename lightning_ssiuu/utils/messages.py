@@ -261,7 +261,9 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         option = _option_in(text, dict(given.items()))  # of a Namespace, which is no Mapping, too
         if not option and not isinstance(error, MisconfigurationException):
             raise
-        allowed = shortened(f"what this machine and Lightning's Trainer take ({text})")
+        machine = option in ("accelerator", "devices", "strategy", "precision", "num_nodes")
+        taken = "what this machine has" if machine else "what Lightning's Trainer takes"
+        allowed = f"{taken} ({shortened(text)})"
         if not option:
             raise UserError(prefix.rstrip(".") or "devices", Given("options that do not fit"), allowed) from error
         raise UserError(f"{prefix}{option}", given[option], allowed) from error

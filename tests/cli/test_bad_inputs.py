@@ -23,7 +23,7 @@ from toys.cli import Result, forget_texts
 
 from lightning_ssiuu.__main__ import main
 
-_DRAWN = {"options": 120, "configs": 24, "data": 32, "models": 50, "runs": 10}
+_DRAWN = {"options": 110, "configs": 24, "data": 30, "models": 40, "runs": 6}
 _TOLD = re.compile(r"lightning-ssiuu: error: [\w.,\-/ ]+: got .*, allowed: .+")
 _CHOSEN = os.environ.get("LIGHTNING_SSIUU_BAD_INPUTS", "0")
 _CASES = [case for kind in KINDS.values() for case in kind] if _CHOSEN == "all" else cases(int(_CHOSEN), _DRAWN)
