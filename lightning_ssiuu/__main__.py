@@ -73,11 +73,13 @@ def _find_modules_here() -> None:
 
 def _run(command: Callable[[], None]) -> int:
     from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
+    from lightning_ssiuu.utils.waiting import held_back
 
     with ending_on_sigterm() as received:
         status = 0
         try:
-            command()
+            with held_back():  # a refusal is one line, without what libraries said before it
+                command()
         except BaseException as error:  # torch.distributed.checkpoint's is no Exception
             if not received.is_set():
                 status = _status(error)

@@ -49,7 +49,7 @@ def attribution_method(
         'ablation_attribution'
     """
     if method is not None and not isinstance(method, str):
-        return method
+        return _checked(method, method, argument)
     prefix = argument.rpartition(".")[0]
     check_choice(f"{prefix}.target".lstrip("."), target, Target)
     if memory_budget is not None:
@@ -58,6 +58,25 @@ def attribution_method(
     if not callable(function):
         raise UserError(argument, method, f"the import path of a callable, not of a {type(function).__name__}")
     settled = function.keywords if isinstance(function, partial) else {}  # by its author
-    parameters = inspect.signature(function).parameters.keys() - settled
     options = {"target": target, "memory_budget": memory_budget}
-    return partial(function, **{name: value for name, value in options.items() if name in parameters})
+    options = {name: value for name, value in options.items() if name in _parameters(function) - set(settled)}
+    return _checked(partial(function, **options), method, argument)
+
+
+def _parameters(function: Any) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of functions in C
+        return set()
+
+
+def _checked(method: Any, given: object, argument: str) -> AttributionMethod:
+    # Called with a model, its parts and its sites; whatever cannot be would fail after the first pass.
+    try:
+        if inspect.isclass(getattr(method, "func", method)):
+            raise TypeError("a class")
+        inspect.signature(method).bind("model", "parts", "sites")
+    except (TypeError, ValueError) as error:
+        name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
+        raise UserError(argument, name, f"a callable that takes model, parts and sites ({error})") from error
+    return method

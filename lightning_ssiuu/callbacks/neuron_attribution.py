@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_ssiuu.attribution import influence
 from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
@@ -22,7 +23,7 @@ from lightning_ssiuu.attribution.plots import heat_map_pixels, save_cumulative_c
 from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Target
-from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
+from lightning_ssiuu.models.architectures import NeuronSite, architecture_of, neuron_sites
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import UserError
@@ -90,6 +91,11 @@ class NeuronAttributionCallback(L.Callback):
         model = getattr(pl_module, "model", None)
         if not isinstance(model, AnswerModel):
             raise UserError("model", type(pl_module).__name__, "an UnlearningModule whose model is loaded")
+        if architecture_of(model.hf) is None:
+            kind = model.hf.config.model_type
+            text = f"no neurons are diagnosed: {kind} is no known architecture (attribution.probe_examples 0 says so)"
+            rank_zero_warn(f"NeuronAttributionCallback: {text}; the option architecture describes one")
+            return
         self._sites = neuron_sites(model.hf)
         with untouched(model):
             for split in ("forget", "retain"):

@@ -21,6 +21,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import Target
+from lightning_ssiuu.models.loading import check_same_shape
 from lightning_ssiuu.reports.audit.evidence import (
     RelearningProbe,
     neuron_evidence,
@@ -107,6 +108,7 @@ def audit(
     with Report(given, data, devices, output, ["audit.json"], overwrite, "unlearned", needed=1 << 23) as report:
         refuse_links("output", report.folder, ["audit_spurious_neurons.csv", "plots", "report.html"])
         data, models = report.data, report.models
+        check_same_shape(models)
         data.setup("validate")
         data.check_share(devices.n_ranks)
         if probe_examples < devices.n_ranks:

@@ -12,6 +12,7 @@ from lightning_ssiuu.reports.compare.table import Comparison, compare_runs
 from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, print_comparison
 from lightning_ssiuu.utils.errors import one_line
 from lightning_ssiuu.utils.files import check_space, refuse_existing, refuse_links, write_csv, written_atomically
+from lightning_ssiuu.utils.messages import parsing
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}
 _PLOTS = ("plots/recovery_curves.png", "plots/pareto.png")
@@ -81,5 +82,6 @@ def run(args: list[str]) -> None:
     parser.add_argument("--output", type=str, help=text)
     parser.add_argument("--score", type=str, help="score to compare by (default: the one the runs were stopped by)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison")
-    config = parser.parse_args(args)
+    with parsing():
+        config = parser.parse_args(args)
     compare(config.runs, config.output, config.score, config.overwrite)

@@ -49,11 +49,12 @@ from lightning_ssiuu.training.fsdp import use_all_devices
 from lightning_ssiuu.training.schedules import make_schedule
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
-from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import check_space, nothing_left, refuse_links, same_place, written_atomically
 from lightning_ssiuu.utils.locks import only_here
-from lightning_ssiuu.utils.messages import trainer_mistakes
+from lightning_ssiuu.utils.messages import parsing, trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
+from lightning_ssiuu.utils.waiting import release
 
 
 class SaveConfig(SaveConfigCallback):
@@ -77,6 +78,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        release()
         if self.text is not None and trainer.is_global_zero:
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
@@ -119,7 +121,8 @@ class UnlearningCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
+        with parsing():
+            self.config = parser.parse_args(args)  # Lightning's own would warn that sys.argv holds the same
         is_named = any(
             str(arg).partition("=")[0].endswith(("model.init_args.checkpoint", "model.checkpoint")) for arg in args
         )
@@ -132,6 +135,16 @@ class UnlearningCLI(LightningCLI):
         if (model := finished_run(config)) is not None:
             config.model.init_args.checkpoint = config.data.init_args.tokenizer = str(model)
             config.model.init_args.lora = config.model.init_args.quantization = None  # merged and unpacked
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise UserError("seed_everything", seed, f"a number from 0 to {(1 << 32) - 1}, true or false")
+        super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        with parsing():
+            super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
         check_engine(self._get(self.config, "trainer", default={}))
@@ -150,6 +163,8 @@ class UnlearningCLI(LightningCLI):
         kwargs |= {"callbacks": callbacks} | validation_options(callbacks, options)
         if self.subcommand != "fit" and options.get("logger") in (None, True):
             kwargs["logger"] = False  # the scores are on the screen; a finished run stays as it is
+        if (accumulated := options.get("accumulate_grad_batches")) is not None:
+            check_at_least("trainer.accumulate_grad_batches", accumulated, 1)
         with trainer_mistakes(self._get(self.config, "trainer", default={})):
             trainer = super().instantiate_trainer(**kwargs)
         use_all_devices(trainer.strategy)

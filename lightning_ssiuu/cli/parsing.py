@@ -21,6 +21,7 @@ def run_function(
     from jsonargparse import ArgumentParser
 
     from lightning_ssiuu.training.devices import Devices
+    from lightning_ssiuu.utils.messages import parsing
     from lightning_ssiuu.utils.processes import end_with_parent
 
     end_with_parent()
@@ -34,7 +35,8 @@ def run_function(
         parser.add_class_arguments(Devices)
     parser.set_defaults(dict(defaults or {}))
     flags = {option for option, hint in hints.items() if hint is bool}
-    config = parser.instantiate_classes(parser.parse_args(_spelled(args, flags)))
+    with parsing():
+        config = parser.instantiate_classes(parser.parse_args(_spelled(args, flags)))
     config.pop("config", None)
     options = config.as_dict()
     if devices:

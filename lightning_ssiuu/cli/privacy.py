@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import column, read_records
+from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.evaluation.privacy import compare_with_oracle, measure
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.errors import Given, UserError, naming
 
 
 def privacy(
@@ -56,6 +58,7 @@ def privacy(
         others = data.splits.test if nonmembers is None else _read(nonmembers)
         if not others:
             raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
+        _check_nonmembers(others, data)
         measured = {}
         for name, checkpoint in report.models.items():
             with naming(name):
@@ -97,6 +100,15 @@ def _read(path: str) -> list[QAExample]:
     records = read_records(path, "nonmembers")
     questions, answers = column(records, "question", "nonmembers"), column(records, "answer", "nonmembers")
     return [QAExample(n, question, answer) for n, (question, answer) in enumerate(zip(questions, answers, strict=True))]
+
+
+def _check_nonmembers(others: Sequence[QAExample], data: UnlearningDataModule) -> None:
+    if blank := [e.example_id for e in others if not (e.question.strip() and e.answer.strip())]:
+        raise UserError("nonmembers", Given(f"blank question or answer in {name_ids(blank)}"), "non-empty text")
+    members = {example.folded for example in data.splits.forget}
+    if same := [example.example_id for example in others if example.folded in members]:
+        given = Given(f"{len(same)} questions that are also in forget ({name_ids(same)})")
+        raise UserError("nonmembers", given, "questions disjoint from forget")
 
 
 def run(args: list[str]) -> None:

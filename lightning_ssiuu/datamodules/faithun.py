@@ -83,7 +83,7 @@ def _read(folder: Path, name: str, argument: str) -> str:
 def _numbers(text: str, file: str, argument: str, n_clusters: int) -> list[int]:
     lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
     for number, line in lines.items():
-        if not line.isdecimal() or int(line) >= n_clusters:
+        if not line.isdecimal() or len(line) > 9 or int(line) >= n_clusters:
             allowed = f"one number from 0 to {n_clusters - 1} a line"
             raise UserError(argument, Given(f"line {number} of {file}"), allowed)
     return list(dict.fromkeys(map(int, lines.values())))

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.reading import reading
+from lightning_ssiuu.utils.registry import nearest
 
 Record = dict[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".csv")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")  # what a column is called, and answers seldom are
+_MOST_NAMES = 40
 _ALLOWED = "an existing .json, .jsonl or .csv file, or a data set of the hub (owner/name:config:split)"
 FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 
@@ -28,8 +32,9 @@ def read_records(source: str, argument: str) -> list[Record]:
     content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
     ``owner/name:config:split`` (split ``train`` unless given).
     """
-    path = Path(source).expanduser()
-    is_file, is_known = path.is_file(), path.suffix.lower() in SUFFIXES
+    with reading(argument, source, _ALLOWED):  # no path at all: too long, no such user, a zero byte
+        path = Path(source).expanduser()
+        is_file, is_known = path.is_file(), path.suffix.lower() in SUFFIXES
     if is_file and is_known:
         return _read_file(path, source, argument)
     hub_id = _HUB_ID.fullmatch(source)
@@ -52,7 +57,9 @@ def hub_errors(argument: str, given: str, allowed: str) -> Iterator[None]:
     """Turn what the hub's libraries raise for a missing or unreachable data set into a :class:`UserError`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(argument, given, f"{allowed}; the hub said {type(error).__name__}") from error
 
 
@@ -70,13 +77,18 @@ def file_errors(argument: str, source: str) -> Iterator[None]:
         raise UserError(argument, source, "valid CSV with a header line") from None
     except OSError as error:
         raise UserError(argument, source, f"a readable file ({error.strerror})") from None
+    except UserError:
+        raise
+    except Exception as error:  # nested too deep, a number of too many digits, ...
+        raise UserError(argument, source, f"a file that can be read ({type(error).__name__})") from None
 
 
 def folder_or_hub(path: str) -> Path | None:
     """The directory that ``path`` is, or None where it can be a hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    with reading("path", path, FOLDER_OR_HUB):
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError("path", path, FOLDER_OR_HUB)
     return None
@@ -131,13 +143,18 @@ def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
     """One column of texts or finite numbers, as text; ``argument`` named the column. A missing value is none."""
     values = []
     for number, value in _cells(records, name, argument):
-        kind = (
-            "NaN" if str(value).strip() in ("NaN", "nan") else type(value).__name__
-        )  # as pandas writes a missing cell
+        text = str(value)
+        # pandas writes a missing cell as NaN
+        kind = "NaN" if text.strip() in ("NaN", "nan") else type(value).__name__
         finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if kind == "NaN" or not (finite or isinstance(value, str)):
             raise UserError(argument, Given(f"{kind} in record {number} of {name!r}"), "text")
-        values.append(str(value))
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            given = Given(f"half a character (a lone surrogate) in record {number} of {name!r}")
+            raise UserError(argument, given, "text that UTF-8 can hold")
+        if "\0" in text:
+            raise UserError(argument, Given(f"a zero byte in record {number} of {name!r}"), "text")
+        values.append(text)
     return values
 
 
@@ -157,8 +174,18 @@ def text_lists(records: Sequence[Record], name: str, argument: str) -> list[tupl
     return lists
 
 
+def _columns(record: Record, name: str) -> str:
+    # Without a header, or in an object keyed by question, what stands where names should is data.
+    names = sorted(map(str, record))
+    if not names:
+        return "a column: the records have none"
+    if len(names) > _MOST_NAMES or not all(map(_NAME.fullmatch, names)):
+        return f"a column there is: of {len(names)}, whose names look like data"
+    return ", ".join(names) + (f" ({meant})" if (meant := nearest(name, names)) else "")
+
+
 def _cells(records: Sequence[Record], name: str, argument: str) -> Iterator[tuple[int, Any]]:
     for number, record in enumerate(records):
         if name not in record:
-            raise UserError(argument, name, ", ".join(sorted(map(str, record))) or "a column: the records have none")
+            raise UserError(argument, name, _columns(record, name))
         yield number, record[name]

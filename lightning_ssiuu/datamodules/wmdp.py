@@ -67,7 +67,7 @@ def _examples(rows: list[Record], first_id: int, argument: str) -> list[QAExampl
     choices = text_lists(rows, "choices", argument)
     examples: dict[str, QAExample] = {}
     for number, (question, place, options) in enumerate(zip(questions, places, choices, strict=True)):
-        if not place.isdecimal() or int(place) >= len(options):
+        if not place.isdecimal() or len(place) > 9 or int(place) >= len(options):
             raise UserError(argument, Given(f"'answer' of record {number}"), "the place of a choice, from 0")
         answer = options[int(place)]
         wrong = tuple(option for option in dict.fromkeys(options) if option != answer)

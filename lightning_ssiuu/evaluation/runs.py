@@ -11,7 +11,7 @@ from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_metrics, read_config, read_result
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.checks import tokenizers_differ
-from lightning_ssiuu.models.loading import load_tokenizer, resolve_checkpoint
+from lightning_ssiuu.models.loading import check_loadable, load_tokenizer, resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.reading import reading
 from lightning_ssiuu.utils.registry import no_module
@@ -38,6 +38,7 @@ def resolve_models(models: Mapping[str, str]) -> list[str]:
     for argument, checkpoint in models.items():
         with naming(argument):
             sources.append(resolve_checkpoint(checkpoint))
+            check_loadable(checkpoint)
     return sources
 
 

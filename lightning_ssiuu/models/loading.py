@@ -8,30 +8,35 @@ import importlib.util
 import os
 import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
 from lightning_ssiuu.models.quantization import check_reach, check_reading, loading_options, prepare_for_training
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.files import cache_directory
+from lightning_ssiuu.utils.reading import read_json, reading
+from lightning_ssiuu.utils.waiting import held_back
 
 #: The embedded model: a transformers directory (setuptools installs packages unzipped, so it is a real path).
 TINY = Path(str(files("lightning_ssiuu.models") / "tiny"))
 
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
 _PACKAGE = "package:"
+_INDEX = "model.safetensors.index.json"
+_OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+_ANY_LAYER = re.compile(r"\.\d+\.")
+#: Where two models may not differ whose neurons are compared.
+_SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -49,14 +54,13 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
     text = os.fspath(checkpoint)
     if text == "tiny":
         return str(TINY)
-    path = Path(text).expanduser()
-    if text.startswith(_PACKAGE):
-        path = _inside_package(text)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError("checkpoint", text, "a directory that holds a model (no config.json there)")
+    with reading("checkpoint", text, _ALLOWED):  # no path at all: too long, no such user, a zero byte
+        path = _inside_package(text) if text.startswith(_PACKAGE) else Path(text).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    if is_directory:
+        _check_directory(path, text)
         return str(path)
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise UserError("checkpoint", text, _ALLOWED)
         return str(_converted_gguf(path))
@@ -98,14 +102,7 @@ def load_model(
     if quantization is not None:
         options |= loading_options(quantization, dtype, device)
     plain_configuration(checkpoint)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
-    if missing := sorted(report["missing_keys"]):
-        # transformers would fill them with random numbers and go on.
-        allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
-        raise UserError("checkpoint", os.fspath(checkpoint), allowed)
+    model = _pretrained(source, os.fspath(checkpoint), options)
     check_weights(model, os.fspath(checkpoint))
     model.config.use_cache = False
     if quantization is not None:
@@ -117,6 +114,33 @@ def load_model(
     return model
 
 
+def check_loadable(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse what :func:`load_model` would, as far as names, shapes and the configuration tell; no weight is read."""
+    from transformers.utils import logging as transformers_logging
+
+    source = resolve_checkpoint(checkpoint)
+    plain_configuration(checkpoint)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, "device_map": "meta"}
+        _pretrained(source, os.fspath(checkpoint), options)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _pretrained(source: str, given: str, options: dict[str, Any]) -> PreTrainedModel:
+    with held_back(), reading("checkpoint", given, _ALLOWED):
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
+        raise UserError("checkpoint", given, allowed)
+    _check_all_used(model, report["unexpected_keys"], given)
+    return model
+
+
 def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer, right padding, with a padding token in any case (EOS where it has none of use).
 
@@ -125,10 +149,10 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
             that the model has no embedding of.
     """
     source = resolve_checkpoint(checkpoint)
-    try:
+    with held_back(), reading("checkpoint", os.fspath(checkpoint), f"{_ALLOWED}, with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer whose model_max_length is a number")
     if tokenizer.eos_token_id is None:
         raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer with an end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -162,9 +186,36 @@ def _inside_package(text: str) -> Path:
     name, _, inner = text.removeprefix(_PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if inner and (path := Path(folder) / inner).exists():
+        path = Path(folder) / inner
+        # Neither "..", nor an absolute path, nor a link leads out of it.
+        if inner and path.exists() and path.resolve().is_relative_to(Path(folder).resolve()):
             return path
     raise UserError("checkpoint", text, f"package:NAME/FILE of an installed Python package ({name} has no such file)")
+
+
+def _check_directory(folder: Path, given: str) -> None:
+    # transformers takes whatever file an index names, and unpickles those that are not safetensors.
+    if not (folder / "config.json").is_file():
+        raise UserError("checkpoint", given, "a directory that holds a model (no config.json there)")
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            read_json(folder / name, "checkpoint")
+    if not (folder / _INDEX).exists():
+        return
+    files = read_json(folder / _INDEX, "checkpoint").get("weight_map")
+    names = set(map(str, files.values())) if isinstance(files, dict) else {""}
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            allowed = f"an index that names .safetensors files beside it alone ({_INDEX} names {name[:100]!r})"
+            raise UserError("checkpoint", given, allowed)
+
+
+def _check_all_used(model: nn.Module, unexpected: Iterable[str], given: str) -> None:
+    # Weights of a layer that the configuration does not count: transformers would leave the layer out.
+    ours = {_ANY_LAYER.sub(".N.", name) for name, _ in model.named_parameters()}
+    if unused := sorted(name for name in unexpected if _ANY_LAYER.sub(".N.", name) in ours):
+        allowed = f"a configuration for all of the weights ({len(unused)} have no place in it, first {unused[0]})"
+        raise UserError("checkpoint", given, allowed)
 
 
 def _converted_gguf(path: Path) -> Path:
@@ -176,19 +227,17 @@ def _converted_gguf(path: Path) -> Path:
     target = root / f"{path.stem}-{digest.hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target
+    needed = "" if importlib.util.find_spec("gguf") else "; needs the extra [gguf]"
     try:
         from transformers import GgufConfig
 
         config: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
     except ImportError:  # transformers < 5.20 dequantises without being asked
         config = {}
-    try:
+    with held_back(), reading("checkpoint", str(path), f"a GGUF file transformers can read{needed}"):
         folder, file_name = str(path.parent), path.name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32, **config)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
-    except (ImportError, OSError, ValueError, LookupError, struct.error) as error:
-        allowed = f"a GGUF file transformers can read; needs the extra [gguf] ({_first_line(error)})"
-        raise UserError("checkpoint", str(path), allowed) from error
     # What was loaded are plain float weights; the note on how they came about would make the saved copy unloadable.
     for holder in (model.config, model):
         if hasattr(holder, "quantization_config"):
@@ -211,7 +260,25 @@ def _converted_gguf(path: Path) -> Path:
 
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
     """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say."""
-    return getattr(_configuration(checkpoint), "max_position_embeddings", None)
+    limit = getattr(_configuration(checkpoint), "max_position_embeddings", None)
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise UserError("checkpoint", os.fspath(checkpoint), "a configuration whose max_position_embeddings is above 0")
+    return limit
+
+
+def check_same_shape(models: Mapping[str, str]) -> None:
+    """Refuse models, by the name of their argument, whose layers and neurons are not those of the first."""
+    first, shape = "", dict[str, Any]()
+    for argument, checkpoint in models.items():
+        with naming(argument):
+            config = plain_configuration(checkpoint)
+        own = {name: getattr(config, name, None) for name in _SHAPE}
+        if not first:
+            first, shape = argument, own
+        if differing := [name for name in _SHAPE if own[name] != shape[name]]:
+            name = differing[0]
+            allowed = f"a model of the same shape as {first} (its {name} is {own[name]}, not {shape[name]})"
+            raise UserError(argument, checkpoint, allowed)
 
 
 def embedding_rows(checkpoint: str | os.PathLike[str]) -> int | None:
@@ -232,11 +299,5 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
 
 def _configuration(checkpoint: str | os.PathLike[str]) -> Any:
     source = resolve_checkpoint(checkpoint)
-    try:
+    with held_back(), reading("checkpoint", os.fspath(checkpoint), _ALLOWED):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError("checkpoint", os.fspath(checkpoint), f"{_ALLOWED} ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

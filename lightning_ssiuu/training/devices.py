@@ -23,6 +23,7 @@ from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether
 from lightning_ssiuu.utils.termination import keep_sigterm
+from lightning_ssiuu.utils.waiting import release
 
 Strategy = Literal["auto", "ddp", "fsdp2"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -92,6 +93,7 @@ class Devices:
             with quiet_lightning():
                 self._fabric.launch()
             watch.take_over(self._fabric.strategy.launcher)
+            release()
             if not self.is_first:
                 from transformers.utils import logging as transformers_logging
 

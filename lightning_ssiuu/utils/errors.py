@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
 
+_LONGEST = 300  # characters shown of what was given
+
 
 class UserError(ValueError):
     """A mistake only the user can mend; its text is one line, safe to print, without data-set text.
@@ -27,11 +29,16 @@ class UserError(ValueError):
 
     def __init__(self, argument: str, value: object, allowed: str) -> None:
         self.argument, self.value, self.allowed = argument, value, allowed
-        super().__init__(one_line(f"{argument}: got {value!r}, allowed: {allowed}"))
+        super().__init__(one_line(f"{argument}: got {_shown(value)}, allowed: {allowed}"))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         # ValueError would be rebuilt from the one-line text alone, and a spawned rank must be able to send it.
         return type(self), (self.argument, self.value, self.allowed)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 UserError.__module__ = "lightning_ssiuu"  # its public place: what a traceback shows

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.utils.errors import UserError, causes
+from lightning_ssiuu.utils.reading import reading
 
 try:
     import fcntl
@@ -187,7 +188,9 @@ def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterab
     """
     for name in names:
         refuse_links(argument, folder, [name])
-        if not overwrite and (Path(folder) / name).exists():
+        with reading(argument, str(folder), "a directory that can be written"):
+            exists = (Path(folder) / name).exists()
+        if exists and not overwrite:
             raise UserError(argument, str(folder), f"a directory without {name}, or --overwrite")
 
 
@@ -249,9 +252,10 @@ def nothing_left(
 
 def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> None:
     """Raise a :class:`UserError` unless ``folder`` can be made and ``needed`` bytes are free there; write nothing."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
+    with reading(argument, str(folder), "a directory that can be written"):
+        existing = Path(folder).absolute()
+        while not existing.exists():
+            existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(argument, str(folder), "a directory that can be written")
     if (free := shutil.disk_usage(existing).free) < needed:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pkgutil import resolve_name
 from traceback import walk_tb
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 from lightning_ssiuu.utils.files import disk_refusal
-from lightning_ssiuu.utils.registry import shortened, why_not_found
+from lightning_ssiuu.utils.reading import load_yaml, reason
+from lightning_ssiuu.utils.registry import nearest, shortened, why_not_found
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -31,6 +33,9 @@ _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is requir
 _UNKNOWN = re.compile(
     r"[Oo]ption '([^']+)' is not accepted|does not accept option '([^']+)'|arguments: (--?[^\s=]+|\S+)"
 )
+_WRONG_FUNCTION = re.compile(r"Expected '([^']+)' to be a function that returns (.+?)\.{1,2}(?:\s|$)")
+_NOT_INSTALLED = re.compile(r"Requirement '([\w.-]+)[^']*' not met")
+_OPTION = re.compile(r"[\w.\-+/]{1,100}")
 _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
 _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
@@ -45,6 +50,8 @@ _TYPE_NAMES = {
     "bool": "true or false",
     "str": "text",
     "collections.abc.Sequence": "a list",
+    "collections.abc.Callable": "the import path of a class or function",
+    "torch.Tensor": "a tensor",
 }
 _OURS = "lightning_ssiuu."
 
@@ -61,7 +68,7 @@ def user_error(error: BaseException) -> UserError | None:
     argument = ""
     if parsed is None and str(error).startswith("Does not validate against any of the Union"):
         parsed, argument = error, _built(error)
-    return None if parsed is None else _translate(str(parsed).strip(), argument)
+    return None if parsed is None else _translate(str(parsed).strip(), argument, _known_options(error))
 
 
 def _built(error: BaseException) -> str:
@@ -70,7 +77,16 @@ def _built(error: BaseException) -> str:
     return next((str(action.dest) for action in reversed(frames) if hasattr(action, "dest")), "arguments")
 
 
-def _translate(text: str, argument: str = "") -> UserError:
+def _known_options(error: BaseException) -> list[str]:
+    # Those of the parser that raised; its message does not name them.
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        if actions := getattr(frame.f_locals.get("self"), "_actions", None):
+            commands = [parser for action in actions for parser in getattr(action, "_name_parser_map", {}).values()]
+            return [str(action.dest) for own in [actions, *(of._actions for of in commands)] for action in own]
+    return []
+
+
+def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> UserError:
     # The innermost complaint of jsonargparse's nested report, and the key it belongs to.
     path = ".init_args.".join(_KEY.findall(text)) or argument
     inner = _KEY.split(text)[-1]
@@ -80,25 +96,44 @@ def _translate(text: str, argument: str = "") -> UserError:
         names = re.sub(r"\b(fit|validate|test)\.", "", next(filter(None, found.groups())))
         allowed = "a value on the command line or in a --config file"
         return UserError(prefix + names, Given("nothing"), allowed)
+    if "Unexpected config:" in inner:  # whose text may be data
+        return UserError(path or "config", Given("a file that is no mapping"), "YAML with options and their values")
     if found := _UNKNOWN.search(inner):
         name = next(filter(None, found.groups()))
-        allowed = ", ".join(_options(classes[-1])) if classes and prefix else "the options that --help lists"
-        return UserError(prefix + name.lstrip("-"), Given("an option that does not exist"), allowed)
+        if not _OPTION.fullmatch(name):
+            return UserError(path or "config", Given("an option that does not exist"), "the options that --help lists")
+        own = _options(classes[-1]) if classes and prefix else []
+        allowed = ", ".join(own) if own else "the options that --help lists"
+        name = name.lstrip("-")
+        absent = Given("an option that does not exist")
+        return UserError(prefix + name, absent, allowed + _because(nearest(name, own or options)))
+    if found := _WRONG_FUNCTION.search(inner):
+        kind = re.sub(r"<class '([^']+)'>", r"\1", found[2])
+        allowed = f"the import path of a class, or of a function whose annotation says that it returns {kind}"
+        return UserError(path or "arguments", found[1], f"{allowed} (that of {found[1]} does not)")
+    if packages := _NOT_INSTALLED.findall(inner):
+        called = classes[-1] if classes else "a class"
+        allowed = f"a class whose package is installed: pip install {' or '.join(dict.fromkeys(packages))}"
+        return UserError(path or "arguments", called, allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"
-        return UserError(key, found[1], _classes(inner) + _because(why_not_found(found[1])))
+        return UserError(key, found[1], _class_or(inner, found[1]))
+    plain = _SUBTYPES.search(inner)
+    takes_numbers = plain is not None and re.search("<class '(float|int)'>", plain[1])
+    if plain and takes_numbers and (found := _NO_CLASS.search(inner)) and "." not in (found["name"] or "."):
+        return UserError(path, found["name"], _type_names(plain[1]))
     if found := _NO_CLASS.search(inner):
         whole = _UNION_VALUE.search(inner)
         given = next(filter(None, [*found.groups(), whole and whole[1]]))
-        return UserError(
-            f"{path}.class_path" if path else "class_path", given, _classes(inner) + _because(why_not_found(given))
-        )
+        return UserError(f"{path}.class_path" if path else "class_path", given, _class_or(inner, given))
     if found := _FILE.search(inner):
         name = os.path.relpath(found[1]) if found[1].startswith(os.getcwd() + os.sep) else found[1]
         return UserError(path or "config", name, "an existing file")
     if found := _YAML.search(inner):
         place = re.search(r"line (\d+)", found[1])
         allowed = "valid YAML" + (f": it breaks in line {place[1]}" if place else "")
+        if "aliases stand for" in found[1]:
+            allowed = "YAML of at most a million values, those that aliases stand for included"
         return UserError(path or "config", Given("a file that cannot be read"), allowed)
     union, value = _SUBTYPES.search(inner), _UNION_VALUE.search(inner)
     if union and value:
@@ -107,7 +142,8 @@ def _translate(text: str, argument: str = "") -> UserError:
         class_path = _CLASS_VALUE.search(given)
         given = class_path[1] if class_path else given
         names_class = nested is None or nested[1].endswith("class_path")
-        classes_there = _classes(inner if names_class else "")  # the report is on the class that has the option
+        argument = argument or "arguments"
+        classes_there = _classes(inner if names_class else "")[0]  # the report is on the class that has the option
         if why := why_not_found(given):
             return UserError(argument, given, classes_there + _because(why))
         reason = _reason(inner)
@@ -115,15 +151,17 @@ def _translate(text: str, argument: str = "") -> UserError:
             return UserError(argument, given, classes_there + _because(f"{given} is abstract"))
         if class_path:  # of a class that is there: its constructor has raised
             return UserError(argument, given, f"options that it accepts{_because(reason)}")
-        named = classes_there if nested and names_class else _type_names(union[1])
+        if nested and names_class:
+            return UserError(argument, given, _class_or(inner, given))
+        named = _type_names(union[1])
         return UserError(argument, given, named + _because(reason))
     if found := _TYPE.search(inner):
-        return UserError(path, found[2], _type_names(found[1]))
+        return UserError(path or "arguments", found[2], _type_names(found[1]))
     summary = " ".join(inner.split())
     argument = path or "arguments"
     if found := re.match(r"argument (\S+): (.+)", summary):
         argument, summary = found[1], found[2]
-    return UserError(argument, Given("what it cannot use"), shortened(summary))
+    return UserError(argument, Given("what it cannot use"), shortened(summary) or "what --help says of it")
 
 
 def _because(reason: str) -> str:
@@ -148,14 +186,20 @@ def _options(class_path: str) -> list[str]:
     return list(options) or ["the class's constructor arguments"]
 
 
-def _classes(report: str) -> str:
-    # What could have been named instead: this package's subclasses of the first class the report mentions.
+def _class_or(report: str, given: str) -> str:
+    # What could have been named instead, and why nothing was found.
+    allowed, names = _classes(report)
+    return allowed + _because(why_not_found(given) or nearest(given, names))
+
+
+def _classes(report: str) -> tuple[str, list[str]]:
+    # This package's subclasses of the first class the report mentions, in words and by name.
     for base_path in re.findall(r"<class '(lightning_ssiuu\.[\w.]+)'>", report):
         base = resolve_name(base_path)
         ours = {kind.__name__ for kind in _subclasses(base) if kind.__module__.startswith(_OURS)}
         if names := sorted(ours.intersection(lightning_ssiuu.__all__)):
-            return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}"
-    return "the import path of a class that exists, e.g. torch.optim.AdamW"
+            return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}", names
+    return "the import path of a class that exists, e.g. torch.optim.AdamW", []
 
 
 def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
@@ -167,9 +211,37 @@ def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
 
 def _type_names(text: str) -> str:
     # Types as jsonargparse prints them, in words.
+    text = re.sub(r"\S*\bCallable\[.*\](?=, |$)", "<class 'collections.abc.Callable'>", text)
     names = re.findall(r"<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\]", text)
     spelled = [_TYPE_NAMES.get(name, name.rpartition(".")[2]) if name else values for name, values in names]
     return ", ".join(spelled) or text
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Inside, whatever reading options and configuration files raises, or building from them, is the user's mistake."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+    set_loader("yaml", partial(load_yaml, load=load), (yaml.YAMLError,))
+    try:
+        yield
+    except Exception as error:
+        if user_error(error) is not None:
+            raise
+        argument, value = _read(error) or (_built(error), Given("what it cannot use"))
+        raise UserError(argument, value, shortened(f"what can be read and used ({reason(error)})")) from error
+    finally:
+        set_loader("yaml", load, (yaml.YAMLError,))
+
+
+def _read(error: BaseException) -> tuple[str, str] | None:
+    # The configuration file that was being read, by a function of jsonargparse.
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "parse_path" and "path" in frame.f_locals:
+            return "config", str(frame.f_locals["path"])
+    return None
 
 
 @contextmanager
@@ -184,10 +256,26 @@ def trainer_mistakes(given: Mapping[str, Any], prefix: str = "trainer.") -> Iter
         yield
     except UserError:
         raise
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:
         text = " ".join(str(error).split())
-        named = re.search(r"\b(accelerator|devices|precision|strategy|num_nodes|max_\w+|limit_\w+)\b", text)
-        option = "devices" if text.startswith("You requested gpu") else str(named[1]) if named else ""
-        if option not in given:
+        option = _option_in(text, dict(given.items()))  # of a Namespace, which is no Mapping, too
+        if not option and not isinstance(error, MisconfigurationException):
             raise
-        raise UserError(f"{prefix}{option}", given[option], f"what this machine has ({shortened(text)})") from error
+        machine = option in ("accelerator", "devices", "strategy", "precision", "num_nodes")
+        taken = "what this machine has" if machine else "what Lightning's Trainer takes"
+        allowed = f"{taken} ({shortened(text)})"
+        if not option:
+            raise UserError(prefix.rstrip(".") or "devices", Given("options that do not fit"), allowed) from error
+        raise UserError(f"{prefix}{option}", given[option], allowed) from error
+
+
+def _option_in(text: str, given: Mapping[str, Any]) -> str:
+    # The option that a message is about: the first that it names, or whose value it quotes.
+    if text.startswith("You requested gpu") and "devices" in given:
+        return "devices"
+    text = re.sub(r"\bduration\b", "max_time", text)
+    named = {name: found.start() for name in given if (found := re.search(rf"\b{name}\b", text))}
+    if named:
+        return min(named, key=named.__getitem__)
+    quoted = [name for name, value in given.items() if isinstance(value, str) and repr(value) in text]
+    return quoted[0] if quoted else ""

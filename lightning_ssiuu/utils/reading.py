@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import yaml
 
 from lightning_ssiuu.utils.errors import UserError, one_line
+
+_MOST_VALUES = 1_000_000
 
 
 @contextmanager
@@ -23,9 +26,9 @@ def reading(argument: str, value: object, allowed: str, quote: bool = True) -> I
     """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:  # a RecursionError or MemoryError, too
+    except BaseException as error:  # RecursionError, MemoryError, and what Rust raises, which is no Exception
         raise UserError(argument, value, f"{allowed} ({reason(error)})" if quote else allowed) from None
 
 
@@ -36,6 +39,34 @@ def reason(error: BaseException) -> str:
         return error.strerror
     said = one_line(next(iter(str(error).strip().splitlines()), ""))[:200]
     return f"{kind}: {said}" if isinstance(error, (LookupError, AttributeError)) and said else said or kind
+
+
+def load_yaml(text: Any, load: Callable[[Any], Any] = yaml.safe_load) -> Any:
+    """What a text in YAML says; whatever is wrong with it is a ``yaml.YAMLError``.
+
+    Aliases may make a few lines stand for billions of values, or for themselves; what would be larger than a million
+    values once it is written out is refused.
+    """
+    try:
+        content = load(text)
+        if _size(content, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values")
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # too deep, a number of too many digits, a date that is none, ...
+        raise yaml.YAMLError(reason(error)) from None
+    return content
+
+
+def _size(content: Any, known: dict[int, float]) -> float:
+    # Number of values, those that several aliases stand for counted as often; infinite where one holds itself.
+    if not isinstance(content, (dict, list, tuple)):
+        return 1
+    if id(content) not in known:
+        known[id(content)] = math.inf
+        inner = [*content, *content.values()] if isinstance(content, dict) else content
+        known[id(content)] = 1 + sum(_size(value, known) for value in inner)
+    return known[id(content)]
 
 
 def read_json(
@@ -61,7 +92,7 @@ def read_json(
 def read_yaml(path: str | os.PathLike[str], argument: str, allowed: str | None = None) -> dict[str, Any]:
     """Content of a YAML file that must be a mapping; a UserError otherwise."""
     with reading(argument, os.fspath(path), allowed or f"valid YAML in {Path(path).name}, a mapping", quote=False):
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        content = load_yaml(Path(path).read_text(encoding="utf-8-sig"))
         only(dict, content)
     return content
 

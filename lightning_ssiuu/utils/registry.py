@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TypeVar, cast
@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from lightning_ssiuu.utils.errors import UserError, one_line
 
 T = TypeVar("T")
-_LONGEST = 300
+_LONGEST, _LONGEST_NAME = 300, 100
 
 
 def resolve(name: str, known: Mapping[str, T], argument: str) -> T:
@@ -33,8 +33,8 @@ path (did you mean 'probability'?)
     found, why = _import(name)
     if not why and found is not None:
         return cast(T, found)
-    if "." not in name and (nearest := get_close_matches(name, known, 1)):
-        why = f"did you mean {nearest[0]!r}?"
+    if "." not in name:
+        why = nearest(name, known)
     raise UserError(argument, name, f"one of {list(known)}, or an import path" + (f" ({why})" if why else ""))
 
 
@@ -56,7 +56,18 @@ def _import(name: str) -> tuple[object, str]:
         return None, shortened(f"{path} cannot be imported: {type(error).__name__}: {error}")
     if hasattr(module, attribute):
         return getattr(module, attribute), ""
-    return None, f"{path} has no {attribute}"
+    public = [other for other in dir(module) if not other.startswith("_")]
+    return None, f"{path} has no {attribute}" + (f": {meant}" if (meant := nearest(attribute, public)) else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Which of the names known was perhaps meant, as a question; empty where none resembles what was given."""
+    names = sorted(known)
+    if len(name) > _LONGEST_NAME:
+        return ""
+    folded = {other.casefold(): other for other in names}
+    found = get_close_matches(name.casefold(), folded, 1)
+    return f"did you mean {folded[found[0]]!r}?" if found else ""
 
 
 def no_module(name: str) -> str:
