@@ -51,7 +51,7 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
 
 
 def test_extras_are_those_promised() -> None:
-    assert set(EXTRAS) == {"test", "docs", "lora", "gguf", "lm-eval"}
+    assert set(EXTRAS) == {"test", "docs", "lora", "gguf", "lm-eval", "rouge"}
 
 
 def test_every_import_is_required() -> None:
