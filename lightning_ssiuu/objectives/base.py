@@ -389,10 +389,12 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     def build(self, device: torch.device, **options: Any) -> AnswerModel:
         """Load the checkpoint again, as this module was configured, adapters included."""
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
-        dtype, record = torch.get_default_dtype(), self.architecture
+        dtype, record, lora = torch.get_default_dtype(), self.architecture, self.lora
+        if lora is not None:
+            lora.check(self.checkpoint)
         model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
-        if self.lora is not None:
-            self.lora.attach(model)
+        if lora is not None:
+            lora.attach(model)
         return AnswerModel(model)
 
     @cached_property
