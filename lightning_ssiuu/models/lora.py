@@ -81,10 +81,8 @@ class LoRA:
         Raises:
             UserError: If peft is missing, a target names no projection, or the model has adapters already.
         """
-        config, n_weights = self._checked(model), n_matrix_weights(model)
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+        n_weights = n_matrix_weights(model)
+        self._inject(model)
         width = torch.promote_types(float_type(model), torch.float32)
         n_adapted = 0
         for _, layer in adapted_layers(model):
@@ -97,7 +95,7 @@ class LoRA:
     def check(self, checkpoint: str) -> None:
         """Refuse what :meth:`attach` would; of the checkpoint, the configuration alone is read."""
         with torch.random.fork_rng(devices=[]), reading("checkpoint", checkpoint, "a causal language model"):
-            self._checked(blueprint(checkpoint, torch.float32, None))
+            self._inject(blueprint(checkpoint, torch.float32, None))
 
     @staticmethod
     def detach(model: nn.Module) -> None:
@@ -113,19 +111,18 @@ class LoRA:
                 del module.peft_config
         model.requires_grad_(True)
 
-    def _checked(self, model: PreTrainedModel) -> Any:
-        """peft's configuration for what is to be adapted."""
+    def _inject(self, model: PreTrainedModel) -> None:
         try:
             import peft
         except ImportError as error:
             raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
         if any(True for _ in adapted_layers(model)):
             raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
-        modules, experts = self._targets(model)
+        chosen, modules, experts = self._targets(model)
         if experts and self.dropout:
             allowed = f"0 with adapters on experts, which are added to the weights, or target_modules without {experts}"
             raise UserError("lora.dropout", self.dropout, allowed)
-        return peft.LoraConfig(
+        config = peft.LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
             lora_dropout=self.dropout,
@@ -134,8 +131,14 @@ class LoRA:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
+        allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {_safe(modules, experts)}"
+        with reading("lora.target_modules", self.target_modules, allowed):
+            peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+        if {_adapted_target(name, layer) for name, layer in adapted_layers(model)} != chosen:
+            self.detach(model)
+            raise UserError("lora.target_modules", self.target_modules, allowed)
 
-    def _targets(self, model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    def _targets(self, model: PreTrainedModel) -> tuple[set[str], list[str], list[str]]:
         head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
         modules = [n for n, module in model.named_modules() if isinstance(module, linear) and module is not head]
         experts = [f"{n}.{own}" for n, module in model.named_modules() for own in _expert_weights(module)]
@@ -151,7 +154,16 @@ class LoRA:
                     raise UserError("lora.target_modules", target, f"projections of this model: {there}")
                 chosen |= matches
         names = [name for name, _ in model.named_modules()]
-        return _ends(chosen & {*modules}, names, 1), _ends(chosen & {*experts}, experts, 2)
+        return chosen, _ends(chosen & {*modules}, names, 1), _ends(chosen & {*experts}, experts, 2)
+
+
+def _adapted_target(name: str, layer: Any) -> str:
+    own = getattr(layer, "parameter_name", "")
+    return f"{name.replace('.base_layer', '')}.{own}".strip(".")
+
+
+def _safe(modules: list[str], experts: list[str]) -> list[str]:
+    return sorted({_end(n) for n in modules} - {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}) + experts
 
 
 def _end(name: str, n_parts: int = 1) -> str:
