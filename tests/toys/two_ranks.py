@@ -74,6 +74,7 @@ JOBS = [
         trainer={"accumulate_grad_batches": 2},
     ),
     Job("adapters", regularizer=PENALTY, rank=2, steps=3),
+    Job("experts", regularizer=PENALTY, rank=2, model="experts"),
     *(Job(f"neurons {name}", regularizer=NEURONS, **options) for name, options in SETTINGS.items()),
     Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
     Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
@@ -105,6 +106,7 @@ MOVED = Job(
 )
 #: Most weights are frozen.
 ADAPTED = replace(DRAWING, name="adapted", rank=2, save="adapted-{strategy}-{step}")
+ADAPTED_EXPERTS = replace(ADAPTED, name="experts", model="experts", save="experts-{strategy}-{step}")
 _STRATEGIES = ("ddp", "fsdp", "fsdp_file")
 CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, SEVERALLY, ADAPTED, MOVED) for s in _STRATEGIES]
 RESUMED = [
