@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from lightning_ssiuu.utils.reading import reading
 
 #: The name peft gives the only adapter there is.
 ADAPTER = "default"
+#: What the matrices of experts were called when each was a layer; peft reads these names so wherever they stand.
+_TAKEN = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass
@@ -131,8 +134,10 @@ class LoRA:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         )
-        allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {_safe(modules, experts)}"
-        with reading("lora.target_modules", self.target_modules, allowed):
+        there = sorted({_end(name) for name in modules} - _TAKEN) + experts
+        allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
+        with reading("lora.target_modules", self.target_modules, allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # on names that were taken for others
             peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
         if {_adapted_target(name, layer) for name, layer in adapted_layers(model)} != chosen:
             self.detach(model)
@@ -160,10 +165,6 @@ class LoRA:
 def _adapted_target(name: str, layer: Any) -> str:
     own = getattr(layer, "parameter_name", "")
     return f"{name.replace('.base_layer', '')}.{own}".strip(".")
-
-
-def _safe(modules: list[str], experts: list[str]) -> list[str]:
-    return sorted({_end(n) for n in modules} - {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}) + experts
 
 
 def _end(name: str, n_parts: int = 1) -> str:

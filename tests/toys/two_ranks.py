@@ -106,13 +106,13 @@ MOVED = Job(
 )
 #: Most weights are frozen.
 ADAPTED = replace(DRAWING, name="adapted", rank=2, save="adapted-{strategy}-{step}")
-ADAPTED_EXPERTS = replace(ADAPTED, name="experts", model="experts", save="experts-{strategy}-{step}")
+EXPERTS = replace(ADAPTED, name="adapted experts", model="experts", save="adapted experts-{strategy}-{step}")
 _STRATEGIES = ("ddp", "fsdp", "fsdp_file")
-CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, SEVERALLY, ADAPTED, MOVED) for s in _STRATEGIES]
+CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, SEVERALLY, ADAPTED, EXPERTS, MOVED) for s in _STRATEGIES]
 RESUMED = [
     *(
         replace(job, name=f"{job.name} again", strategy=s, save=None, resume=f"{job.name}-{s}")
-        for job in (DRAWING, SEVERALLY, ADAPTED)
+        for job in (DRAWING, SEVERALLY, ADAPTED, EXPERTS)
         for s in _STRATEGIES
     ),
     *(replace(MOVED, name="moved from one", strategy=s, save=None, resume="moved-auto") for s in _STRATEGIES),
