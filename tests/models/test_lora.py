@@ -188,7 +188,7 @@ def test_targets_may_be_experts(options: dict[str, Any], expected: dict[str, int
         ({"dropout": 0.1}, r"lora\.dropout: got 0\.1, allowed: 0 with adapters on experts"),
         (
             {},
-            r"target_modules: got None.*qwen3_moe: \['k_proj', .*'v_proj', 'experts.down_proj', 'experts.gate_up_proj'\]$",
+            r"got None.*: \['k_proj', 'o_proj', 'q_proj', 'v_proj', 'experts.down_proj', 'experts.gate_up_proj'\]$",
         ),
         ({"target_modules": ["up_proj"]}, r"lora\.target_modules: got \['up_proj'\].*without also targeting gate_proj"),
         ({"target_modules": ["experts"]}, r"lora\.target_modules: got 'experts'.*'experts\.down_proj'"),
