@@ -74,15 +74,16 @@ class LoRA:
         if self.target_modules is not None and not self.target_modules:
             raise UserError("lora.target_modules", self.target_modules, "null, or at least one projection")
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Put adapters into ``model`` in place: its class and module names stay, only the adapters train.
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Put adapters into ``model`` in place, and return it: names and class stay, only the adapters train.
 
         They are drawn on the CPU from torch's global generator, so a seed gives the same ones on any device, and kept
         in float32, or in the model's type where that is wider. On a model without storage (device ``meta``) they have
         none either, and nothing is drawn.
 
         Raises:
-            UserError: If peft is missing, a target names no projection, or the model has adapters already.
+            UserError: If peft is missing, a target names no projection or one that peft takes for experts', experts and
+                dropout are to go together, or the model has adapters already.
         """
         n_weights = n_matrix_weights(model)
         self._inject(model)
@@ -94,6 +95,7 @@ class LoRA:
         if self.target_modules is None and (share := n_adapted / max(1, n_weights)) < 0.995:
             text = f"lora adapts projections with {100 * share:.0f} % of the weights outside embeddings and head"
             rank_zero_info(f"{model.config.model_type}: {text}; the others do not train.")
+        return model
 
     def check(self, checkpoint: str) -> None:
         """Refuse what :meth:`attach` would; of the checkpoint, the configuration alone is read."""

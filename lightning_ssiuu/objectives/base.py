@@ -389,13 +389,11 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     def build(self, device: torch.device, **options: Any) -> AnswerModel:
         """Load the checkpoint again, as this module was configured, adapters included."""
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
-        dtype, record, lora = torch.get_default_dtype(), self.architecture, self.lora
-        if lora is not None:
-            lora.check(self.checkpoint)
+        dtype, record = torch.get_default_dtype(), self.architecture
+        if self.lora is not None:
+            self.lora.check(self.checkpoint)
         model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
-        if lora is not None:
-            lora.attach(model)
-        return AnswerModel(model)
+        return AnswerModel(model if self.lora is None else self.lora.attach(model))
 
     @cached_property
     def _scorer(self) -> Scorer:
