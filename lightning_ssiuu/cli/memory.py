@@ -7,6 +7,7 @@ model, objective, regulariser, optimiser, strategy and callbacks, with the large
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -108,7 +109,7 @@ def estimate_memory(
     run = _Run(copy.deepcopy(module), data, trainer)
     try:
         group = _pretended_ranks(run.n_ranks) if run.distributed else nullcontext()
-        with isolate_rng(), warnings.catch_warnings(), group:
+        with isolate_rng(), warnings.catch_warnings(), group, _experts_of_any_type():
             warnings.simplefilter("ignore")  # on what numbers that are all 1 look like
             return run.estimate()
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
@@ -313,6 +314,21 @@ def _pretended_ranks(n_ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _experts_of_any_type() -> Iterator[None]:
+    # torch simulates the grouped product of experts in bfloat16 alone. What transformers puts in its place, where that
+    # product is missing, needs the same memory.
+    moe: Any = sys.modules.get("transformers.integrations.moe")
+    can_use = getattr(moe, "_can_use_grouped_mm", None)
+    try:
+        if can_use is not None:
+            moe._can_use_grouped_mm = lambda *_, **__: False
+        yield
+    finally:
+        if can_use is not None:
+            moe._can_use_grouped_mm = can_use
 
 
 def _state_of(regularizer: Any) -> list[Any]:

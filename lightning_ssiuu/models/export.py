@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_ssiuu.models.lora import ADAPTER, adapter_parameters, is_adapted, layer_delta
+from lightning_ssiuu.models.lora import ADAPTER, adapted_name, adapter_parameters, is_adapted, layer_delta
 from lightning_ssiuu.models.quantization import dequantized, float_type, is_quantized
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.files import written_atomically
@@ -90,7 +91,7 @@ def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], base
 
 @dataclass
 class _Entry:
-    """One tensor of the original model; ``layer`` is the adapted projection around ``module`` if this is its weight."""
+    """One tensor of the original model; ``layer`` is what holds its adapter, if it has one."""
 
     name: str
     tensor: Tensor
@@ -123,14 +124,14 @@ class _Entry:
         return self.tensor.numel() * self.tensor.element_size()
 
 
-def _entries(module: Any, prefix: str = "", layer: Any = None) -> Iterator[_Entry]:
+def _entries(module: Any, prefix: str = "", layers: Mapping[str, Any] = MappingProxyType({})) -> Iterator[_Entry]:
     if is_adapted(module):
-        yield from _entries(module.base_layer, prefix, module)
+        yield from _entries(module.base_layer, prefix, {**layers, adapted_name(module): module})
         return
     persistent = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
     for name, tensor in [*module._parameters.items(), *persistent.items()]:
         if tensor is not None:
-            yield _Entry(prefix + name, tensor, module, layer if name == "weight" else None)
+            yield _Entry(prefix + name, tensor, module, layers.get(name))
     for name, child in module._modules.items():
         if child is not None:
             yield from _entries(child, f"{prefix}{name}.")

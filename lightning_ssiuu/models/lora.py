@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightning_ssiuu.models.meta import blueprint
 from lightning_ssiuu.models.quantization import float_type, n_matrix_weights, was_conv1d
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.reading import reading
 
 #: The name peft gives the only adapter there is.
 ADAPTER = "default"
+#: What the matrices of experts were called when each was a layer; peft reads these names so wherever they stand.
+_TAKEN = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass
@@ -30,15 +35,19 @@ class LoRA:
     as neurons are a projection's outputs. :class:`~lightning_ssiuu.regularizers.AttributionRegularizer` acts on
     the parameters that train, which are A and B.
 
+    The experts of a mixture that transformers keeps as one tensor per block (Mixtral, Qwen2-MoE, Qwen3-MoE, …) get an
+    A and a B each (peft's ``target_parameters``). Their sums ``W + alpha / r · B A`` are computed in the weights' type
+    in every forward pass: memory and time of a second copy of a block's experts.
+
     In a recipe: ``lora: {r: 16, alpha: 32.0, dropout: 0.0, target_modules: null}``.
 
     Args:
         r: Rank, ≥ 1.
         alpha: Scale of the adapters, > 0, divided by the rank.
-        dropout: Probability with which an adapter's input is dropped while training, in [0, 1).
-        target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]``; None takes
-            every linear layer but the head. Experts of a mixture that are kept as one tensor are no linear layers and
-            stay out; the log then says which share of the weights has adapters.
+        dropout: Probability with which an adapter's input is dropped while training, in [0, 1); 0 with experts.
+        target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]`` or
+            ``["experts.down_proj"]``; None takes every linear layer but the head, and all experts. If this leaves
+            weights out, the log says which share of them has adapters.
 
     Raises:
         UserError: If an option is outside its range.
@@ -65,40 +74,33 @@ class LoRA:
         if self.target_modules is not None and not self.target_modules:
             raise UserError("lora.target_modules", self.target_modules, "null, or at least one projection")
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Put adapters into ``model`` in place: its class and module names stay, only the adapters train.
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Put adapters into ``model`` in place, and return it: names and class stay, only the adapters train.
 
         They are drawn on the CPU from torch's global generator, so a seed gives the same ones on any device, and kept
         in float32, or in the model's type where that is wider. On a model without storage (device ``meta``) they have
         none either, and nothing is drawn.
 
         Raises:
-            UserError: If peft is missing, a target names no projection, or the model has adapters already.
+            UserError: If peft is missing, a target names no projection or one that peft takes for experts', experts and
+                dropout are to go together, or the model has adapters already.
         """
-        try:
-            import peft
-        except ImportError as error:
-            raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
-        if any(True for _ in adapted_layers(model)):
-            raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
-        targets, n_weights = self._targets(model), n_matrix_weights(model)
-        config = peft.LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
-            lora_dropout=self.dropout,
-            target_modules=targets,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-            task_type="CAUSAL_LM",
-        )
-        peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+        n_weights = n_matrix_weights(model)
+        self._inject(model)
         width = torch.promote_types(float_type(model), torch.float32)
         n_adapted = 0
         for _, layer in adapted_layers(model):
             _initialise(layer, width)
-            n_adapted += layer.in_features * layer.out_features
+            n_adapted += layer.in_features * layer.out_features * getattr(layer, "num_experts", 1)
         if self.target_modules is None and (share := n_adapted / max(1, n_weights)) < 0.995:
             text = f"lora adapts projections with {100 * share:.0f} % of the weights outside embeddings and head"
-            rank_zero_info(f"{model.config.model_type}: {text}; experts kept as one tensor do not train.")
+            rank_zero_info(f"{model.config.model_type}: {text}; the others do not train.")
+        return model
+
+    def check(self, checkpoint: str) -> None:
+        """Refuse what :meth:`attach` would; of the checkpoint, the configuration alone is read."""
+        with torch.random.fork_rng(devices=[]), reading("checkpoint", checkpoint, "a causal language model"):
+            self._inject(blueprint(checkpoint, torch.float32, None))
 
     @staticmethod
     def detach(model: nn.Module) -> None:
@@ -106,36 +108,87 @@ class LoRA:
         if not (layers := list(adapted_layers(model))):
             return
         for name, layer in layers:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, layer.base_layer)
+            if not name.endswith(".base_layer"):  # one of several around the same experts
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, layer.get_base_layer())
         for module in model.modules():
             if hasattr(module, "peft_config"):  # peft's note that there are adapters
                 del module.peft_config
         model.requires_grad_(True)
 
-    def _targets(self, model: PreTrainedModel) -> list[str]:
+    def _inject(self, model: PreTrainedModel) -> None:
+        try:
+            import peft
+        except ImportError as error:
+            raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
+        if any(True for _ in adapted_layers(model)):
+            raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
+        chosen, modules, experts = self._targets(model)
+        if experts and self.dropout:
+            allowed = f"0 with adapters on experts, which are added to the weights, or target_modules without {experts}"
+            raise UserError("lora.dropout", self.dropout, allowed)
+        config = peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
+            lora_dropout=self.dropout,
+            target_modules=modules,
+            target_parameters=experts or None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            task_type="CAUSAL_LM",
+        )
+        there = sorted({_end(name) for name in modules} - _TAKEN) + experts
+        allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
+        with reading("lora.target_modules", self.target_modules, allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # on names that were taken for others
+            peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+        if {_adapted_target(name, layer) for name, layer in adapted_layers(model)} != chosen:
+            self.detach(model)
+            raise UserError("lora.target_modules", self.target_modules, allowed)
+
+    def _targets(self, model: PreTrainedModel) -> tuple[set[str], list[str], list[str]]:
         head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
-        projections = [n for n, module in model.named_modules() if isinstance(module, linear) and module is not head]
+        modules = [n for n, module in model.named_modules() if isinstance(module, linear) and module is not head]
+        experts = [f"{n}.{own}" for n, module in model.named_modules() for own in _expert_weights(module)]
         if self.target_modules is None:
-            chosen = set(projections)
+            chosen = {*modules, *experts}
         else:
             chosen = set()
             for target in self.target_modules:
-                matches = {name for name in projections if f".{name}".endswith(f".{target}")} if target else set()
+                ends = f".{target}"
+                matches = {n for n in [*modules, *experts] if f".{n}".endswith(ends)} if target else set()
                 if not matches:
-                    there = sorted({name.rpartition(".")[2] for name in projections})
+                    there = sorted({_end(n) for n in modules} | {_end(n, 2) for n in experts})
                     raise UserError("lora.target_modules", target, f"projections of this model: {there}")
                 chosen |= matches
-        # Ends of names where they say the same: what is saved beside the adapters should be readable.
-        ends = sorted({name.rpartition(".")[2] for name in chosen})
-        same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends} == chosen
-        return ends if same else sorted(chosen)
+        names = [name for name, _ in model.named_modules()]
+        return chosen, _ends(chosen & {*modules}, names, 1), _ends(chosen & {*experts}, experts, 2)
+
+
+def _adapted_target(name: str, layer: Any) -> str:
+    own = getattr(layer, "parameter_name", "")
+    return f"{name.replace('.base_layer', '')}.{own}".strip(".")
+
+
+def _end(name: str, n_parts: int = 1) -> str:
+    return ".".join(name.split(".")[-n_parts:])
+
+
+def _ends(chosen: set[str], names: list[str], n_parts: int) -> list[str]:
+    # Ends of names where they say the same: what is saved beside the adapters should be readable.
+    ends = {_end(name, n_parts) for name in chosen}
+    return sorted(ends if {name for name in names if _end(name, n_parts) in ends} == chosen else chosen)
+
+
+def _expert_weights(module: nn.Module) -> list[str]:
+    # transformers marks its modules of experts so, and peft reads there which way round their matrices lie.
+    marked = hasattr(module, "is_transposed")
+    return [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3] if marked else []
 
 
 def _initialise(layer: Any, dtype: torch.dtype) -> None:
-    device = layer.base_layer.weight.device
-    matrices = {"lora_A": (layer.r[ADAPTER], layer.in_features), "lora_B": (layer.out_features, layer.r[ADAPTER])}
-    for name, shape in matrices.items():
+    device = adapted_weight(layer).device
+    for name in ("lora_A", "lora_B"):
+        shape = getattr(layer, name)[ADAPTER].weight.shape
         matrix = torch.zeros(shape, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
         if name == "lora_A":
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as nn.Linear's weight, and peft's A
@@ -147,6 +200,16 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if is_adapted(module):
             yield name, module
+
+
+def adapted_name(layer: Any) -> str:
+    """The name of the parameter an adapter belongs to, in the module that it is around."""
+    return getattr(layer, "parameter_name", "weight")
+
+
+def adapted_weight(layer: Any) -> Any:
+    """The frozen parameter an adapter belongs to: a projection's weight, or that of all experts of a block."""
+    return getattr(layer.get_base_layer(), adapted_name(layer))
 
 
 def is_adapted(module: Any) -> bool:
@@ -164,9 +227,18 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def layer_delta(layer: Any, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> torch.Tensor:
-    """``alpha / r · B A`` of A ``[r, in]`` and B ``[out, r]``: what an adapter adds to the weight as it is stored."""
-    delta = layer.scaling[ADAPTER] * (matrix_b @ matrix_a)
-    return delta.T if was_conv1d(layer.base_layer) else delta
+    """``alpha / r · B A`` of A ``[r, in]`` and B ``[out, r]``: what an adapter adds to the weight as it is stored.
+
+    For E experts A is ``[E · r, in]``, expert by expert, and B ``[out, r · E]``, rank by rank, as peft keeps them; the
+    sum is one product for each expert.
+    """
+    base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
+    if (n_experts := getattr(layer, "num_experts", None)) is None:
+        delta = scaling * (matrix_b @ matrix_a)
+        return delta.T if was_conv1d(base) else delta
+    a, b = matrix_a.unflatten(0, (n_experts, -1)), matrix_b.unflatten(1, (-1, n_experts))
+    delta = scaling * torch.einsum("ore,eri->eoi", b, a)
+    return delta.mT if base.is_transposed else delta
 
 
 @contextmanager

@@ -390,10 +390,10 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         """Load the checkpoint again, as this module was configured, adapters included."""
         # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
         dtype, record = torch.get_default_dtype(), self.architecture
-        model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
         if self.lora is not None:
-            self.lora.attach(model)
-        return AnswerModel(model)
+            self.lora.check(self.checkpoint)
+        model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
+        return AnswerModel(model if self.lora is None else self.lora.attach(model))
 
     @cached_property
     def _scorer(self) -> Scorer:

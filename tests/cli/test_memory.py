@@ -186,10 +186,21 @@ def test_what_makes_a_step_smaller_or_larger(checkpoint: str) -> None:
 
 @pytest.mark.parametrize(
     ("weight", "kwargs"),
-    [(0.5, {}), (None, {"gradient_checkpointing": True, "lora": LoRA(r=4)})],
-    ids=["regularised", "adapters and checkpointing"],
+    [
+        (0.5, {}),
+        (None, {"gradient_checkpointing": True, "lora": LoRA(r=4)}),
+        (None, {"lora": LoRA(r=4, target_modules=["gate_up_proj", "experts.down_proj"])}),
+    ],
+    ids=["regularised", "adapters and checkpointing", "adapters on experts"],
 )
-def test_within_15_percent_of_what_is_allocated(checkpoint: str, tmp_path: Path, weight: Any, kwargs: Any) -> None:
+def test_within_15_percent_of_what_is_allocated(
+    checkpoint: str, tmp_path: Path, weight: Any, kwargs: Any, request: pytest.FixtureRequest
+) -> None:
+    if "experts" in request.node.callspec.id:
+        checkpoint = str(tmp_path / "experts")
+        random_model("mixtral", torch.float32, hidden_size=64, vocab_size=1024).save_pretrained(checkpoint)
+        load_tokenizer("tiny").save_pretrained(checkpoint)
+
     def make() -> tuple[Any, ...]:
         attribution = NeuronAttributionCallback(probe_examples=4, write=False)
         trainer = bare_trainer(2, callbacks=[attribution], default_root_dir=tmp_path)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from toys.models import TOYS, adapted, equal, part, random_model
+from toys.models import EXPERTS, TOYS, adapted, equal, part, random_model
 from toys.training import fit, ssiuu
 from transformers import AutoModelForCausalLM
 
@@ -100,6 +100,14 @@ def test_a_quantised_gpt2_gets_its_shapes_back(tmp_path: Path, monkeypatch: pyte
         assert (logits(plain) - logits(model)).abs().max() < 1e-5
 
 
+def test_experts_beside_quantised_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model("qwen2_moe", torch.float32, hidden_size=64).save_pretrained(tmp_path / "experts")
+    for quantization in ("8bit", "4bit"):
+        model = adapted(load_model(tmp_path / "experts", quantization=quantization), noise=0.02).train()
+        plain = saved(model, tmp_path / quantization, monkeypatch)
+        assert (logits(plain) - logits(model)).abs().max() < 1e-5
+
+
 def test_plain_models_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model("tiny")
     plain = saved(model, tmp_path / "model", monkeypatch)
@@ -115,10 +123,8 @@ def test_plain_models_are_written_as_they_are(tmp_path: Path, monkeypatch: pytes
 
 
 def test_adapters_alone_go_back_on_their_base(tmp_path: Path) -> None:
-    for name in ("llama", "gpt2"):
-        model = adapted(
-            random_model(name, torch.float32), target_modules=["down_proj" if name == "llama" else "c_proj"]
-        )
+    for name, targets in (("llama", ["down_proj"]), ("gpt2", ["c_proj"]), *((name, None) for name in EXPERTS)):
+        model = adapted(random_model(name, torch.float32), target_modules=targets)
         folder = tmp_path / name
         save_adapter(model, folder, "some/base")
         assert {file.name for file in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}

@@ -51,7 +51,7 @@ class Job:
         trainer: More arguments of the Trainer.
         data: Arguments of the data module.
         model: ``"plain"``, in float64; ``"shallow"``, that with a single layer; ``"dropout"``, a single layer in
-            float32 with dropout.
+            float32 with dropout; ``"experts"``, a single layer of which is a mixture of experts.
         rank: Of LoRA's adapters; None for none.
         optimizer: Key of ``OPTIMIZERS``.
         steps: Where training ends.
@@ -91,6 +91,7 @@ def save_models(folder: Path) -> None:
         ("plain", "llama", plain),
         ("shallow", "llama", {**plain, "num_hidden_layers": 1}),
         ("dropout", "gpt2", {"dtype": torch.float32, "n_layer": 1, **dropout}),
+        ("experts", "mixtral", {"dtype": torch.float64, "num_hidden_layers": 1}),
     ):
         random_model(kind, **{"vocab_size": 260, **options}).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
@@ -106,13 +107,18 @@ def _regularizer(given: dict[str, Any]) -> regularizers.Regularizer:
 def _load_model(checkpoint: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     """In the type that was saved: ModelParallelStrategy knows no precision 64-true."""
     if kwargs:
-        return widened(load_model(checkpoint, "auto", *args, **kwargs))
+        return _wide(load_model(checkpoint, "auto", *args, **kwargs))
     return copy.deepcopy(_loaded(checkpoint))
 
 
 @cache
 def _loaded(checkpoint: str) -> Any:
-    return widened(load_model(checkpoint, "auto"))
+    return _wide(load_model(checkpoint, "auto"))
+
+
+def _wide(model: Any) -> Any:
+    model.set_experts_implementation("eager")  # products of all experts at once are not there in float64
+    return widened(model)
 
 
 @cache

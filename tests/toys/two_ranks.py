@@ -74,6 +74,7 @@ JOBS = [
         trainer={"accumulate_grad_batches": 2},
     ),
     Job("adapters", regularizer=PENALTY, rank=2, steps=3),
+    Job("experts", regularizer=PENALTY, rank=2, model="experts"),
     *(Job(f"neurons {name}", regularizer=NEURONS, **options) for name, options in SETTINGS.items()),
     Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
     Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
@@ -105,12 +106,13 @@ MOVED = Job(
 )
 #: Most weights are frozen.
 ADAPTED = replace(DRAWING, name="adapted", rank=2, save="adapted-{strategy}-{step}")
+EXPERTS = replace(ADAPTED, name="adapted experts", model="experts", save="adapted experts-{strategy}-{step}")
 _STRATEGIES = ("ddp", "fsdp", "fsdp_file")
-CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, SEVERALLY, ADAPTED, MOVED) for s in _STRATEGIES]
+CHECKPOINTED = [replace(job, strategy=s) for job in (DRAWING, SEVERALLY, ADAPTED, EXPERTS, MOVED) for s in _STRATEGIES]
 RESUMED = [
     *(
         replace(job, name=f"{job.name} again", strategy=s, save=None, resume=f"{job.name}-{s}")
-        for job in (DRAWING, SEVERALLY, ADAPTED)
+        for job in (DRAWING, SEVERALLY, ADAPTED, EXPERTS)
         for s in _STRATEGIES
     ),
     *(replace(MOVED, name="moved from one", strategy=s, save=None, resume="moved-auto") for s in _STRATEGIES),

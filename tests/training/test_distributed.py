@@ -102,7 +102,7 @@ def own_group() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_file"])
-@pytest.mark.parametrize("job", ["drawing", "severally", "adapted"])
+@pytest.mark.parametrize("job", ["drawing", "severally", "adapted", "adapted experts"])
 def test_resumed_equals_uninterrupted_bit_for_bit(job: str, strategy: str) -> None:
     whole, again = (results()[1][name, strategy] for name in (job, f"{job} again"))
     for rank in range(2):
