@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 _COMMANDS = {
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _find_modules_here()
     module, _ = _COMMANDS[arguments[0]]
     is_trainer_command = module == "lightning_ssiuu.cli.fit"
-    return _run(lambda: import_module(module).run(arguments if is_trainer_command else arguments[1:]))
+    return _run(module, arguments if is_trainer_command else arguments[1:])
 
 
 def _find_modules_here() -> None:
@@ -71,7 +71,7 @@ def _find_modules_here() -> None:
         sys.path.append(here)
 
 
-def _run(command: Callable[[], None]) -> int:
+def _run(module: str, arguments: list[str]) -> int:
     from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
     from lightning_ssiuu.utils.waiting import held_back
 
@@ -79,7 +79,9 @@ def _run(command: Callable[[], None]) -> int:
         status = 0
         try:
             with held_back():  # a refusal is one line, without what libraries said before it
-                command()
+                command = import_module(module).run
+                if not received.is_set():  # some libraries swallow whatever is raised while they are imported
+                    command(arguments)
         except BaseException as error:  # torch.distributed.checkpoint's is no Exception
             if not received.is_set():
                 status = _status(error)

@@ -20,6 +20,12 @@ from lightning_ssiuu.training.shards import local
 from lightning_ssiuu.utils.errors import NotFinite
 
 
+class Diverged(NotFinite):
+    """An attack that diverged at its learning rate; ``curve`` is what was scored before."""
+
+    curve: RecoveryCurve
+
+
 class Recorder(L.Callback):
     """Scores the attacked model after every so many epochs and after the last, into a curve."""
 
@@ -63,7 +69,7 @@ def relearn(
     all attacks on a model begin with the same one.
 
     Raises:
-        NotFinite: If the attack diverges at this learning rate.
+        Diverged: If the attack diverges at this learning rate.
     """
     sizes = len(data.attacked), len(data.scored)
     curve = RecoveryCurve(name, data.kind, data.p, learning_rate, data.seed, *sizes, [0])
@@ -82,7 +88,9 @@ def relearn(
             trainer.fit(module, datamodule=data)
         except NotFinite as error:
             allowed = f"rates at which the {name} model stays one: {error.value} (seed {data.seed})"
-            raise NotFinite("attack.learning_rates", learning_rate, allowed) from error
+            mistake = Diverged("attack.learning_rates", learning_rate, allowed)
+            mistake.curve = curve
+            raise mistake from error
         finally:
             _release(trainer, module, data)
     if devices.n_ranks > 1:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger
-from lightning_ssiuu.attacks.finetune import Snapshot, attack_score, relearn
+from lightning_ssiuu.attacks.finetune import Diverged, Snapshot, attack_score, relearn
 from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.predictions import Predictions
@@ -97,6 +98,7 @@ class Sweep:
     lora: LoRA | None
     log: FinishedAttacks | None
     _highest: float = -1.0
+    _too_high: dict[int, Diverged] = field(default_factory=dict)
 
     def run(
         self, models: list[SweptModel], learning_rates: Sequence[float], epochs: int, until_saturated: bool
@@ -108,7 +110,8 @@ class Sweep:
         with tqdm(total=len(models) * len(grid), **shown) as self._bar:
             while models:
                 target = models.pop(0)
-                of_model = [(cell, self._curve(target, cell, rate, epochs)) for cell, rate in grid]
+                of_model = [(cell, self._within_grid(target, cell, rate, epochs)) for cell, rate in grid]
+                self._check_borne(of_model)
                 if until_saturated:
                     for p in dict.fromkeys(cell.p for cell in self.data):
                         self._saturate(target, of_model, [cell for cell in self.data if cell.p == p])
@@ -117,6 +120,27 @@ class Sweep:
                 if models:
                     gc.collect()  # two models at once may not fit
         return curves
+
+    def _within_grid(
+        self, target: SweptModel, cell: RelearnDataModule, learning_rate: float, epochs: int
+    ) -> RecoveryCurve:
+        # A rate that is too high for one model does not cost what the others found: its curve ends where it diverged.
+        try:
+            return self._curve(target, cell, learning_rate, epochs)
+        except Diverged as error:
+            if self.devices.n_ranks > 1:  # which need not have failed all, or at the same place
+                raise
+            target.restore()
+            self._too_high[id(error.curve)] = error
+            self._bar.write(f"lightning-ssiuu: note: {error}; left out from there on", file=sys.stderr)
+            self._bar.update()
+            return error.curve
+
+    def _check_borne(self, curves: Sequence[_Run]) -> None:
+        for cell in self.data:
+            own = [curve for of, curve in curves if of is cell]
+            if all(id(curve) in self._too_high for curve in own):
+                raise self._too_high[id(min(own, key=lambda curve: curve.learning_rate))]
 
     def _curve(self, target: SweptModel, cell: RelearnDataModule, learning_rate: float, epochs: int) -> RecoveryCurve:
         log, finished = self.log, {} if self.log is None else self.log.finished

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lightning_ssiuu.training.schedules import follows_length
 from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Where a checkpoint holds the settings of its run.
@@ -37,11 +38,14 @@ HARMLESS = frozenset(
     ]
 )
 
+#: Not harmless with a schedule that follows the number of steps.
+_LENGTH = frozenset(["trainer.max_epochs", "trainer.max_steps"])
+
 
 def run_settings(text: str) -> dict[str, Any]:
     """What determines a run, as plain values, of the text of its ``config.yaml``."""
     settings: dict[str, Any] = yaml.safe_load(text) or {}
-    return _without_harmless(settings, "")
+    return _without(_harmless(settings), settings)
 
 
 def check_settings(began: Mapping[str, Any], now: Mapping[str, Any], path: str | Path) -> None:
@@ -49,16 +53,26 @@ def check_settings(began: Mapping[str, Any], now: Mapping[str, Any], path: str |
 
     Options that one of the two does not know, as an earlier version's does not, are passed over.
     """
-    for name, old, new in _differences(_without_harmless(began, ""), now, ""):
+    for name, old, new in _differences(_without(_harmless(now), began), now, ""):
         allowed = f"{_shown(old)!r}, with which the run began ({Path(path).name})"
         raise UserError(name, _shown(new), f"{allowed}; --ckpt_path null and --overwrite begin anew")
 
 
-def _without_harmless(settings: Mapping[str, Any], above: str) -> dict[str, Any]:
+def _harmless(settings: Mapping[str, Any]) -> frozenset[str]:
+    model = settings.get("model")
+    options = (model.get("init_args") if isinstance(model, Mapping) else None) or {}
+    schedule = options.get("lr_scheduler")
+    name = schedule.get("class_path") if isinstance(schedule, Mapping) else schedule
+    if name is not None and follows_length(name, options.get("warmup_steps") or 0.0):
+        return HARMLESS - _LENGTH
+    return HARMLESS
+
+
+def _without(names: frozenset[str], settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return {
-        key: _without_harmless(value, f"{above}{key}.") if isinstance(value, Mapping) else value
+        key: _without(names, value, f"{above}{key}.") if isinstance(value, Mapping) else value
         for key, value in settings.items()
-        if f"{above}{key}" not in HARMLESS
+        if f"{above}{key}" not in names
     }
 
 

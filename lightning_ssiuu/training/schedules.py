@@ -59,6 +59,12 @@ def find_schedule(given: str | Schedule | None, warmup_steps: float) -> Schedule
     return schedule
 
 
+def follows_length(name: str, warmup_steps: float) -> bool:
+    """Whether the rates of the schedule of that name or import path depend on how many steps there will be."""
+    constant = name == "constant_with_warmup"
+    return 0 < warmup_steps < 1 or (not constant and _TOTAL in _parameters(resolve(name, SCHEDULES, "lr_scheduler")))
+
+
 def make_schedule(schedule: Schedule, optimizer: Optimizer, warmup_steps: float, total: Callable[[], float]) -> Any:
     """A schedule for an optimiser; ``total()``, the number of steps, is asked only where it is needed.
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,21 @@ def test_sigterm_while_libraries_are_imported(tmp_path: Path) -> None:
         lightning_ssiuu.__main__.import_module = late  # type: ignore[attr-defined, assignment]
 
     assert script(tmp_path, *FIT, first=prepare).status == 143
+
+
+def test_sigterm_that_an_import_swallows(tmp_path: Path) -> None:
+    def prepare() -> None:
+        load = lightning_ssiuu.__main__.import_module  # type: ignore[attr-defined]
+
+        def swallowing(name: str) -> Any:
+            with suppress(BaseException):
+                terminate()
+            return load(name)
+
+        lightning_ssiuu.__main__.import_module = swallowing  # type: ignore[attr-defined, assignment]
+
+    assert script(tmp_path, *FIT, first=prepare).status == 143
+    assert not files(tmp_path)
 
 
 def test_sigterm_that_something_swallows_ends_all_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,3 +178,23 @@ def test_what_is_harmless_is_documented() -> None:
     for option in HARMLESS:
         assert f"`{option.removeprefix('trainer.').split('.init_args.')[-1]}`" in guide, option
     assert run_settings("trainer: {max_steps: 3, precision: null}") == {"trainer": {"precision": None}}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "follows"),
+    [
+        ("lr_scheduler: cosine_with_warmup", True),
+        ("lr_scheduler: constant_with_warmup, warmup_steps: 2", False),
+        ("lr_scheduler: constant_with_warmup, warmup_steps: 0.1", True),
+        ("lr_scheduler: {class_path: transformers.get_linear_schedule_with_warmup}", True),
+        ("lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 3}}", False),
+        ("lr_scheduler: null", False),
+    ],
+)
+def test_more_steps_are_not_harmless_to_a_schedule_that_follows_them(schedule: str, follows: bool) -> None:
+    began, now = (
+        run_settings(f"{{model: {{class_path: NPO, init_args: {{{schedule}}}}}, trainer: {{max_steps: {steps}}}}}")
+        for steps in (8, 16)
+    )
+    with pytest.raises(UserError, match=r"^trainer\.max_steps: got 16, allowed: 8") if follows else nullcontext():
+        check_settings(began, now, "step=4.ckpt")

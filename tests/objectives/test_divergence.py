@@ -176,6 +176,18 @@ def test_an_attack_that_diverges_names_its_rate(tmp_path: Path) -> None:
     assert "attack.json" not in files(tmp_path)
 
 
+def test_a_rate_too_high_costs_no_other_result(tmp_path: Path) -> None:
+    """Nor the epochs before it diverged, nor the model that is saved."""
+    options = attacking(learning_rates=[1e-3, 1e30], seeds=[0], p=[0.3], epochs=1)
+    result = command("attack", "--model", "tiny", "--output", tmp_path, "--save_attacked", *options)
+    assert result.status == 0, result.err
+    assert "note: attack.learning_rates: got 1e+30" in result.err
+    whole, cut = read_json(tmp_path / "attack.json")["curves"]
+    assert (whole["epochs"], cut["epochs"], len(cut["forget_scores"])) == ([0, 1], [0], 1)
+    assert whole["forget_scores"][0] == cut["forget_scores"][0]
+    load_model(str(tmp_path / "attacked_harmful"))  # refused if it were not finite
+
+
 def test_collapsed_is_said(tmp_path: Path) -> None:
     short = ("--stopping.threshold", "null", "--trainer.max_steps", "2", "--attribution.probe_examples", "0")
     result = fit(tmp_path / "run", *FAST, *short, RATE, "0.3")
