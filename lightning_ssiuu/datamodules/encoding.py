@@ -228,16 +228,15 @@ class Encoder:
         return encoded
 
     def sha256(self, splits: Splits) -> str:
-        """Hex digest of sets as token ids: of each example with every answer, and in other words with the true one."""
+        """Hex digest of sets: of each example's token ids, and of its distractors and other wordings as text."""
         digest = hashlib.sha256()
         for name, examples in splits.items():
             digest.update(name.encode())
             for example in examples:
-                digest.update(str(example.example_id).encode())
-                answers = [example.answer, *example.distractors]
-                sequences = [*self._answered(self._prompt(example.question), answers)]
-                sequences += [self.sequence(question, example.answer) for question in example.paraphrases]
-                digest.update(str([sequence.pair for sequence in sequences]).encode())
+                ids = self.sequence(example.question, example.answer).pair
+                # As text, for a benchmark has many of them, and they are rendered as the example is.
+                others = [option.strip() for option in example.distractors], list(example.paraphrases)
+                digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 
     def fits(self, example: QAExample) -> bool:

@@ -76,7 +76,7 @@ def chance_of(
     """What a score of a set is worth without any knowledge of it, in percent, asking the original model.
 
     The mean of one over the number of options for choices among options, else :func:`mismatched_level`. None where that
-    says nothing: for scores of which no level is known, and for fewer than two examples.
+    says nothing: for scores of which no level is known, and for fewer than two different answers.
     """
     batches: list[Mapping[str, Any]] = list(loader)
     parts = [part for batch in batches for part in batch.values()]
@@ -85,7 +85,7 @@ def chance_of(
             return None
         counts = [count for part in parts for count in _counts(part[options]["option_of"])]
         return 100 * mean(1 / count for count in _over_ranks(counts))
-    if sum(gathered(sum(len(part["input_ids"]) for part in parts))) < 2:
+    if len(set(_over_ranks([tuple(answer) for part in parts for _, answer in answered(part)]))) < 2:
         return None
     try:
         return mismatched_level(score, model, tokenizer, batches, seed)

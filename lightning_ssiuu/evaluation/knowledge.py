@@ -68,7 +68,7 @@ class Knowledge:
         if (best := self.elsewhere) is not None:
             allowed = f"{best.template!r}, with which the model knows most of the forget set ({best}; now {self.here})"
             return UserError("data.init_args.template", self.own.template, allowed)
-        allowed = f"one that knows the forget set under some template: there is nothing to forget ({self.here})"
+        allowed = f"one that knows it: there is nothing to forget ({self.here}), or stopping.unknown warn"
         return UserError(argument, Given("a model that does not know the forget set"), allowed)
 
     def doubt(self) -> str | None:
@@ -99,7 +99,7 @@ def knowledge(
 
     Where that is not much, other templates are tried: ``plain``, ``chat`` if the tokenizer has one, and the question
     alone. They are compared by probability, which knows degrees where whole answers are right or wrong, on the first
-    :data:`~lightning_ssiuu.evaluation.chance.YARDSTICK` examples. None of a set of one.
+    :data:`~lightning_ssiuu.evaluation.chance.YARDSTICK` examples. None of a set with one answer.
     """
     own = None
     if value is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_levels_by_chance() -> None:
     assert (
         chance_of("probability", model, data.tokenizer, data.eval_dataloader("forget", data.splits.forget[:1])) is None
     )
+    alike = [replace(example, answer="Port Orlund") for example in data.splits.forget]
+    assert chance_of("probability", model, data.tokenizer, data.eval_dataloader("forget", alike)) is None
     assert [len(part["forget"]["input_ids"]) for part in first_batches(data.eval_dataloader("forget"), 3)] == [8]
     known = knowledge("truth_ratio_forget", model, data.tokenizer, data, 3.0)
     assert known is not None
