@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import lightning as L
+
 _COUNTS = ("ready", "started", "processed", "completed")
+
+
+def is_over(trainer: L.Trainer) -> bool:
+    """Whether no step follows; Lightning says why when it asks this itself, and then once."""
+    telling = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    was, telling.disabled = telling.disabled, True
+    try:
+        return trainer.fit_loop.done
+    finally:
+        telling.disabled = was
 
 
 def settle_progress(checkpoint: dict[str, Any], accumulate: int = 1) -> None:
