@@ -294,7 +294,8 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
         method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
         allowed = f"a checkpoint with plain weights (this one is quantised already: {method})"
         raise UserError("checkpoint", os.fspath(checkpoint), allowed)
-    if getattr(config.get_text_config(), "num_hidden_layers", None) == 0:  # all of its weights would be left out
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:  # the weights of all layers would be left out
         raise UserError("checkpoint", os.fspath(checkpoint), "a configuration whose num_hidden_layers is above 0")
     return config
 

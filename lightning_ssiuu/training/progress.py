@@ -11,13 +11,14 @@ _COUNTS = ("ready", "started", "processed", "completed")
 
 
 def is_over(trainer: L.Trainer) -> bool:
-    """Whether no step follows; Lightning says why when it asks this itself, and then once."""
-    telling = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    was, telling.disabled = telling.disabled, True
+    """Whether no step follows, without what Lightning does when it asks: say so, and count the epoch as completed."""
+    telling, epoch = logging.getLogger("lightning.pytorch.utilities.rank_zero"), trainer.fit_loop.epoch_progress.current
+    was, completed = telling.disabled, epoch.completed
+    telling.disabled = True
     try:
         return trainer.fit_loop.done
     finally:
-        telling.disabled = was
+        telling.disabled, epoch.completed = was, completed
 
 
 def settle_progress(checkpoint: dict[str, Any], accumulate: int = 1) -> None:

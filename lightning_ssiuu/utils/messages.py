@@ -39,6 +39,7 @@ _OPTION = re.compile(r"[\w.\-+/]{1,100}")
 _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
 _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+_CHOICES = re.compile(r"^\s*Subtypes: \[.*?typing\.Literal\[([^\]]*)\]", re.MULTILINE)
 _UNION_VALUE = re.compile(r"^\s*Given value: (.*)$", re.MULTILINE)
 _REASON = re.compile(r"^\s*- (.*?)(?=\n\s*- |\n\s*Given value|\Z)", re.MULTILINE | re.DOTALL)
 _TYPE_ONLY = re.compile(r"Expected an? (?!instantiatable)")
@@ -127,7 +128,8 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
     if found := _NO_CLASS.search(inner):
         whole = _UNION_VALUE.search(inner)
         given = next(filter(None, [*found.groups(), whole and whole[1]]))
-        return UserError(f"{path}.class_path" if path else "class_path", given, _class_or(inner, given))
+        key = path if _CHOICES.search(inner) else f"{path}.class_path".lstrip(".")
+        return UserError(key, given, _class_or(inner, given))
     if found := _FILE.search(inner):
         name = os.path.relpath(found[1]) if found[1].startswith(os.getcwd() + os.sep) else found[1]
         return UserError(path or "config", name, "an existing file")
@@ -191,8 +193,9 @@ def _options(class_path: str) -> list[str]:
 def _class_or(report: str, given: str) -> str:
     # What could have been named instead, and why nothing was found.
     allowed, names = _classes(report)
-    if choices := re.findall(r"'([^']*)'", " ".join(re.findall(r"Subtypes: \[.*?typing\.Literal\[([^\]]*)\]", report))):
-        allowed, names = f"{', '.join(choices)}, or the import path of a class or function", [*choices, *names]
+    if choices := _CHOICES.search(report):
+        words = re.findall(r"'([^']*)'", choices[1])
+        allowed, names = f"{', '.join(words)}, or the import path of a class or function", [*words, *names]
     return allowed + _because(why_not_found(given) or nearest(given, names))
 
 
