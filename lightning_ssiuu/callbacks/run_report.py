@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
@@ -132,13 +133,13 @@ def _find(trainer: Any, kind: type[Any]) -> Any:
 
 def print_before_after(content: dict[str, Any]) -> None:
     """Print the contents of a ``metrics.json`` as a short table."""
-    console = Console()
+    console = Console(markup=False)  # brackets in names of one's own are text
     console.print(f"{content['objective']}, {content['steps']} steps, stopped by: {content['stopped_by']}")
     table = Table("", Column("before", justify="right"), Column("after", justify="right"), "", box=None)
     before, after = content["before"], content["after"]
     for split, scores in before["scores"].items():
         for score, value in scores.items():
-            table.add_row(f"{split} {score}", f"{value:.1f}", f"{after['scores'][split][score]:.1f}", "%")
+            table.add_row(Text(f"{split} {score}"), f"{value:.1f}", f"{after['scores'][split][score]:.1f}", "%")
     for name, value in after["influence"].items():
         table.add_row(name, f"{before['influence'][name]:.3g}", f"{value:.3g}", "")
     console.print(table)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import (
@@ -93,7 +94,7 @@ def print_table(
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if right and number else "left")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets in names are no markup
     for part in (title, table, *notes):
         if part is not None:
-            console.print(part)
+            console.print(part, markup=False)

@@ -34,6 +34,11 @@ def validation_options(callbacks: Iterable[L.Callback], given: Mapping[str, Any]
     """
     callbacks = list(callbacks)
     options: dict[str, Any] = {}
+    for callback in callbacks:
+        is_on_score = isinstance(callback, EarlyStopping) and not callback.monitor.startswith("train/")
+        if is_on_score and callback._check_on_train_epoch_end is None:  # type: ignore[attr-defined]
+            # By itself it would look at each epoch's end, where a run that ends within an epoch has no score.
+            callback._check_on_train_epoch_end = False  # type: ignore[attr-defined]
     if any(isinstance(callback, Checkpoint) for callback in callbacks):
         options["enable_checkpointing"] = True
     wanted = given.get("enable_checkpointing") or given.get("val_check_interval") is not None

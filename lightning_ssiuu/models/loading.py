@@ -288,12 +288,15 @@ def embedding_rows(checkpoint: str | os.PathLike[str]) -> int | None:
 
 
 def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
-    """The transformers configuration of a checkpoint; a UserError if its weights are quantised already."""
+    """The transformers configuration of a checkpoint; a UserError if it has no layers or is quantised already."""
     config = _configuration(checkpoint)
     if (packed := getattr(config, "quantization_config", None)) is not None:
         method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
         allowed = f"a checkpoint with plain weights (this one is quantised already: {method})"
         raise UserError("checkpoint", os.fspath(checkpoint), allowed)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:  # the weights of all layers would be left out
+        raise UserError("checkpoint", os.fspath(checkpoint), "a configuration whose num_hidden_layers is above 0")
     return config
 
 

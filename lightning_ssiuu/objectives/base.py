@@ -30,10 +30,10 @@ from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
 from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
-from lightning_ssiuu.training.progress import settle_progress
+from lightning_ssiuu.training.progress import is_over, settle_progress
 from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
 from lightning_ssiuu.training.reference import Observation, Reference, find_reference, reference_logits
-from lightning_ssiuu.training.schedules import ScheduleName, find_schedule, make_schedule
+from lightning_ssiuu.training.schedules import Schedule, ScheduleName, find_schedule, make_schedule
 from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.distributed import mean_over_ranks, rank
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
@@ -56,8 +56,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
         optimizer: Takes the parameters, gives the optimiser.
         lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
-            :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function that takes ``num_warmup_steps`` and
-            ``num_training_steps``, too, like those of transformers; None for constant.
+            :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function (or its import path) that takes
+            ``num_warmup_steps`` and ``num_training_steps``, too, like those of transformers; None for constant.
         forget_weight: Weight of the forget loss, ≥ 0.
         retain_weight: Weight of the retain loss, ≥ 0.
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
@@ -102,7 +102,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self,
         checkpoint: str = "tiny",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
-        lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
+        lr_scheduler: ScheduleName | LRSchedulerCallable | Schedule | None = None,
         forget_weight: float = 1.0,
         retain_weight: float = 1.0,
         regularizer: Regularizer | None = None,
@@ -302,7 +302,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self._last_batch = batch
 
     def on_train_epoch_end(self) -> None:
-        if self._last_batch and self.trainer.fit_loop.done:  # before any callback writes what the run has left
+        if self._last_batch and is_over(self.trainer):  # before any callback writes what the run has left
             check_trained(self, self._last_batch)
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any, Protocol
 
 import lightning as L
@@ -12,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.registry import lookup, nearest, why_not_found
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 _NAMES = "auto, ddp, ModelParallelStrategy (FSDP2, recipes/scale/fsdp2.yaml) or a single device"
@@ -36,21 +36,23 @@ def check_engine(given: Mapping[str, Any]) -> None:
     """
     strategy = given.get("strategy")
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
-    kind = _strategy_class(name) if name is not None else None
-    if kind is not None and not _is_supported(kind):
-        raise UserError("trainer.strategy", name, _NAMES)
+    if name is not None and name.lower() != "auto":
+        kind = _strategy_class(name)
+        if kind is None:
+            why = why_not_found(name) or nearest(name, ["auto", *StrategyRegistry.keys()])
+            raise UserError("trainer.strategy", name, _NAMES + (f" ({why})" if why else ""))
+        if not _is_supported(kind):
+            raise UserError("trainer.strategy", name, _NAMES)
+        if isinstance(strategy, str) and strategy.lower() not in StrategyRegistry:  # Lightning takes no class's name
+            raise UserError("trainer.strategy", name, f"a class as a mapping, {{class_path: {name}}}, or {_NAMES}")
     if str(given.get("precision")).startswith("transformer-engine"):
         raise UserError("trainer.precision", given["precision"], _TYPES)
 
 
 def _strategy_class(name: str) -> type | None:
-    if name in StrategyRegistry:
-        return StrategyRegistry[name]["strategy"]
-    module, _, attribute = name.rpartition(".")
-    try:
-        kind = getattr(import_module(module or "lightning.pytorch.strategies"), attribute)
-    except (ImportError, AttributeError):
-        return None
+    if name.lower() in StrategyRegistry:
+        return StrategyRegistry[name.lower()]["strategy"]
+    kind = lookup(name if "." in name else f"lightning.pytorch.strategies.{name}")
     return kind if isinstance(kind, type) else None
 
 

@@ -16,7 +16,7 @@ import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
 from lightning_ssiuu.utils.files import disk_refusal
 from lightning_ssiuu.utils.reading import load_yaml, reason
-from lightning_ssiuu.utils.registry import nearest, shortened, why_not_found
+from lightning_ssiuu.utils.registry import lookup, nearest, shortened, why_not_found
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -39,9 +39,12 @@ _OPTION = re.compile(r"[\w.\-+/]{1,100}")
 _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
 _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+_CHOICES = re.compile(r"^\s*Subtypes: \[.*?typing\.Literal\[([^\]]*)\]", re.MULTILINE)
 _UNION_VALUE = re.compile(r"^\s*Given value: (.*)$", re.MULTILINE)
 _REASON = re.compile(r"^\s*- (.*?)(?=\n\s*- |\n\s*Given value|\Z)", re.MULTILINE | re.DOTALL)
 _TYPE_ONLY = re.compile(r"Expected an? (?!instantiatable)")
+_BASE = re.compile(r"(?:<class '|\[)((?:lightning|lightning_ssiuu)\.[\w.]+\.[A-Z]\w*)['\]]")
+_REFUSED_BY = re.compile(r"is not accepted\. Got value: Namespace\(class_path='([^']+)'")
 _CLASS_VALUE = re.compile(r"class_path'?[=:] ?'([^']+)'")
 _TYPE_NAMES = {
     "NoneType": "null",
@@ -53,7 +56,6 @@ _TYPE_NAMES = {
     "collections.abc.Callable": "the import path of a class or function",
     "torch.Tensor": "a tensor",
 }
-_OURS = "lightning_ssiuu."
 
 
 def user_error(error: BaseException) -> UserError | None:
@@ -102,7 +104,8 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         name = next(filter(None, found.groups()))
         if not _OPTION.fullmatch(name):
             return UserError(path or "config", Given("an option that does not exist"), "the options that --help lists")
-        own = _options(classes[-1]) if classes and prefix else []
+        by = _REFUSED_BY.findall(inner) or (classes if prefix else [])
+        own = _options(by[-1]) if by else []
         allowed = ", ".join(own) if own else "the options that --help lists"
         name = name.lstrip("-")
         absent = Given("an option that does not exist")
@@ -125,7 +128,8 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
     if found := _NO_CLASS.search(inner):
         whole = _UNION_VALUE.search(inner)
         given = next(filter(None, [*found.groups(), whole and whole[1]]))
-        return UserError(f"{path}.class_path" if path else "class_path", given, _class_or(inner, given))
+        key = path if _CHOICES.search(inner) else f"{path}.class_path".lstrip(".")
+        return UserError(key, given, _class_or(inner, given))
     if found := _FILE.search(inner):
         name = os.path.relpath(found[1]) if found[1].startswith(os.getcwd() + os.sep) else found[1]
         return UserError(path or "config", name, "an existing file")
@@ -189,17 +193,27 @@ def _options(class_path: str) -> list[str]:
 def _class_or(report: str, given: str) -> str:
     # What could have been named instead, and why nothing was found.
     allowed, names = _classes(report)
+    if choices := _CHOICES.search(report):
+        words = re.findall(r"'([^']*)'", choices[1])
+        allowed, names = f"{', '.join(words)}, or the import path of a class or function", [*words, *names]
     return allowed + _because(why_not_found(given) or nearest(given, names))
 
 
 def _classes(report: str) -> tuple[str, list[str]]:
-    # This package's subclasses of the first class the report mentions, in words and by name.
-    for base_path in re.findall(r"<class '(lightning_ssiuu\.[\w.]+)'>", report):
-        base = resolve_name(base_path)
-        ours = {kind.__name__ for kind in _subclasses(base) if kind.__module__.startswith(_OURS)}
-        if names := sorted(ours.intersection(lightning_ssiuu.__all__)):
-            return f"{', '.join(names)}, or the import path of a subclass of {base.__name__}", names
-    return "the import path of a class that exists, e.g. torch.optim.AdamW", []
+    # Subclasses of the first class the report mentions: in words, this package's; and all that have a name.
+    for base in map(lookup, _BASE.findall(report)):
+        if isinstance(base, type):
+            names = sorted({kind.__name__ for kind in _subclasses(base) if not kind.__name__.startswith("_")})
+            ours = [name for name in names if name in lightning_ssiuu.__all__]
+            return ", ".join([*ours, f"{'or ' * bool(ours)}the import path of a subclass of {base.__name__}"]), names
+    return "the import path of a class that exists, e.g. torch.optim.AdamW", _optimizers()
+
+
+def _optimizers() -> list[str]:
+    # Of all that is named by class alone what a report says no base of.
+    from torch.optim import Optimizer
+
+    return [kind.__name__ for kind in _subclasses(Optimizer) if not kind.__name__.startswith("_")]
 
 
 def _subclasses(base: type[Any]) -> Iterator[type[Any]]:

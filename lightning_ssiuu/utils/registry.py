@@ -38,6 +38,11 @@ path (did you mean 'probability'?)
     raise UserError(argument, name, f"one of {list(known)}, or an import path" + (f" ({why})" if why else ""))
 
 
+def lookup(name: str) -> object:
+    """What lies at an import path; None where nothing does, or a module raises while it is imported."""
+    return _import(name)[0]
+
+
 def why_not_found(name: str) -> str:
     """Why nothing can be imported from a path, in one line; empty if something can, or if it is no import path."""
     return _import(name)[1]
@@ -67,6 +72,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return ""
     folded = {other.casefold(): other for other in names}
     found = get_close_matches(name.casefold(), folded, 1)
+    if not found and len(name) > 2:
+        found = [other for other in folded if other.startswith(name.casefold())]
     return f"did you mean {folded[found[0]]!r}?" if found else ""
 
 

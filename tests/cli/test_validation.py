@@ -47,6 +47,14 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert (metrics["steps"], metrics["stopped_by"]) == (3, "EarlyStopping on retain/first_token")
 
 
+def test_a_run_that_ends_before_the_first_validation(tmp_path: Path) -> None:
+    watched = callback("EarlyStopping", monitor="retain/first_token")
+    result = fit(tmp_path / "run", *EPOCHS, *watched, "--trainer.max_steps", "1")
+    assert result.status == 0, result.err
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert result.err.count("`max_steps=1` reached") <= 1
+
+
 def test_without_such_a_callback_nothing_is_validated(plain_run: Path) -> None:
     [logged] = plain_run.rglob("metrics.csv")
     assert "forget/first_token" not in logged.read_text(encoding="utf-8")

@@ -98,7 +98,21 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert seen == [0.0, 2e-4]
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
     assert (written["lr_scheduler"], written["warmup_steps"]) == ("linear_with_warmup", 1.0)
-    for path in ("os.system", "transformers.get_cosine_schedule_with_warmup"):
+    for path in ("os.system", "torch.nn.ReLU"):
         result = fit(tmp_path / "none", *SHORT, "--model.init_args.lr_scheduler", path)
-        refused(result, "model.init_args.lr_scheduler", path, "'cosine_with_warmup'")
+        refused(result, "lr_scheduler", path.rpartition(".")[2], "what makes a schedule of an optimiser")
+    result = fit(tmp_path / "none", *SHORT, "--model.init_args.lr_scheduler", "cosine")
+    refused(result, "model.init_args.lr_scheduler", "linear_with_warmup", "did you mean 'cosine_with_warmup'")
     assert not (tmp_path / "none").exists()
+
+
+def test_functions_of_transformers_by_path(tmp_path: Path) -> None:
+    path = "transformers.get_cosine_schedule_with_warmup"
+    for run, name in (("path", path), ("name", "cosine_with_warmup")):
+        named = ("--model.init_args.lr_scheduler", name, "--model.init_args.warmup_steps", "1")
+        result = fit(tmp_path / run, *SHORT, *named)
+        assert result.status == 0, result.err
+    written = yaml.safe_load((tmp_path / "path" / "config.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+    assert written["lr_scheduler"] == path
+    models = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("path", "name")]
+    assert models[0] == models[1]

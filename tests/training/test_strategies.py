@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,7 +143,21 @@ def test_an_engine_is_refused_by_name(strategy: Any) -> None:
     assert str(refused.value) == f"trainer.strategy: got '{name}', allowed: {SUPPORTED}"
 
 
-@pytest.mark.parametrize("strategy", [None, "auto", "ddp", "ddp_find_unused_parameters_true", "no.such"])
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        ("no_such.X", "no module no_such"),
+        ("torch.optim.AdamX", "torch.optim has no AdamX"),
+        ("dpp", "did you mean 'ddp'"),
+        ("DDPStrategy", "a class as a mapping, {class_path: DDPStrategy}"),
+    ],
+)
+def test_it_is_said_why_there_is_none(strategy: str, why: str) -> None:
+    with pytest.raises(UserError, match=re.escape(why)):
+        check_engine({"strategy": strategy})
+
+
+@pytest.mark.parametrize("strategy", [None, "auto", "ddp", "DDP", "ddp_find_unused_parameters_true"])
 def test_other_names_are_left_to_the_trainer(strategy: Any) -> None:
     check_engine({"strategy": strategy})
     check_engine({"strategy": SimpleNamespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy")})

@@ -210,6 +210,7 @@ def test_architecture_without_known_neuron_sites(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path / "model" / name)
     short = ("--trainer.max_steps", "1", "--stopping.threshold", "null", "--data.init_args.eval_batch_size", "64")
+    short += ("--stopping.unknown", "warn")  # a random model has nothing to forget
     with pytest.warns(UserWarning, match="no neurons are diagnosed: granite is no known architecture"):
         result = fit(tmp_path / "run", "--model.init_args.checkpoint", tmp_path / "model", *short)
     assert result.status == 0, result.err
