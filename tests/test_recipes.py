@@ -119,7 +119,8 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
     elif class_path not in ("Facts", "WorldFacts"):
         pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"
-    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, *BLIND, recipe=base)
+    known = () if class_path == "Facts" else ("--stopping.unknown", "warn")
+    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, *BLIND, *known, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
 

@@ -97,7 +97,6 @@ def test_what_users_can_get_wrong(workplace: Path) -> None:
         ("{blocks: model.layers}", "architecture: got ['blocks'], allowed: a record with the fields"),
         ("{blocks: b, final_norm: n, modules: {mlp: m}}", "architecture.modules: got ['mlp']"),
         ("{blocks: b, final_norm: n, modules: {mlp_up: m}}", "architecture: got 'b', allowed: names of modules"),
-        ("null", "checkpoint: got 'phi', allowed: an architecture with known neuron sites"),
     ]
     for value, message in options:
         result = fit(workplace / "run", *TRAINED, "--model.init_args.architecture", value)

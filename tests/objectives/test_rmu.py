@@ -141,10 +141,11 @@ def test_hooks_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_forward_pass_per_part_and_step(wrapped: bool, tmp_path: Path) -> None:
     model, passes = toy_model(), []
     module = SSIUU(backbone=RMU(reference="second_model")) if wrapped else RMU(reference="second_model")
-    model.register_forward_hook(lambda *_: passes.append(1))
+    model.register_forward_hook(lambda it, *_: passes.append((it is model, it.training)))
     toy_run(module, tmp_path, steps=2, model=model)
     # forget, retain; the second model is a copy, hook and all
-    assert len(passes) == 2 * 2 + 2
+    assert passes.count((True, True)) == 2 * 2
+    assert passes.count((False, False)) == 2
 
 
 def test_the_retain_loss_is_zero_at_the_start(tmp_path: Path) -> None:

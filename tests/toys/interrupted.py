@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -70,6 +71,9 @@ class Small(UnlearningModule):
                 for number, weight in enumerate(self.parameters()):
                     weight.copy_(torch.sin(torch.arange(weight.numel()) + number).view_as(weight))
 
+    def forward(self, batch: Any) -> Any:
+        return SimpleNamespace(logits=self.model(batch["example_id"]))
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = sum(self.model(part["example_id"]).square().mean() for part in batch.values())
         self.log("train/loss", loss)
@@ -110,9 +114,9 @@ def life(
     module = small()
     seen, scores = {}, {}  # type: tuple[dict[int, Any], dict[int, float]]
     more = options.pop("callbacks", ())
-    callbacks = [*more, Ids(seen), Scores(scores), *([] if end is None else [Kill(end)]), KeepCheckpoints(every, ".")]
+    callbacks = [*more, Ids(seen), Scores(scores), *([] if end is None else [Kill(end)]), KeepCheckpoints(every, folder.name)]
     limits = {} if "max_epochs" in options else {"max_steps": STEPS, "max_epochs": -1}
-    defaults = {"default_root_dir": folder, "enable_checkpointing": True, "check_val_every_n_epoch": 10**6}
+    defaults = {"default_root_dir": folder.parent, "enable_checkpointing": True, "check_val_every_n_epoch": 10**6}
     trainer = bare_trainer(**(defaults | limits | options), callbacks=callbacks)
     try:
         trainer.fit(module, data(n_batches, num_workers=workers), ckpt_path=resume)
