@@ -297,7 +297,8 @@ class UnlearningCLI(LightningCLI):
     def _check_limits(self) -> None:
         # What Lightning takes for "nothing to do" ends as if all were well.
         if quick := self.config[self.subcommand].trainer.fast_dev_run:
-            raise UserError("trainer.fast_dev_run", quick, "false: its results would look like a run's; max_steps: 1")
+            allowed = "false: its results would look like a run's. Use trainer.max_steps 1"
+            raise UserError("trainer.fast_dev_run", quick, allowed)
         # fit cannot do without validation batches either, and says so.
         limits = {"fit": "limit_train_batches", "validate": "limit_val_batches", "test": "limit_test_batches"}
         name = limits[str(self.subcommand)]

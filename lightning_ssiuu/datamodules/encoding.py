@@ -160,6 +160,10 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         return [bos] if list(self.tokenizer(_PROBE[0])["input_ids"])[:1] == [bos] else []
 
+    @property
+    def _name(self) -> str:
+        return self.template if self.template in ("plain", "chat") else "of one's own"
+
     def _try_out(self) -> None:
         # Does the tokenizer's own way give these ids, and do they give the text back?
         prompt = self._prompt(_PROBE[0])
@@ -170,6 +174,10 @@ class Encoder:
             [*joined.prompt, *joined.completion],
             self.tokenizer(rendered, add_special_tokens=False)["input_ids"],
         )
+        rows = getattr(self.tokenizer, "embedding_rows", None)
+        if rows is not None and max(ours) >= rows:  # texts themselves hold no special tokens
+            given = Given(f"{self._name} with {self.tokenizer.convert_ids_to_tokens(max(ours))}")
+            raise UserError("template", given, f"one whose tokens the model has embeddings of ({rows})")
         answer, back = (
             str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (joined[1], ours)
         )
@@ -184,8 +192,7 @@ class Encoder:
 
     def _warn(self, reason: str) -> None:
         self._warned = True
-        name = self.template if self.template in ("plain", "chat") else "of one's own"
-        rank_zero_warn(f"template {name}, tokenizer {type(self.tokenizer).__name__}: {reason}.")
+        rank_zero_warn(f"template {self._name}, tokenizer {type(self.tokenizer).__name__}: {reason}.")
 
     def choices(self, example: QAExample) -> tuple[TokenSequence, ...]:
         """Every option as the answer to a prompt that lists them all, the true answer's sequence first.

@@ -98,11 +98,13 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int | None, checkpoi
     """Check that a tokenizer belongs to a model with so many embeddings (None: not known).
 
     A padding token without an embedding, which is masked wherever it stands, gives way to the end-of-sequence token.
-    Other added tokens may lie beyond the embeddings, as an image's place in a model that reads text alone does.
+    Other added tokens may lie beyond the embeddings, as an image's place in a model that reads text alone does; who
+    writes such tokens finds the number of embeddings as the tokenizer's ``embedding_rows``.
 
     Raises:
         UserError: Where text, or the end of an answer, becomes tokens that the model has no embedding of.
     """
+    tokenizer.embedding_rows = rows
     if rows is None:
         return
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:

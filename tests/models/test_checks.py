@@ -15,6 +15,7 @@ from toys.models import random_model
 from toys.training import FewFacts
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lightning_ssiuu.datamodules.encoding import Encoder
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.runs import check_tokenizers
 from lightning_ssiuu.models.answers import AnswerModel
@@ -55,6 +56,11 @@ def test_added_special_tokens_may_lie_beyond_as_an_images_place_does(tmp_path: P
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     load_tokenizer(saved(tmp_path / "special", 259, tokenizer))
+    Encoder(load_tokenizer(tmp_path / "special"))
+    with pytest.raises(
+        UserError, match=r"^template: got of one's own with <image>, allowed: one whose tokens .* \(258\)$"
+    ):
+        Encoder(load_tokenizer(tmp_path / "special"), "<image>{question}")
     tokenizer.add_tokens(["word"])
     with pytest.raises(UserError, match=r"259 embeddings, but 1 tokens up to id 260"):
         load_tokenizer(saved(tmp_path / "word", 259, tokenizer))

@@ -18,9 +18,9 @@ from toys.compare import OUTPUTS, TABLES, attacked, broken, curves, edit, spread
 from lightning_ssiuu.cli.compare import compare
 from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
 from lightning_ssiuu.reports.compare.plots import panels
-from lightning_ssiuu.reports.compare.reading import read_run, read_runs
+from lightning_ssiuu.reports.compare.reading import read_runs
 from lightning_ssiuu.reports.compare.table import common_attacks, compare_runs, pareto_front
-from lightning_ssiuu.reports.compare.writing import latex, markdown, print_comparison
+from lightning_ssiuu.reports.compare.writing import print_comparison
 from lightning_ssiuu.reports.curves import by_epoch
 from lightning_ssiuu.utils.errors import UserError
 
@@ -372,26 +372,6 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     cells = {line.replace(r"\|", "").count("|") for line in lines if line.startswith("|")}
     assert len(cells) == 1
     assert r"\[bold\]=1\|2 \& 50% \$\\frac\$ \\input\{a\} \<b\>\`c\`" in lines[3]
-
-
-def test_markdown_and_latex_of_a_small_table(tmp_path: Path) -> None:
-    comparison = compare_runs([read_run(write_run(tmp_path / "run", utility=50.0))], "probability")
-    assert markdown(comparison).splitlines()[:4] == [
-        "| method | n | steps | FS | RS | retain | US |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| original |  |  | 90.0 | 91.0 | 92.0 |  |",
-        "| SSIUU | 1 | 20 | 10.0 | 70.0 | 95.0 | 50.0 |",
-    ]
-    assert latex(comparison).splitlines()[2:] == [
-        r"\begin{tabular}{lrrrrrr}",
-        r"\toprule",
-        r"method & n & steps & FS & RS & retain & US \\",
-        r"\midrule",
-        r"original &  &  & 90.0 & 91.0 & 92.0 &  \\",
-        r"SSIUU & 1 & 20 & 10.0 & 70.0 & 95.0 & 50.0 \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
 
 
 def test_help_and_a_comparison_load_no_torch(runs: Path, tmp_path: Path) -> None:

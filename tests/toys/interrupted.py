@@ -114,7 +114,8 @@ def life(
     module = small()
     seen, scores = {}, {}  # type: tuple[dict[int, Any], dict[int, float]]
     more = options.pop("callbacks", ())
-    callbacks = [*more, Ids(seen), Scores(scores), *([] if end is None else [Kill(end)]), KeepCheckpoints(every, folder.name)]
+    kill = [] if end is None else [Kill(end)]
+    callbacks = [*more, Ids(seen), Scores(scores), *kill, KeepCheckpoints(every, folder.name)]
     limits = {} if "max_epochs" in options else {"max_steps": STEPS, "max_epochs": -1}
     defaults = {"default_root_dir": folder.parent, "enable_checkpointing": True, "check_val_every_n_epoch": 10**6}
     trainer = bare_trainer(**(defaults | limits | options), callbacks=callbacks)
