@@ -57,7 +57,7 @@ def test_added_special_tokens_may_lie_beyond_as_an_images_place_does(tmp_path: P
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     loaded = load_tokenizer(saved(tmp_path / "special", 259, tokenizer))
     Encoder(loaded)
-    with pytest.raises(UserError, match=r"^template: got of one's own with <image>, allowed: .* embeddings of \(259\)$"):
+    with pytest.raises(UserError, match=r"^template: got of one's own with <image>, allowed: .* of \(259\)$"):
         Encoder(loaded, "<image>{question}")
     tokenizer.add_tokens(["word"])
     with pytest.raises(UserError, match=r"259 embeddings, but 1 tokens up to id 260"):
