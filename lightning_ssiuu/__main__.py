@@ -81,7 +81,8 @@ def _run(module: str, arguments: list[str]) -> int:
             with held_back():  # a refusal is one line, without what libraries said before it
                 command = import_module(module).run
                 if not received.is_set():  # some libraries swallow whatever is raised while they are imported
-                    command(arguments)
+                    with held_back():  # by now there are those who print
+                        command(arguments)
         except BaseException as error:  # torch.distributed.checkpoint's is no Exception
             if not received.is_set():
                 status = _status(error)

@@ -71,8 +71,10 @@ class Relearning(Attack):
 
     def __post_init__(self) -> None:
         for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds), ("p", self.fractions)):
-            if not values:
-                raise UserError(f"attack.{name}", list(values), "at least one value")
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise UserError(f"attack.{name}", values, "a list of at least one value")
+        if wrong := [seed for seed in self.seeds if not isinstance(seed, int) or seed < 0]:
+            raise UserError("attack.seeds", wrong[0], "whole numbers ≥ 0")
         for learning_rate in self.learning_rates:
             if not 0 < learning_rate < math.inf:
                 raise UserError("attack.learning_rates", learning_rate, "finite numbers > 0")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import mismatched_level
-from lightning_ssiuu.evaluation.knowledge import knowledge
+from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.evaluation.scores import check_score
@@ -79,12 +79,13 @@ class ForgetThresholdStopping(L.Callback):
                     self.level = mismatched_level(self.score, model, pl_module.tokenizer, self._loader, self.seed)
             if begins:
                 self._look(pl_module)
-        if begins and _unlearns(trainer, pl_module):
-            self._check_known(trainer, pl_module)
+        known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
         if self.level is None or self.value is None:
             return
         if begins and self.value <= self.level:
             allowed = f"below the forget set's {self.score}, which is {self.value:.4g} % before the first step"
+            if known is not None and (best := known.elsewhere) is not None:
+                allowed += f"; or data.init_args.template {best.template!r}, with which the model knows most ({best})"
             raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
             self.stopped = trainer.should_stop = self.value <= self.level
@@ -112,15 +113,16 @@ class ForgetThresholdStopping(L.Callback):
         names = ("value", "level", "stopped", "looked_at")
         self.value, self.level, self.stopped, self._looked_at = (state_dict[name] for name in names)
 
-    def _check_known(self, trainer: Any, pl_module: Any) -> None:
+    def _check_known(self, trainer: Any, pl_module: Any) -> Knowledge | None:
         value, chance = self.value, self.level if self.threshold == "mismatched" else None
         known = knowledge(self.score, pl_module.model, pl_module.tokenizer, trainer.datamodule, value, chance)
         if known is None:
-            return
+            return None
         if known.nothing and self.unknown == "refuse":
             raise known.mistake("model.checkpoint")
         if (text := known.warning()) is not None:
             rank_zero_warn(f"ForgetThresholdStopping: {text}")
+        return known
 
     def _look(self, pl_module: Any) -> float:
         model, tokenizer = pl_module.model, pl_module.tokenizer
