@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 _COMMANDS = {
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _find_modules_here()
     module, _ = _COMMANDS[arguments[0]]
     is_trainer_command = module == "lightning_ssiuu.cli.fit"
-    return _run(module, arguments if is_trainer_command else arguments[1:])
+    options = arguments if is_trainer_command else arguments[1:]
+    return _run(lambda: import_module(module).run(options), lambda: import_module(module))
 
 
 def _find_modules_here() -> None:
@@ -71,7 +72,8 @@ def _find_modules_here() -> None:
         sys.path.append(here)
 
 
-def _run(module: str, arguments: list[str]) -> int:
+def _run(command: Callable[[], object], load: Callable[[], object] = lambda: None) -> int:
+    # `load` is what takes time before the command can begin.
     from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
     from lightning_ssiuu.utils.waiting import held_back
 
@@ -79,10 +81,10 @@ def _run(module: str, arguments: list[str]) -> int:
         status = 0
         try:
             with held_back():  # a refusal is one line, without what libraries said before it
-                command = import_module(module).run
+                load()
                 if not received.is_set():  # some libraries swallow whatever is raised while they are imported
                     with held_back():  # by now there are those who print
-                        command(arguments)
+                        command()
         except BaseException as error:  # torch.distributed.checkpoint's is no Exception
             if not received.is_set():
                 status = _status(error)

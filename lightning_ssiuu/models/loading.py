@@ -260,10 +260,7 @@ def _converted_gguf(path: Path) -> Path:
 
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:
     """The longest sequence a checkpoint's positions allow, in tokens; None when its configuration does not say."""
-    limit = getattr(_configuration(checkpoint), "max_position_embeddings", None)
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
-        raise UserError("checkpoint", os.fspath(checkpoint), "a configuration whose max_position_embeddings is above 0")
-    return limit
+    return getattr(plain_configuration(checkpoint), "max_position_embeddings", None)
 
 
 def check_same_shape(models: Mapping[str, str]) -> None:
@@ -288,7 +285,11 @@ def embedding_rows(checkpoint: str | os.PathLike[str]) -> int | None:
 
 
 def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
-    """The transformers configuration of a checkpoint; a UserError if it has no layers or is quantised already."""
+    """The transformers configuration of a checkpoint.
+
+    Raises:
+        UserError: If it cannot be read, has no layers or no positions, or its weights are quantised already.
+    """
     config = _configuration(checkpoint)
     if (packed := getattr(config, "quantization_config", None)) is not None:
         method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
@@ -297,6 +298,9 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:  # the weights of all layers would be left out
         raise UserError("checkpoint", os.fspath(checkpoint), "a configuration whose num_hidden_layers is above 0")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and not (isinstance(positions, int) and positions > 0):
+        raise UserError("checkpoint", os.fspath(checkpoint), "a configuration whose max_position_embeddings is above 0")
     return config
 
 
