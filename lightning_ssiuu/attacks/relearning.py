@@ -73,8 +73,8 @@ class Relearning(Attack):
         for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds), ("p", self.fractions)):
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise UserError(f"attack.{name}", values, "a list of at least one value")
-        if wrong := [seed for seed in self.seeds if not isinstance(seed, int) or seed < 0]:
-            raise UserError("attack.seeds", wrong[0], "whole numbers ≥ 0")
+        if broken := [seed for seed in self.seeds if not isinstance(seed, int)]:
+            raise UserError("attack.seeds", broken[0], "whole numbers")
         for learning_rate in self.learning_rates:
             if not 0 < learning_rate < math.inf:
                 raise UserError("attack.learning_rates", learning_rate, "finite numbers > 0")

@@ -144,7 +144,7 @@ def test_values_out_of_range_are_refused_by_name(name: str, option: str, values:
 @every_objective
 def test_every_option_of_its_own_has_a_range(name: str) -> None:
     shared = inspect.signature(UnlearningModule.__init__).parameters
-    own = set(inspect.signature(objectives()[name]).parameters) - set(shared) - {"kwargs", "backbone"}
+    own = set(inspect.signature(objectives()[name].__init__).parameters) - set(shared) - {"kwargs", "backbone"}
     ranged = {option.rpartition(".")[2] for kind, option, _ in BAD_OPTIONS if kind == name}
     assert own == ranged - set(shared) | ANY_VALUE.get(name, set())
 
