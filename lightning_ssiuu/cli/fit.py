@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,20 @@ class SaveConfig(SaveConfigCallback):
     What of it determines the run is also in every checkpoint, and has to be the same where a run goes on.
     """
 
-    text: str | None = None
     begun = False
+
+    @cached_property
+    def text(self) -> str:
+        return config_text(self.parser, self.config)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return run_settings(self.text)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pass  # the data and the threshold have not been checked yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.text = config_text(self.parser, self.config)
         for callback in getattr(trainer, "callbacks", ()):
             if isinstance(callback, RunReport):
                 callback.config_text = self.text  # of which it writes the digest
@@ -78,20 +85,21 @@ class SaveConfig(SaveConfigCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.begun:
+            return
         release()
-        if self.text is not None and trainer.is_global_zero:
+        if trainer.is_global_zero:
             with written_atomically(Path(trainer.default_root_dir) / "config.yaml") as temporary:
                 temporary.write_text(self.text, encoding="utf-8")
-        self.text, self.begun = None, True
+        self.begun = True
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = run_settings(config_text(self.parser, self.config))
+        checkpoint[KEY] = self.settings
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Most were compared before anything was loaded; not what only Lightning finds or reads.
         if trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
-            now = run_settings(config_text(self.parser, self.config))
-            check_settings(checkpoint[KEY], now, trainer.ckpt_path or "")
+            check_settings(checkpoint[KEY], self.settings, trainer.ckpt_path or "")
 
 
 class UnlearningCLI(LightningCLI):
@@ -186,10 +194,10 @@ class UnlearningCLI(LightningCLI):
             raise UserError("model", type(self.model).__name__, f"an objective that defines {method}(batch)")
         check_strategy(self.trainer, self.model)
         self._check_folders()
-        settings = run_settings(config_text(self._parser("fit"), config))
-        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, self.model, settings)
+        text = cache(lambda: config_text(self._parser("fit"), config))
+        self.ckpt_path = checkpoint_to_go_on_from(config, self.trainer, self.model, lambda: run_settings(text()))
         if not config.estimate_memory:  # which may be asked beside the results of an earlier run
-            refuse_to_lose(config, root, self.ckpt_path, lambda: config_text(self._parser("fit"), config))
+            refuse_to_lose(config, root, self.ckpt_path, text)
         # How much the model takes is asked again when it is known; a directory that cannot be written is told now.
         check_space("trainer.default_root_dir", root, 1 << 20)
         for name, least in (("max_epochs", self.trainer.max_epochs), ("max_steps", self.trainer.max_steps)):

@@ -34,13 +34,16 @@ _MISFIT = re.compile(
 
 
 def checkpoint_to_go_on_from(
-    config: Any, trainer: L.Trainer, trained: UnlearningModule | None = None, settings: Mapping[str, Any] | None = None
+    config: Any,
+    trainer: L.Trainer,
+    trained: UnlearningModule | None = None,
+    settings: Callable[[], Mapping[str, Any]] = dict,
 ) -> Any:
     """The checkpoint that ``--ckpt_path`` means, checked; None to begin anew.
 
     ``last`` is the newest that :class:`~lightning_ssiuu.callbacks.KeepCheckpoints` left in the run's directory. Where
     there is none the run begins, so that one command can be given again and again until it has finished. ``trained`` is
-    what ``fit`` is to go on with, ``settings`` what determines that run (:func:`~.settings.run_settings`).
+    what ``fit`` is to go on with, ``settings()`` what determines that run (:func:`~.settings.run_settings`).
     """
     path = config.get("ckpt_path")
     if path == "last":
@@ -66,7 +69,7 @@ def checkpoint_to_go_on_from(
     if Path(path).is_dir() and type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
         raise UserError("ckpt_path", path, "a file: only strategies that shard the weights read folders of shards")
     if trained is not None and content:
-        _check_same_run(content, settings or {}, path, trainer.is_global_zero)
+        _check_same_run(content, settings(), path, trainer.is_global_zero)
         check_states(content, trained.stateful(), path)
         settle_progress(content)
         # Lightning would do nothing at all, not even write results, and end as if all were well.
