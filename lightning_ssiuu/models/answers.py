@@ -103,13 +103,10 @@ class AnswerModel(nn.Module):
                 above = [0, *accumulate(len(part["labels"]) for part in parts)]
                 found = tuple(self._read(output, part["labels"], n) for part, n in zip(parts, above, strict=False))
                 return found if others else found[0]
-        found = tuple(self._padded(part) for part in parts)
-        return found if others else found[0]
-
-    def _padded(self, part: Part) -> Answers:
-        inputs = {"input_ids": part["input_ids"], "attention_mask": part["attention_mask"], "use_cache": False}
-        output = (self._compiled or (self.hf.base_model if self.plain_head else self.hf))(**inputs)
-        return self._read(output, part["labels"])
+        if others:  # each in a pass of its own
+            return tuple(self(part["input_ids"], part["attention_mask"], part["labels"]) for part in parts)
+        module = self._compiled or (self.hf.base_model if self.plain_head else self.hf)
+        return self._read(module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False), labels)
 
     def _read(self, output: Any, labels: Tensor, above: int = 0) -> Answers:
         # The token at position k is predicted from position k − 1.
