@@ -39,6 +39,7 @@ class AnswerModel(nn.Module):
 
     Attributes:
         plain_head: Whether logits are computed at the labelled positions alone.
+        engine: What generates text instead, of the same weights; None: the model itself.
 
     Example:
         >>> from lightning_ssiuu.models.loading import load_model
@@ -55,6 +56,7 @@ class AnswerModel(nn.Module):
         self.hf = hf
         self.plain_head = _has_plain_head(hf)
         self._compiled: CompiledPasses | None = None
+        self.engine: Any = None
 
     def compile_training(self, backend: str) -> None:
         """Compile the passes that are trained through (:class:`~lightning_ssiuu.models.compiling.CompiledPasses`)."""
