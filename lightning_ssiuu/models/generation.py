@@ -27,6 +27,8 @@ from lightning_ssiuu.utils.distributed import gathered
 _options = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 #: What a cache is called, by transformers' version.
 _CACHE = next(name for name in ("cache", "past_key_values") if name in _options)
+#: Rows leave a batch where so many more tokens may come: beginning anew costs about as much as a few tokens.
+_WORTH_LEAVING = 16
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,10 @@ def _continue(requests: Sequence[Request], model: AnswerModel, pad: int, synchro
             assert cache is not None
             cache.batch_select_indices(left)
             ids, mask, going = ids[left], mask[left], going[left]
-        stop = _Stop(width, limits[going], ends[going], early=cache is not None)
         n_before = ids.shape[1]
-        ids = generate(most - (n_before - width), chosen.among(going, width), stop)
+        early_before = 0 if cache is None else width + most - _WORTH_LEAVING
+        stop = _Stop(width, limits[going], ends[going], early_before)
+        ids = generate(width + most - n_before, chosen.among(going, width), stop)
         mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - n_before)], 1)
 
 
@@ -183,14 +186,14 @@ def _done(new: Tensor, limits: Tensor, ends: Tensor) -> Tensor:
 
 
 class _Stop(StoppingCriteria):
-    """Stops each row at its own limit and ends; where ``early``, all of them as soon as half are done."""
+    """Stops each row at its own limit and ends; below a width ``early_before`` all as soon as half of them are done."""
 
-    def __init__(self, width: int, limits: Tensor, ends: Tensor, early: bool) -> None:
-        self.width, self.limits, self.ends, self.early = width, limits, ends, early
+    def __init__(self, width: int, limits: Tensor, ends: Tensor, early_before: int) -> None:
+        self.width, self.limits, self.ends, self.early_before = width, limits, ends, early_before
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = _done(input_ids[:, self.width :], self.limits, self.ends)
-        return done | (2 * done.sum() >= len(done)) if self.early else done
+        return done | (2 * done.sum() >= len(done)) if input_ids.shape[1] < self.early_before else done
 
 
 class _Finite(LogitsProcessor):
