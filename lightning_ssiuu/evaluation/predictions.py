@@ -138,9 +138,7 @@ def grouped(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, parts: Itera
     return group
 
 
-def texts(
-    model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int
-) -> list[str]:
+def texts(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int) -> list[str]:
     """The continuations as text, up to the end of the turn; ``rows`` as :func:`continued` has it.
 
     Every rank must call it where weights are sharded, with at least one request: every step gathers them.

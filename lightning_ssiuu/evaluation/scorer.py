@@ -53,10 +53,14 @@ class Scorer:
             if any(SCORES[name].generates for name in metrics):
                 self._waiting.setdefault(split, []).append(predictions.part)
 
-    def compute(self) -> dict[str, dict[str, float]]:
-        """``{split: {score: percent}}``; a score that is no number is an error, and never one below a threshold."""
-        for split in list(self._waiting):
-            self._generate(split)
+    def compute(self, step: int = 0) -> dict[str, dict[str, float]]:
+        """``{split: {score: percent}}``; a score that is no number is an error, and never one below a threshold.
+
+        ``step`` as :func:`evaluate` has it.
+        """
+        with diverging(step):
+            for split in list(self._waiting):
+                self._generate(split)
         scores = {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
         for split, each in scores.items():
             for name, value in each.items():

@@ -46,7 +46,9 @@ class VLLM:
         texts = [output.outputs[0] for output in outputs]
         if not all(math.isfinite(text.cumulative_logprob) for text in texts):
             given = Given("a model whose predictions are NaN or infinite")
-            raise NotFinite("checkpoint", given, "one that gives finite numbers; weights in float32 (precision 32-true)")
+            raise NotFinite(
+                "checkpoint", given, "one that gives finite numbers; weights in float32 (precision 32-true)"
+            )
         return [list(text.token_ids)[: request.limit] for text, request in zip(texts, requests, strict=True)]
 
     @cached_property
