@@ -83,7 +83,8 @@ def continued(
 def by_need(requests: Sequence[Request], rows: int) -> list[list[int]]:
     """Numbers of the requests, batch by batch: those that may become long first, like beside like.
 
-    No batch takes more room (tokens, padding included) than ``rows`` sequences of the longest prompt and limit would.
+    A batch takes no more room (tokens, padding included) than ``rows`` sequences of the longest prompt and the highest
+    limit would: it has ``rows`` of them at least, while there are so many, and more where they are shorter.
 
     Example:
         >>> lengths = [(3, 2), (4, 100), (3, 2), (5, 90), (3, 2), (3, 2)]
@@ -91,7 +92,8 @@ def by_need(requests: Sequence[Request], rows: int) -> list[list[int]]:
         [[1, 3], [0, 2, 4, 5]]
     """
     order = sorted(range(len(requests)), key=lambda n: (requests[n].limit, len(requests[n].prompt)), reverse=True)
-    room = rows * max((len(request.prompt) + request.limit for request in requests), default=0)
+    widest = max((len(request.prompt) for request in requests), default=0)
+    room = rows * (widest + requests[order[0]].limit) if requests else 0
     batches: list[list[int]] = []
     longest = 0
     for number in order:

@@ -147,10 +147,11 @@ def test_batches_hold_each_request_once_within_the_room(rows: int) -> None:
     requests = asked(60, 100)
     batches = by_need(requests, rows)
     assert Counter(number for batch in batches for number in batch) == Counter(range(len(requests)))
-    room = rows * max(len(request.prompt) + request.limit for request in requests)
+    room = rows * (max(len(request.prompt) for request in requests) + max(request.limit for request in requests))
     needs = [[requests[number] for number in batch] for batch in batches]
     for batch in needs:
         assert len(batch) * (max(len(r.prompt) for r in batch) + max(r.limit for r in batch)) <= room
+    assert all(len(batch) >= rows for batch in batches[:-1])
     limits = [request.limit for batch in needs for request in batch]
     assert limits == sorted(limits, reverse=True)
 
