@@ -47,7 +47,7 @@ class Predictions:
     @cached_property
     def option_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        return self._answers(self.part["options"]).mean_logps
+        return self._answers(self.part["options"], self.option_of).mean_logps
 
     @property
     def option_of(self) -> Tensor:
@@ -74,7 +74,7 @@ class Predictions:
     @cached_property
     def choice_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option after the prompt that lists them all."""
-        return self._answers(self.part["choices"]).mean_logps
+        return self._answers(self.part["choices"], self.choice_of).mean_logps
 
     @property
     def choice_of(self) -> Tensor:
@@ -109,8 +109,8 @@ class Predictions:
             vars(each)[name] = [next(found) for _ in own]
         return vars(self)[name]
 
-    def _answers(self, part: Mapping[str, Tensor]) -> Answers:
-        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"])
+    def _answers(self, part: Mapping[str, Tensor], groups: Tensor | None = None) -> Answers:
+        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], groups=groups)
         check_logits(answers.logits)
         return answers
 
