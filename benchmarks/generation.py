@@ -81,7 +81,12 @@ def counted(texts: Texts, requests: Sequence[Request]) -> Texts:
 
 
 def measure(
-    model: AnswerModel, data: UnlearningDataModule, examples: Sequence[QAExample], samples: int, repeats: int
+    model: AnswerModel,
+    data: UnlearningDataModule,
+    examples: Sequence[QAExample],
+    samples: int,
+    repeats: int,
+    warm_up: int,
 ) -> dict[str, Any]:
     """Generate the examples' texts both ways in turn; ``samples`` of each prompt, or one greedy one."""
     device, pad = next(model.parameters()).device, data.tokenizer.pad_token_id
@@ -115,7 +120,7 @@ def measure(
             "loader", lambda: [text for batch in batches for text in one_batch(model, batch, pad)], in_turn
         ),
     }
-    speeds = alternating(ways, repeats, warm_up=1)
+    speeds = alternating(ways, repeats, warm_up)
     theirs = dict(zip(in_turn, found["loader"], strict=True))
     differing = sum(text != theirs[request] for text, request in zip(found["by need"], requests, strict=True))
     return {
@@ -136,6 +141,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="of each prompt, beside the greedy text")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm_up", type=int, default=1, help="pairs that do not count")
     parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args()
     data = Facts(tokenizer=options.checkpoint, eval_batch_size=options.batch)
@@ -144,11 +150,12 @@ def main() -> None:
         records = read_records(str(options.data), "data")
         examples = numbered(0, *(column(records, name, "data") for name in ("question", "answer")))
     examples = examples[: options.examples]
+    times = options.repeats, options.warm_up
     device = "cuda" if options.accelerator in ("cuda", "gpu") else options.accelerator
     model = AnswerModel(load_model(options.checkpoint)).to(device).eval()
-    found = {"greedy": measure(model, data, examples, 0, options.repeats)}
+    found = {"greedy": measure(model, data, examples, 0, *times)}
     if options.samples:
-        found[f"{options.samples} samples"] = measure(model, data, examples, options.samples, options.repeats)
+        found[f"{options.samples} samples"] = measure(model, data, examples, options.samples, *times)
     rows = [
         [name, str(one["texts"]), str(one["tokens"]), str(one["differing"])]
         + [f"{one['tokens_per_cpu_s'][way]:g}" for way in ("loader", "by need")]

@@ -87,10 +87,11 @@ class Scorer:
     @torch.no_grad()
     def _generate(self, split: str) -> None:
         predictions = grouped(self.model, self.tokenizer, self._waiting.pop(split))
-        for name, metric in self._metrics[split].items():
-            if SCORES[name].generates:
-                for each in predictions:
-                    metric.update(*SCORES[name].measure(each))
+        metrics = {name: metric for name, metric in self._metrics[split].items() if SCORES[name].generates}
+        while predictions:
+            for name, metric in metrics.items():
+                metric.update(*SCORES[name].measure(predictions[0]))
+            del predictions[0]  # with what else was read off it
 
     def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
         return {name: SCORES[name].metric().to(device) for name in self.names(part)}
