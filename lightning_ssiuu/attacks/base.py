@@ -20,7 +20,7 @@ from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
-from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.training.devices import Devices, Engine
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import UserError, naming
 
@@ -43,12 +43,12 @@ class Target:
         """Its name in the results: ``"unlearned"`` for ``"model"``, else that of the argument."""
         return "unlearned" if self.argument == "model" else self.argument
 
-    def load(self) -> tuple[AnswerModel, PreTrainedTokenizerBase]:
-        """Load the model and its tokenizer; errors name the argument."""
+    def load(self, unchanged: bool = False) -> tuple[AnswerModel, PreTrainedTokenizerBase]:
+        """Load the model and its tokenizer; errors name the argument. ``unchanged`` as :meth:`Devices.load` has it."""
         if self.devices.sharded:
             gc.collect()  # units of FSDP refer to each other, and two models at once may not fit
         with naming(self.argument):
-            return self.devices.load(self.checkpoint), load_tokenizer(self.checkpoint)
+            return self.devices.load(self.checkpoint, unchanged), load_tokenizer(self.checkpoint)
 
 
 @dataclass
@@ -114,6 +114,9 @@ class Attack(ABC):
     paths: ClassVar[tuple[str, ...]] = ()
     #: What :meth:`run` gives.
     gives: ClassVar[type[Outcome | RecoveryCurve]] = Outcome
+    #: What may generate texts. vLLM reads checkpoints: only where all are of models as they are saved, which
+    #: :meth:`run` then loads as ``unchanged``.
+    engines: ClassVar[tuple[Engine, ...]] = ("transformers",)
 
     @property
     def kind(self) -> str:

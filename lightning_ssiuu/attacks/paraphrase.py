@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target, forget_score
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.splits import QAExample
-from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.training.devices import Devices, Engine
 from lightning_ssiuu.utils.errors import Given, UserError
 
 _PROBES = ("hop2_test", "same_object")
@@ -75,6 +75,8 @@ class Paraphrase(Attack):
         ('reworded', 144, 100.0)
     """
 
+    engines: ClassVar[tuple[Engine, ...]] = get_args(Engine)
+
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         super().check(data, score, devices)
         other_questions(data)
@@ -84,7 +86,7 @@ class Paraphrase(Attack):
     ) -> Iterator[Outcome]:
         variants = other_questions(data)
         for target in targets:
-            model, tokenizer = target.load()
+            model, tokenizer = target.load(unchanged=True)
             known: dict[int, float] = {}  # base questions that several variants share are scored once
             for variant, questions in variants.items():
                 n_base = len(questions.base)

@@ -9,27 +9,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, get_args
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
-from transformers import LogitsProcessor
 
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.metrics.base import widest_float
 from lightning_ssiuu.evaluation.metrics.rouge import ROUGE
-from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.predictions import Predictions, grouped, texts
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.models.drawing import Draw
+from lightning_ssiuu.training.devices import Devices, Engine
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, check_number
-
-#: Longest continuation in tokens, as :meth:`Predictions.continuations` has it.
-_MOST_TOKENS = 200
 
 
 @dataclass
@@ -42,7 +36,7 @@ class Sampling(Attack):
     continuation.
 
     An example's samples depend on seed, example id and number of the sample alone: not on its batch or on the number
-    of ranks, but for rounding.
+    of ranks, but for rounding. Under ``--engine vllm`` vLLM draws them, by the same three numbers, and they are others.
 
     Args:
         k: Samples per question, ≥ 1.
@@ -70,6 +64,7 @@ class Sampling(Attack):
     temperature: float = 1.0
     top_p: float | None = None
     seeds: Sequence[int] = (0, 1, 2)
+    engines: ClassVar[tuple[Engine, ...]] = get_args(Engine)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.k, int) and self.k >= 1):
@@ -79,6 +74,11 @@ class Sampling(Attack):
             raise UserError("attack.top_p", self.top_p, "null, or a probability in (0, 1]")
         if not self.seeds or min(self.seeds) < 0:
             raise UserError("attack.seeds", list(self.seeds), "at least one, all ≥ 0")
+
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        super().check(data, score, devices)
+        if devices.engine == "vllm" and self.temperature != 0 and not 0.01 <= self.temperature <= 2:
+            raise UserError("attack.temperature", self.temperature, "0, or a number in [0.01, 2], with engine vllm")
 
     @property
     def variant(self) -> str:
@@ -97,61 +97,19 @@ class Sampling(Attack):
 
     def _best(self, target: Target, data: UnlearningDataModule, score: str) -> tuple[float, list[float]]:
         # The greedy value, and for each seed the value of the best of k, in percent.
-        model, tokenizer = target.load()
+        model, tokenizer = target.load(unchanged=True)
         value: Callable[[str, str], float] = ROUGE.get(score, begins_with)
-        greedy: list[float] = []
-        best: list[list[float]] = [[] for _ in self.seeds]
         with untouched(model), torch.no_grad():
-            for batch in progress(data.eval_dataloader("forget"), "sampling"):
-                part = move_data_to_device(batch["forget"], target.devices.device)
-                predictions = Predictions(model, tokenizer, part)
-                answers = predictions.references
-                greedy += map(value, predictions.generations, answers)
-                for values, seed in zip(best, self.seeds, strict=True):
-                    samples = [sampled(predictions, seed, number, self) for number in range(self.k)]
-                    values += [
-                        max(value(text, answer) for text in texts)
-                        for *texts, answer in zip(*samples, answers, strict=True)
-                    ]
-        return _percent(greedy), [_percent(values) for values in best]
-
-
-class Drawn(LogitsProcessor):
-    """Leaves greedy decoding one token to choose: the one that a given random number falls on.
-
-    Decoding then samples, with one random number per row and token (``uniforms``, ``[B, T]`` float64 in [0, 1)), so
-    that a row's text depends on its own numbers and on nothing else of its batch.
-    """
-
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float | None = None) -> None:
-        self.uniforms, self.temperature, self.top_p = uniforms, temperature, top_p
-        self._start: int | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._start is None:
-            self._start = input_ids.shape[1]
-        uniform = self.uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
-        chosen = draw(scores, uniform, self.temperature, self.top_p)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float | None = None) -> Tensor:
-    """The token that a random number falls on, in the cumulative distribution over the vocabulary in its order.
-
-    Logits ``[B, V]`` and numbers ``[B]`` in [0, 1) in, token ids ``[B]`` out; temperature 0 takes the likeliest token.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    wide = logits.to(widest_float(logits.device))
-    # The largest becomes 0 first: a tiny temperature then leaves it alone instead of overflowing.
-    probabilities = ((wide - wide.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        probabilities = probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
-    cumulative = probabilities.cumsum(-1)
-    reached = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
-    return (cumulative <= reached).sum(-1).clamp(max=logits.shape[-1] - 1)
+            loader = data.eval_dataloader("forget")
+            parts = [move_data_to_device(batch["forget"], target.devices.device) for batch in loader]
+            evaluated = grouped(model, tokenizer, parts)
+            answers = [answer for each in evaluated for answer in each.references]
+            greedy = map(value, [text for each in evaluated for text in each.generations], answers)
+            best = [
+                [max(value(text, answer) for text in of_seed) for of_seed in of_example]
+                for of_example, answer in zip(sampled(evaluated, self), answers, strict=True)
+            ]
+        return _percent(list(greedy)), [_percent(values) for values in zip(*best, strict=True)]
 
 
 def begins_with(text: str, answer: str) -> bool:
@@ -162,12 +120,22 @@ def begins_with(text: str, answer: str) -> bool:
     return words[: len(wanted)] == wanted
 
 
-def sampled(evaluated: Predictions, seed: int, number: int, options: Sampling) -> list[str]:
-    """One sampled continuation of every prompt, ``number`` of the k."""
-    generators = [np.random.default_rng([seed, i % 2**64, number]) for i in evaluated.part["example_id"].tolist()]
-    uniforms = np.stack([generator.random(_MOST_TOKENS) for generator in generators])
-    processor = Drawn(torch.from_numpy(uniforms), options.temperature, options.top_p)
-    return evaluated.continuations([processor])
+def sampled(evaluated: Sequence[Predictions], options: Sampling) -> list[list[list[str]]]:
+    """For every example of a group, and each seed, the k sampled continuations of its prompt."""
+    asked = [
+        (request, example % 2**64)
+        for each in evaluated
+        for request, example in zip(each.requests(), each.part["example_id"].tolist(), strict=True)
+    ]
+    draws = [(seed, number) for seed in options.seeds for number in range(options.k)]
+    requests = [
+        replace(request, draw=Draw((seed, example, number), options.temperature, options.top_p))
+        for request, example in asked
+        for seed, number in draws
+    ]
+    rows = max(len(each.part["input_ids"]) for each in evaluated)
+    found = iter(texts(evaluated[0].model, evaluated[0].tokenizer, requests, rows))
+    return [[[next(found) for _ in range(options.k)] for _ in options.seeds] for _ in asked]
 
 
 def _percent(values: Sequence[float]) -> float:

@@ -79,6 +79,9 @@ def attack(
             allowed = f"a directory whose {REPORT} has no {method.name} attack, or --overwrite"
             raise UserError("output", str(report.folder), allowed)
         score = score or run_score(model)
+        if devices.engine not in method.engines:
+            allowed = f"transformers with attack {type(method).__name__}: vllm reads a saved checkpoint alone"
+            raise UserError("engine", devices.engine, allowed)
         method.check(report.data, score, devices)
         targets = [Target(*given, devices) for given in report.models.items()]
         log = _log(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
@@ -91,6 +94,8 @@ def attack(
             rows = method.rows(results, score)
             if devices.is_first:
                 settings = {"score": score, "precision": devices.precision, **method.settings()}
+                if devices.engine != "transformers":
+                    settings["engine"] = devices.engine
                 settings["provenance"] = report.provenance(settings)
                 if (collapsed := run_collapsed(model)) is not None:
                     settings["collapsed"] = collapsed

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.checks import check_logits
+from lightning_ssiuu.models.generation import Request, continued
 from lightning_ssiuu.training.fsdp import is_sharded
-from lightning_ssiuu.utils.distributed import gathered
 
+#: Longest continuation in tokens.
+_MOST_TOKENS = 200
 #: Tokens beyond the longest option that a model may take to name one ("The answer is ...").
 _ROOM_FOR_WORDS = 16
 
 
 class Predictions:
-    """What scores read off a model on one part of a batch, on its device; what none asks for is not computed."""
+    """What scores read off a model on one part of a batch, on its device; what none asks for is not computed.
 
-    def __init__(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> None:
+    Texts are generated for all predictions of a ``group`` at once (:func:`grouped`), by default for this one alone.
+    """
+
+    def __init__(
+        self,
+        model: AnswerModel,
+        tokenizer: PreTrainedTokenizerBase,
+        part: Part,
+        group: Sequence[Predictions] | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.part: Mapping[str, Any] = part
+        self._group: Sequence[Predictions] = [self] if group is None else group
 
     @cached_property
     def answers(self) -> Answers:
@@ -49,16 +60,16 @@ class Predictions:
 
     @cached_property
     def generations(self) -> list[str]:
-        return self.continuations()
-
-    def continuations(self, processors: Sequence[LogitsProcessor] = ()) -> list[str]:
-        """Continue the prompts: each up to twice its own answer's length, at most 200 tokens.
+        """Greedy continuations of the prompts: each up to twice its own answer's length, at most 200 tokens.
 
         So an example's text does not depend on which others share its batch, or how many ranks share the set.
-        Decoding is greedy unless one of the ``processors`` of the logits decides.
         """
+        return self._for_all("generations", [each.requests() for each in self._group])
+
+    def requests(self) -> list[Request]:
+        """What :attr:`generations` continues."""
         labels = self.part["labels"]
-        return self._continued(self.part["input_ids"], labels, 2 * (labels != -100).sum(1), processors)
+        return self._requests(self.part["input_ids"], labels, 2 * (labels != -100).sum(1))
 
     @cached_property
     def choice_scores(self) -> Tensor:
@@ -81,11 +92,22 @@ class Predictions:
     @cached_property
     def choice_generations(self) -> list[str]:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
+        return self._for_all("choice_generations", [each._choice_requests() for each in self._group])
+
+    def _choice_requests(self) -> list[Request]:
         choices = self.part["choices"]
         first = first_of_each(self.choice_of)
         lengths = (choices["labels"] != -100).sum(1)
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
-        return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
+        return self._requests(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
+
+    def _for_all(self, name: str, requests: Sequence[list[Request]]) -> list[str]:
+        # The whole group's texts, each kept where it will be asked for.
+        rows = max(map(len, requests))
+        found = iter(texts(self.model, self.tokenizer, [one for each in requests for one in each], rows))
+        for each, own in zip(self._group, requests, strict=True):
+            vars(each)[name] = [next(found) for _ in own]
+        return vars(self)[name]
 
     def _answers(self, part: Mapping[str, Tensor], groups: Tensor | None = None) -> Answers:
         answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], groups=groups)
@@ -94,53 +116,38 @@ class Predictions:
 
     def _labelled(self, labels: Tensor) -> list[str]:
         ends = self._ends(labels)
-        return [self._decoded(row[row != -100], ends) for row in labels]
+        return [_decoded(self.tokenizer, row[row != -100].tolist(), ends) for row in labels]
 
-    def _ends(self, labels: Tensor) -> list[int]:
+    def _ends(self, labels: Tensor) -> tuple[int, ...]:
         # The tokens that end a text: the end-of-sequence token, and what ends the labelled turns.
         eos = self.tokenizer.eos_token_id
         last = {row[row != -100][-1].item() for row in labels if bool((row != -100).any())}
-        return sorted({eos, *(token for token in last if is_end(token, self.tokenizer))})
+        return tuple(sorted({eos, *(token for token in last if is_end(token, self.tokenizer))}))
 
-    def _decoded(self, ids: Tensor, ends: list[int]) -> str:
-        # Up to the end of the turn, whose token need not be one that decoding skips.
-        tokens = ids.tolist()
-        stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        return self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-
-    def _continued(
-        self, ids: Tensor, labels: Tensor, limits: Tensor, processors: Sequence[LogitsProcessor] = ()
-    ) -> list[str]:
-        # Continues what stands before the labels, row by row at most so many tokens (200 where that is less).
-        answered = labels != -100
-        starts = answered.int().argmax(1).tolist()
-        prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
-        width = max(starts)
-        pad, ends = self.tokenizer.pad_token_id, self._ends(labels)
-        inputs = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in prompts])
-        lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
-        mask = (torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)).long()
-        most = limits.clamp(max=200).tolist()
-        # Every step gathers sharded weights: ranks have to go through equally many.
-        together = is_sharded(self.model)
-        out = self.model.generate(
-            input_ids=inputs,
-            attention_mask=mask,
-            max_new_tokens=max(gathered(max(most)) if together else most),
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=ends,
-            synced_gpus=together,
-            logits_processor=LogitsProcessorList([_Finite(), *processors]),
-        )
-        new = [row[width : width + limit] for row, limit in zip(out, most, strict=True)]
-        return [self._decoded(row, ends) for row in new]
+    def _requests(self, ids: Tensor, labels: Tensor, limits: Tensor) -> list[Request]:
+        # To continue what stands before the labels.
+        starts, ends = (labels != -100).int().argmax(1).tolist(), self._ends(labels)
+        rows = zip(ids.tolist(), starts, limits.clamp(max=_MOST_TOKENS).tolist(), strict=True)
+        return [Request(tuple(row[:start]), limit, ends) for row, start, limit in rows]
 
 
-class _Finite(LogitsProcessor):
-    """Refuses to choose among logits that are no numbers."""
+def grouped(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, parts: Iterable[Part]) -> list[Predictions]:
+    """Predictions on each part; the first that is asked for a text has those of all generated, by need."""
+    group: list[Predictions] = []
+    group += [Predictions(model, tokenizer, part, group) for part in parts]
+    return group
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        check_logits(scores)
-        return scores
+
+def texts(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int) -> list[str]:
+    """The continuations as text, up to the end of the turn; ``rows`` as :func:`continued` has it.
+
+    Every rank must call it where weights are sharded, with at least one request: every step gathers them.
+    """
+    found = continued(model, requests, tokenizer.pad_token_id, rows, is_sharded(model))
+    return [_decoded(tokenizer, ids, request.ends) for ids, request in zip(found, requests, strict=True)]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Sequence[int]) -> str:
+    # Up to the end of the turn, whose token need not be one that decoding skips.
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokenizer.decode(tokens[:stop], skip_special_tokens=True)

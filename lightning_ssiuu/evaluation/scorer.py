@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.predictions import Predictions, grouped
 from lightning_ssiuu.evaluation.scores import SCORES, check_score
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.checks import diverging
@@ -25,6 +25,7 @@ class Scorer:
     """Accumulates scores per split: those named, or the default ones that the parts allow without generating text.
 
     Where ``scores`` is None, ``also`` names scores to add to the default ones on the parts that allow it.
+    Texts are generated for a whole split at once, by :meth:`compute`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Scorer:
             check_score(name)
         self.model, self.tokenizer, self.scores, self.also = model, tokenizer, scores, also
         self._metrics: dict[str, dict[str, Metric]] = {}
+        self._waiting: dict[str, list[Part]] = {}  # to be generated for
 
     @torch.no_grad()
     def update(self, batch: Mapping[str, Part]) -> None:
@@ -46,10 +48,19 @@ class Scorer:
             metrics = self._metrics.setdefault(split, self._new_metrics(part, device))
             predictions = Predictions(self.model, self.tokenizer, move_data_to_device(part, device))
             for name, metric in metrics.items():
-                metric.update(*SCORES[name].measure(predictions))
+                if not SCORES[name].generates:
+                    metric.update(*SCORES[name].measure(predictions))
+            if any(SCORES[name].generates for name in metrics):
+                self._waiting.setdefault(split, []).append(predictions.part)
 
-    def compute(self) -> dict[str, dict[str, float]]:
-        """``{split: {score: percent}}``; a score that is no number is an error, and never one below a threshold."""
+    def compute(self, step: int = 0) -> dict[str, dict[str, float]]:
+        """``{split: {score: percent}}``; a score that is no number is an error, and never one below a threshold.
+
+        ``step`` as :func:`evaluate` has it.
+        """
+        with diverging(step):
+            for split in list(self._waiting):
+                self._generate(split)
         scores = {s: {k: float(m.compute()) for k, m in metrics.items()} for s, metrics in self._metrics.items()}
         for split, each in scores.items():
             for name, value in each.items():
@@ -59,6 +70,7 @@ class Scorer:
 
     def reset(self) -> None:
         self._metrics.clear()
+        self._waiting.clear()
 
     def names(self, part: Part) -> list[str]:
         """What is scored on a part; a named score that needs what the part lacks is a :class:`UserError`."""
@@ -71,6 +83,15 @@ class Scorer:
                 how = " (data.choice_template, and distractors)" if needs == "choices" else ""
                 raise UserError("scores", name, f"a score this data allows: every example needs {needs}{how}")
         return list(self.scores)
+
+    @torch.no_grad()
+    def _generate(self, split: str) -> None:
+        predictions = grouped(self.model, self.tokenizer, self._waiting.pop(split))
+        metrics = {name: metric for name, metric in self._metrics[split].items() if SCORES[name].generates}
+        while predictions:
+            for name, metric in metrics.items():
+                metric.update(*SCORES[name].measure(predictions[0]))
+            del predictions[0]  # with what else was read off it
 
     def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
         return {name: SCORES[name].metric().to(device) for name in self.names(part)}

@@ -43,6 +43,7 @@ class AnswerModel(nn.Module):
 
     Attributes:
         plain_head: Whether logits are computed at the labelled positions alone.
+        engine: What generates text instead, of the same weights; None: the model itself.
         packs: Whether sequences go in one row; set it to False to have padded batches.
         packing: How the latest forward pass laid its tokens out; None if it was padded.
 
@@ -66,6 +67,7 @@ class AnswerModel(nn.Module):
         self.packs = obstacle is None
         self._longest = longest_packed(hf.config)
         self._compiled: CompiledPasses | None = None
+        self.engine: Any = None
 
     def compile_training(self, backend: str) -> None:
         """Compile the passes that are trained through (:class:`~lightning_ssiuu.models.compiling.CompiledPasses`).

@@ -345,11 +345,11 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             self._scorer.update(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"{split}/{k}": v for split, s in self._scorer.compute().items() for k, v in s.items()})
+        scores = self._scorer.compute(self.global_step)
+        self.log_dict({f"{split}/{k}": v for split, s in scores.items() for k, v in s.items()})
         self._scorer.reset()
 
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.vllm_engine import VLLM, check_installed
 from lightning_ssiuu.training.fsdp import load_sharded
 from lightning_ssiuu.utils.console import quiet
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_choice
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether
 from lightning_ssiuu.utils.termination import keep_sigterm
@@ -27,6 +28,7 @@ from lightning_ssiuu.utils.waiting import release
 
 Strategy = Literal["auto", "ddp", "fsdp2"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+Engine = Literal["transformers", "vllm"]
 
 
 class Devices:
@@ -41,9 +43,11 @@ class Devices:
             weights in bfloat16 too.
         architecture: Where the models' blocks and neurons are, as for ``fit``; None: as in the judged model's run,
             else by their types.
+        engine: What generates texts: ``"transformers"``; ``"vllm"`` (the extra ``[vllm]``): vLLM, of models as they are
+            saved and on one device, beside which the model is loaded for all other scores.
 
     Raises:
-        UserError: If an accelerator or a device is not there.
+        UserError: If an accelerator or a device is not there, or vLLM is missing or given several devices.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class Devices:
         strategy: Strategy = "auto",
         precision: Precision = "32-true",
         architecture: str | dict[str, Any] | Architecture | None = None,
+        engine: Engine = "transformers",
     ) -> None:
+        check_choice("engine", engine, Engine)
         self.accelerator, self.devices, self.precision = accelerator, devices, precision
         self.architecture = find_architecture(architecture)
         self.sharded = strategy == "fsdp2"
@@ -66,6 +72,12 @@ class Devices:
             except (RuntimeError, ModuleNotFoundError) as error:  # some of them do not say what they are about
                 text = " ".join(str(error).split())
                 raise UserError("accelerator", accelerator, f"what this machine has ({text})") from error
+        self.engine = engine
+        if engine == "vllm":
+            check_installed()
+            if self.sharded or self.n_ranks > 1:
+                allowed = "transformers on several devices or with strategy fsdp2: vllm runs on one"
+                raise UserError("engine", engine, allowed)
         self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
 
     @property
@@ -126,14 +138,20 @@ class Devices:
         keep_sigterm(trainer)
         return trainer
 
-    def load(self, checkpoint: str) -> AnswerModel:
-        """Load a model to this process's device; under ``"fsdp2"`` no process ever holds all of it but the first."""
+    def load(self, checkpoint: str, unchanged: bool = False) -> AnswerModel:
+        """Load a model to this process's device; under ``"fsdp2"`` no process ever holds all of it but the first.
+
+        ``unchanged``: its weights stay as they are saved, so that its texts may come from another engine.
+        """
 
         def build(**options: Any) -> AnswerModel:
             return AnswerModel(load_model(checkpoint, self.dtype, architecture=self.architecture, **options))
 
         if not self.sharded:
-            return build().to(self.device)
+            model = build().to(self.device)
+            if unchanged and self.engine == "vllm":
+                model.engine = VLLM(checkpoint, self.dtype, self.device)
+            return model
         names = ("data_parallel", "tensor_parallel")
         mesh = init_device_mesh(self.device.type, (self.n_ranks, 1), mesh_dim_names=names)
         return load_sharded(build, mesh, self.device)

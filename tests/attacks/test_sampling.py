@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import TopPLogitsWarper
 
 from lightning_ssiuu.attacks import base, sampling
 from lightning_ssiuu.attacks.base import Outcome, Target, outcome_rows
-from lightning_ssiuu.attacks.sampling import Sampling, begins_with, draw, sampled
+from lightning_ssiuu.attacks.sampling import Sampling, begins_with, sampled
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.predictions import grouped
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.drawing import draw
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
@@ -96,16 +98,17 @@ def slowly(model: AnswerModel, data: Toy, row: int, seed: int, number: int, opti
 @pytest.mark.parametrize("options", [Sampling(temperature=0.7), Sampling(temperature=1.3, top_p=0.6)])
 def test_samples_are_those_of_a_slow_reference(checkpoint: str, options: Sampling) -> None:
     data, model = toy_data(eval_batch_size=3), HERE.load(checkpoint)
-    found, row = [], 0
-    for batch in data.eval_dataloader("forget"):
-        evaluated = Predictions(model, data.tokenizer, batch["forget"])
-        for seed, number in ((0, 0), (0, 1), (3, 0)):
-            for offset, text in enumerate(sampled(evaluated, seed, number, options)):
-                assert text == slowly(model, data, row + offset, seed, number, options)
-                found.append(text)
-        row += len(batch["forget"]["input_ids"])
-    assert row == 5
-    assert len(set(found)) > 12
+    parts = [batch["forget"] for batch in data.eval_dataloader("forget")]
+    of_example = sampled(grouped(model, data.tokenizer, parts), replace(options, k=2, seeds=[0, 3]))
+    found = {
+        (row, seed, number): text
+        for row, of_seed in enumerate(of_example)
+        for seed, texts in zip((0, 3), of_seed, strict=True)
+        for number, text in enumerate(texts)
+    }
+    assert found == {key: slowly(model, data, *key, options) for key in found}
+    assert len(found) == 5 * 2 * 2
+    assert len(set(found.values())) > 12
 
 
 @pytest.mark.parametrize("score", ["rouge_l", "probability"])
@@ -139,10 +142,10 @@ def test_neither_batches_nor_other_seeds_change_a_sample(checkpoint: str, monkey
     assert rising[0] < rising[1] == expected[0]
 
 
-def texts(evaluated: Any, seed: int, number: int, options: Any) -> list[str]:
+def texts(evaluated: Any, options: Any) -> list[list[list[str]]]:
     """Sample 1 of example 0 and sample 0 of example 2 give the answer, half of it is in sample 1 of example 1."""
     said = [["no", "The red fox."], ["a fox", "red"], ["the RED fox was", "fox"]]
-    return [said[example][number] for example in evaluated.part["example_id"].tolist()]
+    return [[said[example]] * 2 for each in evaluated for example in each.part["example_id"].tolist()]
 
 
 @pytest.mark.parametrize(

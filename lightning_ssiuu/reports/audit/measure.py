@@ -105,7 +105,7 @@ def measure(
     also = list(dict.fromkeys([score, forced_score(score)]))
     for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model", disable=not devices.is_first):
         with naming(name):
-            model, tokenizer = devices.load(checkpoint), load_tokenizer(checkpoint)
+            model, tokenizer = devices.load(checkpoint, unchanged=True), load_tokenizer(checkpoint)
             findings.examined[name] = examine_model(
                 model, tokenizer, data, probe_examples, target, scores, also, method
             )
