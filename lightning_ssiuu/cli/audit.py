@@ -144,7 +144,8 @@ def audit(
                 forced = forced_score(score)
                 sites = examined["original"].attribution["forget"].sites
                 flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
-                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, devices)
+                before = examined["unlearned"].scores["forget"][forced]
+                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, before, devices)
                 evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
             content: dict[str, Any] = {
                 "verdict": decide(forgetting, evidence, measured.retention(data)).content(),

@@ -36,7 +36,10 @@ class Predictions:
     @cached_property
     def option_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        return self._answers(self.part["options"]).mean_logps
+        options = self._answers(self.part["options"])
+        if "answers" not in vars(self):  # the true ones are among the options: no pass of their own
+            vars(self)["answers"] = options.only(first_of_each(self.option_of))
+        return options.mean_logps
 
     @property
     def option_of(self) -> Tensor:

@@ -172,6 +172,12 @@ class Answers:
     sequence_index: Tensor
     n_sequences: int
 
+    def only(self, kept: Tensor) -> Answers:
+        """The answers of the sequences ``kept`` (``[B]`` bool) alone."""
+        of_token = kept[self.sequence_index]
+        index = (kept.long().cumsum(0) - 1)[self.sequence_index[of_token]]
+        return Answers(self.logits[of_token], self.targets[of_token], index, int(kept.sum()))
+
     @cached_property
     def token_logps(self) -> Tensor:
         """``[N]`` log-probabilities of the answer tokens (nats)."""
