@@ -18,8 +18,6 @@ class Facts(UnlearningDataModule):
 
     Args:
         phrasing: Which wording of the questions to use: 0 the main one, k the k-th paraphrase.
-        eval_batch_size: See :class:`UnlearningDataModule`. More than elsewhere: the sequences have some twenty tokens, and
-            a pass of a model as small as the embedded one costs more than its arithmetic.
         **kwargs: See :class:`UnlearningDataModule`.
 
     Raises:
@@ -34,8 +32,8 @@ class Facts(UnlearningDataModule):
         ['forget', 'retain']
     """
 
-    def __init__(self, phrasing: int = 0, eval_batch_size: int = 64, **kwargs: Any) -> None:
-        super().__init__(eval_batch_size=eval_batch_size, **kwargs)
+    def __init__(self, phrasing: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if phrasing < 0:
             raise UserError("phrasing", phrasing, "0 (the main wording) or the number of a paraphrase")
         self.phrasing = phrasing
