@@ -74,8 +74,9 @@ def audit(
             oracle.
         probe: Options of that attack; its learning rates suit small models.
         own_change: Also flag neurons by what their own changed weights cost: precise where few neurons hide the answer,
-            empty where the change is spread out. Takes eight more passes over the probes and, in main memory, three
-            times the weights. Not with strategy ``fsdp2``.
+            empty where the change is spread out. Takes eight more passes over the forget probes, over the retain ones
+            too where a neuron costs a tenth of the probability, and, in main memory, three times the weights. Not with
+            strategy ``fsdp2``.
         show_text: Put questions of the forget set, and the answers of both models, into the report.
         probe_examples: Examples per set on which attributions are taken, over all devices.
         alpha: False-positive rate of the spurious-neuron flags, in (0, 1).
