@@ -36,7 +36,7 @@ class Predictions:
     @cached_property
     def option_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        options = self._answers(self.part["options"], self.option_of)
+        options = self._answers(self.part["options"])
         if "answers" not in vars(self):  # the true ones are among the options: no pass of their own
             vars(self)["answers"] = options.only(first_of_each(self.option_of))
         return options.mean_logps
@@ -66,7 +66,7 @@ class Predictions:
     @cached_property
     def choice_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option after the prompt that lists them all."""
-        return self._answers(self.part["choices"], self.choice_of).mean_logps
+        return self._answers(self.part["choices"]).mean_logps
 
     @property
     def choice_of(self) -> Tensor:
@@ -90,8 +90,8 @@ class Predictions:
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
         return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
 
-    def _answers(self, part: Mapping[str, Tensor], groups: Tensor | None = None) -> Answers:
-        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], groups=groups)
+    def _answers(self, part: Mapping[str, Tensor]) -> Answers:
+        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], share=True)
         check_logits(answers.logits)
         return answers
 
