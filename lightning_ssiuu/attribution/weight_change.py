@@ -126,7 +126,7 @@ def own_change(
             for part in parts:
                 inputs = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
                 placed = {f"hf.{name}": value for name, value in between.items()}
-                answers = torch.func.functional_call(model, placed, kwargs=inputs)
+                answers = torch.func.functional_call(model, placed, kwargs={**inputs, "share": True})
                 gradients = torch.autograd.grad(target_logps(answers, target).sum(), list(between.values()))
                 for name, gradient in zip(between, gradients, strict=True):
                     sums[name].add_(gradient.float().cpu(), alpha=1 / (points * n_examples))
