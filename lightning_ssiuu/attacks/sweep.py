@@ -60,8 +60,9 @@ class SweptModel:
     ) -> RecoveryCurve:
         """Attack it, with the further ``options`` of :func:`relearn`; :meth:`restore` before the next."""
         _ = self._snapshot  # taken before the first attack
-        known = {"name": self.name, "devices": self.target.devices, "before": self._before[_scored(data)]}
-        return relearn(*self.loaded, data, learning_rate, epochs, score, **known, **options)
+        model, tokenizer = self.loaded
+        given: dict[str, Any] = {"before": self._before[_scored(data)], **options}
+        return relearn(model, tokenizer, data, learning_rate, epochs, score, self.name, self.target.devices, **given)
 
     def restore(self) -> None:
         LoRA.detach(self.loaded[0])

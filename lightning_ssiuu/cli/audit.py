@@ -145,8 +145,8 @@ def audit(
                 forced = forced_score(score)
                 sites = examined["original"].attribution["forget"].sites
                 flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
-                before = examined["unlearned"].scores["forget"][forced]
-                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, before, devices)
+                as_it_is = examined["unlearned"].scores["forget"][forced]
+                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, as_it_is, devices)
                 evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
             content: dict[str, Any] = {
                 "verdict": decide(forgetting, evidence, measured.retention(data)).content(),
