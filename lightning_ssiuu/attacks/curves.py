@@ -34,6 +34,16 @@ class RecoveryCurve:
         """What it is compared by with the other model's: p and seed."""
         return self.p, self.seed
 
+    def has_ended(self, patience: int | None) -> bool:
+        """Whether its last ``patience`` scores are no higher than the highest before them; never for None.
+
+        >>> curve = RecoveryCurve("unlearned", "harmful", 0.1, 1e-3, 0, 4, 32, [0, 1, 2, 3], [10.0, 30.0, 20.0, 30.0])
+        >>> curve.has_ended(2), curve.has_ended(3)
+        (True, False)
+        """
+        scores = self.forget_scores
+        return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
+
 
 def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     """Score of one attack on one model: per seed the highest forget score over learning rates and epochs.

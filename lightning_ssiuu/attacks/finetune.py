@@ -27,10 +27,13 @@ class Diverged(NotFinite):
 
 
 class Recorder(L.Callback):
-    """Scores the attacked model after every so many epochs and after the last, into a curve."""
+    """Scores the attacked model after every so many epochs and after the last, into a curve.
 
-    def __init__(self, score: str, curve: RecoveryCurve, every_n_epochs: int = 1) -> None:
-        self.score, self.curve, self.every_n_epochs = score, curve, every_n_epochs
+    Ends the attack after ``patience`` scores that were no higher than the highest before them; None: never.
+    """
+
+    def __init__(self, score: str, curve: RecoveryCurve, every_n_epochs: int = 1, patience: int | None = None) -> None:
+        self.score, self.curve, self.every_n_epochs, self.patience = score, curve, every_n_epochs, patience
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -40,6 +43,7 @@ class Recorder(L.Callback):
             score = attack_score(attacked.model, attacked.tokenizer, data, self.score, trainer.global_step)
             self.curve.epochs.append(epoch)
             self.curve.forget_scores.append(score)
+            trainer.should_stop |= self.curve.has_ended(self.patience)
 
 
 def attack_score(
@@ -61,12 +65,13 @@ def relearn(
     every_n_epochs: int = 1,
     lora: LoRA | None = None,
     before: float | None = None,
+    patience: int | None = None,
 ) -> RecoveryCurve:
     """Attack a model in memory once; its weights are the attacked ones afterwards, or its adapters are.
 
     The curve is the same on any number of ranks, but for rounding. ``devices`` are launched (None: one device),
     adapters stay in the model until ``LoRA.detach``, and ``before`` is the score before the attack where it is known:
-    all attacks on a model begin with the same one.
+    all attacks on a model begin with the same one. ``patience`` is that of :class:`Recorder`.
 
     Raises:
         Diverged: If the attack diverges at this learning rate.
@@ -83,7 +88,7 @@ def relearn(
         if lora is not None:
             lora.attach(model.hf)
         module.adopt(model.train(), tokenizer)
-        trainer = devices.trainer(epochs, [Recorder(score, curve, every_n_epochs)])
+        trainer = devices.trainer(epochs, [Recorder(score, curve, every_n_epochs, patience)])
         try:
             trainer.fit(module, datamodule=data)
         except NotFinite as error:

@@ -38,6 +38,8 @@ class Relearning(Attack):
         epochs: Passes over the attacked examples.
         every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
             attack itself.
+        patience: End a run once so many scores in a row were no higher than its highest; None: never. A run may then
+            end before it would have risen, so the highest score of all is at most what it is without.
         batch_size: Attacked sequences per step, over all devices.
         lora: Fine-tune adapters instead of the weights; None for the weights. The attack's name then ends in ``_lora``.
         until_saturated: Where the highest score lies at the largest learning rate or in the last epoch, go on with
@@ -65,6 +67,7 @@ class Relearning(Attack):
     seeds: Sequence[int] = (0, 1, 2)
     epochs: int = 10
     every_n_epochs: int = 1
+    patience: int | None = None
     batch_size: int = 8
     lora: LoRA | None = None
     until_saturated: bool = False
@@ -80,6 +83,8 @@ class Relearning(Attack):
                 raise UserError("attack.learning_rates", learning_rate, "finite numbers > 0")
         check_at_least("attack.epochs", self.epochs, 1)
         check_at_least("attack.every_n_epochs", self.every_n_epochs, 1)
+        if self.patience is not None:
+            check_at_least("attack.patience", self.patience, 1)
 
     @property
     def name(self) -> str:
@@ -149,7 +154,7 @@ class Relearning(Attack):
         cells = self.cells(data, self._pool(models[0], data, score))
         for cell in cells:
             cell.check_share(devices.n_ranks)
-        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.lora, log)
+        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.patience, self.lora, log)
         return sweep.run(models, self.learning_rates, self.epochs, self.until_saturated)
 
     def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -55,13 +56,13 @@ class SweptModel:
                 self._before[scored] = attack_score(*self.loaded, cell, score)
 
     def attack(
-        self, data: RelearnDataModule, learning_rate: float, epochs: int, score: str, every: int, lora: LoRA | None
+        self, data: RelearnDataModule, learning_rate: float, epochs: int, score: str, **options: Any
     ) -> RecoveryCurve:
-        """Attack it; :meth:`restore` before the next."""
+        """Attack it, with the further ``options`` of :func:`relearn`; :meth:`restore` before the next."""
         _ = self._snapshot  # taken before the first attack
         model, tokenizer = self.loaded
-        before, devices = self._before[_scored(data)], self.target.devices
-        return relearn(model, tokenizer, data, learning_rate, epochs, score, self.name, devices, every, lora, before)
+        given: dict[str, Any] = {"before": self._before[_scored(data)], **options}
+        return relearn(model, tokenizer, data, learning_rate, epochs, score, self.name, self.target.devices, **given)
 
     def restore(self) -> None:
         LoRA.detach(self.loaded[0])
@@ -95,6 +96,7 @@ class Sweep:
     data: Sequence[RelearnDataModule]
     score: str
     every_n_epochs: int
+    patience: int | None
     lora: LoRA | None
     log: FinishedAttacks | None
     _highest: float = -1.0
@@ -143,13 +145,13 @@ class Sweep:
                 raise self._too_high[id(min(own, key=lambda curve: curve.learning_rate))]
 
     def _curve(self, target: SweptModel, cell: RelearnDataModule, learning_rate: float, epochs: int) -> RecoveryCurve:
-        log, finished = self.log, {} if self.log is None else self.log.finished
-        curve = finished.get((target.name, cell.p, cell.seed, learning_rate, epochs))
+        log, curve = self.log, self._finished((target.name, cell.p, cell.seed, learning_rate), epochs)
         if attacked := curve is None:
             target.score_before(self.data, self.score)
             if log is not None and self.devices.is_first:
                 log.begin()  # no sooner: until a model is there, a mistake leaves nothing behind
-            curve = target.attack(cell, learning_rate, epochs, self.score, self.every_n_epochs, self.lora)
+            options = {"every_n_epochs": self.every_n_epochs, "patience": self.patience, "lora": self.lora}
+            curve = target.attack(cell, learning_rate, epochs, self.score, **options)
         assert curve is not None
         if target.name == "unlearned" and max(curve.forget_scores) > self._highest:
             self._highest = max(curve.forget_scores)
@@ -162,6 +164,14 @@ class Sweep:
                 log.add(curve)  # after the model was saved: what counts as finished is whole
         self._bar.update()
         return curve
+
+    def _finished(self, run: tuple[str, float | None, int, float], epochs: int) -> RecoveryCurve | None:
+        finished = {} if self.log is None else self.log.finished
+        for of, curve in finished.items():
+            # One that ran out of patience is also what more epochs would have given.
+            if of[:4] == run and (of[4] == epochs or (of[4] < epochs and curve.has_ended(self.patience))):
+                return curve
+        return None
 
     def _saturate(self, target: SweptModel, curves: list[_Run], cells: Sequence[RelearnDataModule]) -> None:
         # Attack more and more strongly until the highest score of these cells lies inside what was tried.

@@ -69,6 +69,10 @@ class OwnChange:
 
         return OwnChange(self.sites, mean(rows), mean(columns), self.head_size, sum(counts))
 
+    def costs(self, minimum_cost: float = MINIMUM_COST) -> bool:
+        """Whether the change of any unit costs more than this share of the answers' probability."""
+        return any(bool((effect < math.log1p(-minimum_cost)).any()) for effect in self.units().values())
+
     def units(self) -> dict[Key, Tensor]:
         """Effect of the units of every site, ``[width]`` each; nothing is counted twice but the twins gate and up.
 
@@ -122,10 +126,10 @@ def own_change(
             for part in parts:
                 inputs = {name: part[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
                 placed = {f"hf.{name}": value for name, value in between.items()}
-                answers = torch.func.functional_call(model, placed, kwargs=inputs)
+                answers = torch.func.functional_call(model, placed, kwargs={**inputs, "share": True})
                 gradients = torch.autograd.grad(target_logps(answers, target).sum(), list(between.values()))
                 for name, gradient in zip(between, gradients, strict=True):
-                    sums[name] += gradient.float().cpu() / (points * n_examples)
+                    sums[name].add_(gradient.float().cpu(), alpha=1 / (points * n_examples))
     shares = {name: (total.double() * steps[name].double()) for name, total in sums.items()}
     return _gather(model, sites, shares, steps, n_examples)
 

@@ -74,8 +74,9 @@ def audit(
             oracle.
         probe: Options of that attack; its learning rates suit small models.
         own_change: Also flag neurons by what their own changed weights cost: precise where few neurons hide the answer,
-            empty where the change is spread out. Takes eight more passes over the probes and, in main memory, three
-            times the weights. Not with strategy ``fsdp2``.
+            empty where the change is spread out. Takes eight more passes over the forget probes, over the retain ones
+            too where a neuron costs a tenth of the probability, and, in main memory, three times the weights. Not with
+            strategy ``fsdp2``.
         show_text: Put questions of the forget set, and the answers of both models, into the report.
         probe_examples: Examples per set on which attributions are taken, over all devices.
         alpha: False-positive rate of the spurious-neuron flags, in (0, 1).
@@ -144,7 +145,8 @@ def audit(
                 forced = forced_score(score)
                 sites = examined["original"].attribution["forget"].sites
                 flags = {"own change": diagnoses["unlearned"].own, "D⁻": diagnoses["unlearned"].flagged}
-                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, devices)
+                as_it_is = examined["unlearned"].scores["forget"][forced]
+                ablation = undo_neurons(original, unlearned, sites, flags, data, forced, as_it_is, devices)
                 evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
             content: dict[str, Any] = {
                 "verdict": decide(forgetting, evidence, measured.retention(data)).content(),

@@ -47,7 +47,10 @@ class Predictions:
     @cached_property
     def option_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        return self._answers(self.part["options"], self.option_of).mean_logps
+        options = self._answers(self.part["options"])
+        if "answers" not in vars(self):  # the true ones are among the options: no pass of their own
+            vars(self)["answers"] = options.only(first_of_each(self.option_of))
+        return options.mean_logps
 
     @property
     def option_of(self) -> Tensor:
@@ -74,7 +77,7 @@ class Predictions:
     @cached_property
     def choice_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option after the prompt that lists them all."""
-        return self._answers(self.part["choices"], self.choice_of).mean_logps
+        return self._answers(self.part["choices"]).mean_logps
 
     @property
     def choice_of(self) -> Tensor:
@@ -109,8 +112,8 @@ class Predictions:
             vars(each)[name] = [next(found) for _ in own]
         return vars(self)[name]
 
-    def _answers(self, part: Mapping[str, Tensor], groups: Tensor | None = None) -> Answers:
-        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], groups=groups)
+    def _answers(self, part: Mapping[str, Tensor]) -> Answers:
+        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], share=True)
         check_logits(answers.logits)
         return answers
 

@@ -77,7 +77,7 @@ class AnswerModel(nn.Module):
         self._compiled = CompiledPasses(self.hf.base_model if self.plain_head else self.hf, backend)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *others: Part, groups: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *others: Part, share: bool = False
     ) -> Answers | tuple[Answers, ...]:
         """The :class:`Answers` at the N labelled positions of ``[B, L]`` tokens (labels: −100 elsewhere).
 
@@ -86,8 +86,7 @@ class AnswerModel(nn.Module):
             attention_mask: ``[B, L]``.
             labels: ``[B, L]``.
             *others: Further parts of the same pass, each of its own shape; the answers of all are then a tuple.
-            groups: ``[B]`` numbers of equal sequences next to each other that begin alike, as the options of a
-                question do: what they share is computed once.
+            share: Compute once what sequences that follow each other begin with, as the options of a question do.
         """
         parts = ({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, *others)
         self.packing = None
@@ -100,7 +99,7 @@ class AnswerModel(nn.Module):
             longest = needed.shape[1] if self._longest is None else self._longest
             fits = (needed[:, 1:] <= needed[:, :-1]).all() & needed.any() & (needed.sum(1).max() <= longest)
             if fits:
-                self.packing = Packing.of(needed, ids, groups)
+                self.packing = Packing.of(needed, ids if share else None)
                 output = run_packed(self.hf.base_model if self.plain_head else self.hf, self.hf, self.packing, ids)
                 above = [0, *accumulate(len(part["labels"]) for part in parts)]
                 found = tuple(self._read(output, part["labels"], n) for part, n in zip(parts, above, strict=False))
@@ -229,6 +228,12 @@ class Answers:
     targets: Tensor
     sequence_index: Tensor
     n_sequences: int
+
+    def only(self, kept: Tensor) -> Answers:
+        """The answers of the sequences ``kept`` (``[B]`` bool) alone."""
+        of_token = kept[self.sequence_index]
+        index = (kept.long().cumsum(0) - 1)[self.sequence_index[of_token]]
+        return Answers(self.logits[of_token], self.targets[of_token], index, int(kept.sum()))
 
     @cached_property
     def token_logps(self) -> Tensor:

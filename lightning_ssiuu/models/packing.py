@@ -45,24 +45,23 @@ class Packing:
     shares: bool = False
 
     @classmethod
-    def of(cls, needed: Tensor, input_ids: Tensor | None = None, groups: Tensor | None = None) -> Packing:
+    def of(cls, needed: Tensor, input_ids: Tensor | None = None) -> Packing:
         """Pack the tokens ``needed`` (``[B, L]`` bool, of each sequence the first ones).
 
-        Sequences that lie next to each other and have the same number in ``groups`` (``[B]``) share what their
-        ``input_ids`` begin with.
+        Given ``input_ids``, a sequence shares what it and the one before it begin with: the prompt of a question's
+        options, the system turn of all questions.
         """
-        own, first = needed, None
-        if groups is not None and input_ids is not None:
-            starts = torch.ones_like(groups, dtype=torch.bool)
-            starts[1:] = groups[1:] != groups[:-1]
-            first = starts.nonzero().squeeze(1)[starts.cumsum(0) - 1]  # [B] the first sequence of each one's group
-            alike = (input_ids == input_ids[first]) & needed & needed[first]
-            own = needed & (starts.unsqueeze(1) | ~alike.cumprod(1).bool())
+        own = needed.clone()
+        if input_ids is not None:
+            alike = (input_ids[1:] == input_ids[:-1]) & needed[1:] & needed[:-1]
+            own[1:] &= ~alike.cumprod(1).bool()
         flat = own.flatten().nonzero().squeeze(1)
         places = (own.flatten().cumsum(0) - 1).view_as(own)
-        if first is not None:
-            places = places.where(own, places[first])
-        return cls(flat, places.where(needed, 0), first is not None)
+        if shares := bool((own != needed).any()):
+            # Where each token stands: in the last of the sequences up to its own that has one of its own there.
+            rows = torch.arange(len(own), device=own.device).unsqueeze(1)
+            places = places.gather(0, rows.where(own, 0).cummax(0).values)
+        return cls(flat, places.where(needed, 0), shares)
 
     @cached_property
     def sequences(self) -> Tensor:
@@ -158,7 +157,7 @@ def _gives_the_same(hf: Any) -> bool:
     ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [4, 5, 6, 9, 0]], device=hf.device)
     ids = ids % hf.get_input_embeddings().num_embeddings
     needed = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=hf.device)
-    packing = Packing.of(needed.bool(), ids, torch.tensor([0, 1, 1], device=hf.device))
+    packing = Packing.of(needed.bool(), ids)
     if hf.config._attn_implementation != NAME:
         packing = Packing.of(needed.bool())
     with evaluation_mode(hf):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import answer_nll
 
@@ -22,6 +22,16 @@ class FineTuning(UnlearningModule):
 
     unlearns = False
 
+    def forward(self, batch: Part) -> Answers:
+        """The answers of a part, whose loss is a sum over sequences: what they begin with alike is run once.
+
+        Not beside a regulariser, which may want each sequence's own gradient, and under dropout, which differs between
+        sequences.
+        """
+        if self.regularizer is not None or not self.is_loaded or _drops(self.model):
+            return super().forward(batch)
+        return self.model(batch["input_ids"], batch["attention_mask"], batch["labels"], share=True)
+
     def retain_loss(self, batch: Part) -> Tensor:
         """Negative log-likelihood; the mean over the global batch also where ranks' shares differ in size.
 
@@ -36,3 +46,8 @@ class FineTuning(UnlearningModule):
 
     def forget_loss(self, batch: Part) -> Tensor:
         return answer_nll(self.answers(batch))
+
+
+def _drops(model: AnswerModel) -> bool:
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return model.training and (layers or bool(getattr(model.hf.config, "attention_dropout", 0)))

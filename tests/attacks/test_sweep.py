@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -182,6 +182,40 @@ def test_another_sweep_is_not_gone_on_with(models: Path, whole: dict[str, Any], 
     assert len(attacks) == 5
 
 
+def test_a_run_ends_when_it_has_not_risen_for_so_many_scores(models: Path, tmp_path: Path) -> None:
+    scores = [20.0, 30.0, 25.0, 30.0, 99.0, 99.0]
+    options: dict[str, Any] = {"learning_rates": [1e-2], "epochs": 12, "every_n_epochs": 2}
+
+    def scored(patience: int | None) -> dict[str, Any]:
+        found = iter([10.0, *scores])
+        method = harmful(**options, seeds=[0], patience=patience)
+        with ExitStack() as patches:
+            for module in (sweep, finetune):
+                patches.enter_context(patch.object(module, "attack_score", lambda *_: next(found)))
+            steps = patches.enter_context(counted(FineTuning, "training_step"))
+            content = run(models, tmp_path / str(patience), attack=method, oracle=None)
+        (curve,) = content["curves"]
+        return curve | {"steps": len(steps), "highest": content["attacks"][0]["unlearned"]["forget_score"]["mean"]}
+
+    stopped, patient, whole = (scored(patience) for patience in (2, 3, None))
+    assert stopped["epochs"] == [0, 2, 4, 6, 8]
+    assert stopped["forget_scores"] == [10.0, *scores[:4]]
+    assert stopped["highest"] == 30.0
+    assert patient["epochs"] == whole["epochs"] == [0, 2, 4, 6, 8, 10, 12]
+    assert patient["forget_scores"] == whole["forget_scores"] == [10.0, *scores]
+    assert [curve["steps"] for curve in (stopped, patient, whole)] == [8, 12, 12]
+
+
+def test_runs_out_of_patience_are_not_repeated(models: Path, tmp_path: Path) -> None:
+    method = harmful(patience=1, epochs=4)
+    with patch.object(finetune, "attack_score", lambda *_: 0.0):  # never above the score before
+        interrupted(models, tmp_path, 5, attack=method)
+        with counted(sweep, "relearn") as rest:
+            content = run(models, tmp_path, attack=method)
+    assert len(rest) == 8 - 5
+    assert all(curve["epochs"] == [0, 1] for curve in content["curves"])
+
+
 def test_other_weights_are_another_model(models: Path, tmp_path: Path) -> None:
     model = random_model(dtype=torch.float32, seed=0, vocab_size=260, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -330,6 +364,7 @@ def test_a_score_of_ones_own_tells_wrong_answers(tmp_path: Path, monkeypatch: py
         ({"batch_size": 0}, "attack.batch_size: got 0"),
         ({"epochs": 0}, "attack.epochs: got 0"),
         ({"every_n_epochs": 0}, "attack.every_n_epochs: got 0"),
+        ({"patience": 0}, "attack.patience: got 0"),
         ({"kind": Benign, "benign_size": 0}, "attack.benign_size: got 0"),
         ({"kind": Benign, "benign_path": "gone.json"}, "attack.benign_path: got"),
         ({"lora": LoRA(r=2), "devices": Devices("cpu", 1, "fsdp2")}, "attack.lora: got 'adapters', allowed: null"),

@@ -19,6 +19,7 @@ from lightning_ssiuu.attribution.weight_change import (
 )
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites
+from lightning_ssiuu.models.packing import padded
 from lightning_ssiuu.utils.errors import UserError
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 6, 3, 4], [2, 8, 8, 5]])
@@ -167,6 +168,24 @@ def test_a_hidden_unit_is_flagged_by_what_it_writes() -> None:
     rows = {site.key: torch.zeros(site.width) for site in sites}
     changes = [OwnChange(sites, rows, {(0, "mlp_down"): torch.tensor([0, cost, 0])}, 1) for cost in (-0.5, -0.1)]
     assert own_flags(*changes) == [OwnFlag(0, ("mlp_up",), 1, 0.5)]
+
+
+def test_sequences_that_begin_alike_change_nothing() -> None:
+    model, original, changed = pair("llama")
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 4], [5, 6, 9, 1]])
+    part = PART | {"input_ids": ids, "labels": torch.cat([torch.full((3, 2), -100), ids[:, 2:]], 1)}
+    sites, seen = neuron_sites(model.hf), list[int]()
+    changed.register_forward_hook(
+        lambda module, *_: seen.append(0 if module.packing is None else len(module.packing.flat))
+    )
+    shared = own_change(changed, original, [part], sites, points=2)
+    with padded(changed):
+        apart = own_change(changed, original, [part], sites, points=2)
+    assert seen == [4, 4, 0, 0]  # of 9: 5 6 7, and 9
+    for ours, theirs in ((shared.rows, apart.rows), (shared.columns, apart.columns)):
+        assert ours.keys() == theirs.keys()
+        for key, values in ours.items():
+            torch.testing.assert_close(values, theirs[key], rtol=1e-4, atol=1e-7)  # sums are kept in float32
 
 
 def test_what_users_can_get_wrong() -> None:

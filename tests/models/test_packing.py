@@ -43,26 +43,27 @@ def test_packed_is_padded(name: str) -> None:
             torch.testing.assert_close(gradient, own, rtol=1e-9, atol=1e-12)
 
 
-def options() -> tuple[dict[str, Any], Tensor]:
-    """Two questions with three and two options, of which some begin alike beyond the question."""
-    prompts, answers = [[5, 6, 7], [8, 9]], [[[3, 4], [3, 5, 6], [2]], [[11], [12, 13, 14]]]
+def options(turn: list[int]) -> dict[str, Any]:
+    """Two questions with three and two options, of which some begin alike beyond the question; before each a turn."""
+    prompts, answers = [[*turn, 5, 6, 7], [*turn, 8, 9]], [[[3, 4], [3, 5, 6], [2]], [[11], [12, 13, 14]]]
     rows = [(prompt, answer) for prompt, each in zip(prompts, answers, strict=True) for answer in each]
-    return batch_of(rows, 1), torch.tensor([0, 0, 0, 1, 1])
+    return batch_of(rows, 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "gemma3_text", "falcon"])
-def test_options_share_their_prompt(name: str) -> None:
+@pytest.mark.parametrize("turn", [[], [4, 4]])
+def test_options_share_their_prompt_and_all_of_them_what_stands_before_it(name: str, turn: list[int]) -> None:
     model = AnswerModel(random_model(name))
-    some, groups = options()
+    some = options(turn)
     with padded(model):
         expected = loss_and_gradients(model, (model(**some),))
-    found = loss_and_gradients(model, (model(**some, groups=groups),))
+    found = loss_and_gradients(model, (model(**some, share=True),))
     torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
     for gradient, own in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(gradient, own, rtol=1e-9, atol=1e-12)
     if model.packing is not None:
         # Of each question once, and of options what predicts a token: [3], [5] after the same 3, []; [], [12, 13].
-        assert len(model.packing.flat) == (3 + 1 + 1 + 0) + (2 + 0 + 2)
+        assert len(model.packing.flat) == len(turn) + (3 + 1 + 1 + 0) + (2 + 0 + 2)
 
 
 def test_where_tokens_stand() -> None:

@@ -156,14 +156,16 @@ def undo_neurons(
     flags: Mapping[str, Sequence[SpuriousNeuron]],
     data: UnlearningDataModule,
     score: str,
+    before: float,
     devices: Devices,
 ) -> dict[str, Any]:
     """Put flagged neurons back to what they were before unlearning, and to zero, beside as many random ones.
 
     ``flags`` are the flagged neurons by what flagged them, the worst first; all of them are undone, and the first
-    :data:`FEW` alone. Scored is a teacher-forced ``score`` of the forget set. A row of ``{"score", "rows"}`` has
-    ``flags``, ``which`` (``"all"``, ``"worst"``), ``variant`` (``"original"``, ``"zero"``), ``n_neurons``, ``before``,
-    ``forget_score`` (percent) and ``control``, the spread over :data:`DRAWS` draws.
+    :data:`FEW` alone. Scored is a teacher-forced ``score`` of the forget set, ``before`` what it is with none undone
+    (percent). A row of ``{"score", "rows"}`` has ``flags``, ``which`` (``"all"``, ``"worst"``), ``variant``
+    (``"original"``, ``"zero"``), ``n_neurons``, ``before``, ``forget_score`` (percent) and ``control``, the spread over
+    :data:`DRAWS` draws.
     """
     sets: dict[tuple[str, str], list[list[Neuron]]] = {}
     for name, flagged in flags.items():
@@ -180,7 +182,6 @@ def undo_neurons(
             forget_score(model, tokenizer, data, score)
         del model
         model, tokenizer = Target("unlearned", unlearned, devices).load()
-        before = forget_score(model, tokenizer, data, score)
         cells = [(variant, *flagged) for variant in ("original", "zero") for flagged in sets.items()]
         for variant, (name, which), draws in progress(cells, "undoing neurons"):
             values = recording if variant == "original" else None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.attribution.activation_gradient import AttributionMethod
 from lightning_ssiuu.attribution.diagnosis import Examined, examine_model
 from lightning_ssiuu.attribution.logit_lens import layer_logps, prefers_answer
-from lightning_ssiuu.attribution.weight_change import OwnFlag, own_change, own_flags, site_weights
+from lightning_ssiuu.attribution.weight_change import OwnChange, OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import chance_of, first_batches
 from lightning_ssiuu.evaluation.knowledge import knowledge
@@ -122,15 +122,28 @@ def measure(
             if own and name == "original":
                 weights = site_weights(model, neuron_sites(model.hf))
             if own and name == "unlearned":
-                changes = []
-                for split in ("forget", "retain"):
-                    part = first_parts(data.eval_dataloader(split), split, probe_examples)
-                    changes.append(own_change(model, weights, part, neuron_sites(model.hf), target).over_ranks())
-                findings.own, weights = own_flags(changes[0], changes[1], alpha), {}
+                findings.own, weights = _own_flags(model, weights, data, probe_examples, target, alpha), {}
         if show_text and name in ("original", "unlearned"):
             findings.answers[name] = forget_answers(model, tokenizer, data, max(SHOWN_EXAMPLES, devices.n_ranks))
         del model
     return findings
+
+
+def _own_flags(
+    model: AnswerModel,
+    original: Mapping[str, Tensor],
+    data: UnlearningDataModule,
+    probe_examples: int,
+    target: Target,
+    alpha: float,
+) -> list[OwnFlag]:
+    def change(split: str) -> OwnChange:
+        part = first_parts(data.eval_dataloader(split), split, probe_examples)
+        return own_change(model, original, part, neuron_sites(model.hf), target).over_ranks()
+
+    forget = change("forget")
+    # The retain set only raises the threshold: where no unit costs the minimum, it is not asked.
+    return own_flags(forget, change("retain"), alpha) if forget.costs() else []
 
 
 def _retain_chance(
@@ -155,11 +168,14 @@ def answer_lens(model: AnswerModel, data: UnlearningDataModule) -> dict[str, lis
         if "options" not in batch["forget"]:
             return {}
         options = move_data_to_device(batch["forget"]["options"], device)
-        of = options["option_of"]
-        logps = layer_logps(model, {name: options[name] for name in ("input_ids", "attention_mask", "labels")})
-        true = first_of_each(of).nonzero().flatten()
-        preferred = 100 * prefers_answer(logps, of).double()
-        columns.append(torch.stack([logps[:, true].double(), logps[:, true + 1].double(), preferred]).cpu())
+        # The true answer and the distractor beside it; no other is looked at.
+        true = first_of_each(options["option_of"])
+        pair = true | (~true & true.roll(1))
+        length = int(options["attention_mask"][pair].sum(1).max())
+        names = ("input_ids", "attention_mask", "labels")
+        logps = layer_logps(model, {name: options[name][pair, :length] for name in names})
+        preferred = 100 * prefers_answer(logps, options["option_of"][pair]).double()
+        columns.append(torch.stack([logps[:, 0::2].double(), logps[:, 1::2].double(), preferred]).cpu())
     means = torch.cat([share for rank in gathered(columns) for share in rank], 2).mean(2).tolist()
     return dict(zip(("answer", "distractor", "accuracy"), means, strict=True))
 
