@@ -173,7 +173,7 @@ class Attack(ABC):
 
         ``more`` has ``seed``, ``control``, ``n_neurons``, or ``n_scored`` where that is not the whole forget set.
         """
-        figures = {"seed": 0, "n_scored": len(data.splits.forget), "before": before, "forget_score": after}
+        figures = {"seed": 0, "n_scored": data.n_scored("forget"), "before": before, "forget_score": after}
         return Outcome(target.name, self.kind, variant, **(figures | {"score": score} | more))
 
     def rows(self, results: Sequence[Any], score: str) -> list[dict[str, Any]]:

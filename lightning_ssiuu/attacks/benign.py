@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,7 +49,7 @@ class Benign(Relearning):
         return super().cells(data, pool)
 
     def select(
-        self, forget: list[QAExample], p: float | None, rng: np.random.Generator
-    ) -> tuple[list[QAExample], list[QAExample]]:
+        self, forget: Sequence[QAExample], p: float | None, rng: np.random.Generator
+    ) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
         assert self._items is not None
         return self._items.draw(rng), forget

@@ -53,8 +53,8 @@ class Harmful(Relearning):
         return self.p
 
     def select(
-        self, forget: list[QAExample], p: float | None, rng: np.random.Generator
-    ) -> tuple[list[QAExample], list[QAExample]]:
+        self, forget: Sequence[QAExample], p: float | None, rng: np.random.Generator
+    ) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
         assert p is not None
         return random_fraction(forget, p, rng)
 

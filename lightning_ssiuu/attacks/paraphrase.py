@@ -20,7 +20,7 @@ _PROBES = ("hop2_test", "same_object")
 class Questions:
     """What one variant asks: the questions the model was unlearned by, and groups of others with their weights."""
 
-    base: list[QAExample]
+    base: Sequence[QAExample]
     groups: list[tuple[float, list[QAExample]]]
 
     def __len__(self) -> int:

@@ -98,8 +98,8 @@ class Relearning(Attack):
 
     @abstractmethod
     def select(
-        self, forget: list[QAExample], p: float | None, rng: np.random.Generator
-    ) -> tuple[list[QAExample], list[QAExample]]:
+        self, forget: Sequence[QAExample], p: float | None, rng: np.random.Generator
+    ) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
         """Choose what is trained on and what is scored.
 
         Args:

@@ -97,7 +97,7 @@ def print_privacy(content: dict[str, Any]) -> None:
 
 
 def _read(path: str) -> list[QAExample]:
-    records = read_records(path, "nonmembers")
+    records = list(read_records(path, "nonmembers"))
     questions, answers = column(records, "question", "nonmembers"), column(records, "answer", "nonmembers")
     return [QAExample(n, question, answer) for n, (question, answer) in enumerate(zip(questions, answers, strict=True))]
 

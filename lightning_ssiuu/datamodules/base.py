@@ -5,25 +5,26 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Key
-from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader
+from lightning_ssiuu.datamodules.encoding import Collator, Encoded, EncodedDataset, Encoder, Examples, Key
+from lightning_ssiuu.datamodules.sampling import EvalSampler, PairSampler, ResumableLoader, scored_alone
 from lightning_ssiuu.datamodules.splits import QAExample, Splits
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.datamodules.templates import DATE
 from lightning_ssiuu.utils.distributed import rank, world_size
-from lightning_ssiuu.utils.errors import Given, UserError, check_choice
+from lightning_ssiuu.utils.errors import Given, UserError, check_at_least, check_choice
 
 __all__ = ["QAExample", "Splits", "UnlearningDataModule"]
 
+T = TypeVar("T")
 TrainOn = Literal["pairs", "all", "retain"]
 _EVAL_SPLITS = ("forget", "retain", "test")
 
@@ -49,6 +50,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
         batch_size: Forget sequences per micro-batch over all ranks; as many as there are where the set has fewer.
         retain_batch_size: Retain sequences per micro-batch over all ranks; None: as many as ``batch_size``.
         eval_batch_size: Sequences per rank and evaluation batch.
+        max_eval_examples: Examples of a set to score (before, after and while training, in attacks and audits): of a
+            larger set that many random ones, the same in every run. None: all.
         max_length: Longest prompt + answer in tokens; longer ones are an error, nothing is cut off. None: 256, or
             the tokenizer's limit where that is shorter.
         num_workers: Worker processes per loader.
@@ -103,6 +106,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         system_prompt: str | None = None,
         template_options: dict[str, Any] | None = None,
         date: str = DATE,
+        max_eval_examples: int | None = None,
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
@@ -111,14 +115,17 @@ class UnlearningDataModule(LightningDataModule, ABC):
             least = 1 if name in sizes else 0
             if value < least:
                 raise UserError(name, value, f"at least {least}")
+        if max_eval_examples is not None:
+            check_at_least("max_eval_examples", max_eval_examples, 1)
         check_choice("train_on", train_on, TrainOn)
         self.tokenizer_or_name, self.max_length = tokenizer, max_length
         self.template, self.choice_template, self.date = template, choice_template, date
         self.system_prompt, self.template_options = system_prompt, template_options
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self.max_eval_examples = max_eval_examples
         self.seed, self.train_on, self.multiple_choice = seed or 0, train_on, multiple_choice
-        self._encoded: dict[str, list[Encoded]] = {}
+        self._encoded: dict[str, Sequence[Encoded]] = {}
 
     @abstractmethod
     def load_splits(self) -> Splits:
@@ -167,7 +174,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
 
         It tells data rendered otherwise (template, system prompt, date, tokenizer) from these, without their text.
         """
-        return self.encoder.sha256(self.splits)
+        return self.encoder.sha256(self.splits, self._encoded)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and tokenise the data, once whatever the stage.
@@ -189,7 +196,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         parts, batch_sizes = self._train_parts()
         sizes = {part: len(parts[part]) for part in parts}
         sampler = PairSampler(sizes, batch_sizes, self.seed, rank, world_size, self.fill_batches)
-        return self._loader(EncodedDataset(parts), sampler, ResumableLoader)
+        return self._loader(EncodedDataset(parts, options=False), sampler, ResumableLoader)
 
     @property
     def eval_splits(self) -> list[str]:
@@ -206,25 +213,38 @@ class UnlearningDataModule(LightningDataModule, ABC):
     def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:
         """One pass over a set (``"forget"``, ``"retain"`` or ``"test"``), in order, with batches ``{split: part}``.
 
-        Given ``examples`` are served under the name of ``split`` instead of the whole set. Fewer examples than ranks
-        are an error; see :class:`~.sampling.EvalSampler`.
+        Given ``examples`` are served under the name of ``split`` instead of the set's, all of them. Fewer examples than
+        ranks are an error; see :class:`~.sampling.EvalSampler`.
         """
         if split not in _EVAL_SPLITS:
             raise UserError("split", split, ", ".join(_EVAL_SPLITS))
-        self.setup("validate")
-        encoded = self._encoded[split] if examples is None else self.encoder.encode(examples, self.multiple_choice)
+        if examples is None:
+            self.setup("validate")
+            encoded = self.to_score(self._encoded[split])
+        else:
+            encoded = self.encoder.encode(examples, self.multiple_choice)
         world_size, rank = self._ranks()
         if len(encoded) < world_size:
             raise UserError(split, Given(f"{len(encoded)} examples"), f"at least {world_size}, one for each rank")
         sampler = EvalSampler(split, len(encoded), self.eval_batch_size, rank, world_size)
         return self._loader(EncodedDataset({split: encoded}), sampler)
 
+    def to_score(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of a set's items that are scored: all, or ``max_eval_examples`` of them in their order."""
+        if self.max_eval_examples is None or len(items) <= self.max_eval_examples:
+            return items
+        return kept(items[number] for number in scored_alone(len(items), self.max_eval_examples))
+
+    def n_scored(self, split: str) -> int:
+        """Number of examples of a set that are scored."""
+        size = len(dict(self.splits.items())[split])
+        return size if self.max_eval_examples is None else min(size, self.max_eval_examples)
+
     def check_share(self, n_ranks: int) -> None:
         """Refuse more processes than there are examples in a set to score."""
-        sets = dict(self.splits.items())
         for split in self.eval_splits:
-            if len(sets[split]) < n_ranks:
-                allowed = f"at most {len(sets[split])}, the number of examples to score in the {split} set"
+            if (size := self.n_scored(split)) < n_ranks:
+                allowed = f"at most {size}, the number of examples to score in the {split} set"
                 raise UserError("devices", n_ranks, allowed)
 
     def _ranks(self) -> tuple[int, int]:
@@ -236,13 +256,12 @@ class UnlearningDataModule(LightningDataModule, ABC):
             return self.trainer.world_size, self.trainer.global_rank
         return shard["num_replicas"], shard["rank"]
 
-    def _train_parts(self) -> tuple[dict[str, list[Encoded]], dict[str, int]]:
-        forget, retain = (
-            [replace(example, options=(), choices=()) for example in self._encoded[name]] for name in _EVAL_SPLITS[:2]
-        )
+    def _train_parts(self) -> tuple[dict[str, Examples], dict[str, int]]:
+        forget, retain = self._encoded["forget"], self._encoded["retain"]
         if self.train_on == "pairs":
             return {"forget": forget, "retain": retain}, {"forget": self.batch_size, "retain": self.retain_batch_size}
-        return {"retain": forget + retain if self.train_on == "all" else retain}, {"retain": self.batch_size}
+        kept_on: Examples = ConcatDataset([forget, retain]) if self.train_on == "all" else retain  # type: ignore[list-item]
+        return {"retain": kept_on}, {"retain": self.batch_size}
 
     def _check_batches(self) -> None:
         world_size, _ = self._ranks()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.readers import column, read_records, text_lists
+from lightning_ssiuu.datamodules.readers import column, read_records, rows, text_lists
 from lightning_ssiuu.datamodules.splits import numbered
 
 
 class CustomData(UnlearningDataModule):
     r"""Forget, retain and test set from JSON, JSON Lines or CSV files, or data sets of the hub.
 
-    Examples are numbered in the order of the files: forget set first, then retain, then test.
+    Examples are numbered in the order of the files: forget set first, then retain, then test. A set of more than 8192
+    examples is read from a private temporary file when it is needed, and may have millions (docs/scaling.md).
 
     Args:
         forget: File (``.json``, ``.jsonl``, ``.csv``) or hub data set (``owner/name:config:split``).
@@ -52,16 +55,14 @@ class CustomData(UnlearningDataModule):
         self.distractors_column = distractors_column
 
     def load_splits(self) -> Splits:
-        sets: dict[str, list[QAExample]] = {}
+        sets: dict[str, Sequence[QAExample]] = {}
         for name, source in self.sources.items():
             sets[name] = [] if source is None else self._read(source, name, sum(map(len, sets.values())))
         return Splits(**sets)
 
-    def _read(self, source: str, name: str, first_id: int) -> list[QAExample]:
-        records = read_records(source, name)
-        questions = column(records, self.question_column, "question_column")
-        answers = column(records, self.answer_column, "answer_column")
-        if self.distractors_column is None:
-            return numbered(first_id, questions, answers)
-        distractors = text_lists(records, self.distractors_column, "distractors_column")
-        return numbered(first_id, questions, answers, distractors)
+    def _read(self, source: str, name: str, first_id: int) -> Sequence[QAExample]:
+        names = ("question_column", "answer_column")
+        columns: list[Any] = [partial(column, name=getattr(self, each), argument=each) for each in names]
+        if self.distractors_column is not None:
+            columns.append(partial(text_lists, name=self.distractors_column, argument="distractors_column"))
+        return numbered(first_id, rows(read_records(source, name), *columns))

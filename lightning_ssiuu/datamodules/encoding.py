@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, check_chat_options, text_turn
 from lightning_ssiuu.datamodules.tokenization import Joined, JointTokenizer, Piece, text_of
 from lightning_ssiuu.models.answers import Part
@@ -58,6 +59,13 @@ class Encoded:
     sequence: TokenSequence
     options: tuple[TokenSequence, ...] = ()
     choices: tuple[TokenSequence, ...] = ()
+
+
+class Examples(Protocol):
+    """Tokenised examples by number; a list, what :func:`~.spooled.kept` gives, a data set of torch."""
+
+    def __getitem__(self, index: int, /) -> Encoded: ...
+    def __len__(self) -> int: ...
 
 
 class Encoder:
@@ -210,14 +218,26 @@ class Encoder:
         pieces = [Piece(filled.get(part, part), own=part in filled) for part in parts]
         return self._answered(pieces if self._chat is None else self._prompt(text_of(pieces)), options)
 
-    def encode(self, examples: Sequence[QAExample], options: bool = False) -> list[Encoded]:
+    def encode(self, examples: Sequence[QAExample], options: bool = False) -> Sequence[Encoded]:
         """Tokenise examples, with ``options`` if asked for and choices if there is a ``choice_template``.
 
-        Both only if *every* example has distractors. What is longer than ``max_length`` is an error.
+        Both only if *every* example has distractors. What is longer than ``max_length`` is an error. Many examples are
+        kept as :func:`~.spooled.kept` does.
         """
         have_options = bool(examples) and all(example.distractors for example in examples)
         options, choices = options and have_options, self.choice_template is not None and have_options
-        encoded = []
+        long: dict[int, int] = {}
+        encoded = kept(self._encoded(examples, options, choices, long))
+        if long:
+            shown = first_few([f"{example_id} ({length})" for example_id, length in long.items()])
+            allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
+            raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
+        return encoded
+
+    def _encoded(
+        self, examples: Iterable[QAExample], options: bool, choices: bool, long: dict[int, int]
+    ) -> Iterator[Encoded]:
+        # One by one; those too long are noted with their lengths.
         for example in examples:
             wrong = example.distractors if options or choices else ()
             if example.answer.strip() in (option.strip() for option in wrong):
@@ -225,22 +245,21 @@ class Encoder:
                 raise UserError("distractors", given, "wrong answers only")
             sequences = self._answered(self._prompt(example.question), [example.answer, *(wrong if options else ())])
             listed = self.choices(example) if choices else ()
-            encoded.append(Encoded(example.example_id, sequences[0], sequences if options else (), listed))
-        lengths = {e.example_id: max(map(len, (e.sequence, *e.options, *e.choices))) for e in encoded}
-        long = {example_id: length for example_id, length in lengths.items() if length > self.max_length}
-        if long:
-            shown = first_few([f"{example_id} ({length})" for example_id, length in long.items()])
-            allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
-            raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
-        return encoded
+            if (length := max(map(len, (*sequences, *listed)))) > self.max_length:
+                long[example.example_id] = length
+            yield Encoded(example.example_id, sequences[0], sequences if options else (), listed)
 
-    def sha256(self, splits: Splits) -> str:
-        """Hex digest of sets: of each example's token ids, and of its distractors and other wordings as text."""
+    def sha256(self, splits: Splits, encoded: Mapping[str, Iterable[Encoded]]) -> str:
+        """Hex digest of sets: of each example's token ids, and of its distractors and other wordings as text.
+
+        ``encoded`` are the examples of the sets that are tokenised already.
+        """
         digest = hashlib.sha256()
         for name, examples in splits.items():
             digest.update(name.encode())
+            known = (each.sequence for each in encoded[name]) if name in encoded else None
             for example in examples:
-                ids = self.sequence(example.question, example.answer).pair
+                ids = (self.sequence(example.question, example.answer) if known is None else next(known)).pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
                 others = [option.strip() for option in example.distractors], list(example.paraphrases)
                 digest.update(repr((example.example_id, ids, *others)).encode())
@@ -253,18 +272,19 @@ class Encoder:
 class EncodedDataset(Dataset[tuple[str, Encoded]]):
     """Tokenised examples of each part under the keys ``(part, index)`` that the samplers yield.
 
-    ``~index`` instead of ``index`` yields the example with its answer for prompt, so that no token has a label.
+    ``~index`` instead of ``index`` yields the example with its answer for prompt, so that no token has a label. Without
+    ``options``, to train on, examples come with neither options nor choices.
     """
 
-    def __init__(self, parts: dict[str, list[Encoded]]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Mapping[str, Examples], options: bool = True) -> None:
+        self.parts, self.options = parts, options
 
     def __getitem__(self, key: Key) -> tuple[str, Encoded]:
         part, index = key
-        if index >= 0:
-            return part, self.parts[part][index]
-        example = self.parts[part][~index]
-        return part, replace(example, sequence=replace(example.sequence, n_prompt=len(example.sequence)))
+        example = self.parts[part][index if index >= 0 else ~index]
+        if index < 0:
+            example = replace(example, sequence=replace(example.sequence, n_prompt=len(example.sequence)))
+        return part, example if self.options else replace(example, options=(), choices=())
 
     def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
         """All examples of a part, in their order, ``batch_size`` at a time; none where there is no such part."""

@@ -42,11 +42,11 @@ def evaluation_batch(
 ) -> Batch:
     """The costliest batch of a set's evaluation loader, or of its first ``n_examples``; ``data`` has no Trainer."""
     loader: Any = data.eval_dataloader(split)
-    batches = list(loader.batch_sampler)
+    batches: Iterable[list[Key]] = loader.batch_sampler
     if n_examples is not None:
-        first = [key for keys in batches for key in keys][:n_examples]
-        batches = [[key for key in keys if key in first] for keys in batches]
-    return _costliest(loader, [keys for keys in batches if keys], cost)
+        first = list(islice((key for keys in batches for key in keys), n_examples))
+        batches = ([key for key in keys if key in first] for keys in islice(batches, n_examples))
+    return _costliest(loader, (keys for keys in batches if keys), cost)
 
 
 def _costliest(loader: Any, batches: Iterable[list[Key]], cost: Callable[[Size], float]) -> Batch:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.readers import SUFFIXES, column, folder_or_hub, read_hub, read_records, text_lists
+from lightning_ssiuu.datamodules.readers import (
+    SUFFIXES,
+    Record,
+    column,
+    folder_or_hub,
+    read_hub,
+    read_records,
+    rows,
+    text_lists,
+)
 from lightning_ssiuu.datamodules.splits import numbered
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
@@ -51,7 +62,7 @@ class PairedFiles(UnlearningDataModule):
         kept = _examples(self._rows(self.retain, "retain"), len(forget))
         return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
 
-    def _rows(self, name: str, argument: str) -> list[dict]:
+    def _rows(self, name: str, argument: str) -> Iterator[Record]:
         path = None if self.path is None else folder_or_hub(self.path)
         if path is None:
             config, split = (name, "train") if self.config is None else (self.config, name)
@@ -74,8 +85,8 @@ def check_sizes(**sizes: int | None) -> None:
 
 
 def cut(
-    kept: list[QAExample], retain_size: int | None, test_size: int | None, source: str
-) -> tuple[list[QAExample], list[QAExample]]:
+    kept: Sequence[QAExample], retain_size: int | None, test_size: int | None, source: str
+) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
     """Cut what is not forgotten into retain and test set; ``source`` is where it is from, for error messages."""
     available = len(kept)
     n_retain = available - (test_size or 0) if retain_size is None else retain_size
@@ -88,12 +99,13 @@ def cut(
     return kept[:n_retain], kept[n_retain : n_retain + n_test]
 
 
-def _examples(rows: list[dict], first_id: int) -> list[QAExample]:
-    texts = (column(rows, name, "path") for name in ("question", "answer"))
-    return numbered(first_id, *texts, _optional(rows, "perturbed_answer"), _optional(rows, "paraphrased_question"))
+def _examples(records: Iterator[Record], first_id: int) -> Sequence[QAExample]:
+    texts = [partial(column, name=name, argument="path") for name in ("question", "answer")]
+    lists = [partial(_optional, name=name) for name in ("perturbed_answer", "paraphrased_question")]
+    return numbered(first_id, rows(records, *texts, *lists))
 
 
-def _optional(rows: list[dict], name: str) -> list[tuple[str, ...]]:
+def _optional(records: Iterable[Record], name: str) -> Iterator[tuple[str, ...]]:
     """Texts that only some of TOFU's files hold, one or several to a row."""
-    listed = [{name: [row[name]] if isinstance(row.get(name), str) else row.get(name)} for row in rows]
+    listed = ({name: [row[name]] if isinstance(row.get(name), str) else row.get(name)} for row in records)
     return text_lists(listed, name, "path")

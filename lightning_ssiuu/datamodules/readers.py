@@ -6,8 +6,9 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ _ALLOWED = "an existing .json, .jsonl or .csv file, or a data set of the hub (ow
 FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 
 
-def read_records(source: str, argument: str) -> list[Record]:
-    """Read a list of records; ``argument`` is what ``source`` was given for, for error messages.
+def read_records(source: str, argument: str) -> Iterator[Record]:
+    """Read records one by one; ``argument`` is what ``source`` was given for, for error messages.
 
     The source is a ``.json`` or ``.jsonl`` file (JSON, a list or an object whose ``"data"`` is one, or JSON Lines: its
     content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
-    ``owner/name:config:split`` (split ``train`` unless given).
+    ``owner/name:config:split`` (split ``train`` unless given). Only JSON that is a single value is read at once.
     """
     with reading(argument, source, _ALLOWED):  # no path at all: too long, no such user, a zero byte
         path = Path(source).expanduser()
@@ -43,13 +44,13 @@ def read_records(source: str, argument: str) -> list[Record]:
     return read_hub(hub_id["name"], hub_id["config"] or None, hub_id["split"] or "train", argument)
 
 
-def read_hub(name: str, config: str | None, split: str, argument: str) -> list[Record]:
-    """Read a split of a data set of the hub, from its cache where it is there."""
+def read_hub(name: str, config: str | None, split: str, argument: str) -> Iterator[Record]:
+    """Read a split of a data set of the hub, from its cache where it is there, record by record."""
     import datasets  # slow to import and not needed for files
 
     with hub_errors(argument, ":".join(part for part in (name, config, split) if part), _ALLOWED):
         rows = datasets.load_dataset(name, config, split=split)
-    return [dict(row) for row in rows]
+    return map(dict, rows)
 
 
 @contextmanager
@@ -94,24 +95,46 @@ def folder_or_hub(path: str) -> Path | None:
     return None
 
 
-def _read_file(path: Path, source: str, argument: str) -> list[Record]:
+def _read_file(path: Path, source: str, argument: str) -> Iterator[Record]:
     suffix = path.suffix.lower()
-    with file_errors(argument, source), path.open(encoding="utf-8-sig", newline="") as file:
-        if suffix == ".csv":
-            records: Any = list(csv.DictReader(file, strict=True))
-        else:
-            records = _parse_json(file.read(), suffix)
-    if isinstance(records, dict):
-        records = records.get("data")
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(argument, source, 'a list of records, or an object whose "data" is one')
-    if suffix == ".csv" and any(None in record for record in records):
-        raise UserError(argument, source, "CSV whose rows have no more cells than its header")
-    return records
+    with file_errors(argument, source):
+        for record in _csv_rows(path) if suffix == ".csv" else _json_values(path, suffix):
+            if not isinstance(record, dict):
+                raise UserError(argument, source, 'a list of records, or an object whose "data" is one')
+            if suffix == ".csv" and None in record:
+                raise UserError(argument, source, "CSV whose rows have no more cells than its header")
+            yield record
+
+
+def _csv_rows(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file, strict=True)
+
+
+def _json_values(path: Path, suffix: str) -> Iterator[Any]:
+    # JSON or JSON Lines, by what is in the file: many a file of lines is called .json.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        first = list(islice(lines, 2))
+        if len(first) == 2 and _is_json(first[0][1]):
+            for number, line in chain(first, lines):
+                yield _parse_line(line, number)
+            return
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        values = _parse_json(file.read(), suffix)
+    if isinstance(values, dict):
+        values = values.get("data")
+    yield from values if isinstance(values, list) else [None]
+
+
+def _is_json(line: str) -> bool:
+    with suppress(ValueError):
+        json.loads(line)
+        return True
+    return False
 
 
 def _parse_json(text: str, suffix: str) -> Any:
-    # JSON or JSON Lines, by what is in the file: many a file of lines is called .json.
     try:
         if suffix == ".json":
             return json.loads(text)
@@ -139,9 +162,14 @@ def _parse_line(line: str, number: int) -> Any:
         raise
 
 
-def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
+def rows(records: Iterable[Record], *columns: Callable[[Iterable[Record]], Iterator[Any]]) -> Iterator[tuple[Any, ...]]:
+    """Columns (such as ``partial(column, name=..., argument=...)``) side by side, record by record."""
+    copies = tee(records, len(columns))  # that go in step: each holds one record at a time
+    return zip(*(read(copy) for read, copy in zip(columns, copies, strict=True)), strict=True)
+
+
+def column(records: Iterable[Record], name: str, argument: str) -> Iterator[str]:
     """One column of texts or finite numbers, as text; ``argument`` named the column. A missing value is none."""
-    values = []
     for number, value in _cells(records, name, argument):
         text = str(value)
         # pandas writes a missing cell as NaN
@@ -154,13 +182,11 @@ def column(records: Sequence[Record], name: str, argument: str) -> list[str]:
             raise UserError(argument, given, "text that UTF-8 can hold")
         if "\0" in text:
             raise UserError(argument, Given(f"a zero byte in record {number} of {name!r}"), "text")
-        values.append(text)
-    return values
+        yield text
 
 
-def text_lists(records: Sequence[Record], name: str, argument: str) -> list[tuple[str, ...]]:
+def text_lists(records: Iterable[Record], name: str, argument: str) -> Iterator[tuple[str, ...]]:
     """One column of lists of texts; a cell may also hold one as JSON, for CSV. An empty cell is an empty list."""
-    lists = []
     for number, cell in _cells(records, name, argument):
         value = [] if cell is None else cell
         if isinstance(value, str):
@@ -170,8 +196,7 @@ def text_lists(records: Sequence[Record], name: str, argument: str) -> list[tupl
                 value = None
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
             raise UserError(argument, Given(f"record {number} of {name!r}"), "a list of texts, or one written as JSON")
-        lists.append(tuple(value))
-    return lists
+        yield tuple(value)
 
 
 def _columns(record: Record, name: str) -> str:
@@ -184,7 +209,7 @@ def _columns(record: Record, name: str) -> str:
     return ", ".join(names) + (f" ({meant})" if (meant := nearest(name, names)) else "")
 
 
-def _cells(records: Sequence[Record], name: str, argument: str) -> Iterator[tuple[int, Any]]:
+def _cells(records: Iterable[Record], name: str, argument: str) -> Iterator[tuple[int, Any]]:
     for number, record in enumerate(records):
         if name not in record:
             raise UserError(argument, name, _columns(record, name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,13 +13,16 @@ from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataMo
 from lightning_ssiuu.datamodules.encoding import Encoder
 from lightning_ssiuu.datamodules.readers import Record, column, read_records
 from lightning_ssiuu.datamodules.splits import name_ids
+from lightning_ssiuu.datamodules.spooled import Spooled, kept
 from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Instruction data for benign attacks where the data module has no harmless items (arXiv 2509.22263, Sec. 4).
 ALPACA = "tatsu-lab/alpaca"
 
 #: Chooses attacked and scored examples from the forget set, p and random numbers that depend on the seed alone.
-Selection = Callable[[list[QAExample], float | None, np.random.Generator], tuple[list[QAExample], list[QAExample]]]
+Selection = Callable[
+    [Sequence[QAExample], float | None, np.random.Generator], tuple[Sequence[QAExample], Sequence[QAExample]]
+]
 
 _SELECTION = 2  # salt of the generator that selects, beside those of the batch order
 
@@ -93,26 +96,26 @@ class RelearnDataModule(UnlearningDataModule):
         return self.source.encoder
 
     @property
-    def attacked(self) -> list[QAExample]:
+    def attacked(self) -> Sequence[QAExample]:
         """What the attack trains on."""
         return self.splits.retain
 
     @property
-    def scored(self) -> list[QAExample]:
+    def scored(self) -> Sequence[QAExample]:
         """What the attack is scored on."""
         return self.splits.forget
 
     def load_splits(self) -> Splits:
         """Select the attacked examples (served as ``retain``) and the scored ones (served as ``forget``)."""
-        forget = list(self.source.splits.forget)
+        forget = kept(self.source.splits.forget)
         if self.pool is not None:
             if unknown := self.pool - {example.example_id for example in forget}:
                 raise UserError("pool", Given(f"{len(unknown)} ids that are not in the forget set"), "its ids")
-            forget = [example for example in forget if example.example_id in self.pool]
+            forget = kept(example for example in forget if example.example_id in self.pool)
         selected: Any = self.select(forget, np.random.default_rng([self.seed, _SELECTION]))
         if not _is_selection(selected):
             raise UserError("attack", self.kind, "select() that returns attacked and scored examples")
-        attacked, scored = map(list, selected)
+        attacked, scored = map(kept, selected)
         for name, examples in (("attacked", attacked), ("scored", scored)):
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
@@ -120,7 +123,7 @@ class RelearnDataModule(UnlearningDataModule):
         if both := [example.example_id for example in scored if example.folded in questions]:
             given = Given(f"{len(both)} questions that are also attacked ({name_ids(both)})")
             raise UserError("scored", given, "questions disjoint from the attacked ones")
-        return Splits(forget=scored, retain=attacked)
+        return Splits(forget=self.source.to_score(scored), retain=attacked)
 
     @property
     def eval_splits(self) -> list[str]:
@@ -132,7 +135,9 @@ class RelearnDataModule(UnlearningDataModule):
             self._scored = {ranks: list(self.eval_dataloader("forget"))}
         return self._scored[ranks]
 
-    def select(self, forget: list[QAExample], rng: np.random.Generator) -> tuple[list[QAExample], list[QAExample]]:
+    def select(
+        self, forget: Sequence[QAExample], rng: np.random.Generator
+    ) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
         """Attacked and scored examples of the forget set or pool, no question in both; ``rng`` depends on the seed."""
         if self.selection is not None:
             return self.selection(forget, self.p, rng)
@@ -142,23 +147,24 @@ class RelearnDataModule(UnlearningDataModule):
 
 
 def _is_selection(selected: Any) -> bool:
-    # A pair of lists of examples.
+    # A pair of sequences of examples.
     if not (isinstance(selected, list | tuple) and len(selected) == 2):
         return False
     return all(
-        isinstance(part, list | tuple) and all(isinstance(example, QAExample) for example in part) for part in selected
+        isinstance(part, list | tuple | Spooled) and all(isinstance(example, QAExample) for example in part)
+        for part in selected
     )
 
 
 def random_fraction(
-    forget: list[QAExample], p: float, rng: np.random.Generator
-) -> tuple[list[QAExample], list[QAExample]]:
+    forget: Sequence[QAExample], p: float, rng: np.random.Generator
+) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
     """``round(p * n)`` random examples of n, and the rest without the questions of those."""
     chosen = set(rng.permutation(len(forget))[: round(p * len(forget))].tolist())
-    attacked = [example for index, example in enumerate(forget) if index in chosen]
+    attacked = kept(example for index, example in enumerate(forget) if index in chosen)
     # By question, not only by id: a question that occurs twice would be scored after it was taught
     taught = {example.folded for example in attacked}
-    scored = [example for example in forget if example.folded not in taught]
+    scored = kept(example for example in forget if example.folded not in taught)
     if not attacked or not scored:
         taken = f"of {len(forget)} it takes {len(attacked)} and leaves {len(scored)}"
         raise UserError("p", p, f"a fraction that leaves attack and scored examples: {taken}")
@@ -174,7 +180,7 @@ class HarmlessItems:
         self.source, self.path, self.size = source, path, size
 
     @cached_property
-    def items(self) -> list[QAExample]:
+    def items(self) -> Sequence[QAExample]:
         own = self.source.splits.benign if self.path is None else []
         items = own or self._read(self.path or ALPACA)
         if not items:
@@ -200,7 +206,7 @@ class HarmlessItems:
         return chosen
 
     def _read(self, path: str) -> list[QAExample]:
-        records = read_records(path, "benign_path")
+        records = list(read_records(path, "benign_path"))
         if records and "instruction" in records[0]:
             records = [_from_instruction(record) for record in records]
         questions, answers = column(records, "question", "benign_path"), column(records, "answer", "benign_path")

@@ -13,12 +13,18 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_ssiuu.datamodules.encoding import Key
 
 _SALTS = {"forget": 0, "retain": 1}  # so that equally long sets are not permuted alike
+_SCORED = 3
 _Sizes = Mapping[str, int]
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(size: int, *seeds: int) -> list[int]:
-    return np.random.default_rng(seeds).permutation(size).tolist()
+def _permutation(size: int, *seeds: int) -> np.ndarray:
+    return np.random.default_rng(seeds).permutation(size)
+
+
+def scored_alone(size: int, most: int) -> list[int]:
+    """Numbers of the ``most`` examples of a larger set that stand for it in scores: always the same random ones."""
+    return sorted(_permutation(size, _SCORED)[:most].tolist())
 
 
 class PairSampler(Sampler[list[Key]]):
@@ -63,7 +69,7 @@ class PairSampler(Sampler[list[Key]]):
                 offset = number * count
                 start, count = epoch * size + offset, min(count, size - offset)
             places = [divmod(place, size) for place in range(start, start + count)]
-            batch[part] = [_permutation(size, self.seed, _SALTS[part], round_)[index] for round_, index in places]
+            batch[part] = [int(_permutation(size, self.seed, _SALTS[part], round_)[index]) for round_, index in places]
         return batch
 
     def __iter__(self) -> Iterator[list[Key]]:

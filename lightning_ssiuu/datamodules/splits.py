@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
+
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import Given, UserError
+
+_DIGEST = 16  # bytes: no two questions of however large a set have the same one
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +51,7 @@ class QAExample:
 
 @dataclass(frozen=True, repr=False)
 class Splits:
-    """The sets of a benchmark.
+    """The sets of a benchmark: lists, or other sequences that cannot be changed (:class:`~.spooled.Spooled`).
 
     Args:
         forget: What must be unlearned.
@@ -59,23 +64,29 @@ class Splits:
         Splits(forget=1, retain=1, test=0, benign=0)
     """
 
-    forget: list[QAExample]
-    retain: list[QAExample]
-    test: list[QAExample] = field(default_factory=list)
-    benign: list[QAExample] = field(default_factory=list)
+    forget: Sequence[QAExample]
+    retain: Sequence[QAExample]
+    test: Sequence[QAExample] = field(default_factory=list)
+    benign: Sequence[QAExample] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return "Splits(" + ", ".join(f"{name}={len(examples)}" for name, examples in self.items()) + ")"
 
-    def items(self) -> list[tuple[str, list[QAExample]]]:
+    def items(self) -> list[tuple[str, Sequence[QAExample]]]:
         """Name and examples of each set, in the order forget, retain, test, benign."""
         return [("forget", self.forget), ("retain", self.retain), ("test", self.test), ("benign", self.benign)]
 
     def sha256(self) -> str:
         """Hex digest of the canonical JSON of all sets: the provenance of the data, without its text."""
-        record = {name: [asdict(example) for example in examples] for name, examples in self.items()}
-        text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for before, (name, examples) in zip("{,,,", sorted(self.items()), strict=True):
+            digest.update(f'{before}"{name}":['.encode())
+            for number, example in enumerate(examples):
+                text = json.dumps(asdict(example), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+                digest.update(("," * (number > 0) + text).encode())
+            digest.update(b"]")
+        digest.update(b"}")
+        return digest.hexdigest()
 
     def validate(self) -> None:
         """Check what every benchmark must satisfy.
@@ -87,20 +98,38 @@ class Splits:
         for name, examples in self.items()[:2]:
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
-        uses = Counter(example.example_id for _, examples in self.items() for example in examples)
-        if twice := [example_id for example_id, count in uses.items() if count > 1]:
-            raise UserError("example_id", Given(f"{name_ids(twice)} used more than once"), "unique ids over all sets")
-        for name, examples in self.items():
-            if blank := [e.example_id for e in examples if not (e.question.strip() and e.answer.strip())]:
-                raise UserError(name, Given(f"blank question or answer in {name_ids(blank)}"), "non-empty text")
-        set_of: dict[str, str] = {}
-        for name, examples in self.items()[:3]:
-            sets = [(set_of.setdefault(example.folded, name), example.example_id) for example in examples]
-            earlier = next((other for other, _ in sets if other != name), None)
-            if earlier is not None:
-                ids = [example_id for other, example_id in sets if other == earlier]
-                given = Given(f"{len(ids)} questions that are also in {earlier} ({name_ids(ids)})")
-                raise UserError(name, given, f"questions disjoint from {earlier}")
+        contents = {name: _Content(examples) for name, examples in self.items()}
+        every = np.concatenate([np.asarray(content.ids) for content in contents.values()])
+        ids, first, counts = np.unique(every, return_index=True, return_counts=True)
+        if len(twice := ids[counts > 1][np.argsort(first[counts > 1])]):
+            given = Given(f"{name_ids(twice.tolist())} used more than once")
+            raise UserError("example_id", given, "unique ids over all sets")
+        for name, content in contents.items():
+            if content.blank:
+                given = Given(f"blank question or answer in {name_ids(content.blank)}")
+                raise UserError(name, given, "non-empty text")
+        for name, earlier in (("retain", ["forget"]), ("test", ["forget", "retain"])):
+            own = contents[name]
+            shared = {other: np.flatnonzero(np.isin(own.questions, contents[other].questions)) for other in earlier}
+            if found := [other for other in earlier if len(shared[other])]:
+                other = min(found, key=lambda other: shared[other][0])
+                same = [own.ids[place] for place in shared[other]]
+                given = Given(f"{len(same)} questions that are also in {other} ({name_ids(same)})")
+                raise UserError(name, given, f"questions disjoint from {other}")
+
+
+class _Content:
+    """What one pass over a set says of it: ids, those of blank examples, and digests of the questions."""
+
+    def __init__(self, examples: Iterable[QAExample]) -> None:
+        self.ids, self.blank, digests = array("q"), [], bytearray()
+        for example in examples:
+            self.ids.append(example.example_id)
+            if not (example.question.strip() and example.answer.strip()):
+                self.blank.append(example.example_id)
+            text = example.folded.encode(errors="surrogatepass")
+            digests += hashlib.blake2b(text, digest_size=_DIGEST).digest()
+        self.questions = np.frombuffer(bytes(digests), f"S{_DIGEST}") if digests else np.empty(0, f"S{_DIGEST}")
 
 
 def name_ids(ids: Sequence[int]) -> str:
@@ -113,6 +142,6 @@ def first_few(items: Sequence[object], n: int = 5) -> str:
     return ", ".join(map(str, items[:n])) + (f" and {len(items) - n} more" if len(items) > n else "")
 
 
-def numbered(first_id: int, *columns: Sequence) -> list[QAExample]:
-    """Examples from columns in the order of :class:`QAExample`'s fields after the id, numbered from ``first_id`` on."""
-    return [QAExample(first_id + n, *row) for n, row in enumerate(zip(*columns, strict=True))]
+def numbered(first_id: int, rows: Iterable[Sequence]) -> Sequence[QAExample]:
+    """Examples from rows in the order of :class:`QAExample`'s fields after the id, numbered from ``first_id`` on."""
+    return kept(QAExample(first_id + n, *row) for n, row in enumerate(rows))

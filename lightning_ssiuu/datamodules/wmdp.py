@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.paired import check_sizes, cut
-from lightning_ssiuu.datamodules.readers import Record, column, read_records, text_lists
+from lightning_ssiuu.datamodules.readers import Record, column, read_records, rows, text_lists
 from lightning_ssiuu.utils.errors import Given, UserError
 
 
@@ -62,11 +64,11 @@ class WMDP(UnlearningDataModule):
         return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
 
 
-def _examples(rows: list[Record], first_id: int, argument: str) -> list[QAExample]:
-    questions, places = column(rows, "question", argument), column(rows, "answer", argument)
-    choices = text_lists(rows, "choices", argument)
+def _examples(records: Iterable[Record], first_id: int, argument: str) -> list[QAExample]:
+    texts = [partial(column, name=name, argument=argument) for name in ("question", "answer")]
+    lists = partial(text_lists, name="choices", argument=argument)
     examples: dict[str, QAExample] = {}
-    for number, (question, place, options) in enumerate(zip(questions, places, choices, strict=True)):
+    for number, (question, place, options) in enumerate(rows(records, *texts, lists)):
         if not place.isdecimal() or len(place) > 9 or int(place) >= len(options):
             raise UserError(argument, Given(f"'answer' of record {number}"), "the place of a choice, from 0")
         answer = options[int(place)]

@@ -90,8 +90,8 @@ class WorldFacts(ClusterDataModule):
         splits = super().load_splits()
         benign = json.loads(FACTS.read_text(encoding="utf-8"))["benign"]
         # Above the ids of all probes, so that scored sets may be put together
-        columns = ([item[name] for item in benign] for name in ("question", "answer"))
-        return replace(splits, benign=numbered(len(self.clusters) * 100, *columns))
+        pairs = ((item["question"], item["answer"]) for item in benign)
+        return replace(splits, benign=numbered(len(self.clusters) * 100, pairs))
 
 
 def relations() -> list[str]:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Part
@@ -39,7 +40,9 @@ from lightning_ssiuu.utils.files import cache_directory, check_space
 #: one row each.
 Observation = Callable[[AnswerModel, Part], tuple[Tensor, Tensor | None]]
 
-_INDEX = "index.json"
+# Where each example's values are, by what is observed: rows of example id, number of the file, first row and the next.
+_INDEX = "index.safetensors"
+_SHARD = 1 << 26  # bytes of a file, but for its last batch
 
 
 def reference_logps(model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
@@ -63,8 +66,8 @@ class StoredReference:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            self._index = load_file(folder / _INDEX)
+        except (OSError, SafetensorError) as error:
             allowed = f"a run whose reference is still there ({folder} is not), or model.reference second_model"
             raise UserError("ckpt_path", "a checkpoint of a run with a cached reference", allowed) from error
 
@@ -74,14 +77,19 @@ class StoredReference:
         Raises:
             UserError: If an example was not among those the reference was computed on.
         """
-        values = []
-        for example in part["example_id"].tolist():
-            if (place := self._index[name].get(str(example))) is None:
+        values, index = [], self._index[name]
+        examples = part["example_id"].cpu()
+        places = torch.searchsorted(index[:, 0].contiguous(), examples).clamp(max=len(index) - 1)
+        for example, (known, number, start, stop) in zip(examples.tolist(), index[places].tolist(), strict=True):
+            if known != example:
                 raise UserError("data", f"example id {example}", "training examples known when training began")
-            file, start, stop = place
-            with safe_open(self.folder / file, framework="pt") as content:
+            with safe_open(_file(self.folder, name, number), framework="pt") as content:
                 values.append(content.get_slice("values")[start:stop])
         return torch.cat(values).to(part["example_id"].device)
+
+
+def _file(folder: Path, name: str, number: int) -> Path:
+    return folder / f"{name.replace('/', '-')}-{number}.safetensors"
 
 
 class LiveReference:
@@ -121,7 +129,7 @@ def reference_key(model: nn.Module, observations: Iterable[str], examples: Mappi
         own.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
         own.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if part.numel() else b"")
     digest = hashlib.sha256("".join(gathered(own.hexdigest())).encode())
-    digest.update(json.dumps([torch.__version__, sorted(observations)]).encode())
+    digest.update(json.dumps([torch.__version__, _INDEX, sorted(observations)]).encode())
     for name, batches in examples.items():
         digest.update(name.encode())
         for batch in batches:
@@ -133,6 +141,36 @@ def reference_key(model: nn.Module, observations: Iterable[str], examples: Mappi
 def reference_folder(key: str) -> Path:
     """Where the values under a key are kept."""
     return cache_directory() / "references" / key
+
+
+class _Shards:
+    # The values of one observation, written to files as they come, and where they are.
+    def __init__(self, folder: Path | None, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.places, self.waiting = array("q"), list[Tensor]()
+        self.number = self.rows = self.bytes = 0
+
+    def add(self, examples: Tensor, values: Tensor, counts: Tensor | None) -> None:
+        lengths = [1] * len(examples) if counts is None else counts.long().tolist()
+        for example, length in zip(examples.tolist(), lengths, strict=True):
+            self.places.extend((example, self.number, self.rows, self.rows + length))
+            self.rows += length
+        self.waiting.append(values.cpu())
+        self.bytes += values.numel() * values.element_size()
+        if self.bytes >= _SHARD:
+            self.write()
+
+    def write(self) -> None:
+        if self.waiting:
+            assert self.folder is not None
+            check_space("LIGHTNING_SSIUU_CACHE", str(self.folder.parent), self.bytes)
+            save_file({"values": torch.cat(self.waiting)}, _file(self.folder, self.name, self.number))
+            self.number, self.rows, self.bytes, self.waiting = self.number + 1, 0, 0, []
+
+    def close(self) -> Tensor:
+        self.write()
+        places = torch.tensor(self.places, dtype=torch.long).view(-1, 4)
+        return places[places[:, 0].argsort()]
 
 
 def store(
@@ -150,26 +188,22 @@ def store(
         UserError: If the disk refuses.
     """
     partial: Path | None = None
-    index: dict[str, dict[str, list[Any]]] = {name: {} for name in observations}
+    index: dict[str, Tensor] = {}
     try:
         if writes:
             check_space("LIGHTNING_SSIUU_CACHE", str(folder.parent), 1 << 20)
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))  # for this user alone
         for name, observe in observations.items():
-            for number, part in enumerate(examples[name.partition("/")[0]]()):
+            shards = _Shards(partial, name)
+            for part in examples[name.partition("/")[0]]():
                 with torch.no_grad(), evaluation_mode(model):
                     values, counts = observe(model, part)
-                if partial is None:
-                    continue
-                file = f"{name.replace('/', '-')}-{number}.safetensors"
-                check_space("LIGHTNING_SSIUU_CACHE", str(folder.parent), values.numel() * values.element_size())
-                save_file({"values": values.cpu().contiguous()}, partial / file)
-                stops = (torch.ones(len(part["example_id"])) if counts is None else counts).cumsum(0).long().tolist()
-                for example, start, stop in zip(part["example_id"].tolist(), [0, *stops[:-1]], stops, strict=True):
-                    index[name][str(example)] = [file, start, stop]
+                if partial is not None:
+                    shards.add(part["example_id"], values, counts)
+            index[name] = shards.close()
         if partial is not None:
-            (partial / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+            save_file(index, partial / _INDEX)
             if not folder.exists():  # two runs at once: the first one's stays
                 partial.rename(folder)
     except OSError as error:

@@ -84,6 +84,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         f"{_REGULARIZER}.modules": ["[nope]", "[layer99]", "7", "['']", _SURROGATE],
         "data.init_args.batch_size": [*_NO_POSITIVE, "1000", str(2**70)],
         "data.init_args.eval_batch_size": _NO_POSITIVE,
+        "data.init_args.max_eval_examples": _NO_POSITIVE,
         "data.init_args.num_workers": ["-1", "x", "1.5"],
         "data.init_args.seed": ["-1", str(2**64), "x", "1.5"],
         "data.init_args.max_length": ["-1", "0", "8", "500", "x", str(2**70)],

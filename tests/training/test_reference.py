@@ -87,6 +87,20 @@ def test_every_source_tells_what_the_untouched_model_says(tmp_path: Path, option
     assert len(folders) == (0 if "lora" in options or "reference" in options else 1)
 
 
+@pytest.mark.parametrize(("size", "files"), [(1, 1), (1 << 20, 1), (1, 3)])
+def test_values_lie_in_few_files_in_whatever_order_the_ids_are(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, size: int, files: int
+) -> None:
+    """Two observations of a set that is looked at 16 examples at a time."""
+    monkeypatch.setattr("lightning_ssiuu.training.reference._SHARD", size)
+    some = examples(0, 5) if files == 1 else examples(0, 40)
+    module = trained(tmp_path, splits=Splits(some[::-1], examples(100, 7)))
+    for logps, logits, answers in module.told:
+        torch.testing.assert_close(logps, answers.logps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logits, answers.logits, rtol=1e-12, atol=1e-12)
+    assert len(list(cache.rglob("*.safetensors"))) == 2 * files + 1
+
+
 def test_a_second_run_reads_what_the_first_one_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = trained(tmp_path)
     monkeypatch.setattr("lightning_ssiuu.training.reference.store", None)

@@ -64,10 +64,10 @@ def test_aliases_are_measured() -> None:
 
 def test_names_of_columns_are_shown_only_where_they_look_like_names() -> None:
     with pytest.raises(UserError, match=r"allowed: answer, qestion \(did you mean 'qestion'\?\)"):
-        column([{"qestion": "a", "answer": "b"}], "question", "question_column")
+        list(column([{"qestion": "a", "answer": "b"}], "question", "question_column"))
     for record in ({"Who is Ada?": "b"}, {"x" * 50: "b"}, {f"c{n}": "b" for n in range(50)}):
         with pytest.raises(UserError, match=f"of {len(record)}, whose names look like data") as caught:
-            column([record], "question", "question_column")
+            list(column([record], "question", "question_column"))
         assert not any(name in str(caught.value) for name in record)
 
 

@@ -69,7 +69,7 @@ class Findings:
             return None
         score, chance = self.retain_chance
         before, after = (self.examined[name].scores["retain"][score] for name in ("original", "unlearned"))
-        return Retention(score, before, after, chance, len(data.splits.retain))
+        return Retention(score, before, after, chance, data.n_scored("retain"))
 
     def examples(self, data: UnlearningDataModule) -> list[dict[str, Any]]:
         """The shown examples with both models' answers; empty unless asked for."""
