@@ -1,13 +1,16 @@
 """One thread (the suite shares few cores, and results then do not depend on how many there are), and no network.
 
-And a directory that all workers of a session share.
+And a directory that all workers of a session share. Nothing waits for the disk: no test cuts the power.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +21,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 torch.set_num_threads(1)
+os.fsync = lambda _: None
 
+#: People of each set in ``few_facts``: enough for the recipes' batches of 12 and 36.
+_FEW = {"forget": 2, "retain": 6, "test": 2}
 _SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
 
@@ -38,3 +44,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: begun last, one would keep one worker busy while the others have nothing to do."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold for ever is not looked through again whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _first_people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lightning_ssiuu.datamodules.embedded import FACTS
+
+    world, known = json.loads(FACTS.read_text(encoding="utf-8")), Counter[tuple[str, str]]()
+    for fact in world["facts"]:
+        known[fact["split"], fact["person"]] += 1
+    first = {person for split, most in _FEW.items() for person in [p for s, p in known if s == split][:most]}
+    world["facts"] = [fact for fact in world["facts"] if fact["person"] in first]
+    file = tmp_path_factory.mktemp("facts") / "facts.json"
+    file.write_text(json.dumps(world), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def few_facts(_first_people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Facts`` with few people, for tests that ask whether a command works and not how well it forgets."""
+    monkeypatch.setattr("lightning_ssiuu.datamodules.facts.FACTS", _first_people)

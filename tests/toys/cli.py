@@ -141,7 +141,10 @@ def default_run() -> tuple[Path, Result]:
     with (shared / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not shown.exists():
-            shown.write_text(json.dumps(asdict(fit(folder))), encoding="utf-8")
+            with pytest.MonkeyPatch.context() as patch:  # whatever the test that happens to be the first has
+                patch.setattr("lightning_ssiuu.datamodules.facts.FACTS", FACTS)
+                done = fit(folder)
+            shown.write_text(json.dumps(asdict(done)), encoding="utf-8")
     return folder, Result(**json.loads(shown.read_text(encoding="utf-8")))
 
 
