@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ def _first_people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def few_facts(_first_people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``Facts`` with few people, for tests that ask whether a command works and not how well it forgets."""
-    monkeypatch.setattr("lightning_ssiuu.datamodules.facts.FACTS", _first_people)
+@pytest.fixture(scope="module")
+def few_facts(_first_people: Path) -> Iterator[None]:
+    """``Facts`` with few people, for files that ask whether a command works and not how well it forgets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ssiuu.datamodules.facts.FACTS", _first_people)
+        yield

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PhiConfig
 from lightning_ssiuu import ARCHITECTURES
 from lightning_ssiuu.models.loading import TINY
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 USERS_FILE = """\
 from lightning_ssiuu import Architecture
 NAMES = {"attn_q": "self_attn.q_proj", "attn_o": "self_attn.dense", "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}

@@ -23,6 +23,8 @@ from toys.cli import Result, forget_texts
 
 from lightning_ssiuu.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 _DRAWN = {"options": 180, "configs": 40, "data": 50, "models": 90, "runs": 24}
 _TOLD = re.compile(r"lightning-ssiuu: error: [\w.,\-/ ]+: got .*, allowed: .+")
 _CHOSEN = os.environ.get("LIGHTNING_SSIUU_BAD_INPUTS", "0")

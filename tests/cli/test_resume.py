@@ -17,6 +17,8 @@ from lightning_ssiuu.cli.settings import HARMLESS, check_settings, run_settings
 from lightning_ssiuu.training.checkpoints import newest_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 
 def test_what_a_new_run_may_replace(tmp_path: Path) -> None:
     config = SimpleNamespace(
