@@ -24,8 +24,8 @@ import torch
 torch.set_num_threads(1)
 os.fsync = lambda _: None
 
-#: People of each set in ``few_facts``: enough for the recipes' batches of 12 and 36.
-_FEW = {"forget": 2, "retain": 6, "test": 2}
+#: People of each set in ``few_facts``: the forget set is whole, the retain set one of the recipes' batches.
+_FEW = {"forget": 6, "retain": 6, "test": 2}
 _SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
 
@@ -69,7 +69,7 @@ def _first_people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_facts(_first_people: Path) -> Iterator[None]:
-    """``Facts`` with few people, for files that ask whether a command works and not how well it forgets."""
+    """``Facts`` with few people to retain, for files that ask whether a command works and not how well it forgets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_ssiuu.datamodules.facts.FACTS", _first_people)
         yield

@@ -34,9 +34,13 @@ FAST = (
     *("--attribution.probe_examples", "8"),
     *("--data.init_args.eval_batch_size", "64"),
 )
-SHORT = (*FAST, "--trainer.max_steps", "2", "--stopping.threshold", "null", "--attribution.every_n_steps", "null")
+SHORT = (
+    *(*FAST, "--trainer.max_steps", "2", "--stopping.threshold", "null", "--attribution.every_n_steps", "null"),
+    *("--attribution.write", "false"),  # drawing the pictures would take a quarter of it
+)
+DRAWN = (*SHORT, "--attribution.write", "true")
 #: One step, of which as little as possible is told.
-BARE = (*SHORT, "--attribution.probe_examples", "0", "--trainer.max_steps", "1")
+BARE = (*DRAWN, "--attribution.probe_examples", "0", "--trainer.max_steps", "1")
 
 
 def attacking(**options: Any) -> list[str]:
