@@ -26,6 +26,8 @@ os.fsync = lambda _: None
 
 #: People of each set in ``few_facts``: the forget set is whole, the retain set one of the recipes' batches.
 _FEW = {"forget": 6, "retain": 6, "test": 2}
+#: Files of half a minute or more, by their time.
+_LONGEST = ("test_distributed", "test_recipes", "test_bad_inputs", "test_conformance", "test_memory", "test_benchmarks")
 _SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
 
@@ -42,9 +44,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: begun last, one would keep one worker busy while the others have nothing to do."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """The longest files first: begun last, one would keep one worker busy while the others have nothing to do."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
 def pytest_collection_finish() -> None:
