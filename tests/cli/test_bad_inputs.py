@@ -31,15 +31,6 @@ _CHOSEN = os.environ.get("LIGHTNING_SSIUU_BAD_INPUTS", "0")
 _CASES = [case for kind in KINDS.values() for case in kind] if _CHOSEN == "all" else cases(int(_CHOSEN), _DRAWN)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _collect_what_is_new() -> Iterator[None]:
-    """Half of a case's time would go into looking for garbage among the libraries' objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @contextlib.contextmanager
 def _seen() -> Iterator[dict[int, str]]:
     """What reaches the terminal inside, by descriptor: also what other languages print, and libraries' loggers."""
