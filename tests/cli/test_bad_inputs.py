@@ -73,6 +73,7 @@ def _loggers() -> list[logging.Logger]:
 
 def _run(arguments: list[str]) -> Result:
     seed = os.environ.get("PL_GLOBAL_SEED")
+    gc.freeze()  # garbage is looked for among what the command makes, not among what was there before
     with _seen() as shown:
         status = main(arguments)
         gc.collect()
