@@ -1,13 +1,17 @@
 """One thread (the suite shares few cores, and results then do not depend on how many there are), and no network.
 
-And a directory that all workers of a session share.
+And a directory that all workers of a session share. Nothing waits for the disk: no test cuts the power.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +22,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 torch.set_num_threads(1)
+os.fsync = lambda _: None
 
+#: People of each set in ``few_facts``: the forget set is whole, the retain set one of the recipes' batches.
+_FEW = {"forget": 6, "retain": 6, "test": 2}
+#: Files of half a minute or more, by their time.
+_LONGEST = ("test_distributed", "test_recipes", "test_bad_inputs", "test_conformance", "test_memory", "test_benchmarks")
 _SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
 
@@ -35,6 +44,33 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: begun last, one would keep one worker busy while the others have nothing to do."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """The longest files first: begun last, one would keep one worker busy while the others have nothing to do."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold for ever is not looked through again whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _first_people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lightning_ssiuu.datamodules.embedded import FACTS
+
+    world, known = json.loads(FACTS.read_text(encoding="utf-8")), Counter[tuple[str, str]]()
+    for fact in world["facts"]:
+        known[fact["split"], fact["person"]] += 1
+    first = {person for split, most in _FEW.items() for person in [p for s, p in known if s == split][:most]}
+    world["facts"] = [fact for fact in world["facts"] if fact["person"] in first]
+    file = tmp_path_factory.mktemp("facts") / "facts.json"
+    file.write_text(json.dumps(world), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def few_facts(_first_people: Path) -> Iterator[None]:
+    """``Facts`` with few people to retain, for files that ask whether a command works and not how well it forgets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ssiuu.datamodules.facts.FACTS", _first_people)
+        yield

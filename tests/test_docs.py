@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from toys.cli import RECIPES, ROOT, SHORT, command
+from toys.cli import DRAWN, RECIPES, ROOT, command
 
 import lightning_ssiuu
 from lightning_ssiuu.cli.fit import UnlearningCLI
@@ -29,7 +29,7 @@ BASH = shutil.which("bash") or "bash"
 _BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Options that make a shown command quick; they change how much is done, not how it is asked for.
 QUICKER = {
-    "fit": SHORT,
+    "fit": DRAWN,
     "attack": (
         *("--attack.epochs", "1", "--attack.seeds", "[0]"),
         *("--attack.learning_rates", "[1e-4]", "--attack.p", "[0.3]"),

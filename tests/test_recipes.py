@@ -16,6 +16,8 @@ from toys.ranks import ranks
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.models.loading import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 #: Attribution has tests of its own.
 BLIND = ("--attribution.probe_examples", "0")
 KINDS = ("objective", "model", "data", "teach", "regularizer", "scale", "attack")

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -149,6 +150,12 @@ class UnlearningCLI(LightningCLI):
         if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 1 << 32:
             raise UserError("seed_everything", seed, f"a number from 0 to {(1 << 32) - 1}, true or false")
         super()._set_seed()
+
+    def _dump_config(self) -> None:
+        if not hasattr(self, "config_dump"):  # Lightning's own would check again all that has been parsed
+            options: dict[str, Any] = {"skip_link_targets": False, "skip_none": False, "skip_validation": True}
+            text = self.parser.dump(self.config, format="yaml", **options)
+            self.config_dump = yaml.safe_load(text)[self.config.subcommand]
 
     def instantiate_classes(self) -> None:
         with parsing():

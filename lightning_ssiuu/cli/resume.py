@@ -135,4 +135,4 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     config = config.clone()
     config["ckpt_path"], config["overwrite"] = None, False
     config.pop("estimate_memory", None)
-    return parser.dump(config, skip_none=False)
+    return parser.dump(config, skip_none=False, skip_validation=True)  # parsed, so checked

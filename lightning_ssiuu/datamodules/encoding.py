@@ -333,16 +333,14 @@ def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str
 
     Labels are on the answers alone. The inverse of :func:`answered`.
     """
-    shape = len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)
-    input_ids = torch.full(shape, pad)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORE)
-    for row, (prompt, answer) in enumerate(pairs):
-        length = len(prompt) + len(answer)
-        input_ids[row, :length] = torch.tensor(prompt + answer, dtype=torch.long)
-        attention_mask[row, :length] = 1
-        labels[row, len(prompt) : length] = torch.tensor(answer, dtype=torch.long)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, answer in pairs:
+        length, rest = len(prompt) + len(answer), longest - len(prompt) - len(answer)
+        rows["input_ids"].append([*prompt, *answer, *[pad] * rest])
+        rows["attention_mask"].append([1] * length + [0] * rest)
+        rows["labels"].append([IGNORE] * len(prompt) + [*answer] + [IGNORE] * rest)
+    return {name: torch.tensor(values, dtype=torch.long) for name, values in rows.items()}
 
 
 def answered(part: Part) -> list[tuple[list[int], list[int]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys.cli import DEFAULT, SHORT, command, fit, read_json, script
+from toys.cli import DEFAULT, DRAWN, command, fit, read_json, script
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from lightning_ssiuu import ARCHITECTURES
@@ -25,7 +25,7 @@ RECORD = {
     "final_norm": "model.final_layernorm",
     "modules": {"mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"},
 }
-TRAINED = (*SHORT, "--stopping.unknown", "warn", "--attribution.alpha", "0.05", "--model.init_args.checkpoint", "model")
+TRAINED = (*DRAWN, "--stopping.unknown", "warn", "--attribution.alpha", "0.05", "--model.init_args.checkpoint", "model")
 
 
 def save_phi(folder: Path) -> None:

@@ -35,6 +35,8 @@ from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.checkpoints import newest_checkpoint
 from lightning_ssiuu.utils import locks
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 FIT = ("fit", "--config", DEFAULT, *BARE, "--trainer.default_root_dir", "run")
 SCORED = ("--data", "Facts", "--output", "out")
 

@@ -23,19 +23,12 @@ from toys.cli import Result, forget_texts
 
 from lightning_ssiuu.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 _DRAWN = {"options": 180, "configs": 40, "data": 50, "models": 90, "runs": 24}
 _TOLD = re.compile(r"lightning-ssiuu: error: [\w.,\-/ ]+: got .*, allowed: .+")
 _CHOSEN = os.environ.get("LIGHTNING_SSIUU_BAD_INPUTS", "0")
 _CASES = [case for kind in KINDS.values() for case in kind] if _CHOSEN == "all" else cases(int(_CHOSEN), _DRAWN)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collect_what_is_new() -> Iterator[None]:
-    """Half of a case's time would go into looking for garbage among the libraries' objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -80,6 +73,7 @@ def _loggers() -> list[logging.Logger]:
 
 def _run(arguments: list[str]) -> Result:
     seed = os.environ.get("PL_GLOBAL_SEED")
+    gc.freeze()  # garbage is looked for among what the command makes, not among what was there before
     with _seen() as shown:
         status = main(arguments)
         gc.collect()

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys.cli import DEFAULT, FAST, SHORT, command, default_run, files, fit, leaks, read_json
+from toys.cli import DEFAULT, DRAWN, FAST, SHORT, command, default_run, files, fit, leaks, read_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu import NeuronAttributionCallback, __main__
 from lightning_ssiuu.attribution.influence import CSV_HEADER
 
-SEEDED = (*SHORT, "--seed_everything", "3")
+SEEDED = (*DRAWN, "--seed_everything", "3")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_scoring_commands(name: str, short_run: Path, tmp_path: Path) -> None:
 
 
 def test_no_trace_of_callbacks_where_attribution_is_off(tmp_path: Path) -> None:
-    assert fit(tmp_path / "run", *SHORT, "--attribution.probe_examples", "0").status == 0
+    assert fit(tmp_path / "run", *DRAWN, "--attribution.probe_examples", "0").status == 0
     assert not (tmp_path / "run" / "plots").exists()
     assert read_json(tmp_path / "run" / "metrics.json")["after"]["influence"] == {}
 

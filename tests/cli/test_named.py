@@ -14,6 +14,8 @@ from toys.cli import ROOT, attacking, installed, read_json, script
 from lightning_ssiuu.evaluation.scores import SCORES, Score, check_score, find_score
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 PERPLEXITY, ACTIVATION = "my_scores.perplexity", "my_method.activation"
 #: File, where the documentation has its text, a word of it, and how many lines it may take.
 WRITTEN = (

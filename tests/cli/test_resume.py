@@ -17,6 +17,8 @@ from lightning_ssiuu.cli.settings import HARMLESS, check_settings, run_settings
 from lightning_ssiuu.training.checkpoints import newest_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 
 def test_what_a_new_run_may_replace(tmp_path: Path) -> None:
     config = SimpleNamespace(
@@ -115,7 +117,7 @@ def test_what_may_be_another(begun: Path, tmp_path: Path) -> None:
     changes = (
         *("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "7", "--data.init_args.num_workers", "1"),
         *("--data.init_args.eval_batch_size", "32", "--saving.folder", "weights", "--report.print_table", "false"),
-        *("--checkpoints.every_n_steps", "null", "--attribution.write", "false"),
+        *("--checkpoints.every_n_steps", "null", "--attribution.write", "true"),
     )
     root = tmp_path / "elsewhere"
     assert fit(root, *CHECKPOINTED, *changes, "--ckpt_path", begun).status == 0

@@ -36,6 +36,8 @@ from lightning_ssiuu.cli import attack as attacks
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import nothing_left
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 FIT = ("fit", "--config", DEFAULT, *BARE, "--trainer.default_root_dir", "run")
 
 

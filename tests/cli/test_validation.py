@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys.cli import SHORT, command, files, fit, read_json, refused
+from toys.cli import FAST, command, files, fit, read_json, refused
+
+pytestmark = pytest.mark.usefixtures("few_facts")
 
 #: Two epochs of three steps.
-EPOCHS = (*SHORT[:-6], "--stopping.threshold", "null", "--trainer.max_epochs", "2", "--attribution.probe_examples", "0")
+EPOCHS = (*FAST, "--stopping.threshold", "null", "--trainer.max_epochs", "2", "--attribution.probe_examples", "0")
 
 
 def callback(name: str, **options: object) -> list[str]:

@@ -18,6 +18,8 @@ from lightning_ssiuu.models.compiling import compile_backend
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 graphs: list[int] = []
 
 

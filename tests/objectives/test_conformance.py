@@ -78,9 +78,13 @@ def adopted(module: UnlearningModule, dtype: torch.dtype = torch.float64, hf: An
     return module
 
 
+SCORED = {"limit_val_batches": 1.0}  # at the end of every epoch, a third of a run's time
+
+
 def trained(module: UnlearningModule, steps: int = 2, resume: Any = None, twice: bool = False, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    trainer = bare_trainer(steps, **({"accumulate_grad_batches": 2} if twice else {}), **kwargs)
+    options = {"limit_val_batches": 0} | ({"accumulate_grad_batches": 2} if twice else {})
+    trainer = bare_trainer(steps, **(options | kwargs))
     trainer.fit(module, Data(twice), ckpt_path=resume)
     assert trainer.global_step == steps
     return module
@@ -89,7 +93,7 @@ def trained(module: UnlearningModule, steps: int = 2, resume: Any = None, twice:
 @cache
 def first(name: str) -> UnlearningModule:
     """Trained for two steps with nothing but defaults."""
-    return trained(adopted(made(name)))
+    return trained(adopted(made(name)), **SCORED)
 
 
 def plain(name: str) -> list[torch.Tensor]:
@@ -188,12 +192,12 @@ def test_the_same_seed_gives_the_same_bits(name: str) -> None:
 def test_goes_on_from_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     options = {"regularizer": AttributionRegularizer(**PENALTY)}
-    whole = trained(adopted(made(name, **options)), 3, callbacks=[keep], enable_checkpointing=True)
+    whole = trained(adopted(made(name, **options)), 3, callbacks=[keep], enable_checkpointing=True, **SCORED)
     for step in (1, 2):  # in the middle of an epoch and at its end
         checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)  # plain values and tensors
         assert checkpoint["objective"].keys() == {n.removeprefix("_") for n in objectives()[name].state_attributes}
         options = {"regularizer": AttributionRegularizer(**PENALTY)}
-        again = trained(adopted(made(name, **options)), 3, resume=str(tmp_path / f"step={step}.ckpt"))
+        again = trained(adopted(made(name, **options)), 3, resume=str(tmp_path / f"step={step}.ckpt"), **SCORED)
         assert equal(weights(again), weights(whole)), step
 
 
@@ -220,7 +224,7 @@ def test_a_penalty_of_weight_zero_changes_no_bit_and_another_does(name: str) -> 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_trains_in_bfloat16(name: str, precision: str) -> None:
     module = adopted(made(name), torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    trained(module, precision=precision)
+    trained(module, precision=precision, **SCORED)
     assert all(p.isfinite().all() for p in module.parameters())
 
 

@@ -106,14 +106,12 @@ def _regularizer(given: dict[str, Any]) -> regularizers.Regularizer:
 
 def _load_model(checkpoint: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     """In the type that was saved: ModelParallelStrategy knows no precision 64-true."""
-    if kwargs:
-        return _wide(load_model(checkpoint, "auto", *args, **kwargs))
-    return copy.deepcopy(_loaded(checkpoint))
+    return copy.deepcopy(_loaded(checkpoint, *args, **kwargs))
 
 
 @cache
-def _loaded(checkpoint: str) -> Any:
-    return _wide(load_model(checkpoint, "auto"))
+def _loaded(checkpoint: str, *args: Any, **kwargs: Any) -> Any:
+    return _wide(load_model(checkpoint, "auto", *args, **kwargs))
 
 
 def _wide(model: Any) -> Any:

@@ -31,6 +31,8 @@ from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import clear_leftovers, disk_refusal, written_atomically
 from lightning_ssiuu.utils.messages import user_error
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 PLAIN = {"loops": {}, "global_step": 3, "state_dict": {"a": torch.zeros(1 << 16)}}
 
 

@@ -23,6 +23,8 @@ from lightning_ssiuu.regularizers.controls import Combined
 from lightning_ssiuu.training.hyperparameters import hyperparameters, restored
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 
 class Tempered(UnlearningModule):
     """As a user writes one: an option of its own, everything else handed on."""

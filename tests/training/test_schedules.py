@@ -18,6 +18,8 @@ from lightning_ssiuu import GradientDifference
 from lightning_ssiuu.training.schedules import SCHEDULES, find_schedule, make_schedule
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 
 class Rates(torch.optim.SGD):
     """Notes the rate of each step."""

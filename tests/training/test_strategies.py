@@ -26,6 +26,8 @@ from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 STATIC = ["--trainer.strategy", '{"class_path": "DDPStrategy", "dict_kwargs": {"static_graph": true}}']
 RELATIVE = {"weight": 0.5, "weight_mode": "relative", "target": "length_normalised"}
 

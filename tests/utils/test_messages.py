@@ -16,6 +16,8 @@ from lightning_ssiuu.models.loading import TINY
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.messages import trainer_mistakes, user_error
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 INIT, REGULARIZER = "--model.init_args", "--model.init_args.regularizer.init_args"
 GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 

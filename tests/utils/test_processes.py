@@ -26,6 +26,8 @@ from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.utils import processes as together
 from lightning_ssiuu.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 LIMIT = 60  # seconds in which a run of seconds must have ended, on a machine with better things to do
 
 
