@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -24,9 +23,8 @@ from lightning_ssiuu.models.drawing import Draw, draw
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import gathered
 
-_options = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-#: What a cache is called, by transformers' version.
-_CACHE = next(name for name in ("cache", "past_key_values") if name in _options)
+#: What a model calls its cache, by transformers' version.
+_CACHES = ("cache", "past_key_values")
 #: Rows leave a batch where so many more tokens may come: beginning anew costs about as much as a few tokens.
 _WORTH_LEAVING = 16
 
@@ -113,7 +111,8 @@ def _continue(requests: Sequence[Request], model: AnswerModel, pad: int, synchro
     ends = torch.tensor([[*r.ends, *[-1] * (n_ends - len(r.ends))] for r in requests], device=device).long()
     chosen = _Chosen(requests, int(limits.max()), device)
     most = max(gathered(int(limits.max()))) if synchronised else int(limits.max())
-    cache = None if synchronised else _divisible_cache(model.hf)
+    called = next((name for name in _CACHES if name in inspect.signature(model.hf.forward).parameters), "")
+    cache = _divisible_cache(model.hf) if called and not synchronised else None
 
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
     ids, mask = _padded(list(places), pad, device)
@@ -128,7 +127,7 @@ def _continue(requests: Sequence[Request], model: AnswerModel, pad: int, synchro
             max_new_tokens=n_tokens,
             logits_processor=LogitsProcessorList([_Finite(), then]),
             stopping_criteria=StoppingCriteriaList(stop),
-            **({} if cache is None else {_CACHE: cache}),
+            **({} if cache is None else {called: cache}),
             **options,
         )
 
