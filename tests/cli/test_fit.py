@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_ssiuu import NeuronAttributionCallback, __main__
 from lightning_ssiuu.attribution.influence import CSV_HEADER
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 SEEDED = (*DRAWN, "--seed_everything", "3")
 
 

@@ -26,7 +26,7 @@ from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.objectives.npo import NPO
 from lightning_ssiuu.utils.errors import UserError
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("few_facts")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
