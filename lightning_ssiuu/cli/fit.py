@@ -23,7 +23,6 @@ from lightning_ssiuu.callbacks import (
     RunReport,
     SavePretrained,
 )
-from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
 from lightning_ssiuu.cli.resume import (
     RESULTS,
     checkpoint_mistakes,
@@ -224,6 +223,8 @@ class UnlearningCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         if self.config.fit.estimate_memory:
+            from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
+
             print_estimate(estimate_memory(self.model, self.datamodule, self.trainer))
             return
         self._run(self.trainer.fit, kwargs)
