@@ -76,9 +76,11 @@ def _run(command: Callable[[], object], load: Callable[[], object] = lambda: Non
     # `load` is what takes time before the command can begin.
     from lightning_ssiuu.utils.imports import put_off
     from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
+    from lightning_ssiuu.utils.threads import wait_passively
     from lightning_ssiuu.utils.waiting import held_back
 
     put_off()
+    wait_passively()
     with ending_on_sigterm() as received:
         status = 0
         try:
