@@ -25,9 +25,14 @@ class Begun(L.Callback):
     def on_train_batch_start(self, *_):
         os._exit(0)  # the first step begins
 """
-_LOAD = (
-    "from lightning_ssiuu.models.loading import load_model, load_tokenizer; load_model('tiny'); load_tokenizer('tiny')"
-)
+_LOAD = """
+from importlib.resources import files
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = str(files("lightning_ssiuu.models") / "tiny")
+AutoModelForCausalLM.from_pretrained(folder)
+AutoTokenizer.from_pretrained(folder)
+"""
 
 
 def stages(folder: Path) -> dict[str, list[str]]:
@@ -37,7 +42,7 @@ def stages(folder: Path) -> dict[str, list[str]]:
     fit = ["-m", "lightning_ssiuu", "fit"]
     return {
         "import torch": ["-c", "import torch"],
-        "load the embedded model": ["-c", _LOAD],
+        "load the embedded model with transformers alone": ["-c", _LOAD],
         "fit --help": [*fit, "--help"],
         "fit to its first step": [*fit, *recipe, str(folder / "a"), "--trainer.callbacks", "begun.Begun"],
         "fit with recipes/ssiuu.yaml": [*fit, *recipe, str(folder / "b")],
