@@ -74,9 +74,13 @@ def _find_modules_here() -> None:
 
 def _run(command: Callable[[], object], load: Callable[[], object] = lambda: None) -> int:
     # `load` is what takes time before the command can begin.
+    from lightning_ssiuu.utils.imports import put_off
     from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
+    from lightning_ssiuu.utils.threads import wait_passively
     from lightning_ssiuu.utils.waiting import held_back
 
+    put_off()
+    wait_passively()
     with ending_on_sigterm() as received:
         status = 0
         try:

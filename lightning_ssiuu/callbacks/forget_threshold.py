@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -12,7 +13,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import split_loader
-from lightning_ssiuu.evaluation.scorer import evaluate, untouched
+from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
@@ -24,6 +25,8 @@ class ForgetThresholdStopping(L.Callback):
 
     Unlearning further than the threshold costs retained knowledge and makes methods incomparable. ``value`` is the last
     score measured, ``level`` the threshold in force (both in percent); ``stopped`` tells whether it ended the training.
+    A look after a step ends as soon as the score is certain to be above the level
+    (:func:`~lightning_ssiuu.evaluation.scorer.score_above`): it has no value then, and nothing to log.
 
     Args:
         score: ``"multiple_choice"``, ``"first_token"``, ``"all_tokens"``, ``"probability"`` or ``"rouge_l"``.
@@ -63,6 +66,8 @@ class ForgetThresholdStopping(L.Callback):
         self.value: float | None = None
         self.level: float | None = None
         self.stopped = False
+        self.scores: Sequence[str] | None = ()  # of the forget set that another callback wants, too; None: all of them
+        self.scored: tuple[int, dict[str, float]] | None = None  # these, and after which step
         self._loader: Any = None
         self._looked_at = 0
 
@@ -78,7 +83,7 @@ class ForgetThresholdStopping(L.Callback):
                 elif self.level is None:  # a resumed run brings the original model's
                     self.level = mismatched_level(self.score, model, pl_module.tokenizer, self._loader, self.seed)
             if begins:
-                self._look(pl_module)
+                self._score(pl_module)
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
         if self.level is None or self.value is None:
             return
@@ -95,13 +100,19 @@ class ForgetThresholdStopping(L.Callback):
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
         self._looked_at = step
-        self.stopped = self._look(pl_module) <= self.level
+        model, tokenizer = pl_module.model, pl_module.tokenizer
+        self.value = value = score_above(self.level, model, tokenizer, self._loader, "forget", self.score, step)
+        if value is None:
+            return
+        self.stopped = value <= self.level
         for logger in trainer.loggers:
-            logger.log_metrics({f"stopping/{self.score}": self.value or 0.0}, step=step)
+            logger.log_metrics({f"stopping/{self.score}": value}, step=step)
         trainer.should_stop |= self.stopped
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.level is not None and not self.stopped:
+            if self._looked_at == trainer.global_step and self.value is None:
+                self._score(pl_module)
             last = "not measured" if self.value is None else f"{self.value:.4g} %"
             text = f"training ended before {self.score} fell to {self.level:.4g} % (last: {last})"
             warnings.warn(f"ForgetThresholdStopping: {text}", stacklevel=2)
@@ -124,11 +135,13 @@ class ForgetThresholdStopping(L.Callback):
             rank_zero_warn(f"ForgetThresholdStopping: {text}")
         return known
 
-    def _look(self, pl_module: Any) -> float:
-        model, tokenizer = pl_module.model, pl_module.tokenizer
-        scores = evaluate(model, tokenizer, [self._loader], [self.score], step=pl_module.global_step)
-        self.value = value = scores["forget"][self.score]
-        return value
+    def _score(self, pl_module: Any) -> None:
+        model, tokenizer, step = pl_module.model, pl_module.tokenizer, pl_module.global_step
+        names = self.scores
+        if names is not None and self.score not in names:
+            names = [self.score, *names]
+        scores = evaluate(model, tokenizer, [self._loader], names, [self.score], step)["forget"]
+        self.value, self.scored = scores[self.score], (step, scores)
 
 
 def _unlearns(trainer: Any, pl_module: Any) -> bool:

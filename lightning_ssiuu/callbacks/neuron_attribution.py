@@ -19,7 +19,6 @@ from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.diagnosis import check_probes
 from lightning_ssiuu.attribution.influence import InfluenceVariation, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
-from lightning_ssiuu.attribution.plots import heat_map_pixels, save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Target
@@ -127,6 +126,8 @@ class NeuronAttributionCallback(L.Callback):
         retain = influence.influence_variation(self._before["retain"], self._attribute(model, "retain"))
         self.flagged = influence.spurious_neurons(variation, retain, self.alpha)
         if self.write and trainer.is_global_zero:
+            from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
+
             folder = Path(run_directory(trainer))
             write_csv(folder / "spurious_neurons.csv", influence.CSV_HEADER, map(astuple, self.flagged))
             save_heat_maps(folder / "plots" / "heat_maps.png", variation)
@@ -167,6 +168,8 @@ class NeuronAttributionCallback(L.Callback):
             # TensorBoard's writer, tensorboardX's, and whatever else is one; on other ranks its stand-in does nothing.
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if callable(add_image) and rank() == 0:
+                from lightning_ssiuu.attribution.plots import heat_map_pixels
+
                 add_image("attribution/heat_maps", heat_map_pixels(variation), step, dataformats="HWC")
         if self.write and trainer.is_global_zero:
             rows = [list(entry.values()) for entry in self.history]

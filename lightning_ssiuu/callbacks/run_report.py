@@ -50,6 +50,10 @@ class RunReport(L.Callback):
         self.config_text: str | None = None
         self._start = 0.0
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stopping := _find(trainer, ForgetThresholdStopping):
+            stopping.scores = pl_module.scores  # what it scores of the forget set is not scored again
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start = time.monotonic()
         if not self.before:
@@ -78,8 +82,12 @@ class RunReport(L.Callback):
         if names is not None and stopping and stopping.score not in names:
             names = [stopping.score, *names]
         also = [stopping.score] if stopping and stopping.threshold is not None else []
-        loaders = evaluation_loaders(trainer)
-        return evaluate(pl_module.model, pl_module.tokenizer, loaders, names, also, step=trainer.global_step)
+        loaders, step, known = evaluation_loaders(trainer), trainer.global_step, {}
+        if stopping and stopping.scored is not None and stopping.scored[0] == step:
+            known["forget"] = stopping.scored[1]
+            forgotten = split_loader(trainer, "forget")
+            loaders = [loader for loader in loaders if loader is not forgotten]
+        return known | evaluate(pl_module.model, pl_module.tokenizer, loaders, names, also, step)
 
     def _main(self, trainer: Any) -> str:
         stopping, measured = _find(trainer, ForgetThresholdStopping), next(iter(self.before.values()))

@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_ssiuu.attribution.diagnosis import attribution_correlation, check_probes, diagnose, influences
 from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
-from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
@@ -185,6 +184,8 @@ def audit(
 
 
 def _write(folder: Path, content: dict[str, Any], table: Sequence[SpuriousNeuron], measured: Measured) -> None:
+    from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
+
     page = report_html(content, measured)
     write_csv(folder / "audit_spurious_neurons.csv", CSV_HEADER, map(astuple, table))
     for name, variation in measured.variations.items():

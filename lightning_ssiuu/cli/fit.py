@@ -24,7 +24,7 @@ from lightning_ssiuu.callbacks import (
     RunReport,
     SavePretrained,
 )
-from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
+from lightning_ssiuu.callbacks.threads import Threads
 from lightning_ssiuu.cli.resume import (
     RESULTS,
     checkpoint_mistakes,
@@ -56,6 +56,7 @@ from lightning_ssiuu.utils.files import check_space, nothing_left, refuse_links,
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.messages import parsing, trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
+from lightning_ssiuu.utils.threads import remember_threads
 from lightning_ssiuu.utils.waiting import release
 
 
@@ -175,7 +176,7 @@ class UnlearningCLI(LightningCLI):
         if checkpoints.every_n_steps is not None:
             # Not one of the callback sections: a Trainer that keeps no checkpoints refuses a callback that could.
             callbacks = [*callbacks, checkpoints]
-        kwargs |= {"callbacks": callbacks} | validation_options(callbacks, options)
+        kwargs |= {"callbacks": [Threads(), *callbacks]} | validation_options(callbacks, options)
         if self.subcommand != "fit" and options.get("logger") in (None, True):
             kwargs["logger"] = False  # the scores are on the screen; a finished run stays as it is
         if (accumulated := options.get("accumulate_grad_batches")) is not None:
@@ -231,6 +232,8 @@ class UnlearningCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         if self.config.fit.estimate_memory:
+            from lightning_ssiuu.cli.memory import estimate_memory, print_estimate
+
             print_estimate(estimate_memory(self.model, self.datamodule, self.trainer))
             return
         self._run(self.trainer.fit, kwargs)
@@ -324,6 +327,7 @@ class UnlearningCLI(LightningCLI):
 def run(args: list[str]) -> None:
     """Parse and run ``fit``, ``validate`` or ``test``."""
     end_with_parent()
+    remember_threads()  # before a module of the user's is imported, which may set another number
     objectives()  # imports every file, so that class_path may be a bare class name
     # Tokenising is done once, before any worker process exists; the library would warn about forking all the same.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -23,8 +23,10 @@ def run_function(
     from lightning_ssiuu.training.devices import Devices
     from lightning_ssiuu.utils.messages import parsing
     from lightning_ssiuu.utils.processes import end_with_parent
+    from lightning_ssiuu.utils.threads import remember_threads
 
     end_with_parent()
+    remember_threads()  # before a module of the user's is imported, which may set another number
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")

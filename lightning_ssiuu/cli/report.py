@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.evaluation.loaders import tokens_of_a_pass
 from lightning_ssiuu.evaluation.runs import (
     check_tokenizers,
     output_directory,
@@ -65,6 +66,7 @@ class Report:
             self.data = run_data(judged, data, subject)
             with naming(subject):
                 check_tokenizers(self.models, self.data)
+            devices.tokens_of_a_pass = partial(tokens_of_a_pass, self.data)
             self._held = held.pop_all()
 
     def __enter__(self) -> Report:

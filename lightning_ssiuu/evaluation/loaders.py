@@ -41,6 +41,14 @@ def split_loader(trainer: L.Trainer, split: str) -> Loader | None:
     return None
 
 
+def tokens_of_a_pass(data: Any) -> int:
+    """Tokens of the first evaluation batch of a data module, padding included: the size of a forward pass."""
+    split = data.eval_splits[0]
+    loader = data.eval_dataloader(split)
+    first = [loader.dataset[key] for key in next(iter(loader.batch_sampler))]  # without starting any workers
+    return int(loader.collate_fn(first)[split]["input_ids"].numel())
+
+
 def first_parts(loader: Loader, split: str, n_examples: int) -> list[Mapping[str, Any]]:
     """This rank's share of the first ``n_examples`` examples of a set, in equally many parts on every rank.
 

@@ -12,13 +12,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.evaluation.predictions import Predictions, grouped
 from lightning_ssiuu.evaluation.scores import SCORES, check_score
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
+
+#: Of sums in float64 that are added in another order.
+_ROUNDING = 1e-9
 
 
 class Scorer:
@@ -118,6 +123,33 @@ def evaluate(
             for batch in progress(loader, "scoring"):
                 scorer.update(batch)
         return scorer.compute()
+
+
+def score_above(
+    level: float,
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Iterable[Mapping[str, Part]],
+    split: str,
+    score: str,
+    step: int = 0,
+) -> float | None:
+    """A set's score in percent, or None as soon as it is certain to be above a level.
+
+    That is certain when it would be above even if all examples not yet seen, on any rank, had 0: of a set that is known
+    well, a share of the size of the level is looked at. Scores whose metric is no
+    :class:`~lightning_ssiuu.evaluation.metrics.base.Percentage` need the whole set.
+    """
+    scorer, size = Scorer(model, tokenizer, [score]), len(getattr(loader, "dataset", ()))
+    with untouched(model), diverging(step):
+        for batch in progress(loader, "scoring"):
+            scorer.update(batch)
+            metric = scorer._metrics[split][score]
+            if size and isinstance(metric, Percentage):
+                seen = sum(gathered(float(metric.total)))  # every rank has equally many batches
+                if 100 * seen / size > level * (1 + _ROUNDING):
+                    return None
+        return scorer.compute()[split][score]
 
 
 @contextmanager

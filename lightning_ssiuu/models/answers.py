@@ -7,19 +7,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_ssiuu.models.architectures import architecture_of
 from lightning_ssiuu.models.compiling import CompiledPasses
 from lightning_ssiuu.models.packing import Packing, allow_packing, at, longest_packed, run_packed
 from lightning_ssiuu.utils.errors import UserError
+
+if TYPE_CHECKING:  # with it comes torch's compiler
+    from transformers import PreTrainedModel
 
 #: A part of a batch: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]``, ``example_id`` ``[B]``, and what else
 #: the data give.

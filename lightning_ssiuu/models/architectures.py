@@ -11,15 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.registry import resolve
+
+if TYPE_CHECKING:  # with it comes torch's compiler
+    from transformers import PreTrainedModel
 
 Kind = Literal["attn_q", "attn_k", "attn_v", "attn_o", "mlp_gate", "mlp_up", "mlp_down"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

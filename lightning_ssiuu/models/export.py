@@ -7,17 +7,20 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.lora import ADAPTER, adapted_name, adapter_parameters, is_adapted, layer_delta
 from lightning_ssiuu.models.quantization import dequantized, float_type, is_quantized
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.files import written_atomically
+
+if TYPE_CHECKING:  # with it comes torch's compiler
+    from transformers import PreTrainedModel
 
 
 def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:

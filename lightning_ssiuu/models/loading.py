@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers  # whose parts are imported when they are named
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
@@ -76,7 +77,7 @@ def load_model(
     device: torch.device | None = None,
     architecture: Architecture | None = None,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Load a causal language model in evaluation mode: safetensors only, no remote code, no cache, all of it trainable.
 
     Args:
@@ -130,9 +131,9 @@ def check_loadable(checkpoint: str | os.PathLike[str]) -> None:
             transformers_logging.enable_progress_bar()
 
 
-def _pretrained(source: str, given: str, options: dict[str, Any]) -> PreTrainedModel:
+def _pretrained(source: str, given: str, options: dict[str, Any]) -> transformers.PreTrainedModel:
     with held_back(), reading("checkpoint", given, _ALLOWED):
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers and go on.
         allowed = f"a checkpoint with all of its model's weights ({len(missing)} are missing, first {missing[0]})"
@@ -150,7 +151,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
     """
     source = resolve_checkpoint(checkpoint)
     with held_back(), reading("checkpoint", os.fspath(checkpoint), f"{_ALLOWED}, with a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer whose model_max_length is a number")
     if tokenizer.eos_token_id is None:
@@ -236,8 +237,10 @@ def _converted_gguf(path: Path) -> Path:
         config = {}
     with held_back(), reading("checkpoint", str(path), f"a GGUF file transformers can read{needed}"):
         folder, file_name = str(path.parent), path.name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32, **config)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file_name, dtype=torch.float32, **config
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
     # What was loaded are plain float weights; the note on how they came about would make the saved copy unloadable.
     for holder in (model.config, model):
         if hasattr(holder, "quantization_config"):
@@ -307,4 +310,4 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
 def _configuration(checkpoint: str | os.PathLike[str]) -> Any:
     source = resolve_checkpoint(checkpoint)
     with held_back(), reading("checkpoint", os.fspath(checkpoint), _ALLOWED):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -7,18 +7,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.models.meta import blueprint
 from lightning_ssiuu.models.quantization import float_type, n_matrix_weights, was_conv1d
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.reading import reading
+
+if TYPE_CHECKING:  # with it comes torch's compiler
+    from transformers import PreTrainedModel
 
 #: The name peft gives the only adapter there is.
 ADAPTER = "default"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import transformers  # whose parts are imported when they are named
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.loading import plain_configuration
@@ -20,11 +20,11 @@ def blueprint(
     dtype: torch.dtype,
     quantization: Literal["8bit", "4bit"] | None,
     architecture: Architecture | None = None,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """What ``load_model`` gives for the same arguments, on the meta device; only the configuration is read."""
     config = plain_configuration(checkpoint)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.config.use_cache = False
     if quantization is not None:
         _quantize(model, loading_options(quantization, dtype, None)["quantization_config"], dtype)
@@ -62,7 +62,7 @@ def is_packed(module: nn.Module) -> bool:
     return type(module).__module__.startswith("bitsandbytes.")
 
 
-def _quantize(model: PreTrainedModel, options: Any, dtype: torch.dtype) -> None:
+def _quantize(model: transformers.PreTrainedModel, options: Any, dtype: torch.dtype) -> None:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(options, pre_quantized=False)

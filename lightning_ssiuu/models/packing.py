@@ -11,14 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_ssiuu.models.loading import evaluation_mode
 
@@ -101,20 +98,30 @@ def _attention(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa(module, query, key, value, attention_mask, **options)
     # [1, heads, T, D] to [B, heads, L, D]. Nothing stands before a sequence's own tokens: causality is mask enough.
     query, key, value = (packing.apart(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-    output, _ = sdpa_attention_forward(module, query, key, value, None, **options | {"is_causal": True})
+    output, _ = sdpa(module, query, key, value, None, **options | {"is_causal": True})
     return packing.row(output), None
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
+    from transformers.masking_utils import sdpa_mask
+
     return None if _packed.get() else sdpa_mask(*args, **options)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+@cache
+def _register() -> None:
+    # Not before there is a model: with these modules of transformers comes torch's compiler.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 def run_packed(module: nn.Module, hf: Any, packing: Packing, input_ids: Tensor) -> Any:
@@ -135,6 +142,7 @@ def allow_packing(hf: Any) -> str | None:
 
     Whether it gives what it gives for padded rows is tried out where there are weights to try with.
     """
+    _register()
     before = getattr(hf.config, "_attn_implementation", None)
     if before == NAME:
         return None

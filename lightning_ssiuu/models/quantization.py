@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from copy import copy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.utils.errors import UserError
+
+if TYPE_CHECKING:  # with it comes torch's compiler
+    from transformers import PreTrainedModel
 
 #: Parameter classes of bitsandbytes, known by name so that asking does not import it (seconds).
 _PACKED = ("Int8Params", "Params4bit")

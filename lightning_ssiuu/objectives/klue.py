@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
@@ -20,6 +19,9 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import gradient_ascent
 from lightning_ssiuu.training.shards import local, reshard
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
+
+if TYPE_CHECKING:  # with it comes torch's compiler
+    from transformers import PreTrainedModel
 
 
 def unforgotten_ascent(answers: Answers, only_unforgotten: bool = True) -> Tensor:
@@ -197,6 +199,8 @@ def local_mask(chosen: Tensor, parameter: nn.Parameter, dimension: int) -> Tenso
 
     ``dimension`` is the weight's that counts neurons.
     """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     chosen = chosen.to(parameter.device)
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
@@ -79,6 +78,8 @@ def shrink_and_perturb(model: torch.nn.Module, alpha: float, beta: float, seed: 
 
     The model may be whole or cut over the ranks (then each must call this); tied weights are changed once.
     """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if alpha == 0:
         return  # not a bit, and not the sign of a zero
     generator = torch.Generator().manual_seed(seed)

@@ -13,11 +13,9 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import clear_leftovers, written_atomically
@@ -147,8 +145,10 @@ def _unreadable(argument: str, path: str | os.PathLike[str], error: Exception) -
 
 
 def _check_shards(folder: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
     # A folder that lacks the index was killed before all shards were written; one that has it may have lost some since.
-    for stored in distributed_checkpoint.FileSystemReader(folder).read_metadata().storage_data.values():
+    for stored in FileSystemReader(folder).read_metadata().storage_data.values():
         size = (folder / stored.relative_path).stat().st_size
         if size < stored.offset + stored.length:
             raise ValueError(f"{stored.relative_path} has {size} bytes")
@@ -208,6 +208,8 @@ def put_state(checkpoint: dict[str, Any], key: str, state: Mapping[str, Any]) ->
     weights, each rank's by that rank; in one file they are put together on the first rank's CPU. Shards have to stand
     under the name of the parameter they are cut like; everything else stands there as it is.
     """
+    from torch.distributed.tensor import DTensor
+
     weights = checkpoint["state_dict"]
     in_folder = any(isinstance(value, DTensor) for value in weights.values())
 
@@ -233,6 +235,8 @@ def take_state(checkpoint: Mapping[str, Any], key: str, model: nn.Module, folder
     The number of ranks may be another one, and shards may have become whole or the other way round. ``folder`` is the
     checkpoint, where it is a folder.
     """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     parameters = dict(model.named_parameters())
     elsewhere: dict[str, Tensor] = {}
 
@@ -251,5 +255,7 @@ def take_state(checkpoint: Mapping[str, Any], key: str, model: nn.Module, folder
 
     state = cut(checkpoint.get(key), key, "")
     if elsewhere:
+        from torch.distributed import checkpoint as distributed_checkpoint
+
         distributed_checkpoint.load({"state_dict": elsewhere}, checkpoint_id=folder)  # into the tensors given
     return state

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
 
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
@@ -24,6 +26,7 @@ from lightning_ssiuu.utils.errors import UserError, check_choice
 from lightning_ssiuu.utils.messages import trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether
 from lightning_ssiuu.utils.termination import keep_sigterm
+from lightning_ssiuu.utils.threads import choose_threads
 from lightning_ssiuu.utils.waiting import release
 
 Strategy = Literal["auto", "ddp", "fsdp2"]
@@ -78,6 +81,7 @@ class Devices:
             if self.sharded or self.n_ranks > 1:
                 allowed = "transformers on several devices or with strategy fsdp2: vllm runs on one"
                 raise UserError("engine", engine, allowed)
+        self.tokens_of_a_pass: Callable[[], int] | None = None  # asked before the first model computes anything
         self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
 
     @property
@@ -151,6 +155,12 @@ class Devices:
             model = build().to(self.device)
             if unchanged and self.engine == "vllm":
                 model.engine = VLLM(checkpoint, self.dtype, self.device)
+            if self.device.type == "cpu" and self.tokens_of_a_pass is not None:
+                parameters = sum(parameter.numel() for parameter in model.parameters())
+                told = choose_threads(parameters, self.tokens_of_a_pass(), self.n_ranks)
+                self.tokens_of_a_pass = None  # the same for all models of a command
+                if told is not None and self.is_first:
+                    tqdm.write(f"lightning-ssiuu: {told}", file=sys.stderr)  # above a bar, if there is one
             return model
         names = ("data_parallel", "tensor_parallel")
         mesh = init_device_mesh(self.device.type, (self.n_ranks, 1), mesh_dim_names=names)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_ssiuu.models.answers import AnswerModel
@@ -115,6 +114,8 @@ def load_sharded(
     if mistake is not None:
         raise mistake
     weights = {} if whole is None else whole.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     sources = {} if whole is None else dict(whole.named_buffers())
     for name, buffer in model.named_buffers():  # those that no state dict holds, too

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ssiuu.utils.distributed import world_size
 
@@ -55,6 +54,8 @@ def blocks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
 
 def shard_device(parameters: Iterable[Tensor]) -> torch.device | None:
     """Where the parameters are if any of them is a shard, else None."""
+    from torch.distributed.tensor import DTensor  # nine tenths of a second, and nobody's before a model is loaded
+
     return next((p.device for p in parameters if isinstance(p, DTensor)), None)
 
 
@@ -85,6 +86,8 @@ def square(tensors: Sequence[Tensor]) -> float:
 
 def shard_like(part: Tensor, parameter: Tensor) -> Tensor:
     """The shard that ``part`` is where ``parameter`` is one; what checkpoints are written from."""
+    from torch.distributed.tensor import DTensor
+
     if not isinstance(parameter, DTensor):
         return part
     shape, stride = parameter.shape, parameter.stride()
@@ -135,6 +138,8 @@ def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) ->
 
 def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(parameter, DTensor):
         return whole.to(parameter.device)
     expanded = whole.expand(parameter.shape).contiguous().to(parameter.device)

@@ -174,14 +174,13 @@ def test_a_strategy_for_several_devices_on_one(checkpoint: str) -> None:
 
 
 def test_what_makes_a_step_smaller_or_larger(checkpoint: str) -> None:
-    def step(accumulate: int = 1, **kwargs: Any) -> int:
+    def step(accumulate: int = 1, weight: float | None = None, **kwargs: Any) -> int:
         trainer = bare_trainer(2, accumulate_grad_batches=accumulate)
-        module = objective(checkpoint, 0.5, scores=["first_token"], **kwargs)
+        module = objective(checkpoint, weight, scores=["first_token"], **kwargs)
         return estimate_memory(module, FewFacts(batch_size=8), trainer).by_phase["training step"]
 
-    plain = step()
-    assert step(gradient_checkpointing=True) < 0.9 * plain
-    assert step(accumulate=2) > plain
+    assert step(gradient_checkpointing=True) < 0.9 * step()
+    assert step(accumulate=2, weight=0.5) > step(weight=0.5)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchmetrics.functional.text import rouge_score
 from torchmetrics.utilities.imports import _NLTK_AVAILABLE
 
 from lightning_ssiuu.datamodules.encoding import derangement
@@ -93,6 +92,8 @@ ROUGE: dict[str, Callable[[str, str], float]] = {
 
 
 def _rouge(prediction: str, reference: str, figure: str, **options: Any) -> float:
+    from torchmetrics.functional.text import rouge_score  # with it come all of torchmetrics, scipy and matplotlib
+
     return float(rouge_score(prediction, reference, rouge_keys="rougeL", **options)[figure])
 
 

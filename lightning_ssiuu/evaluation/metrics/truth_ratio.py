@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 from lightning_ssiuu.evaluation.metrics.base import KeptValues, Percentage, WideMetric, first_of_each, widest_float
@@ -71,6 +70,8 @@ def forget_quality(ratios: Tensor, retrained_ratios: Tensor) -> float:
     Near 1: on the forget set the unlearned model cannot be told from one retrained without it; below 0.05 it can.
     Two-sided, exact for small samples; NaN if there is a NaN among the ratios.
     """
+    from scipy.stats import ks_2samp  # most of a second
+
     for name, sample in (("ratios", ratios), ("retrained_ratios", retrained_ratios)):
         if not sample.numel():
             raise UserError(name, 0, "at least one example")
