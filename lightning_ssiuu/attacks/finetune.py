@@ -82,6 +82,7 @@ def relearn(
     module = FineTuning(
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0), lora=lora
     )
+    module.shares = True
     devices = devices if devices is not None else Devices()
     with quiet_lightning():
         L.seed_everything(data.seed, verbose=False)

@@ -91,6 +91,12 @@ class Relearning(Attack):
         """As in :class:`~lightning_ssiuu.Attack`; with adapters it is an attack of its own."""
         return self.kind if self.lora is None else f"{self.kind}_lora"
 
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        if self.patience is None:
+            del settings["patience"]  # as in files written before there was one
+        return settings
+
     @property
     def fractions(self) -> Sequence[float | None]:
         """Values of ``p`` to sweep over; None alone where the attack has no such option."""

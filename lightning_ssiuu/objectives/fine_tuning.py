@@ -21,14 +21,11 @@ class FineTuning(UnlearningModule):
     """
 
     unlearns = False
+    #: Run what sequences begin with alike once, as attacks do; a regulariser may want each sequence's own gradient.
+    shares = False
 
     def forward(self, batch: Part) -> Answers:
-        """The answers of a part, whose loss is a sum over sequences: what they begin with alike is run once.
-
-        Not beside a regulariser, which may want each sequence's own gradient, and under dropout, which differs between
-        sequences.
-        """
-        if self.regularizer is not None or not self.is_loaded or _drops(self.model):
+        if not self.shares or _drops(self.model):  # dropout differs between sequences
             return super().forward(batch)
         return self.model(batch["input_ids"], batch["attention_mask"], batch["labels"], share=True)
 

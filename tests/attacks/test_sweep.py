@@ -195,6 +195,7 @@ def test_a_run_ends_when_it_has_not_risen_for_so_many_scores(models: Path, tmp_p
             steps = patches.enter_context(counted(FineTuning, "training_step"))
             content = run(models, tmp_path / str(patience), attack=method, oracle=None)
         (curve,) = content["curves"]
+        assert content["settings"]["harmful"].get("patience") == patience
         return curve | {"steps": len(steps), "highest": content["attacks"][0]["unlearned"]["forget_score"]["mean"]}
 
     stopped, patient, whole = (scored(patience) for patience in (2, 3, None))

@@ -1,4 +1,4 @@
-"""Fine-tuning runs what sequences begin with alike once, and where it does not its gradient is the same."""
+"""An attack's fine-tuning runs what sequences begin with alike once, and its gradient is the same."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_ssiuu.datamodules.encoding import batch_of
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.models.packing import padded
-from lightning_ssiuu.regularizers import L2ToStart
 
 PART = batch_of([([4, 4, 5, 6], [7, 8]), ([4, 4, 5, 9], [3]), ([4, 4, 2], [1, 6, 2])], 0)
 #: Tokens that predict an answer; of the second sequence three stand in the first, of the third two.
 SHARED, APART = 5 + 1 + 3, 5 + 4 + 5
 
 
-def trained(lora: LoRA | None = None, **options: Any) -> tuple[FineTuning, list[Tensor]]:
+def trained(lora: LoRA | None = None, shares: bool = True, **options: Any) -> tuple[FineTuning, list[Tensor]]:
     """One pass in training mode, and its gradients."""
     torch.manual_seed(0)
-    hf = random_model(**{key: value for key, value in options.items() if key != "regularizer"})
-    module = FineTuning(regularizer=options.get("regularizer"))
+    hf = random_model(**options)
+    module = FineTuning()
+    module.shares = shares
     module.adopt(AnswerModel(hf if lora is None else lora.attach(hf)).train(), byte_tokenizer())
     parameters = [p for p in module.model.parameters() if p.requires_grad]
     return module, list(torch.autograd.grad(module.retain_loss(PART), parameters))
@@ -44,8 +44,8 @@ def test_what_sequences_begin_with_is_run_once() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"regularizer": L2ToStart()}, {"attention_dropout": 0.1}, {"lora": LoRA(r=2, dropout=0.1)}],
-    ids=["a regulariser", "dropout", "dropout of adapters"],
+    [{"shares": False}, {"attention_dropout": 0.1}, {"lora": LoRA(r=2, dropout=0.1)}],
+    ids=["nobody asking", "dropout", "dropout of adapters"],
 )
 def test_each_sequence_is_run_by_itself_with(options: dict[str, Any]) -> None:
     module, _ = trained(**options)
