@@ -218,6 +218,7 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
     parts, lora = (forget, retain), setup.rank is not None
     activations = sum(activation_bytes(model, part, setup.weight, setup.checkpointing, lora) for part in parts)
     whole = setup.weight * (2 * model.embeddings + 3 * model.block) if setup.sharded and setup.ranks > 1 else 0
+    gathered = setup.weight * (model.embeddings + 2 * model.block)  # no gradients yet
     # A block that is computed again is so for all that is in the pass.
     joined = sum if not ssiuu or whole else max
     block = joined(block_bytes(model, part, setup.weight, lora) for part in parts) if setup.checkpointing else 0
@@ -229,7 +230,7 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
     gradients = wide * trained / shards
     if not ssiuu:
         return {
-            "forward": states + gradients + whole + activations,
+            "forward": states + gradients + (gathered if whole else 0) + activations,
             "backward": states + whole + max(activations + logits, gradients + block),
             "optimiser": states + gradients,
         }
