@@ -34,7 +34,7 @@ class Regularizer(Stateful, Described, ABC):
 
     @property
     def differentiates(self) -> bool:
-        """Whether :meth:`collect` goes back through the forget part's pass, which should then not hold the retain part."""
+        """Whether :meth:`collect` goes back through the forget part's pass, which should not hold the retain part then."""
         return False
 
     def prepare(self, module: Any) -> None:
