@@ -34,7 +34,7 @@ class Regularizer(Stateful, Described, ABC):
 
     @property
     def differentiates(self) -> bool:
-        """Whether :meth:`collect` goes back through the forget part's pass, which should not hold the retain part then."""
+        """Whether :meth:`collect` goes back through the forget part's pass, best without the retain part in it."""
         return False
 
     def prepare(self, module: Any) -> None:
