@@ -1,8 +1,9 @@
 """Arithmetic, memory and communication of a training step as formulas; docs/scaling.md explains them.
 
 Llama-like models: N_b weights in the blocks' projections, N in all, L blocks of width d, q = heads · head width, k the
-same for keys or values, f the inner width, V the vocabulary. A part of a batch has τ tokens in sequences of T and n
-labels.
+same for keys or values, f the inner width, V the vocabulary. A part of a batch has τ tokens that answers are predicted
+from (no padding, and not the last of a sequence) in sequences of T, and n labels. Both parts of a batch go through the
+model in one pass, unless a regulariser goes back through the forget part alone and the weights are whole.
 """
 
 from __future__ import annotations
@@ -93,21 +94,26 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """How many there are, τ."""
-        return self.sequences * self.length
+        """How many there are that something is predicted from, τ."""
+        return self.sequences * (self.length - 1)
 
     @property
     def n_labels(self) -> int:
         """How many there are, n."""
-        return self.tokens // 2 if self.labels is None else self.labels
+        return self.sequences * self.length // 2 if self.labels is None else self.labels
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens within sequences, which are laid out for attention as long as the longest."""
+        return self.sequences * self.length**2
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 
 def forward_flops(model: Model, part: Part) -> float:
-    """``2 N_b τ + 4 L q T τ + 2 V d n``: projections, attention (not halved for causality), logits at labels only."""
-    attention = 4 * model.num_hidden_layers * model.queries * part.length * part.tokens
+    """``2 N_b τ + 4 L q B T² + 2 V d n``: projections, attention (not halved for causality), logits at labels only."""
+    attention = 4 * model.num_hidden_layers * model.queries * part.pairs
     logits = 2 * model.vocab_size * model.hidden_size * part.n_labels
     return 2 * model.blocks * part.tokens + attention + logits
 
@@ -121,24 +127,26 @@ def backward_flops(model: Model, part: Part, checkpointing: bool = False, attent
         checkpointing: Whether activations are recomputed: another forward pass of the blocks.
         attention_factor: 2 for kernels that keep the scores.
     """
-    attention = 4 * model.num_hidden_layers * model.queries * part.length * part.tokens
+    attention = 4 * model.num_hidden_layers * model.queries * part.pairs
     linear = 2 * model.blocks * part.tokens
     logits = 2 * model.vocab_size * model.hidden_size * part.n_labels
     return 2 * (linear + logits) + attention_factor * attention + (linear + attention if checkpointing else 0)
 
 
-def step_flops(model: Model, forget: Part, retain: Part, ssiuu: bool, **kwargs: Any) -> float:
-    """Forward and backward over both parts; SSIUU's two-pass route adds a backward pass over the forget part.
+def step_flops(model: Model, forget: Part, retain: Part, ssiuu: bool, sharded: bool = False, **kwargs: Any) -> float:
+    """Forward and backward over both parts; SSIUU's two-pass route adds a backward pass over what is in the pass.
 
     Args:
         model: The model.
         forget: Part of the batch.
         retain: Part of the batch.
         ssiuu: Whether the step is regularised.
+        sharded: Whether the weights are cut by FSDP2: the extra pass then goes through both parts.
         **kwargs: As of :func:`backward_flops`.
     """
     flops = sum(forward_flops(model, part) + backward_flops(model, part, **kwargs) for part in (forget, retain))
-    return flops + (backward_flops(model, forget, **kwargs) if ssiuu else 0)
+    again = [forget, *([retain] if sharded else [])] if ssiuu else []
+    return flops + sum(backward_flops(model, part, **kwargs) for part in again)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -209,22 +217,21 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
         weights = setup.frozen * model.blocks + rest + wide * trained
     parts, lora = (forget, retain), setup.rank is not None
     activations = sum(activation_bytes(model, part, setup.weight, setup.checkpointing, lora) for part in parts)
-    block = max(block_bytes(model, part, setup.weight, lora) for part in parts) if setup.checkpointing else 0
+    whole = setup.weight * (2 * model.embeddings + 3 * model.block) if setup.sharded and setup.ranks > 1 else 0
+    gathered = setup.weight * (model.embeddings + 2 * model.block)  # no gradients yet
+    # A block that is computed again is so for all that is in the pass.
+    joined = sum if not ssiuu or whole else max
+    block = joined(block_bytes(model, part, setup.weight, lora) for part in parts) if setup.checkpointing else 0
     # Gradients of the logits, in float32 and in their own type, which is more of them where there are two.
     logits = max(forget.n_labels, retain.n_labels) * model.vocab_size * (4 if setup.weight == 4 else 6)
     # DDP's buckets: a second copy of the gradients. FSDP2: embeddings, head and two blocks whole, and their gradients.
     buckets = wide * trained if setup.ranks > 1 and not setup.sharded else 0
-    whole = setup.weight * (2 * model.embeddings + 3 * model.block) if setup.sharded and setup.ranks > 1 else 0
-    # FSDP2 reduces a weight's gradient when both parts have given theirs: the first part's wait, whole.
-    waiting = wide * (trained - (model.embeddings if setup.rank is None else 0)) if whole else 0
-    second = activation_bytes(model, forget, setup.weight, setup.checkpointing, lora)
-    late = waiting + second if whole else 0
     states = (weights + setup.optimizer * trained) / shards + buckets
     gradients = wide * trained / shards
     if not ssiuu:
         return {
-            "forward": states + gradients + whole + activations,
-            "backward": states + whole + max(activations + logits, gradients + block, late + block),
+            "forward": states + gradients + (gathered if whole else 0) + activations,
+            "backward": states + whole + max(activations + logits, gradients + block),
             "optimiser": states + gradients,
         }
     anchor, gradient = ANCHOR * trained / shards, GRADIENT * trained / shards
@@ -233,7 +240,7 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
     chunk = min(trained / shards, max(setup.chunk, largest))
     return {
         "extra": states + anchor + gradients + whole + activations + max(logits, gradient + fresh + block),
-        "backward": states + anchor + gradient + whole + max(activations + logits, gradients + block, late + block),
+        "backward": states + anchor + gradient + whole + max(activations + logits, gradients + block),
         "regulariser": states + anchor + gradients + gradient + CHUNK_BYTES * chunk,
         "optimiser": states + anchor + gradients,
     }
@@ -245,8 +252,8 @@ def memory_bytes(model: Model, forget: Part, retain: Part, ssiuu: bool, setup: S
 def communicated(model: Model, ssiuu: bool, setup: Setup) -> dict[str, float]:
     """Bytes of the tensors that all ranks together gather or reduce in a step (whole tensors, counted once).
 
-    DDP: gradients, and g in float32. FSDP2: every pass over a part gathers the blocks, forward and backward; the root
-    stays whole between the two parts. SSIUU adds a backward pass, after which the root is gathered again. Gradients
+    DDP: gradients, and g in float32. FSDP2: every pass gathers the blocks, forward and backward; the root stays whole
+    in between. SSIUU adds a backward pass, before and after which the root is gathered again. Gradients
     are reduced in float32 (:func:`lightning_ssiuu.training.fsdp.shard`).
 
     Returns:
@@ -262,7 +269,7 @@ def communicated(model: Model, ssiuu: bool, setup: Setup) -> dict[str, float]:
         }
     blocks = setup.weight * (model.blocks + model.norms)
     root = whole - blocks
-    gathered = 5 * blocks + 3 * root if ssiuu else 4 * blocks + root
+    gathered = 3 * blocks + 3 * root if ssiuu else 2 * blocks + root
     return {
         "all_reduce": 0,
         "all_gather": gathered,

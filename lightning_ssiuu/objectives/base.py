@@ -308,6 +308,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         # A retain loss of one's own need not ask for the answers of its part.
         joint = type(self.backbone or self).retain_loss is UnlearningModule.retain_loss and self.retain_weight > 0
+        joint &= self.regularizer is None or not self.regularizer.differentiates or is_sharded(self)
         with self._step_memory(batch if joint and self.forget_weight > 0 else {}):
             losses: dict[str, Tensor] = {}
             if self.regularizer is not None and "forget" in batch:

@@ -117,6 +117,10 @@ class AttributionRegularizer(AttributionPenalty):
         # What the loss's backward pass is to add: the answers, and each sequence's weight of ∂log P.
         self._pending: tuple[Answers, Tensor] | None = None
 
+    @property
+    def differentiates(self) -> bool:
+        return self._single is None
+
     def prepare(self, module: Any) -> None:
         self._parameters(module.model)  # refuses modules that name nothing
 

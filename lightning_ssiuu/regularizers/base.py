@@ -32,6 +32,11 @@ class Regularizer(Stateful, Described, ABC):
         ({}, tensor([[0.5000]]))
     """
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether :meth:`collect` goes back through the forget part's pass, best without the retain part in it."""
+        return False
+
     def prepare(self, module: Any) -> None:
         """Look at the objective (its ``model``, its ``training_parts("retain")``) before a new run's first step."""
 

@@ -192,6 +192,8 @@ class OwnRetain(GradientDifference):
         (lambda: GradientAscent(), 1),
         (lambda: SSIUU(), 1),
         (lambda: SSIUU(backbone=OwnRetain()), 2),
+        # Gone back through twice, the retain part would be so for nothing.
+        (lambda: GradientDifference(regularizer=AttributionRegularizer(passes="two")), 2),
         (lambda: SSIUU(retain_weight=0.0), 1),
         (lambda: SSIUU(backbone=GradientAscent()), 1),
         (lambda: FineTuning(regularizer=AttributionRegularizer()), 2),
