@@ -30,6 +30,7 @@ from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
 from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
+from lightning_ssiuu.training.optimizers import fused_where_possible
 from lightning_ssiuu.training.progress import is_over, settle_progress
 from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
 from lightning_ssiuu.training.reference import Observation, Reference, find_reference, reference_logits
@@ -54,7 +55,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
 
     Args:
         checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
-        optimizer: Takes the parameters, gives the optimiser.
+        optimizer: Takes the parameters, gives the optimiser (see :mod:`~lightning_ssiuu.training.optimizers`).
         lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
             :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function (or its import path) that takes
             ``num_warmup_steps`` and ``num_training_steps``, too, like those of transformers; None for constant.
@@ -134,8 +135,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
         self.lr_scheduler = find_schedule(lr_scheduler, warmup_steps)
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
-        self.regularizer = regularizer
-        self.gradient_checkpointing = gradient_checkpointing
+        self.regularizer, self.gradient_checkpointing = regularizer, gradient_checkpointing
         self.retain, self.reference = retain, reference
         self.scores = scores
         for name in scores or ():
@@ -350,7 +350,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = fused_where_possible(self.optimizer([p for p in self.parameters() if p.requires_grad]))
         if self.lr_scheduler is None:
             return optimizer
         n_steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731 - asked only where it is needed
