@@ -64,6 +64,18 @@ def timed(command: list[str], folder: Path, environment: dict[str, str]) -> tupl
     return wall, used.ru_utime + used.ru_stime
 
 
+def readable(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose tokenizer the peer's transformers, an older one, has a class for."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("extra_special_tokens", None)
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
 def peer_command(options: Any, forget: Path, retain: Path, folder: Path) -> list[str]:
     """Its own training script; settings of its configuration files that need the hub, a GPU or evaluation replaced."""
     arguments = {
@@ -79,16 +91,17 @@ def peer_command(options: Any, forget: Path, retain: Path, folder: Path) -> list
         "eval_strategy": "no",
         "report_to": "none",
     }
+    checkpoint = readable(Path(options.checkpoint), folder / "checkpoint")
     settings = {"task_name": "fit_time", "trainer": "GradDiff", "paths.output_dir": folder / "saves"}
     settings |= {f"trainer.args.{name}": value for name, value in arguments.items()}
     settings |= {f"model.template_args.{name}": f'"{text}"' for name, text in TEMPLATE.items()}
     settings |= {
         "model.template_args.apply_chat_template": False,
         "model.template_args.system_prompt_with_special_tokens": "null",
-        "model.model_args.pretrained_model_name_or_path": options.checkpoint,
+        "model.model_args.pretrained_model_name_or_path": checkpoint,
         "model.model_args.attn_implementation": "sdpa",
         "model.model_args.torch_dtype": "float32",
-        "model.tokenizer_args.pretrained_model_name_or_path": options.checkpoint,
+        "model.tokenizer_args.pretrained_model_name_or_path": checkpoint,
     }
     for part, file in (("forget", forget), ("retain", retain)):
         source = f"data.{part}.TOFU_QA_{part}.args.hf_args"

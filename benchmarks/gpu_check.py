@@ -81,7 +81,7 @@ def isolated(name: str, device: str, small: bool, limit: float, folder: str, pee
 
 
 def done(file: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The sections of an earlier call on the same device and sizes that ended well, but for a peer's that was not there."""
+    """The sections of an earlier call on the same device and sizes that ended well, but for one that had no peer."""
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if any(earlier.get(name) != report[name] for name in ("device", "small")):
         return {}

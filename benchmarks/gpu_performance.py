@@ -92,7 +92,7 @@ def adapters(r: Recorder) -> None:
 
 
 def peer(r: Recorder) -> None:
-    """Steps beside open-unlearning's own on the same batch, Llama-3.2-1B's shape, bf16 weights, fused AdamW for both."""
+    """Steps beside open-unlearning's own on one batch, Llama-3.2-1B's shape, bf16 weights, fused AdamW for both."""
     if r.peer is None:
         r["skipped"] = "no checkout of open-unlearning was given (--peer DIR)"
         return

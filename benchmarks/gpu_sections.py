@@ -36,7 +36,7 @@ from lightning_ssiuu.attribution.influence import influence_variation
 from lightning_ssiuu.cli.memory import estimate_memory
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
-from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import objectives
 

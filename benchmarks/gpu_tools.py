@@ -24,7 +24,6 @@ from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.utils.files import write_json
 
-
 #: Operations per second of the cards' matrix units in bfloat16, without sparsity, as their makers state them.
 DENSE_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
@@ -67,7 +66,7 @@ class Recorder:
 
 
 def saved(r: Recorder, folder: str, shape: str | None = None) -> None:
-    """A random model (of Llama-3.2-1B's shape unless told otherwise) and the embedded tokenizer, to load from a folder."""
+    """A random model, of Llama-3.2-1B's shape if none is told, and the embedded tokenizer, as a directory to load."""
     model = r.model(torch.bfloat16) if shape is None else random_llama(shape, torch.bfloat16, r.device)
     model.hf.save_pretrained(folder)
     load_tokenizer("tiny").save_pretrained(folder)
