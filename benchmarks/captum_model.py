@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Target, target_logps
+from lightning_ssiuu.models.packing import padded
 
 
 class FromEmbeddings(nn.Module):
@@ -34,6 +35,7 @@ class FromEmbeddings(nn.Module):
         repeated = {name: values.repeat(times, 1) for name, values in self.batch.items()}
         handle = self.model.hf.get_input_embeddings().register_forward_hook(lambda *_: embeddings)
         try:
-            return target_logps(self.model(**repeated), self.target).exp()
+            with padded(self.model):
+                return target_logps(self.model(**repeated), self.target).exp()
         finally:
             handle.remove()

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_ssiuu.models.answers import AnswerModel, Part, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import Kind, NeuronSite, neuron_sites
 from lightning_ssiuu.models.loading import evaluation_mode
+from lightning_ssiuu.models.packing import padded
 from lightning_ssiuu.utils.errors import UserError
 
 #: What can be planted: a hidden unit (gate and up rows, down column), a value channel (row, attn_o columns), or
@@ -198,7 +199,7 @@ class _States:
         self._inside = input_positions(part["attention_mask"], labels)
         handles = [model.hf.get_submodule(s.module_name).register_forward_hook(self._keep(k)) for k, s in sites.items()]
         try:
-            with torch.enable_grad(), evaluation_mode(model):
+            with torch.enable_grad(), evaluation_mode(model), padded(model):
                 answers = model(part["input_ids"], part["attention_mask"], labels)
                 outputs = list(self.outputs.values())
                 gradients = torch.autograd.grad(target_logps(answers, "length_normalised").sum(), outputs)

@@ -14,6 +14,7 @@ from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.micro_batches import parse_bytes, pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.packing import padded
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Tokens = Literal["all", "each"]
@@ -56,7 +57,7 @@ def ablation_attribution(
             _add(result, sites, own, after, target)
             result.count(own)
 
-    with torch.no_grad():
+    with torch.no_grad(), padded(model):  # row by row another neuron is set to zero
         return streamed(model, parts, sites, attribute)
 
 

@@ -18,6 +18,7 @@ from lightning_ssiuu.attribution.micro_batches import micro_batches
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import WRITERS, NeuronSite
 from lightning_ssiuu.models.loading import evaluation_mode
+from lightning_ssiuu.models.packing import apart
 
 #: Signature of an attribution method: model, batches (parts of a batch) and sites in, aggregated attributions out.
 AttributionMethod = Callable[[AnswerModel, Iterable[Mapping[str, Tensor]], Sequence[NeuronSite]], NeuronAttribution]
@@ -143,12 +144,13 @@ def captured(
         # A block may add to what is written to the residual stream in place.
         activations = [kept.clone() if module_sites[0].kind in WRITERS else kept]
         scaled = output if scale == 1.0 else output * _factors_of(module_sites, output, scale)
+        packing = model.packing
 
         def on_gradient(gradient: Tensor) -> None:
             activation = activations.pop()  # and not kept until the whole graph goes
             wide = torch.promote_types(activation.dtype, torch.float32)
             for site in module_sites:
-                receive(site, site.select(activation).to(wide) * site.select(gradient).to(wide))
+                receive(site, apart(site.select(activation).to(wide) * site.select(gradient).to(wide), packing))
 
         scaled.register_hook(on_gradient)
         return None if scaled is output else scaled

@@ -13,6 +13,7 @@ from lightning_ssiuu.attribution.activation_gradient import extremes, streamed
 from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.models.answers import AnswerModel, Target, input_positions, target_logps
 from lightning_ssiuu.models.architectures import NeuronSite
+from lightning_ssiuu.models.packing import apart
 
 #: From a site's activations ``[B, L, width]`` and the tokens that count ``[B, L, 1]`` to ``[B, width]`` or per token.
 Value = Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +60,7 @@ def _forward(
 
         def hook(site: NeuronSite, _module: nn.Module, _args: object, output: Tensor) -> None:
             wide = torch.promote_types(output.dtype, torch.float32)
-            values = value(site.select(output).to(wide), counted.unsqueeze(-1))
+            values = value(apart(site.select(output).to(wide), model.packing), counted.unsqueeze(-1))
             high, low = extremes(values, ~counted) if values.ndim == 3 else (values, values)
             result.add_site(site, high, low, factors)
 

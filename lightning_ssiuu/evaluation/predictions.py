@@ -36,7 +36,7 @@ class Predictions:
     @cached_property
     def option_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option (nats), the true answer's first."""
-        return self._answers(self.part["options"]).mean_logps
+        return self._answers(self.part["options"], self.option_of).mean_logps
 
     @property
     def option_of(self) -> Tensor:
@@ -63,7 +63,7 @@ class Predictions:
     @cached_property
     def choice_scores(self) -> Tensor:
         """``[B·K]`` mean log-probability per token of every option after the prompt that lists them all."""
-        return self._answers(self.part["choices"]).mean_logps
+        return self._answers(self.part["choices"], self.choice_of).mean_logps
 
     @property
     def choice_of(self) -> Tensor:
@@ -87,8 +87,8 @@ class Predictions:
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
         return self._continued(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
 
-    def _answers(self, part: Mapping[str, Tensor]) -> Answers:
-        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"])
+    def _answers(self, part: Mapping[str, Tensor], groups: Tensor | None = None) -> Answers:
+        answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], groups=groups)
         check_logits(answers.logits)
         return answers
 

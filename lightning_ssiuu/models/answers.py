@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_ssiuu.models.architectures import architecture_of
 from lightning_ssiuu.models.compiling import CompiledPasses
+from lightning_ssiuu.models.packing import Packing, allow_packing, at, longest_packed, run_packed
 from lightning_ssiuu.utils.errors import UserError
 
 #: A part of a batch: ``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]``, ``example_id`` ``[B]``, and what else
@@ -25,20 +27,24 @@ Part = Mapping[str, Tensor]
 
 
 class AnswerModel(nn.Module):
-    """A causal language model that computes logits only where there are labels.
+    """A causal language model that computes what its answers ask for: no padding, and logits only at the labels.
 
-    The vocabulary projection of prompt and padding positions is most of a small model's wasted work and the largest
-    tensor of a step; selecting hidden states first avoids both. It is a module, not a function, so that sharding
+    The tokens of a batch that are inputs to the prediction of an answer stand in one row, in which every sequence
+    attends to itself alone (:mod:`lightning_ssiuu.models.packing`). Hidden states are selected before the vocabulary
+    projection, whose output would be the largest tensor of a step. It is a module, not a function, so that sharding
     strategies find one root whose ``forward`` they can hook.
 
     Args:
         hf: The transformers model. Where the head may do more than a projection (soft caps, scales), full logits are
             computed and then selected: for types whose record
             (:class:`~lightning_ssiuu.models.architectures.Architecture`) does not call the head plain, and for models
-            whose own logits turn out to be others, which is said in the log.
+            whose own logits turn out to be others, which is said in the log. So are models that cannot take sequences
+            in one row; they get padded batches.
 
     Attributes:
         plain_head: Whether logits are computed at the labelled positions alone.
+        packs: Whether sequences go in one row; set it to False to have padded batches.
+        packing: How the latest forward pass laid its tokens out; None if it was padded.
 
     Example:
         >>> from lightning_ssiuu.models.loading import load_model
@@ -54,24 +60,62 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.plain_head = _has_plain_head(hf)
+        self.packing: Packing | None = None
+        if (obstacle := allow_packing(hf)) is not None:
+            _tell_padded(hf.config.model_type, obstacle)
+        self.packs = obstacle is None
+        self._longest = longest_packed(hf.config)
         self._compiled: CompiledPasses | None = None
 
     def compile_training(self, backend: str) -> None:
-        """Compile the passes that are trained through (:class:`~lightning_ssiuu.models.compiling.CompiledPasses`)."""
+        """Compile the passes that are trained through (:class:`~lightning_ssiuu.models.compiling.CompiledPasses`).
+
+        They are padded: rows of ever new lengths would be compiled anew.
+        """
         self._compiled = CompiledPasses(self.hf.base_model if self.plain_head else self.hf, backend)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answers:
-        """The :class:`Answers` at the N labelled positions of ``[B, L]`` tokens (labels: −100 elsewhere)."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *others: Part, groups: Tensor | None = None
+    ) -> Answers | tuple[Answers, ...]:
+        """The :class:`Answers` at the N labelled positions of ``[B, L]`` tokens (labels: −100 elsewhere).
+
+        Args:
+            input_ids: ``[B, L]``.
+            attention_mask: ``[B, L]``.
+            labels: ``[B, L]``.
+            *others: Further parts of the same pass, each of its own shape; the answers of all are then a tuple.
+            groups: ``[B]`` numbers of equal sequences next to each other that begin alike, as the options of a
+                question do: what they share is computed once.
+        """
+        parts = ({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, *others)
+        self.packing = None
+        if self.packs and self._compiled is None:
+            ids, mask, marked = (
+                _below_each_other([part[name] for part in parts], fill)
+                for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+            )
+            needed = input_positions(mask, marked)
+            longest = needed.shape[1] if self._longest is None else self._longest
+            fits = (needed[:, 1:] <= needed[:, :-1]).all() & needed.any() & (needed.sum(1).max() <= longest)
+            if fits:
+                self.packing = Packing.of(needed, ids, groups)
+                output = run_packed(self.hf.base_model if self.plain_head else self.hf, self.hf, self.packing, ids)
+                above = [0, *accumulate(len(part["labels"]) for part in parts)]
+                found = tuple(self._read(output, part["labels"], n) for part, n in zip(parts, above, strict=False))
+                return found if others else found[0]
+        if others:  # each in a pass of its own
+            return tuple(self(part["input_ids"], part["attention_mask"], part["labels"]) for part in parts)
+        module = self._compiled or (self.hf.base_model if self.plain_head else self.hf)
+        return self._read(module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False), labels)
+
+    def _read(self, output: Any, labels: Tensor, above: int = 0) -> Answers:
         # The token at position k is predicted from position k − 1.
         labelled = labels[:, 1:] != -100
         sequence_index, position = labelled.nonzero(as_tuple=True)
         targets = labels[:, 1:][labelled]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self.plain_head:
-            hidden = (self._compiled or self.hf.base_model)(**inputs).last_hidden_state
-            logits = self.hf.get_output_embeddings()(hidden[sequence_index, position])
-        else:
-            logits = (self._compiled or self.hf)(**inputs).logits[sequence_index, position]
+        values = output.last_hidden_state if self.plain_head else output.logits
+        values = at(values, self.packing, sequence_index + above, position)
+        logits = self.hf.get_output_embeddings()(values) if self.plain_head else values
         return Answers(logits, targets, sequence_index, labels.shape[0])
 
     def generate(self, **kwargs: Any) -> Tensor:
@@ -81,6 +125,18 @@ class AnswerModel(nn.Module):
         """
         with nothing_stored(self.hf):
             return self.hf.generate(**kwargs)
+
+
+@cache
+def _tell_padded(model_type: str, obstacle: str) -> None:
+    rank_zero_info(f"{model_type}: batches are padded, not packed into one row: {obstacle}.")
+
+
+def _below_each_other(values: Sequence[Tensor], fill: int) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    width = max(value.shape[1] for value in values)
+    return torch.cat([F.pad(value, (0, width - value.shape[1]), value=fill) for value in values])
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import transformer_blocks
+from lightning_ssiuu.models.packing import at
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -31,8 +32,8 @@ def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAns
         handle.remove()
     # The token at position k is predicted from position k − 1.
     rows, positions = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # [B, L, H]
-    hidden = output[rows, positions]
+    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    hidden = at(output, model.packing, rows, positions)
     return HiddenAnswers(answers.logits, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
 
 

@@ -182,7 +182,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
 
     def answers(self, batch: Part) -> Answers:
         """Forward pass on a part; within a training step the same part is run once, however often it is asked for."""
-        return self._step_memory.recall(batch, self)
+        return self._step_memory.recall(batch, self, self.model)
 
     def original(self, name: str, batch: Part) -> Tensor:
         """What the original model says about a part, under its name in :meth:`references`; without gradients.
@@ -302,11 +302,13 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self._last_batch = batch
 
     def on_train_epoch_end(self) -> None:
-        if self._last_batch and is_over(self.trainer):  # before any callback writes what the run has left
-            check_trained(self, self._last_batch)
+        if self._last_batch and is_over(self.trainer):
+            check_trained(self, self._last_batch)  # before any callback writes what the run has left
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
-        with self._step_memory:
+        # A retain loss of one's own need not ask for the answers of its part.
+        joint = type(self.backbone or self).retain_loss is UnlearningModule.retain_loss and self.retain_weight > 0
+        with self._step_memory(batch if joint and self.forget_weight > 0 else {}):
             losses: dict[str, Tensor] = {}
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.before_forward(self.model, batch["forget"])
@@ -372,8 +374,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         if self.lora is not None:
             check_adapter_state(self, checkpoint.get("state_dict"))
         self.reference_key = checkpoint.get("reference")
-        if states := checkpoint.get("random_states"):
-            self._random_states = state_of_rank(states)
+        states = checkpoint.get("random_states")
+        self._random_states = state_of_rank(states) if states else self._random_states
         folder = self._trainer.ckpt_path if self._trainer is not None else None
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_states(checkpoint, self.stateful(), folder)

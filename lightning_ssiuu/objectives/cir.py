@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part, input_positions
 from lightning_ssiuu.models.architectures import feed_forward_sites, neuron_sites
+from lightning_ssiuu.models.packing import apart
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.shards import wide
@@ -240,8 +241,9 @@ def _watched(
         return start[-1]
 
     def watch(name: str, _module: nn.Module, args: Any, output: Tensor) -> None:
-        seen[name].append(wide(args[0])[mask].cpu())
-        output.register_hook(lambda gradient: pushed[name].append(wide(gradient)[mask].cpu()))
+        packing = model.packing
+        seen[name].append(wide(apart(args[0], packing))[mask].cpu())
+        output.register_hook(lambda gradient: pushed[name].append(wide(apart(gradient, packing))[mask].cpu()))
 
     with ExitStack() as hooks:
         hooks.enter_context(model.hf.get_input_embeddings().register_forward_hook(begin))

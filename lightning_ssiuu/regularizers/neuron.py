@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_ssiuu.models.answers import Answers, input_positions, target_logps
 from lightning_ssiuu.models.architectures import WRITERS, NeuronSite, neuron_sites, select_sites
 from lightning_ssiuu.models.loading import evaluation_mode
+from lightning_ssiuu.models.packing import apart
 from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.regularizers.attribution import AttributionPenalty
 from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
@@ -119,8 +120,9 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         gradients = torch.autograd.grad(logps.sum(), list(outputs.values()), retain_graph=True)
         by_module = {name: (outputs[name], gradient) for name, gradient in zip(outputs, gradients, strict=True)}
         outside, pairs = ~input_positions(part["attention_mask"], part["labels"]).unsqueeze(-1), Pairs()
+        packing = model.packing
         for site in sites:
-            output, gradient = (site.select(tensor) for tensor in by_module[site.module_name])
+            output, gradient = (apart(site.select(tensor), packing) for tensor in by_module[site.module_name])
             output, gradient = output if output.dtype == torch.float64 else output.float(), wide(gradient)
             if self.tokens == "sum":
                 pairs.append((output, gradient.masked_fill(outside, 0)))

@@ -53,6 +53,8 @@ class Sums:
         known.index_put_((ids,), rows.to(known.dtype), accumulate=True)  # deterministic on a GPU too
 
 
+#: Layer, its input, the gradient δ of its output, weights, sums. The weights are of δ's first dimensions: ``[B, 1]`` of
+#: sequences, ``[1, T]`` of the tokens of a row, ``[N]`` of labels.
 Rule = Callable[[Any, Tensor, Tensor, Tensor, Sums], None]
 
 
@@ -64,9 +66,13 @@ def _weighted_pair(x: Tensor, delta: Tensor, weights: Tensor) -> tuple[Tensor, T
     return x.to(delta.dtype), (delta * weights.unsqueeze(1)).to(delta.dtype)
 
 
+def _like(weights: Tensor, delta: Tensor) -> Tensor:
+    """Weights of the first dimensions as many times as delta has entries."""
+    return weights.view(*weights.shape, *[1] * (delta.dim() - weights.dim())).expand_as(delta)
+
+
 def _linear(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
-    if delta.dim() > 2:  # [B, L, ...], else [N, ...] with weights [N]
-        weights = weights.repeat_interleave(delta.shape[1:-1].numel())
+    weights = _like(weights, delta[..., 0]).reshape(-1)
     if layer.weight in sums:
         x, scaled = _weighted_pair(x, delta, weights)
         sums.add_product(layer.weight, *((x, scaled) if isinstance(layer, Conv1D) else (scaled, x)))
@@ -77,9 +83,9 @@ def _linear(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -
 
 def _embedding(layer: Any, ids: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
     if len(ids) == 1 < len(delta):  # positions, the same for all sequences
-        rows = (weights.to(delta.dtype) @ delta.flatten(1)).view(delta.shape[1:])
+        rows = (weights.t().to(delta.dtype) @ delta.flatten(1)).view(delta.shape[1:])
     else:
-        rows = (delta * weights[:, None, None]).to(delta.dtype).flatten(0, 1)
+        rows = (delta * weights.unsqueeze(-1)).to(delta.dtype).flatten(0, 1)
     sums.add_rows(layer.weight, ids.flatten(), rows, layer.padding_idx)
 
 
@@ -90,7 +96,7 @@ def _scaled_embedding(layer: Any, ids: Tensor, delta: Tensor, weights: Tensor, s
 def _norm(layer: Any, x: Tensor, delta: Tensor, weights: Tensor, sums: Sums) -> None:
     # Whatever it computes, row by row: its own formula is differentiated, weight · x̂ as (1 + weight) · x̂.
     parameters = [p for p in layer.parameters(recurse=False) if p in sums]
-    scaled = (delta * weights.view(-1, *[1] * (delta.dim() - 1))).to(delta.dtype)
+    scaled = (delta * _like(weights, delta)).to(delta.dtype)
     with torch.enable_grad():
         gradients = torch.autograd.grad(layer.forward(x), parameters, scaled)
     for parameter, gradient in zip(parameters, gradients, strict=True):

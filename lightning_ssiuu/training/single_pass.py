@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers
+from lightning_ssiuu.models.packing import Packing
 from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.training.layer_gradients import Rule, Sums, rule_of
@@ -62,11 +63,15 @@ class _Forward:
 
     def __init__(self, n_sequences: int) -> None:
         self.n_sequences = n_sequences
+        self.packing: Packing | None = None
+        self.n_tokens = 0  # of a packed row, those that are the forget part's; they come first
+        self.others: tuple[Answers, ...] = ()  # of the other parts of the pass
         self.taps: dict[Any, Any] = {}  # graph node of a tap: of the layer's input
+        self.is_read = False  # whether the unembedding was called at its labels
         self.problem: str | None = None
         self.answers: Answers | None = None
         self.sums: Sums | None = None
-        self.weights: Tensor | None = None  # [B] w_b / c_b, in the backward pass
+        self.weights: Tensor | None = None  # [B, 1] w_b / c_b, in the backward pass; [1, n_tokens] in a packed row
         self.by_label: Tensor | None = None  # [N] the same for the labelled positions
         self.n_expected = self.n_seen = 0
 
@@ -74,7 +79,21 @@ class _Forward:
         if self.weights is None or self.by_label is None or self.sums is None:
             return
         self.n_seen += 1
+        if self.packing is not None and not is_head:
+            x, delta = x[:, : self.n_tokens], delta[:, : self.n_tokens]
         rule(layer, x, delta, self.by_label if is_head else self.weights, self.sums)
+
+    def begin(self, packing: Packing | None) -> None:
+        if packing is not None and self.packing is None:
+            self.packing = packing
+            self.n_tokens = int((packing.sequences < self.n_sequences).sum())
+
+    def set_weights(self, by_sequence: Tensor, sequence_index: Tensor) -> None:
+        self.by_label = by_sequence[sequence_index]
+        if self.packing is None:
+            self.weights = by_sequence.unsqueeze(1)
+        else:
+            self.weights = by_sequence[self.packing.sequences[: self.n_tokens]].unsqueeze(0)
 
 
 class _Tap(torch.autograd.Function):
@@ -87,7 +106,8 @@ class _Tap(torch.autograd.Function):
         kind = output.device.type
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         # One row for all sequences (positions) is repeated, or the backward pass would only see their sum.
-        ctx.repeated = forward is not None and len(output) == 1 < forward.n_sequences and not is_head
+        padded = forward is not None and forward.packing is None
+        ctx.repeated = forward is not None and padded and len(output) == 1 < forward.n_sequences and not is_head
         if ctx.repeated and forward is not None:
             return output.detach().expand(forward.n_sequences, *output.shape[1:]).clone()
         return output.detach()  # no view of the input, so that models may change it in place
@@ -139,18 +159,19 @@ class SinglePass:
 
         def end(_: nn.Module, __: Any, output: Any) -> None:
             if self._now is not None:
-                self._now.answers, self._now = output, None
+                first, *others = output if isinstance(output, tuple) else (output,)
+                self._now.answers, self._now.others, self._now = first, tuple(others), None
 
         self._handles = [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end)]
         for layer in model.modules():
             # What is recomputed in the backward pass has to save what was saved, of whatever part it is.
             self._recomputes |= bool(getattr(layer, "gradient_checkpointing", False))
             if any(id(p) in wanted for p in layer.parameters(recurse=False)):
-                hook = self._hook(layer, layer is head)
+                hook = self._hook(model, layer, layer is head)
                 # First of its hooks: others may change the output.
                 self._handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
-    def _hook(self, layer: nn.Module, is_head: bool) -> Callable[[nn.Module, Any, Any, Any], Any]:
+    def _hook(self, model: Any, layer: nn.Module, is_head: bool) -> Callable[[nn.Module, Any, Any, Any], Any]:
         if (rule := rule_of(layer)) is None:
             raise NotExact(f"no rule for trained weights of {type(layer).__name__}")
 
@@ -160,7 +181,11 @@ class SinglePass:
                 return None
             by_label = is_head and isinstance(output, Tensor) and output.dim() == 2
             if now is not None:
-                now.problem = now.problem or _problem(layer, args, kwargs, output, by_label, now.n_sequences)
+                if by_label and now.is_read:
+                    return None  # the labels of another part
+                now.is_read |= by_label
+                now.begin(model.packing)
+                now.problem = now.problem or _problem(layer, args, kwargs, output, by_label, now)
             if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
                 return None
             if not output.requires_grad:
@@ -196,12 +221,13 @@ class SinglePass:
                 raise NotExact(forward.problem)
             taps, forward.taps = forward.taps, {}  # they know of each other: the graph would outlive the step
             logps = answers.logps
-            _check_loss(loss, logps, taps)
+            _check_loss(loss, logps, taps, {others.logits.grad_fn for others in forward.others})
             forward.n_expected = _check_weights(logps, taps, parameters)
             (slope,) = torch.autograd.grad(loss, logps, retain_graph=True)
             if not slope.abs().min().item() >= _SMALLEST:
                 raise NotExact("the loss does not depend on every forget sequence of a batch", is_momentary=True)
             forward.sums = Sums(parameters, into)
+            forward.others = ()
             index = answers.sequence_index  # not the answers: their hook would keep them alive
             is_real = False  # other regularisers may differentiate log P before the loss is
 
@@ -211,8 +237,7 @@ class SinglePass:
 
             def take(gradient: Tensor) -> None:
                 if is_real:
-                    forward.weights = weights / gradient
-                    forward.by_label = forward.weights[index]
+                    forward.set_weights(weights / gradient, index)
 
             loss.register_hook(begin)
             logps.register_hook(take)
@@ -237,17 +262,24 @@ class SinglePass:
                 seen = f"{forward.n_seen} of {forward.n_expected}"
                 raise RuntimeError(f"a single pass saw {seen} layers; take passes: two")
             forward.weights = forward.by_label = forward.sums = forward.answers = None
+            forward.others = ()
 
 
-def _problem(layer: nn.Module, args: Any, kwargs: Any, output: Any, by_label: bool, n_sequences: int) -> str | None:
+def _problem(layer: nn.Module, args: Any, kwargs: Any, output: Any, by_label: bool, forward: _Forward) -> str | None:
     """Why a call of a layer has no output whose rows are those of the sequences; None if it has."""
     name = type(layer).__name__
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return f"{name} is called with more than its input"
     if not output.requires_grad:
         return f"{name} is run without a graph"
-    is_position = isinstance(layer, nn.Embedding) and len(output) == 1
-    if not by_label and (output.dim() < 3 or (len(output) != n_sequences and not is_position)):
+    if by_label:
+        return None
+    if forward.packing is not None:
+        fits = output.shape[:2] == (1, len(forward.packing.flat))
+    else:
+        is_position = isinstance(layer, nn.Embedding) and len(output) == 1
+        fits = len(output) == forward.n_sequences or is_position
+    if output.dim() < 3 or not fits:
         return f"{name} gives {list(output.shape)}, whose rows are no sequences"
     return None
 
@@ -267,9 +299,10 @@ def _nodes(start: Any, ends: Collection[Any], inputs: Mapping[Any, Any]) -> Iter
                 waiting.append(after)
 
 
-def _check_loss(loss: Tensor, logps: Tensor, taps: Mapping[Any, Any]) -> None:
+def _check_loss(loss: Tensor, logps: Tensor, taps: Mapping[Any, Any], others: Collection[Any]) -> None:
+    # Beyond the logits of another part of the same pass are that part's rows alone.
     depends = False
-    for node in _nodes(loss.grad_fn, {logps.grad_fn}, {}) if loss.grad_fn is not None else ():
+    for node in _nodes(loss.grad_fn, {logps.grad_fn, *others}, {}) if loss.grad_fn is not None else ():
         depends |= node is logps.grad_fn
         if node in taps:
             raise NotExact("the loss is no function of the forget answers' log-probabilities alone")

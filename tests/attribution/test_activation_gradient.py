@@ -25,6 +25,8 @@ from lightning_ssiuu.utils.errors import UserError
 class Summing(nn.Module):
     """Token k gives h[k] = (2 e_k, -e_k); the answer's logit is c · (sum of h up to the token before it), against 0."""
 
+    packing = None
+
     def __init__(self, c: tuple[float, float]) -> None:
         super().__init__()
         self.hf = nn.Module()

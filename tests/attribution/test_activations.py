@@ -17,6 +17,7 @@ from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.attribution.micro_batches import pass_bytes
 from lightning_ssiuu.models.answers import input_positions
 from lightning_ssiuu.models.architectures import neuron_sites
+from lightning_ssiuu.models.packing import padded
 
 BATCH = part([(4, 2), (7, 1), (2, 3)], 3)
 
@@ -38,7 +39,7 @@ def seen_by_hooks(model: Any, sites: Any) -> dict[tuple[int, str], Tensor]:
         seen[site.key] = site.select(output)
 
     handles = [model.hf.get_submodule(s.module_name).register_forward_hook(partial(keep, s)) for s in sites]
-    with torch.no_grad():
+    with torch.no_grad(), padded(model):
         model.eval()(BATCH["input_ids"], BATCH["attention_mask"], BATCH["labels"])
     for handle in handles:
         handle.remove()

@@ -22,6 +22,7 @@ from lightning_ssiuu.attribution.methods import METHODS, attribution_method
 from lightning_ssiuu.attribution.micro_batches import pass_bytes
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import NeuronSite, neuron_sites, select_sites
+from lightning_ssiuu.models.packing import padded
 from lightning_ssiuu.utils.errors import UserError
 
 BATCH = part([(4, 2), (3, 1)], 3)
@@ -37,7 +38,7 @@ def few(model: AnswerModel) -> list[NeuronSite]:
 
 
 def probability(model: AnswerModel, one: Any, target: str = "sequence") -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), padded(model):
         answers = model(*(one[name] for name in ("input_ids", "attention_mask", "labels")))
     return answers.logps.exp() if target == "sequence" else answers.mean_logps
 
@@ -272,11 +273,13 @@ def test_captum_agrees(by: str, llama: AnswerModel, monkeypatch: pytest.MonkeyPa
     for site in neuron_sites(llama.hf):
         module = llama.hf.get_submodule(site.module_name)
         if by == "gradient":
-            theirs = captum.LayerGradientXActivation(wrapped, module).attribute(embeddings)
+            with padded(llama):
+                theirs = captum.LayerGradientXActivation(wrapped, module).attribute(embeddings)
             ours = neuron_attribution(llama, [BATCH], [site])
         else:
             # Its path starts at the layer's output for a zero input: zero too, in a model without biases.
-            theirs = captum.LayerIntegratedGradients(wrapped, module).attribute(embeddings, n_steps=8)
+            with padded(llama):
+                theirs = captum.LayerIntegratedGradients(wrapped, module).attribute(embeddings, n_steps=8)
             ours = integrated_gradients(llama, [BATCH], [site], steps=8)
         values = theirs.detach().masked_fill(~inside.unsqueeze(-1), torch.nan)
         torch.testing.assert_close(ours.maximum, values.nan_to_num(-math.inf).amax(1).sum(0), rtol=1e-6, atol=1e-12)

@@ -1,0 +1,184 @@
+"""Sequences of a batch in one row without padding, each of which attends to itself alone.
+
+The row goes through transformers' own interfaces: position ids, and an attention function by name
+(:data:`NAME`) that lays queries, keys and values out sequence by sequence and calls transformers' SDPA attention.
+FlashAttention and flex attention find the sequences by their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lightning_ssiuu.models.loading import evaluation_mode
+
+#: What ``config._attn_implementation`` is while a model's rows may be packed; as "sdpa" where they are not.
+NAME = "sdpa_packed"
+_BY_POSITION = ("flash_attention_", "flex_attention")
+#: Largest difference of logits in parts of the largest one; other types round more.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the tokens of ``[B, L]`` sequences stand in a row of T.
+
+    Args:
+        flat: ``[T]`` place of each token of the row among the B · L.
+        places: ``[B, L]`` place in the row of each token; 0 for those left out.
+        shares: Whether tokens stand in the row once for several sequences.
+    """
+
+    flat: Tensor
+    places: Tensor
+    shares: bool = False
+
+    @classmethod
+    def of(cls, needed: Tensor, input_ids: Tensor | None = None, groups: Tensor | None = None) -> Packing:
+        """Pack the tokens ``needed`` (``[B, L]`` bool, of each sequence the first ones).
+
+        Sequences that lie next to each other and have the same number in ``groups`` (``[B]``) share what their
+        ``input_ids`` begin with.
+        """
+        own, first = needed, None
+        if groups is not None and input_ids is not None:
+            starts = torch.ones_like(groups, dtype=torch.bool)
+            starts[1:] = groups[1:] != groups[:-1]
+            first = starts.nonzero().squeeze(1)[starts.cumsum(0) - 1]  # [B] the first sequence of each one's group
+            alike = (input_ids == input_ids[first]) & needed & needed[first]
+            own = needed & (starts.unsqueeze(1) | ~alike.cumprod(1).bool())
+        flat = own.flatten().nonzero().squeeze(1)
+        places = (own.flatten().cumsum(0) - 1).view_as(own)
+        if first is not None:
+            places = places.where(own, places[first])
+        return cls(flat, places.where(needed, 0), first is not None)
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """``[T]`` the sequence of each token of the row (the first of those that share it)."""
+        return self.flat // self.places.shape[1]
+
+    def row(self, values: Tensor) -> Tensor:
+        """``[1, T, ...]`` out of ``[B, L, ...]``."""
+        return values.flatten(0, 1).index_select(0, self.flat).unsqueeze(0)
+
+    def apart(self, row: Tensor) -> Tensor:
+        """``[B, L, ...]`` out of ``[1, T, ...]``; zero, or what stands first in the row, where a token is left out."""
+        if self.shares:
+            return row[0][self.places]
+        apart = row.new_zeros((self.places.numel(), *row.shape[2:])).index_copy(0, self.flat, row[0])
+        return apart.view(*self.places.shape, *row.shape[2:])
+
+
+def apart(values: Tensor, packing: Packing | None) -> Tensor:
+    """What a layer gave in a pass, as ``[B, L, ...]``; ``packing`` is that of the pass, None where it was padded."""
+    return values if packing is None else packing.apart(values)
+
+
+def at(values: Tensor, packing: Packing | None, sequences: Tensor, positions: Tensor) -> Tensor:
+    """What a layer gave in a pass, ``[N, ...]``, at N positions of sequences."""
+    if packing is None:
+        return values[sequences, positions]
+    return values[0].index_select(0, packing.places[sequences, positions])
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # [1, heads, T, D] to [B, heads, L, D]. Nothing stands before a sequence's own tokens: causality is mask enough.
+    query, key, value = (packing.apart(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+    output, _ = sdpa_attention_forward(module, query, key, value, None, **options | {"is_causal": True})
+    return packing.row(output), None
+
+
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    return None if _packed.get() else sdpa_mask(*args, **options)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+
+
+def run_packed(module: nn.Module, hf: Any, packing: Packing, input_ids: Tensor) -> Any:
+    """The output of a transformers model (or its base model ``module``) for a packed row."""
+    length = packing.places.shape[1]
+    inputs = {"input_ids": packing.row(input_ids), "position_ids": (packing.flat % length).unsqueeze(0)}
+    if hf.config._attn_implementation == NAME:
+        inputs["packing"] = packing
+    token = _packed.set(True)
+    try:
+        return module(**inputs, use_cache=False)
+    finally:
+        _packed.reset(token)
+
+
+def allow_packing(hf: Any) -> str | None:
+    """Have a model take packed rows; returns why it cannot, None if it can.
+
+    Whether it gives what it gives for padded rows is tried out where there are weights to try with.
+    """
+    before = getattr(hf.config, "_attn_implementation", None)
+    if before == NAME:
+        return None
+    if before != "sdpa" and not str(before).startswith(_BY_POSITION):
+        return f"attention is {before}"
+    if before == "sdpa":
+        if not hf._can_set_attn_implementation():
+            return "its attention is not one of transformers' functions"
+        hf.config._attn_implementation = NAME
+    weight = hf.get_input_embeddings().weight
+    if type(weight) is not nn.Parameter or weight.is_meta or _gives_the_same(hf):
+        return None
+    hf.config._attn_implementation = before
+    return "packed rows give other values"
+
+
+@torch.no_grad()
+def _gives_the_same(hf: Any) -> bool:
+    # Two sequences of unequal length, and two with one beginning.
+    ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [4, 5, 6, 9, 0]], device=hf.device)
+    ids = ids % hf.get_input_embeddings().num_embeddings
+    needed = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=hf.device)
+    packing = Packing.of(needed.bool(), ids, torch.tensor([0, 1, 1], device=hf.device))
+    if hf.config._attn_implementation != NAME:
+        packing = Packing.of(needed.bool())
+    with evaluation_mode(hf):
+        own = hf(input_ids=ids, attention_mask=needed, use_cache=False).logits
+        row = run_packed(hf, hf, packing, ids).logits
+    difference = (packing.apart(row) - own)[needed.bool()].abs().max()
+    return bool(difference <= _TOLERANCE.get(hf.dtype, 0.05) * own[needed.bool()].abs().max())
+
+
+def longest_packed(config: Any) -> int | None:
+    """Longest sequence that every layer sees whole; None where there is no limit."""
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((limit for limit in limits if limit), default=None)
+
+
+@contextmanager
+def padded(model: Any) -> Iterator[None]:
+    """Inside, an :class:`~lightning_ssiuu.models.answers.AnswerModel` runs batches as they are, padding and all."""
+    before, model.packs = model.packs, False
+    try:
+        yield
+    finally:
+        model.packs = before
