@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
-from lightning_ssiuu.models.checks import check_logits
+from lightning_ssiuu.models.checks import check_logits, check_peaks
 from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.utils.distributed import gathered
 
@@ -89,7 +89,7 @@ class Predictions:
 
     def _answers(self, part: Mapping[str, Tensor], groups: Tensor | None = None) -> Answers:
         answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], groups=groups)
-        check_logits(answers.logits)
+        check_peaks(answers.peaks)
         return answers
 
     def _labelled(self, labels: Tensor) -> list[str]:
