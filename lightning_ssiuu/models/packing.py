@@ -121,7 +121,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 def run_packed(module: nn.Module, hf: Any, packing: Packing, input_ids: Tensor) -> Any:
     """The output of a transformers model (or its base model ``module``) for a packed row."""
     length = packing.places.shape[1]
-    inputs = {"input_ids": packing.row(input_ids), "position_ids": (packing.flat % length).unsqueeze(0)}
+    inputs: dict[str, Any] = {"input_ids": packing.row(input_ids), "position_ids": (packing.flat % length).unsqueeze(0)}
     if hf.config._attn_implementation == NAME:
         inputs["packing"] = packing
     token = _packed.set(True)
