@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -20,13 +21,7 @@ _NAMES = "auto, ddp, ModelParallelStrategy (FSDP2, recipes/scale/fsdp2.yaml) or 
 _TYPES = "32-true, bf16-mixed or bf16-true; narrower weights are model.quantization"
 
 
-#: What is said where :func:`is_slow_in_bf16`.
 SLOW_BF16 = "this CPU has no arithmetic in bfloat16, which takes several times as long as float32 on it"
-
-
-def is_slow_in_bf16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are emulated on a device, one number at a time (x86 without AVX-512)."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class Trained(Protocol):
@@ -95,7 +90,9 @@ def check_strategy(trainer: L.Trainer, module: Trained) -> None:
     if who is not None and isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         allowed = f"false with {who}, whose second backward pass a static graph does not know: "
         raise UserError("trainer.strategy.static_graph", True, allowed + "the ranks' weights would drift apart")
-    if str(trainer.precision).startswith("bf16") and is_slow_in_bf16(strategy.root_device):
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    # x86 without AVX-512 (elsewhere torch names its instructions otherwise): one number at a time.
+    if on_cpu and str(trainer.precision).startswith("bf16") and torch.backends.cpu.get_cpu_capability() == "AVX2":
         rank_zero_info(f"trainer.precision {trainer.precision}: {SLOW_BF16}.")
     if who is not None and str(trainer.precision).startswith("16-"):
         # Loss scaling holds for the loss's gradient alone: the other would underflow, unseen by the scaler.
