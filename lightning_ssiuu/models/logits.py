@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ LOGIT_BYTES = 1 << 30
 _PIECES = 8
 
 
+@dataclass(eq=False)  # in which FSDP2 finds the tensors before whose backward pass it has to gather the weights
 class ChunkedLogits:
     """The logits ``[N, V]`` that a head makes of hidden states ``[N, H]``, never all at once unless asked for.
 
@@ -40,10 +42,17 @@ class ChunkedLogits:
         True
     """
 
-    def __init__(self, hidden: Tensor, head: nn.Linear, targets: Tensor, logit_bytes: int = LOGIT_BYTES) -> None:
-        self.hidden, self.head = hidden, head
-        rows = max(1, _rows(head, logit_bytes) // _PIECES)
-        found = _TokenLogps.apply(hidden, head.weight, head.bias, targets, rows)
+    hidden: Tensor
+    head: nn.Linear
+    targets: Tensor
+    logit_bytes: int = LOGIT_BYTES
+    token_logps: Tensor = field(init=False)
+    best: Tensor = field(init=False)
+    peaks: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = max(1, _rows(self.head, self.logit_bytes) // _PIECES)
+        found = _TokenLogps.apply(self.hidden, self.head.weight, self.head.bias, self.targets, rows)
         self.token_logps, self.best, self.peaks = found
 
     @staticmethod

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toys.jobs import Job, run, save_models, train
 from toys.models import VOCAB, answer_model, batch, part
 from toys.single_pass import difference, gradients
 
@@ -155,3 +157,15 @@ def test_the_peak_is_a_fraction() -> None:
     pieces = peak(lambda: ChunkedLogits(hidden, head, targets, logits - 1).token_logps)
     assert whole > 2 * logits
     assert pieces < logits / 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_models(tmp_path)
+    penalty = {"weight": 1e4, "target": "length_normalised"}
+    whole = train(Job("whole", regularizer=penalty, model="shallow"), 1, tmp_path)
+    monkeypatch.setattr("lightning_ssiuu.models.answers.LOGIT_BYTES", ONE)  # the processes are forked
+    pieces = run(2, [Job("pieces", strategy, regularizer=penalty, model="shallow")], tmp_path)
+    for rank in next(iter(pieces.values())):
+        for found, expected in zip(rank["weights"], whole["weights"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
