@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from arithmetic import ARITHMETICS, ProbabilityGradient, attribution, autocast, flips, model_in, probability_gradient
 from arithmetic import relative_error as error
-from gpu_tools import Recorder, adamw, adamw8bit, compared, free, measured, regularized, trained, trainer
+from gpu_performance import adapters, peer, speed
+from gpu_tools import Recorder, adamw, adamw8bit, compared, free, measured, regularized, saved, trained, trainer
 from shapes import random_llama
 from timing import alternating, peak_bytes, random_batch, wait
 from torch import Tensor
@@ -35,7 +36,7 @@ from lightning_ssiuu.attribution.influence import influence_variation
 from lightning_ssiuu.cli.memory import estimate_memory
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.architectures import neuron_sites
-from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.loading import load_model
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import objectives
 
@@ -261,12 +262,6 @@ def memory(r: Recorder) -> None:
             del module
 
 
-def saved(r: Recorder, folder: str) -> None:
-    """A random model and the embedded tokenizer as a directory to load."""
-    r.model(torch.bfloat16).hf.save_pretrained(folder)
-    load_tokenizer("tiny").save_pretrained(folder)
-
-
 def recipe(r: Recorder) -> None:
     """The default recipe by its command, per precision: steps, scores, D±, seconds."""
     short = ("--trainer.max_steps", "1", "--attribution.probe_examples", "4", "--stopping.threshold", "null")
@@ -309,7 +304,10 @@ SECTIONS: dict[str, Section] = {
     "environment": Section(environment, 60),
     "parity": Section(parity, 90),
     "tests": Section(tests, 180),
+    "speed": Section(speed, 90),
+    "peer": Section(peer, 60),
     "large": Section(large, 180),
+    "adapters": Section(adapters, 180),
     "objectives": Section(all_objectives, 120),
     "precision": Section(precision, 120),
     "quantization": Section(quantization, 150),

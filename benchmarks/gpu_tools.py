@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from shapes import random_llama
 from timing import Batch, adopted, peak_bytes, random_batch, step, wait
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ssiuu import AttributionRegularizer
@@ -22,6 +23,9 @@ from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.utils.files import write_json
+
+#: Operations per second of the cards' matrix units in bfloat16, without sparsity, as their makers state them.
+DENSE_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 class Recorder:
@@ -31,10 +35,11 @@ class Recorder:
         file: Where.
         device: ``"cuda"`` or ``"cpu"``.
         small: Toy sizes, to see that the code runs.
+        peer: A checkout of open-unlearning, if there is one.
     """
 
-    def __init__(self, file: Path, device: str, small: bool) -> None:
-        self.file, self.small = file, small
+    def __init__(self, file: Path, device: str, small: bool, peer: str | None = None) -> None:
+        self.file, self.small, self.peer = file, small, peer
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self.figures: dict[str, Any] = {}
 
@@ -58,6 +63,38 @@ class Recorder:
         """Random tokens."""
         vocabulary = model.hf.config.vocab_size
         return random_batch(vocabulary, self.size(size, 2), self.size(length, 16), self.device)
+
+
+def saved(r: Recorder, folder: str, shape: str | None = None) -> None:
+    """A random model, of Llama-3.2-1B's shape if none is told, and the embedded tokenizer, as a directory to load."""
+    model = r.model(torch.bfloat16) if shape is None else random_llama(shape, torch.bfloat16, r.device)
+    model.hf.save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+
+
+def utilization(model: AnswerModel, batch: Batch, seconds: float, device: torch.device) -> dict[str, Any]:
+    """Useful matrix products of a step per second, and their share of what the card can do in bfloat16.
+
+    Useful are those of the tokens without padding, logits at labels only, no recomputation, no attention scores: two
+    operations per weight and token forward, two back to the input, two for the weight's gradient if it is trained.
+    """
+    head = model.hf.get_output_embeddings()
+    blocks = trained = 0
+    for module in model.hf.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            size = module.in_features * module.out_features  # quantised weights are stored otherwise
+            blocks += size
+            trained += size * bool(module.weight.requires_grad)
+    vocabulary = model.hf.config.vocab_size * model.hf.config.hidden_size
+    tokens = sum(int(part["attention_mask"].sum()) for part in batch.values())
+    labels = sum(int((part["labels"] != -100).sum()) for part in batch.values())
+    operations = tokens * (4 * blocks + 2 * trained) + labels * vocabulary * (6 if head.weight.requires_grad else 4)
+    found: dict[str, Any] = {"useful_flops_per_second": operations / seconds}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for card, peak in DENSE_BF16.items():
+        if card in name:
+            found["utilization"] = operations / seconds / peak
+    return found
 
 
 def regularized() -> AttributionRegularizer:
@@ -161,11 +198,12 @@ def finite(logged: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Clock(L.Callback):
-    """Seconds of the last training step."""
+    """Seconds of the last training step, and its batch."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start."""
         wait(pl_module.device)
+        self.batch = batch
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

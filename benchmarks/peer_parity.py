@@ -12,16 +12,13 @@ anywhere else ends the script with status 1. Nothing of the peer is imported but
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from peer_code import imported
 from shapes import random_llama
 from torch import Tensor
 
@@ -41,7 +38,6 @@ LENGTHS = {
     "bare": ([(1, 5), (1, 5), (1, 5)], [(1, 4), (1, 4)]),
 }
 TOKENS = "a mean over all tokens of the batch there, over sequences here"
-STOOD_IN = ("trainer", "deepspeed")
 PROMPT = "prompt and padding count there"
 EVERYWHERE = f"{PROMPT}, and the position after the answer"
 LATER = "one position later there"
@@ -104,45 +100,6 @@ def cases() -> list[Case]:
         Case("GradDiff", "bare", "retain KL: the position after the answer counts there", "GradientDifference", kl),
         Case("GradDiff", "equal", f"retain KL: {EVERYWHERE}", "GradientDifference", kl),
     ]
-
-
-@contextmanager
-def imported(peer: Path) -> Iterator[Callable[[str], Any]]:
-    """The peer's classes by name, from the files of its losses alone; what they import is stood in for."""
-    source = peer / "src" / "trainer"
-    before = dict(sys.modules)
-
-    def stand_in(name: str, **members: Any) -> None:
-        sys.modules[name] = ModuleType(name)
-        vars(sys.modules[name]).update(members)
-
-    def load(name: str, file: Path) -> None:
-        spec = importlib.util.spec_from_file_location(name, file)
-        if spec is None or spec.loader is None or not file.is_file():
-            raise SystemExit(f"error: --peer: got {str(peer)!r}, allowed: a checkout of open-unlearning (no {file})")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-
-    def class_named(name: str) -> Any:
-        file = {"GradAscent": "grad_ascent", "GradDiff": "grad_diff"}.get(name, name.lower())
-        module = f"trainer.unlearn.{file}"
-        if module not in sys.modules:
-            load(module, source / "unlearn" / f"{file}.py")
-        return getattr(sys.modules[module], name)
-
-    try:
-        stand_in("trainer", __path__=[])
-        stand_in("trainer.unlearn", __path__=[])
-        stand_in("trainer.unlearn.base", UnlearnTrainer=object)
-        if importlib.util.find_spec("deepspeed") is None:
-            stand_in("deepspeed")  # for RMU's, which asks it nothing here
-        load("trainer.utils", source / "utils.py")
-        class_named("GradDiff")
-        yield class_named
-    finally:
-        for name in [name for name in sys.modules if name not in before and name.split(".")[0] in STOOD_IN]:
-            del sys.modules[name]
-        sys.modules.update({name: module for name, module in before.items() if name.split(".")[0] in STOOD_IN})
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from arithmetic import (
     ARITHMETICS,
     ProbabilityGradient,
     attribution,
+    autocast,
     flips,
     model_in,
     penalty,
@@ -72,13 +73,21 @@ def gradients(checkpoint: str, batch_size: int, learning_rate: float) -> dict[st
         models = (model_in(model_in(point, weights or dtype), dtype) for point in points)
         return [probability_gradient(m, b["forget"], mixed) for m, b in zip(models, batches, strict=True)]
 
+    def loss(name: str, weights: torch.dtype | None = None) -> float:
+        dtype, mixed = ARITHMETICS[name]
+        module = adopted(GradientDifference(), model_in(model_in(later, weights or dtype), dtype), tokenizer)
+        with torch.no_grad(), autocast(torch.device("cpu"), mixed):
+            return module.training_step(batches[1], 0).item()
+
     reference = at_both("64-true")
     then, now = (attribution(g, torch.float64) for g in reference)
     truth = penalty(now, then, _scaled(reference[1]))
     rows: dict[str, dict[str, float]] = {}
+    expected = loss("64-true")
     arms = {name: (name, None) for name in PRECISIONS} | {"64-true, weights in bf16": ("64-true", torch.bfloat16)}
     for arm, (name, weights) in arms.items():
-        rows[arm] = _compare(at_both(name, weights), reference[1], now, truth)
+        row = {"loss_error": abs(loss(name, weights) - expected)}
+        rows[arm] = row | _compare(at_both(name, weights), reference[1], now, truth)
     return {
         "parameters": sum(p.numel() for p in original.parameters()),
         "batch": batch_size,
@@ -199,9 +208,16 @@ def recipe(
 
 def gradient_tables(result: dict[str, Any]) -> list[str]:
     """One row per arithmetic, one row per learning rate, in percent."""
-    header = ["arithmetic", "error of g", "I⁻ lost", "I⁻ gained", "share of Σ\\|A\\| that changes side"]
+    header = [
+        "arithmetic",
+        "error of the loss",
+        "error of g",
+        "I⁻ lost",
+        "I⁻ gained",
+        "share of Σ\\|A\\| that changes side",
+    ]
     header += ["error of the penalty", "with A_{t−1} stored in bf16", "with A computed in bf16"]
-    keys = ("gradient_error", "lost", "gained", "mass", "penalty_error", "penalty_error_anchor_bf16")
+    keys = ("loss_error", "gradient_error", "lost", "gained", "mass", "penalty_error", "penalty_error_anchor_bf16")
     rows = _rows(result["arithmetics"], (*keys, "penalty_error_a_bf16"))
     keys = ("lost_updates", "penalty_error_anchor_bf16", *(f"penalty_error_{name}" for name in PRECISIONS))
     rates = _rows(result["learning_rates"], keys)

@@ -6,7 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives import UnlearningModule
-from lightning_ssiuu.training.reference import LiveReference
+from lightning_ssiuu.training.reference import LiveReference, StoredReference, store
 
 Batch = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
@@ -63,6 +65,17 @@ def adopted(
     module.logged = logged  # type: ignore[assignment]
     module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
     return module
+
+
+def cached_reference(module: UnlearningModule, batches: Sequence[Batch], folder: Path) -> None:
+    """What a run computes before its first step and keeps on disk, for the given batches; ids are given anew."""
+    for number, batch in enumerate(batches):
+        for part in batch.values():
+            part["example_id"] = torch.arange(len(part["labels"])) + number * len(part["labels"])
+    if observations := module.references():
+        parts = {name: partial(iter, [batch[name] for batch in batches]) for name in ("forget", "retain")}
+        store(folder, module.model, observations, parts)
+        module._reference = StoredReference(folder)
 
 
 def step(

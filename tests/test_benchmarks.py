@@ -89,6 +89,29 @@ def test_gpu_check_runs_every_section_on_toys(tmp_path: Path) -> None:
     assert {"gradient, bf16-mixed", "step, bf16-true"} <= sections["precision"].keys()
     assert sections["memory"]["SSIUU"]["estimated_bytes"] > 0
     assert sections["recipe"]["32-true"]["steps"] == 1
+    assert sections["speed"].keys() >= {"as it is", "padded", "foreach", "chunked logits", "compiled", "SSIUU"}
+    assert all(sections["adapters"][f"toy, {width}"]["estimated_bytes"] > 0 for width in ("8bit", "4bit"))
+    assert "--peer" in sections["peer"]["skipped"]
+
+
+@pytest.mark.usefixtures("_importable")
+def test_gpu_check_goes_on_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_check
+
+    monkeypatch.chdir(tmp_path)
+    first = ["gpu_check.py", "--device", "cpu", "--small", "--sections", "environment"]
+    calls = [first, [*first, "peer"], [*first, "peer"], [*first, "--again"], [*first[:3], *first[4:]]]
+    shown = []
+    for call in calls:
+        monkeypatch.setattr(sys, "argv", call)
+        assert gpu_check.main() == 0
+        shown.append([line.split()[:3] for line in capsys.readouterr().out.splitlines()])
+    done, ok = ["environment:", "done", "before"], ["environment:", "ok"]
+    assert [lines[0] == done for lines in shown] == [False, True, True, False, False]  # other sizes are another check
+    assert [lines[0][:2] == ok for lines in shown] == [True, False, False, True, True]
+    assert [lines[1][:2] for lines in shown[1:3]] == [["peer:", "ok"]] * 2  # it had no checkout, and may have one now
 
 
 @pytest.mark.usefixtures("_importable")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
-from lightning_ssiuu.models.checks import check_logits
+from lightning_ssiuu.models.checks import check_peaks
 from lightning_ssiuu.models.generation import Request, continued
 from lightning_ssiuu.training.fsdp import is_sharded
 
@@ -114,7 +114,7 @@ class Predictions:
 
     def _answers(self, part: Mapping[str, Tensor]) -> Answers:
         answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], share=True)
-        check_logits(answers.logits)
+        check_peaks(answers.peaks)
         return answers
 
     def _labelled(self, labels: Tensor) -> list[str]:

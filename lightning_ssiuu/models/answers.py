@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_ssiuu.models.architectures import architecture_of
 from lightning_ssiuu.models.compiling import CompiledPasses
+from lightning_ssiuu.models.logits import LOGIT_BYTES, ChunkedLogits
 from lightning_ssiuu.models.packing import Packing, allow_packing, at, longest_packed, run_packed
 from lightning_ssiuu.utils.errors import UserError
 
@@ -48,6 +49,8 @@ class AnswerModel(nn.Module):
         plain_head: Whether logits are computed at the labelled positions alone.
         engine: What generates text instead, of the same weights; None: the model itself.
         packs: Whether sequences go in one row; set it to False to have padded batches.
+        logit_bytes: More logits than these, in float32, are computed in pieces (a linear head's alone; see
+            :class:`~lightning_ssiuu.models.logits.ChunkedLogits`).
         packing: How the latest forward pass laid its tokens out; None if it was padded.
 
     Example:
@@ -68,6 +71,7 @@ class AnswerModel(nn.Module):
         if (obstacle := allow_packing(hf)) is not None:
             _tell_padded(hf.config.model_type, obstacle)
         self.packs = obstacle is None
+        self.logit_bytes = LOGIT_BYTES
         self._longest = longest_packed(hf.config)
         self._compiled: CompiledPasses | None = None
         self.engine: Any = None
@@ -119,8 +123,12 @@ class AnswerModel(nn.Module):
         targets = labels[:, 1:][labelled]
         values = output.last_hidden_state if self.plain_head else output.logits
         values = at(values, self.packing, sequence_index + above, position)
-        logits = self.hf.get_output_embeddings()(values) if self.plain_head else values
-        return Answers(logits, targets, sequence_index, labels.shape[0])
+        if not self.plain_head:
+            return Answers(values, targets, sequence_index, labels.shape[0])
+        head: Any = self.hf.get_output_embeddings()
+        chunked = ChunkedLogits.fits(head, len(targets), self.logit_bytes)
+        scores = ChunkedLogits(values, head, targets, self.logit_bytes) if chunked else head(values)
+        return Answers(scores, targets, sequence_index, labels.shape[0])
 
     def generate(self, **kwargs: Any) -> Tensor:
         """``transformers``' ``generate`` with these options alone, whatever is stored with the checkpoint.
@@ -221,13 +229,13 @@ class Answers:
     """What a forward pass says about the answers of a batch; derived values are computed once, on demand.
 
     Args:
-        logits: ``[N, V]`` at the labelled positions only.
+        scores: The logits ``[N, V]`` at the labelled positions only, or what makes them in pieces.
         targets: ``[N]`` the answer tokens.
         sequence_index: ``[N]`` the row of the batch each belongs to, sorted.
         n_sequences: B.
     """
 
-    logits: Tensor
+    scores: Tensor | ChunkedLogits
     targets: Tensor
     sequence_index: Tensor
     n_sequences: int
@@ -236,12 +244,36 @@ class Answers:
         """The answers of the sequences ``kept`` (``[B]`` bool) alone."""
         of_token = kept[self.sequence_index]
         index = (kept.long().cumsum(0) - 1)[self.sequence_index[of_token]]
-        return Answers(self.logits[of_token], self.targets[of_token], index, int(kept.sum()))
+        targets, scores = self.targets[of_token], self.scores
+        if isinstance(scores, ChunkedLogits):
+            return Answers(
+                replace(scores, hidden=scores.hidden[of_token], targets=targets), targets, index, int(kept.sum())
+            )
+        return Answers(scores[of_token], targets, index, int(kept.sum()))
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """``[N, V]``; whoever asks for it holds them all."""
+        return self.scores.whole() if isinstance(self.scores, ChunkedLogits) else self.scores
 
     @cached_property
     def token_logps(self) -> Tensor:
         """``[N]`` log-probabilities of the answer tokens (nats)."""
-        return answer_token_logps(self.logits, self.targets)
+        if isinstance(self.scores, ChunkedLogits):
+            return self.scores.token_logps
+        return answer_token_logps(self.scores, self.targets)
+
+    @property
+    def roots(self) -> set[Any]:
+        """Nodes of the graph that all else is computed from: of the logits, or of what was taken instead of them."""
+        if not isinstance(self.scores, ChunkedLogits):
+            return {self.scores.grad_fn}
+        return {self.scores.token_logps.grad_fn} | ({self.logits.grad_fn} if "logits" in vars(self) else set())
+
+    @property
+    def peaks(self) -> Tensor:
+        """``[N]`` the largest logit at each position."""
+        return self.scores.peaks if isinstance(self.scores, ChunkedLogits) else self.scores.detach().amax(-1)
 
     @cached_property
     def logps(self) -> Tensor:
@@ -262,7 +294,8 @@ class Answers:
     @property
     def token_correct(self) -> Tensor:
         """``[N]`` whether greedy decoding picks the answer's token there."""
-        return self.logits.argmax(-1) == self.targets
+        best = self.scores.best if isinstance(self.scores, ChunkedLogits) else self.scores.argmax(-1)
+        return best == self.targets
 
 
 def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None = None) -> Tensor:

@@ -68,7 +68,12 @@ def check_logits(logits: Tensor) -> None:
 
     Scores are comparisons, and none is true of NaN: a broken model would count as one that has forgotten.
     """
-    if has_values(logits) and logits.numel() and not logits.detach().amax(-1).isfinite().all().item():
+    check_peaks(logits.detach().amax(-1))
+
+
+def check_peaks(peaks: Tensor) -> None:
+    """:func:`check_logits` where the largest logits ``[N]`` are known."""
+    if has_values(peaks) and not peaks.isfinite().all().item():
         allowed = "one that gives finite numbers; weights in float32 (precision 32-true) if these are too narrow"
         raise NotFinite("checkpoint", Given("a model whose predictions are NaN or infinite"), allowed)
 

@@ -34,7 +34,7 @@ def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAns
     rows, positions = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
     output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     hidden = at(output, model.packing, rows, positions)
-    return HiddenAnswers(answers.logits, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
+    return HiddenAnswers(answers.scores, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
 
 
 def block_number(model: AnswerModel, layer: int | None, default: int) -> int:

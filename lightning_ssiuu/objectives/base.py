@@ -25,11 +25,12 @@ from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
-from lightning_ssiuu.objectives.step_memory import StepMemory
+from lightning_ssiuu.objectives.step_memory import StepMemory, together
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
 from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
+from lightning_ssiuu.training.optimizers import fused_where_possible
 from lightning_ssiuu.training.progress import is_over, settle_progress
 from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
 from lightning_ssiuu.training.reference import Observation, Reference, find_reference, reference_logits
@@ -54,7 +55,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
 
     Args:
         checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
-        optimizer: Takes the parameters, gives the optimiser.
+        optimizer: Takes the parameters, gives the optimiser (see :mod:`~lightning_ssiuu.training.optimizers`).
         lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
             :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function (or its import path) that takes
             ``num_warmup_steps`` and ``num_training_steps``, too, like those of transformers; None for constant.
@@ -134,8 +135,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
         self.lr_scheduler = find_schedule(lr_scheduler, warmup_steps)
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
-        self.regularizer = regularizer
-        self.gradient_checkpointing = gradient_checkpointing
+        self.regularizer, self.gradient_checkpointing = regularizer, gradient_checkpointing
         self.retain, self.reference = retain, reference
         self.scores = scores
         for name in scores or ():
@@ -306,10 +306,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             check_trained(self, self._last_batch)  # before any callback writes what the run has left
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
-        # A retain loss of one's own need not ask for the answers of its part.
-        joint = type(self.backbone or self).retain_loss is UnlearningModule.retain_loss and self.retain_weight > 0
-        joint &= self.regularizer is None or not self.regularizer.differentiates or is_sharded(self)
-        with self._step_memory(batch if joint and self.forget_weight > 0 else {}):
+        with self._step_memory(together(self, batch, UnlearningModule.retain_loss)):
             losses: dict[str, Tensor] = {}
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.before_forward(self.model, batch["forget"])
@@ -353,7 +350,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = fused_where_possible(self.optimizer([p for p in self.parameters() if p.requires_grad]))
         if self.lr_scheduler is None:
             return optimizer
         n_steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731 - asked only where it is needed

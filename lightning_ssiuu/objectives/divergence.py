@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import Part
-from lightning_ssiuu.models.checks import check_logits, diverged, diverging, has_values, not_finite, weights
+from lightning_ssiuu.models.checks import check_peaks, diverged, diverging, has_values, not_finite, weights
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import NotFinite
 
@@ -47,7 +47,7 @@ def check_trained(module: Any, batch: Mapping[str, Part]) -> None:
         with torch.no_grad(), untouched(module.model), module.trainer.precision_plugin.forward_context():
             answers = module(part)  # all ranks: sharded weights are gathered for it
         with diverging(step):
-            check_logits(answers.logits)
+            check_peaks(answers.peaks)
     except NotFinite as error:
         mistake = mistake or error
     if mistake := next(filter(None, gathered(mistake)), None):

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import Any, Self
 
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.training.fsdp import is_sharded
+
+
+def together(module: Any, batch: Mapping[str, Part], retain_loss: Callable[..., Any]) -> Mapping[str, Part]:
+    """What of a batch an objective runs in one pass: all of it, or nothing; ``retain_loss`` is the usual one."""
+    # A retain loss of one's own need not ask for the answers of its part.
+    if type(module.backbone or module).retain_loss is not retain_loss or 0 in (
+        module.forget_weight,
+        module.retain_weight,
+    ):
+        return {}
+    # A backward pass of the regulariser's own would go through the retain part, too; that of whole weights saves none.
+    differentiates = module.regularizer is not None and module.regularizer.differentiates
+    return {} if differentiates and not is_sharded(module) else batch
 
 
 class StepMemory:

@@ -119,7 +119,7 @@ class AttributionRegularizer(AttributionPenalty):
 
     @property
     def differentiates(self) -> bool:
-        return self._single is None
+        return self._single is None and self.weight != 0
 
     def prepare(self, module: Any) -> None:
         self._parameters(module.model)  # refuses modules that name nothing

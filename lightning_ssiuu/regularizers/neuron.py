@@ -67,7 +67,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
         if self.weight == 0:
             return
-        device = answers.logits.device.type  # apply runs outside the Trainer's autocast
+        device = answers.targets.device.type  # apply runs outside the Trainer's autocast
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self._parts.append(part)
 

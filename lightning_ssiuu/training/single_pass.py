@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers
+from lightning_ssiuu.models.logits import ChunkedLogits
 from lightning_ssiuu.models.packing import Packing
 from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.training.fsdp import is_sharded
@@ -87,6 +88,20 @@ class _Forward:
         if packing is not None and self.packing is None:
             self.packing = packing
             self.n_tokens = int((packing.sequences < self.n_sequences).sum())
+
+    def watch_chunks(self, scores: ChunkedLogits, head: nn.Module, wanted: Collection[int]) -> None:
+        """Have a head that is called in pieces, and not as a module, act like one that is tapped."""
+        rule, node = rule_of(head), scores.token_logps.grad_fn
+        if node is None or rule is None or all(id(p) not in wanted for p in head.parameters()):
+            return
+        self.taps[node] = scores.hidden.grad_fn
+
+        def add(x: Tensor, delta: Tensor, rows: slice) -> None:
+            if self.by_label is not None and self.sums is not None:
+                self.n_seen += rows.start == 0
+                rule(head, x, delta, self.by_label[rows], self.sums)
+
+        scores.show_to(add)
 
     def set_weights(self, by_sequence: Tensor, sequence_index: Tensor) -> None:
         self.by_label = by_sequence[sequence_index]
@@ -160,7 +175,10 @@ class SinglePass:
         def end(_: nn.Module, __: Any, output: Any) -> None:
             if self._now is not None:
                 first, *others = output if isinstance(output, tuple) else (output,)
-                self._now.answers, self._now.others, self._now = first, tuple(others), None
+                self._now.answers, self._now.others = first, tuple(others)
+                if head is not None and isinstance(first.scores, ChunkedLogits):
+                    self._now.watch_chunks(first.scores, head, wanted)
+                self._now = None
 
         self._handles = [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end)]
         for layer in model.modules():
@@ -221,7 +239,7 @@ class SinglePass:
                 raise NotExact(forward.problem)
             taps, forward.taps = forward.taps, {}  # they know of each other: the graph would outlive the step
             logps = answers.logps
-            _check_loss(loss, logps, taps, {others.logits.grad_fn for others in forward.others})
+            _check_loss(loss, logps, taps, {node for other in forward.others for node in other.roots})
             forward.n_expected = _check_weights(logps, taps, parameters)
             (slope,) = torch.autograd.grad(loss, logps, retain_graph=True)
             if not slope.abs().min().item() >= _SMALLEST:

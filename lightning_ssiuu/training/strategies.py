@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import lightning as L
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.registry import lookup, nearest, why_not_found
@@ -16,6 +19,9 @@ from lightning_ssiuu.utils.registry import lookup, nearest, why_not_found
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 _NAMES = "auto, ddp, ModelParallelStrategy (FSDP2, recipes/scale/fsdp2.yaml) or a single device"
 _TYPES = "32-true, bf16-mixed or bf16-true; narrower weights are model.quantization"
+
+
+SLOW_BF16 = "this CPU has no arithmetic in bfloat16, which takes several times as long as float32 on it"
 
 
 class Trained(Protocol):
@@ -84,6 +90,10 @@ def check_strategy(trainer: L.Trainer, module: Trained) -> None:
     if who is not None and isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         allowed = f"false with {who}, whose second backward pass a static graph does not know: "
         raise UserError("trainer.strategy.static_graph", True, allowed + "the ranks' weights would drift apart")
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    # x86 without AVX-512 (elsewhere torch names its instructions otherwise): one number at a time.
+    if on_cpu and str(trainer.precision).startswith("bf16") and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        rank_zero_info(f"trainer.precision {trainer.precision}: {SLOW_BF16}.")
     if who is not None and str(trainer.precision).startswith("16-"):
         # Loss scaling holds for the loss's gradient alone: the other would underflow, unseen by the scaler.
         allowed = f"32-true, bf16-mixed or bf16-true with {who}, whose gradient is too small for float16"

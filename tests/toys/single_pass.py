@@ -18,7 +18,9 @@ WEIGHT = 1e4
 
 
 class Spy(AttributionRegularizer):
-    """Keeps g of every step."""
+    """Keeps g of every step; forget and retain part go in one pass however g is taken."""
+
+    differentiates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

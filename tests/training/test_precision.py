@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toys.cli import SHORT, fit, read_json
 from toys.models import equal, weights
 from toys.training import FewFacts
 from transformers import AutoModelForCausalLM
@@ -148,3 +149,18 @@ def test_8bit_optimisers_resume_to_the_same_bits(optimizer: Any, options: dict[s
         assert names == {name for name, p in whole.named_parameters() if p.requires_grad}
     else:
         assert names == whole.state_dict().keys()
+
+
+def test_the_command_trains_under_mixed_precision(tmp_path: Path) -> None:
+    runs = {}
+    for precision in ("32-true", "bf16-mixed"):
+        assert fit(tmp_path / precision, *SHORT, "--trainer.precision", precision).status == 0
+        runs[precision] = read_json(tmp_path / precision / "metrics.json")
+    narrow, wide = runs["bf16-mixed"], runs["32-true"]
+    assert narrow["steps"] == wide["steps"] > 0
+    for split, scores in wide["after"]["scores"].items():
+        for name, value in scores.items():
+            assert narrow["after"]["scores"][split][name] == pytest.approx(value, abs=3.0), (split, name)
+    assert narrow["after"] != wide["after"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16-mixed" / "model", dtype="auto")
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from toys.models import bare_trainer
 
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.regularizers import AttributionRegularizer
-from lightning_ssiuu.training.strategies import check_engine, check_strategy
+from lightning_ssiuu.training.strategies import SLOW_BF16, check_engine, check_strategy
 from lightning_ssiuu.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("few_facts")
@@ -183,3 +184,22 @@ def test_the_command_line_says_it_in_one_line(options: list[Any], text: str, tmp
     assert result.status == 2
     assert text in result.err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "told"),
+    [
+        ("bf16-mixed", "AVX2", True),
+        ("bf16-true", "AVX2", True),
+        ("bf16-mixed", "AVX512", False),
+        ("32-true", "AVX2", False),
+    ],
+)
+def test_slow_arithmetic_is_told(
+    precision: Any, capability: str, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        check_strategy(trainer(precision=precision), GradientDifference())
+    lines = [record.getMessage() for record in caplog.records if SLOW_BF16 in record.getMessage()]
+    assert lines == ([f"trainer.precision {precision}: {SLOW_BF16}."] if told else [])
