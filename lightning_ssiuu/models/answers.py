@@ -246,10 +246,10 @@ class Answers:
         index = (kept.long().cumsum(0) - 1)[self.sequence_index[of_token]]
         targets, scores = self.targets[of_token], self.scores
         if isinstance(scores, ChunkedLogits):
-            return Answers(
-                replace(scores, hidden=scores.hidden[of_token], targets=targets), targets, index, int(kept.sum())
-            )
-        return Answers(scores[of_token], targets, index, int(kept.sum()))
+            scores = replace(scores, hidden=scores.hidden[of_token], targets=targets)
+        else:
+            scores = scores[of_token]
+        return Answers(scores, targets, index, int(kept.sum()))
 
     @cached_property
     def logits(self) -> Tensor:

@@ -12,14 +12,12 @@ from lightning_ssiuu.training.fsdp import is_sharded
 def together(module: Any, batch: Mapping[str, Part], retain_loss: Callable[..., Any]) -> Mapping[str, Part]:
     """What of a batch an objective runs in one pass: all of it, or nothing; ``retain_loss`` is the usual one."""
     # A retain loss of one's own need not ask for the answers of its part.
-    if type(module.backbone or module).retain_loss is not retain_loss or 0 in (
-        module.forget_weight,
-        module.retain_weight,
-    ):
-        return {}
-    # A backward pass of the regulariser's own would go through the retain part, too; that of whole weights saves none.
-    differentiates = module.regularizer is not None and module.regularizer.differentiates
-    return {} if differentiates and not is_sharded(module) else batch
+    asked = type(module.backbone or module).retain_loss is retain_loss
+    weighed = module.forget_weight != 0 and module.retain_weight != 0
+    # A backward pass of the regulariser's own would go through the retain part, too. With cut weights that is worth it:
+    # the gradients of the first part would wait for those of the second.
+    apart = module.regularizer is not None and module.regularizer.differentiates and not is_sharded(module)
+    return batch if asked and weighed and not apart else {}
 
 
 class StepMemory:
