@@ -37,7 +37,12 @@ class Predictions:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.part: Mapping[str, Any] = part
-        self._group: Sequence[Predictions] = [self] if group is None else group
+        self._given_group = group
+
+    @property
+    def _group(self) -> Sequence[Predictions]:
+        # Not kept: a circle would hold the logits until the garbage collector comes by.
+        return [self] if self._given_group is None else self._given_group
 
     @cached_property
     def answers(self) -> Answers:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from toys.data import Toy, byte_tokenizer, examples
-from toys.models import random_model
+from toys.models import part, random_model
 
 from lightning_ssiuu.datamodules import Splits
+from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 
@@ -33,3 +37,15 @@ def test_true_answers_are_read_off_the_options(n_distractors: int) -> None:
     assert shared == of_options == [n * (1 + n_distractors) for n in of_answers]
     assert both == pytest.approx(choice | alone, rel=1e-12)
     assert 0 < both["probability"] < 100
+
+
+def test_what_was_read_off_a_part_goes_with_it() -> None:
+    model, some = AnswerModel(random_model(dtype=torch.float64)), part([(3, 2), (2, 4)])
+    gc.disable()  # no circle waits for it
+    try:
+        predictions = Predictions(model, byte_tokenizer(), some)
+        logits = weakref.ref(predictions.answers.logits)
+        del predictions
+        assert logits() is None
+    finally:
+        gc.enable()
