@@ -93,7 +93,8 @@ class ForgetThresholdStopping(L.Callback):
                 allowed += f"; or data.init_args.template {best.template!r}, with which the model knows most ({best})"
             raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
-            self.stopped = trainer.should_stop = self.value <= self.level
+            self.stopped = self.value <= self.level
+            trainer.should_stop |= self.stopped
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

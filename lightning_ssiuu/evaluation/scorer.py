@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.evaluation.predictions import Predictions, grouped
 from lightning_ssiuu.evaluation.scores import SCORES, check_score
@@ -137,17 +138,21 @@ def score_above(
     """A set's score in percent, or None as soon as it is certain to be above a level.
 
     That is certain when it would be above even if all examples not yet seen, on any rank, had 0: of a set that is known
-    well, a share of the size of the level is looked at. Scores whose metric is no
-    :class:`~lightning_ssiuu.evaluation.metrics.base.Percentage` need the whole set.
+    well, a share of the size of the level is looked at. It is told of loaders of a data module, and of scores that are
+    the mean of a value per example (:class:`~lightning_ssiuu.evaluation.metrics.base.Percentage`); others need the
+    whole set.
     """
-    scorer, size = Scorer(model, tokenizer, [score]), len(getattr(loader, "dataset", ()))
+    scorer, seen = Scorer(model, tokenizer, [score]), 0
+    known = isinstance(getattr(loader, "batch_sampler", None), EvalSampler)  # every rank has equally many batches
+    size = len(getattr(loader, "dataset", ())) if known else 0
     with untouched(model), diverging(step):
         for batch in progress(loader, "scoring"):
             scorer.update(batch)
-            metric = scorer._metrics[split][score]
-            if size and isinstance(metric, Percentage):
-                seen = sum(gathered(float(metric.total)))  # every rank has equally many batches
-                if 100 * seen / size > level * (1 + _ROUNDING):
+            metric, seen = scorer._metrics[split][score], seen + len(batch[split]["input_ids"])
+            if size and isinstance(metric, Percentage) and type(metric).compute is Percentage.compute:
+                ranks = gathered((float(metric.total), int(metric.count), seen))
+                total, count, examples = map(sum, zip(*ranks, strict=True))
+                if count <= examples and 100 * total / size > level * (1 + _ROUNDING):
                     return None
         return scorer.compute()[split][score]
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_loader
+from inspect import isroutine
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +43,8 @@ class _Compiled(type):
 def _disable(fn: Any = None, *args: Any, **options: Any) -> Any:
     if fn is None:
         return partial(_disable, **options)
+    if not isroutine(fn):  # a class or a module has to stay one
+        return _that_has_run("torch._dynamo").disable(fn, *args, **options)
     disabled: list[Callable[..., Any]] = []
 
     @wraps(fn)
@@ -61,10 +65,14 @@ def _of_torchmetrics(name: str, part: str) -> Any:
 
 
 def _plot(*args: Any, **kwargs: Any) -> Any:
-    plot = sys.modules["torchmetrics.utilities.plot"]
-    if isinstance(plot, _Waiting):
-        plot.run()
-    return plot.plot_single_or_multi_val(*args, **kwargs)
+    return _that_has_run("torchmetrics.utilities.plot").plot_single_or_multi_val(*args, **kwargs)
+
+
+def _that_has_run(name: str) -> Any:
+    module = import_module(name)
+    if isinstance(module, _Waiting):
+        module.run()
+    return module
 
 
 #: Module -> what is told of it before it runs. The types of plots are what torchmetrics takes without matplotlib.
@@ -93,25 +101,45 @@ _APART_AFTER = ("torchmetrics.metric", "torchmetrics.collections")
 
 class _Waiting(ModuleType):
     _loader: Loader
+    _runs = False
 
     def __getattr__(self, name: str) -> Any:
-        if (tell := _TOLD[self.__name__].get(name)) is not None:
+        if not self._runs and (tell := _TOLD[self.__name__].get(name)) is not None:
             return tell()
-        if name in ("__path__", "__wrapped__"):  # asked of every module, and here to say: it is none
-            raise AttributeError(name)
-        self.run()
-        return getattr(self, name)
+        # The first two are asked of every module, and here to say: it is none.
+        if name not in ("__path__", "__wrapped__") and self.run():
+            return getattr(self, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
-    def run(self) -> None:
-        loader, self.__class__ = self.__dict__.pop("_loader"), ModuleType  # type: ignore[assignment]
-        loader.exec_module(self)
+    def run(self, wait: bool = True) -> bool:
+        """Whether it has run by now, and does not run; what another thread has begun is waited for."""
+        if not _one_runs.acquire(wait):
+            return False
+        try:
+            if isinstance(self, _Waiting) and not self._runs:
+                self._runs = True
+                try:
+                    self._loader.exec_module(self)
+                    del self._loader
+                    self.__class__ = ModuleType  # type: ignore[assignment]
+                finally:  # if it failed, it waits and will fail again
+                    del self._runs
+            return not isinstance(self, _Waiting)
+        finally:
+            _one_runs.release()
+
+
+_one_runs = RLock()
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if target is not None:  # is loaded anew
+            _that_has_run(name)
+            return None
         whole = sys.modules.get(name.rpartition(".")[0])
         if isinstance(whole, _Waiting) and not _stands_alone(name):
-            whole.run()
+            whole.run(wait=False)  # this thread has locked `name`, which the other one may need
             if name in sys.modules:  # by now
                 return spec_from_loader(name, _Ran(sys.modules[name]))
         if name not in _TOLD or (spec := PathFinder.find_spec(name, path)) is None or spec.loader is None:

@@ -22,7 +22,7 @@ def wait_passively(environment: dict[str, str] | os._Environ[str] = os.environ) 
     from the very threads that are waited for. A policy of the user's stays.
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not any(name in environment for name in _USERS):
+    if not any(_decides(environment.get(name, "")) for name in _USERS):
         environment.setdefault(_MARK, "auto")
 
 
@@ -39,8 +39,13 @@ def are_free() -> bool:
 
     if os.environ.get(_MARK) != "auto":
         return False
-    lightnings = os.environ.get("OMP_NUM_THREADS")  # which it sets for the processes it starts
-    return torch.get_num_threads() in {*_known, *([int(lightnings)] if lightnings else [])}
+    lightnings = os.environ.get("OMP_NUM_THREADS", "")  # which it sets for the processes it starts
+    return torch.get_num_threads() in {*_known, *([int(lightnings)] if lightnings.isdecimal() else [])}
+
+
+def _decides(given: str) -> bool:
+    # OpenMP takes a number or, for nested threads, several; it ignores anything else, as if nothing were set.
+    return given.split(",")[0].strip().isdecimal() and int(given.split(",")[0]) > 0
 
 
 def threads_for(parameters: int, tokens: int, cores: int) -> int:

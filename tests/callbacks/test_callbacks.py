@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from itertools import accumulate, permutations
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lightning_ssiuu.callbacks import (
 )
 from lightning_ssiuu.callbacks.run_report import print_before_after
 from lightning_ssiuu.evaluation.chance import mismatched_level
-from lightning_ssiuu.evaluation.scorer import Scorer, evaluate, score_above
+from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
@@ -152,30 +152,6 @@ def test_stops_at_the_first_step_at_or_below(falling: list[float], tmp_path: Pat
     assert callback.value == falling[2]
     assert stopped(falling[2], tmp_path)[0] == 3
     assert stopped(between, tmp_path, every_n_steps=2)[0] == 4
-
-
-def test_a_look_ends_when_the_score_is_certain_to_be_above(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []  # examples, per call
-    update = Scorer.update
-
-    def counted(self: Scorer, batch: Any) -> None:
-        looked.extend(len(part["input_ids"]) for part in batch.values())
-        update(self, batch)
-
-    monkeypatch.setattr(Scorer, "update", counted)
-    data = FewFacts(eval_batch_size=1)
-    model, tokenizer, loader = AnswerModel(load_model("tiny")), data.tokenizer, data.eval_dataloader("forget")
-    total = len(data.splits.forget)
-    whole = evaluate(model, tokenizer, [loader], ["probability"])["forget"]["probability"]
-    each = [evaluate(model, tokenizer, [[batch]], ["probability"])["forget"]["probability"] for batch in loader]
-    for level in (0.0, whole / 2, whole * 0.99, whole * 1.01):
-        looked.clear()
-        value = score_above(level, model, tokenizer, loader, "forget", "probability")
-        needed = next((n for n, least in enumerate(accumulate(each), 1) if least / total > level), None)
-        assert (value, sum(looked)) == ((None, needed) if needed else (whole, total))
-    looked.clear()
-    monkeypatch.setattr("lightning_ssiuu.evaluation.scorer.Percentage", type(None))  # another kind of metric
-    assert score_above(0.0, model, tokenizer, loader, "forget", "probability") == whole
 
 
 def test_the_report_takes_over_what_stopping_has_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

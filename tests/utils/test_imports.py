@@ -53,3 +53,51 @@ assert type(figure).__name__ == "Figure"
 def test_help_needs_no_compiler_and_no_model_and_both_are_there_afterwards() -> None:
     done = subprocess.run([sys.executable, "-c", _HELP], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+_AWRY = """
+import importlib, sys, threading, types
+from lightning_ssiuu.utils.imports import put_off
+put_off()
+import torch, torchmetrics
+assert "torchmetrics.functional" not in sys.modules and "torch._dynamo.eval_frame" not in sys.modules
+
+class Module:
+    def __call__(self, value):
+        return torch.compiler.is_compiling()
+inner = sys.modules["torchmetrics"].__spec__.loader
+def fails(module):
+    module.half = True
+    raise ImportError("the library itself is broken")
+real, inner.exec_module = inner.exec_module, fails
+for _ in range(2):
+    try:
+        torchmetrics.MeanMetric
+    except ImportError as error:
+        assert "itself" in str(error), error
+    else:
+        raise AssertionError("it went through")
+inner.exec_module = real
+
+found = []
+def ask(name):
+    found.append(getattr(torchmetrics, name).__name__)
+threads = [threading.Thread(target=ask, args=[name]) for name in ("MeanMetric", "Accuracy", "CatMetric")]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert sorted(found) == ["Accuracy", "CatMetric", "MeanMetric"], found
+
+plot = importlib.import_module("torchmetrics.utilities.plot")
+importlib.reload(torchmetrics)
+importlib.reload(plot)
+assert type(torchmetrics) is type(plot) is types.ModuleType
+assert isinstance(torch.compiler.disable(torch.nn.Linear(2, 2)), torch.nn.Module)
+assert isinstance(torch.compiler.disable(Module), type)
+"""
+
+
+def test_modules_that_wait_fail_reload_and_serve_threads_as_others_do() -> None:
+    done = subprocess.run([sys.executable, "-c", _AWRY], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -66,6 +66,19 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
     assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}
 
 
+@pytest.mark.parametrize(
+    ("given", "decides"), [("", False), ("0", False), ("many", False), ("2,1", True), (" 4", True)]
+)
+def test_what_openmp_ignores_decides_nothing(given: str, decides: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"OMP_NUM_THREADS": given}
+    threads.wait_passively(environment)
+    assert (threads._MARK not in environment) == decides
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setenv(threads._MARK, "auto")
+    monkeypatch.setattr(threads, "_known", {torch.get_num_threads()})
+    assert threads.are_free()
+
+
 @pytest.mark.usefixtures("free")
 def test_the_users_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "cores", lambda _: 4)
