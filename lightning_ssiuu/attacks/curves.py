@@ -66,17 +66,17 @@ def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     }
 
 
-def stronger(curves: Sequence[RecoveryCurve]) -> tuple[float, int] | None:
+def stronger(curves: Sequence[RecoveryCurve], epochs: int) -> tuple[float, int] | None:
     """Learning rate and epochs to try next where the highest score lies at the edge of what was tried, else None.
 
     A larger rate (by the ratio of the two largest, at least 2) if the best one is the largest, else the best one for
-    twice the epochs.
+    twice the epochs. All curves were given ``epochs`` at least, though they may have ended before.
     """
     summary = summarise(curves)
     if summary["inside_grid"]:
         return None
     rates = sorted({curve.learning_rate for curve in curves})
-    best, epochs = summary["best"], max(curve.epochs[-1] for curve in curves)
+    best, epochs = summary["best"], max(epochs, *(curve.epochs[-1] for curve in curves))
     if best["learning_rate"] == rates[-1]:
         factor = max(2.0, rates[-1] / rates[-2]) if len(rates) > 1 else 3.0
         return float(f"{rates[-1] * factor:.3g}"), epochs

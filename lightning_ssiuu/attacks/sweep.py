@@ -116,7 +116,7 @@ class Sweep:
                 self._check_borne(of_model)
                 if until_saturated:
                     for p in dict.fromkeys(cell.p for cell in self.data):
-                        self._saturate(target, of_model, [cell for cell in self.data if cell.p == p])
+                        self._saturate(target, of_model, [cell for cell in self.data if cell.p == p], epochs)
                 curves += [curve for _, curve in of_model]
                 del target
                 if models:
@@ -168,15 +168,19 @@ class Sweep:
     def _finished(self, run: tuple[str, float | None, int, float], epochs: int) -> RecoveryCurve | None:
         finished = {} if self.log is None else self.log.finished
         for of, curve in finished.items():
-            # One that ran out of patience is also what more epochs would have given.
-            if of[:4] == run and (of[4] == epochs or (of[4] < epochs and curve.has_ended(self.patience))):
+            # One that ran out of patience is also what more epochs would have given, unless its last score was taken
+            # only because it was the last.
+            ended = of[4] % self.every_n_epochs == 0 and curve.has_ended(self.patience)
+            if of[:4] == run and (of[4] == epochs or (of[4] < epochs and ended)):
                 return curve
         return None
 
-    def _saturate(self, target: SweptModel, curves: list[_Run], cells: Sequence[RelearnDataModule]) -> None:
+    def _saturate(
+        self, target: SweptModel, curves: list[_Run], cells: Sequence[RelearnDataModule], epochs: int
+    ) -> None:
         # Attack more and more strongly until the highest score of these cells lies inside what was tried.
         for _ in range(_MOST_WIDENINGS):
-            if (attack := stronger([curve for cell, curve in curves if cell in cells])) is None:
+            if (attack := stronger([curve for cell, curve in curves if cell in cells], epochs)) is None:
                 return
             rate, epochs = attack
             try:

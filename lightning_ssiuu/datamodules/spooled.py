@@ -8,7 +8,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
-from multiprocessing.reduction import DupFd
+from multiprocessing.context import get_spawning_popen
 from typing import IO, Any, TypeVar, overload
 
 from lightning_ssiuu.utils.errors import UserError
@@ -36,7 +36,7 @@ class Spooled(Sequence[T]):
 
     The file has no name: nobody else can open it, and it is gone with the process, however that ends. It takes place
     on the disk of ``LIGHTNING_SSIUU_CACHE``. In memory are 8 bytes an item. Processes forked or spawned read the same
-    file; a slice of neighbours does, too.
+    file; so do copies and slices of neighbours. With ``+`` it goes together with a list, and pickled it is its items.
 
     Args:
         items: What to keep; any objects that can be pickled.
@@ -73,15 +73,36 @@ class Spooled(Sequence[T]):
             return pickle.loads(os.pread(self._file.fileno(), stop - start, start))
         if places.step != 1:
             return [self[place] for place in places]
-        part = object.__new__(type(self))
-        part._file, part._ends = self._file, self._ends[places.start : places.start + len(places) + 1]
-        return part
+        return _part(self._file, self._ends[places.start : places.start + len(places) + 1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": DupFd(self._file.fileno()), "ends": self._ends}
+    def __add__(self, other: Iterable[T]) -> Sequence[T]:
+        return kept(chain(self, other))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._file, self._ends = os.fdopen(state["file"].detach(), "rb"), state["ends"]
+    def __radd__(self, other: Iterable[T]) -> Sequence[T]:
+        return kept(chain(other, self))
+
+    def __copy__(self) -> Spooled[T]:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spooled[T]:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if get_spawning_popen() is None:  # for a file, or a process that may outlive this one
+            return type(self), (list(self),)
+        from multiprocessing.reduction import DupFd  # not on Windows
+
+        return _inherited, (DupFd(self._file.fileno()), self._ends)
+
+
+def _inherited(file: Any, ends: array[int]) -> Spooled[Any]:
+    return _part(os.fdopen(file.detach(), "rb"), ends)
+
+
+def _part(file: IO[bytes], ends: array[int]) -> Spooled[Any]:
+    part: Spooled[Any] = object.__new__(Spooled)
+    part._file, part._ends = file, ends
+    return part
 
 
 def _private_file() -> IO[bytes]:

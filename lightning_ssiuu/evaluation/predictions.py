@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
+from weakref import ReferenceType
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -33,16 +34,11 @@ class Predictions:
         model: AnswerModel,
         tokenizer: PreTrainedTokenizerBase,
         part: Part,
-        group: Sequence[Predictions] | None = None,
+        group: Sequence[ReferenceType[Predictions]] = (),
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.part: Mapping[str, Any] = part
-        self._given_group = group
-
-    @property
-    def _group(self) -> Sequence[Predictions]:
-        # Not kept: a circle would hold the logits until the garbage collector comes by.
-        return [self] if self._given_group is None else self._given_group
+        self._group = group  # weak: a circle would hold model and logits until garbage is collected
 
     @cached_property
     def answers(self) -> Answers:
@@ -72,7 +68,7 @@ class Predictions:
 
         So an example's text does not depend on which others share its batch, or how many ranks share the set.
         """
-        return self._for_all("generations", [each.requests() for each in self._group])
+        return self._for_all("generations", Predictions.requests)
 
     def requests(self) -> list[Request]:
         """What :attr:`generations` continues."""
@@ -100,7 +96,7 @@ class Predictions:
     @cached_property
     def choice_generations(self) -> list[str]:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
-        return self._for_all("choice_generations", [each._choice_requests() for each in self._group])
+        return self._for_all("choice_generations", Predictions._choice_requests)
 
     def _choice_requests(self) -> list[Request]:
         choices = self.part["choices"]
@@ -109,11 +105,13 @@ class Predictions:
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
         return self._requests(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
 
-    def _for_all(self, name: str, requests: Sequence[list[Request]]) -> list[str]:
+    def _for_all(self, name: str, asked: Callable[[Predictions], list[Request]]) -> list[str]:
         # The whole group's texts, each kept where it will be asked for.
+        group = [each for reference in self._group if (each := reference()) is not None] or [self]
+        requests = [asked(each) for each in group]
         rows = max(map(len, requests))
         found = iter(texts(self.model, self.tokenizer, [one for each in requests for one in each], rows))
-        for each, own in zip(self._group, requests, strict=True):
+        for each, own in zip(group, requests, strict=True):
             vars(each)[name] = [next(found) for _ in own]
         return vars(self)[name]
 
@@ -141,9 +139,10 @@ class Predictions:
 
 def grouped(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, parts: Iterable[Part]) -> list[Predictions]:
     """Predictions on each part; the first that is asked for a text has those of all generated, by need."""
-    group: list[Predictions] = []
-    group += [Predictions(model, tokenizer, part, group) for part in parts]
-    return group
+    group: list[ReferenceType[Predictions]] = []
+    predictions = [Predictions(model, tokenizer, part, group) for part in parts]
+    group += map(ReferenceType, predictions)
+    return predictions
 
 
 def texts(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int) -> list[str]:

@@ -204,9 +204,12 @@ def store(
             index[name] = shards.close()
         if partial is not None:
             save_file(index, partial / _INDEX)
-            if not folder.exists():  # two runs at once: the first one's stays
+            try:
                 partial.rename(folder)
-    except OSError as error:
+            except OSError:
+                if not folder.is_dir():  # two runs at once: the first one's stays
+                    raise
+    except (OSError, SafetensorError) as error:  # the latter for a disk that filled up
         raise UserError("LIGHTNING_SSIUU_CACHE", str(folder.parent), f"a directory to write to ({error})") from error
     finally:
         if partial is not None:

@@ -161,9 +161,9 @@ def test_attack_end_to_end(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) 
             diagnosis.flagged[:] = found
         return diagnosis
 
-    def counted(self: Devices, checkpoint: str) -> AnswerModel:
+    def counted(self: Devices, checkpoint: str, *args: Any) -> AnswerModel:
         assert not [one for one in alive if one() is not None], "two models in memory"
-        model = load(self, checkpoint)
+        model = load(self, checkpoint, *args)
         alive.append(weakref.ref(model))
         return model
 

@@ -42,8 +42,8 @@ def _load_model(checkpoint: str, dtype: Any, *args: Any, **kwargs: Any) -> Any:
 _load = devices.Devices.load
 
 
-def _checked_load(self: devices.Devices, checkpoint: str) -> AnswerModel:
-    model = _load(self, checkpoint)
+def _checked_load(self: devices.Devices, checkpoint: str, *args: Any, **kwargs: Any) -> AnswerModel:
+    model = _load(self, checkpoint, *args, **kwargs)
     assert is_sharded(model) == self.sharded
     return model
 

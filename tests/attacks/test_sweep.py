@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -14,13 +13,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from toys.cli import files, read_json
+from toys.cli import files
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model
+from toys.sweeps import PARTIAL, counted, harmful, interrupted, run
 
 from lightning_ssiuu import Facts
 from lightning_ssiuu.attacks import Benign, Harmful, Paraphrase, Sampling, finetune, sweep
-from lightning_ssiuu.attacks.base import Attack
 from lightning_ssiuu.attacks.records import FinishedAttacks, checkpoint_fingerprint
 from lightning_ssiuu.cli.attack import attack
 from lightning_ssiuu.datamodules import QAExample, Splits
@@ -29,54 +28,11 @@ from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
-PARTIAL = "attack.harmful.partial.jsonl"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("unlearned", "oracle")):
-        model = random_model(dtype=torch.float32, seed=seed, vocab_size=260, tie_word_embeddings=True)
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    return folder
-
-
-def harmful(kind: type[Attack] = Harmful, **options: Any) -> Any:
-    few = {"learning_rates": [1e-2, 3e-2], "seeds": [0, 1], "epochs": 1} | ({} if kind is Benign else {"p": [0.3]})
-    return kind(**(few | options))
-
-
-def run(models: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """Two models, two learning rates, two seeds, one epoch: eight attacks; what was found, times aside."""
-    given: dict[str, Any] = {"data": Toy(Splits(examples(0, 7, 2), examples(20, 4), benign=examples(40, 3)))}
-    given |= {"attack": harmful(), "score": "probability", "output": str(output), "devices": Devices("cpu")}
-    models_of = {"model": str(models / "unlearned"), "oracle": str(models / "oracle")}
-    attack(**(models_of | given | options))
-    content = read_json(output / "attack.json")
-    for settings in content["settings"].values():
-        del settings["provenance"]["wall_s"]
-    return content
-
 
 @pytest.fixture(scope="module")
 def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an uninterrupted sweep finds."""
     return run(models, tmp_path_factory.mktemp("whole"))
-
-
-@contextmanager
-def counted(module: Any, name: str) -> Iterator[list[Any]]:
-    """Collects the arguments of every call."""
-    calls: list[Any] = []
-    original = getattr(module, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    with patch.object(module, name, call):
-        yield calls
 
 
 def killed(sweeping: Callable[[], Any], where: Any, name: str, at: int, torn: bool = False) -> None:
@@ -123,23 +79,6 @@ def test_killed_at_a_random_step_and_in_the_middle_of_a_line(
     assert files(tmp_path) == {"attack.json"}
 
 
-class FaultError(Exception):
-    """Stands for whatever ends a sweep."""
-
-
-def interrupted(models: Path, output: Path, after: int, **options: Any) -> None:
-    """Ends after so many attacks."""
-    relearn = iter([sweep.relearn] * after)
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        if (real := next(relearn, None)) is None:
-            raise FaultError
-        return real(*args, **kwargs)
-
-    with patch.object(sweep, "relearn", once), pytest.raises(FaultError):
-        run(models, output, **options)
-
-
 @patch.object(sweep, "_MOST_WIDENINGS", 3)
 def test_a_sweep_until_saturated_goes_on_with_its_saved_model(models: Path, tmp_path: Path) -> None:
     method = harmful(until_saturated=True, learning_rates=[1e-2], seeds=[0])
@@ -180,41 +119,6 @@ def test_another_sweep_is_not_gone_on_with(models: Path, whole: dict[str, Any], 
     with counted(sweep, "relearn") as attacks:
         assert run(models, tmp_path, overwrite=True) == whole
     assert len(attacks) == 5
-
-
-def test_a_run_ends_when_it_has_not_risen_for_so_many_scores(models: Path, tmp_path: Path) -> None:
-    scores = [20.0, 30.0, 25.0, 30.0, 99.0, 99.0]
-    options: dict[str, Any] = {"learning_rates": [1e-2], "epochs": 12, "every_n_epochs": 2}
-
-    def scored(patience: int | None) -> dict[str, Any]:
-        found = iter([10.0, *scores])
-        method = harmful(**options, seeds=[0], patience=patience)
-        with ExitStack() as patches:
-            for module in (sweep, finetune):
-                patches.enter_context(patch.object(module, "attack_score", lambda *_: next(found)))
-            steps = patches.enter_context(counted(FineTuning, "training_step"))
-            content = run(models, tmp_path / str(patience), attack=method, oracle=None)
-        (curve,) = content["curves"]
-        assert content["settings"]["harmful"].get("patience") == patience
-        return curve | {"steps": len(steps), "highest": content["attacks"][0]["unlearned"]["forget_score"]["mean"]}
-
-    stopped, patient, whole = (scored(patience) for patience in (2, 3, None))
-    assert stopped["epochs"] == [0, 2, 4, 6, 8]
-    assert stopped["forget_scores"] == [10.0, *scores[:4]]
-    assert stopped["highest"] == 30.0
-    assert patient["epochs"] == whole["epochs"] == [0, 2, 4, 6, 8, 10, 12]
-    assert patient["forget_scores"] == whole["forget_scores"] == [10.0, *scores]
-    assert [curve["steps"] for curve in (stopped, patient, whole)] == [8, 12, 12]
-
-
-def test_runs_out_of_patience_are_not_repeated(models: Path, tmp_path: Path) -> None:
-    method = harmful(patience=1, epochs=4)
-    with patch.object(finetune, "attack_score", lambda *_: 0.0):  # never above the score before
-        interrupted(models, tmp_path, 5, attack=method)
-        with counted(sweep, "relearn") as rest:
-            content = run(models, tmp_path, attack=method)
-    assert len(rest) == 8 - 5
-    assert all(curve["epochs"] == [0, 1] for curve in content["curves"])
 
 
 def test_other_weights_are_another_model(models: Path, tmp_path: Path) -> None:

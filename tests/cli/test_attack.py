@@ -170,14 +170,15 @@ def test_what_is_tried_next() -> None:
     def curve(rate: float, scores: list[float], seed: int = 0) -> RecoveryCurve:
         return RecoveryCurve("unlearned", "harmful", 0.1, rate, seed, 4, 36, list(range(len(scores))), scores)
 
-    assert stronger([curve(1e-4, [0, 9, 1]), curve(1e-3, [0, 2, 1])]) is None
-    assert stronger([curve(1e-4, [5, 9])]) == (3e-4, 1)  # a single rate says nothing of the step to the next
-    assert stronger([curve(1e-4, [0, 1, 0]), curve(1e-3, [0, 9, 1])]) == (1e-2, 2)  # as the rates go on
-    assert stronger([curve(1e-3, [0, 9, 1]), curve(8e-4, [0, 1, 0])]) == (2e-3, 2)  # at least twice as large
-    assert stronger([curve(1e-4, [0, 1, 9]), curve(1e-3, [0, 2, 1])]) == (1e-4, 4)  # longer
+    assert stronger([curve(1e-4, [0, 9, 1]), curve(1e-3, [0, 2, 1])], 2) is None
+    assert stronger([curve(1e-4, [5, 9])], 1) == (3e-4, 1)  # a single rate says nothing of the step to the next
+    assert stronger([curve(1e-4, [0, 1, 0]), curve(1e-3, [0, 9, 1])], 2) == (1e-2, 2)  # as the rates go on
+    assert stronger([curve(1e-4, [0, 1, 0]), curve(1e-3, [0, 9, 1])], 5) == (1e-2, 5)  # both ran out of patience
+    assert stronger([curve(1e-3, [0, 9, 1]), curve(8e-4, [0, 1, 0])], 2) == (2e-3, 2)  # at least twice as large
+    assert stronger([curve(1e-4, [0, 1, 9]), curve(1e-3, [0, 2, 1])], 2) == (1e-4, 4)  # longer
     # the longer one in place of the shorter; a whole attack that finds nothing is not made stronger for ever
-    assert stronger([curve(1e-4, [0, 1, 9, 8, 7]), curve(1e-3, [0, 2, 1])]) is None
-    assert stronger([curve(1e-3, [5, 1, 0]), curve(1e-4, [5, 2, 1])]) is None
+    assert stronger([curve(1e-4, [0, 1, 9, 8, 7]), curve(1e-3, [0, 2, 1])], 2) is None
+    assert stronger([curve(1e-3, [5, 1, 0]), curve(1e-4, [5, 2, 1])], 2) is None
 
 
 def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_few_training_steps_are_reproduced_to_the_bit(tokenizer, world):
 
 @pytest.fixture(autouse=True)
 def _torch_settings():
-    """The script asks for determinism and two threads; give both back."""
+    """The script asks for determinism and one thread; give both back."""
     threads = torch.get_num_threads()
     yield
     torch.use_deterministic_algorithms(False)

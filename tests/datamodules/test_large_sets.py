@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from multiprocessing import popen_spawn_posix
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -183,7 +189,49 @@ def test_other_processes_read_the_same_file() -> None:
     process.start()
     assert queue.get() == 4950
     process.join()
-    assert list(pickle.loads(pickle.dumps(numbers[90:]))) == list(range(90, 100))  # as a spawned one gets it
+
+
+def test_a_spawned_process_gets_the_file() -> None:
+    numbers = Spooled(range(100))
+
+    class Popen:
+        DupFd, duplicate_for_child = popen_spawn_posix._DupFd, staticmethod(os.dup)
+
+    set_spawning_popen(Popen)
+    try:
+        sent = ForkingPickler.dumps(numbers[90:])
+    finally:
+        set_spawning_popen(None)
+    got = pickle.loads(sent)
+    assert os.fstat(got._file.fileno()).st_ino == os.fstat(numbers._file.fileno()).st_ino
+    assert list(got) == list(range(90, 100))
+
+
+def test_pickled_elsewhere_it_is_its_items(large: Path, tmp_path: Path) -> None:
+    """As often as one likes, also once the file is gone."""
+    data = custom(tmp_path)
+    expected = content(data)
+    pickled = pickle.dumps(data)
+    del data
+    gc.collect()
+    for _ in range(2):
+        assert content(pickle.loads(pickled)) == expected
+
+
+def test_copies_are_the_same_sequence(large: Path, tmp_path: Path) -> None:
+    data = custom(tmp_path)
+    data.setup()
+    other = copy.deepcopy(data)
+    assert other.splits.forget is data.splits.forget
+    assert copy.copy(data.splits.forget) is data.splits.forget
+
+
+def test_sets_of_any_size_go_together(large: Path) -> None:
+    few, many = [1, 2], kept(range(9))
+    assert list(many + few) == [*range(9), 1, 2]
+    assert list(few + many) == [1, 2, *range(9)]
+    assert list(many + many) == [*range(9)] * 2
+    assert isinstance(many + few, Spooled)
 
 
 def test_memory_does_not_grow_with_the_set(large: Path, tmp_path: Path) -> None:

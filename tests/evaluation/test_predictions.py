@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -51,6 +53,21 @@ def test_texts_are_those_of_each_example_alone(kind: str, model: AnswerModel) ->
     assert len(set(alone)) >= 4
     for size in (2, 4, 6):
         assert [text for each in grouped(model, tokenizer, parts(size)) for text in getattr(each, kind)] == alone
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_let_go_holds_no_logits(model: AnswerModel, together: bool) -> None:
+    """Without a collection of garbage, which may be long in coming."""
+    tokenizer = byte_tokenizer()
+    made = grouped(model, tokenizer, parts(2)) if together else [Predictions(model, tokenizer, parts(2)[0])]
+    assert made[0].generations
+    answers = weakref.ref(made[0].answers)
+    gc.disable()
+    try:
+        del made
+        assert answers() is None
+    finally:
+        gc.enable()
 
 
 def test_a_group_is_generated_once_and_in_no_part_s_batches(model: AnswerModel) -> None:

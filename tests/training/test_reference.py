@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import SafetensorError
 from torch import Tensor
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import bare_trainer, equal, random_model
@@ -163,6 +164,32 @@ def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LIGHTNING_SSIUU_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"LIGHTNING_SSIUU_CACHE: got .* allowed: a directory that can be written"):
         trained(tmp_path)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("lightning_ssiuu.training.reference.save_file", full)
+    with pytest.raises(UserError, match=r"LIGHTNING_SSIUU_CACHE: got .* a directory to write to \(.*No space left"):
+        trained(tmp_path)
+    assert not list((tmp_path / "cache" / "references").iterdir())
+
+
+def test_of_two_runs_at_once_the_first_one_s_values_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one's folder appears just before this one's would."""
+    rename, moved = Path.rename, []
+
+    def late(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial-"):
+            shutil.copytree(self, target)
+            moved.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    module = trained(tmp_path)
+    assert moved == [reference_folder(str(module.reference_key))]
+    assert list((tmp_path / "cache" / "references").iterdir()) == moved
 
 
 def test_options_are_checked() -> None:

@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _build_tiny(folder: Path, world: World, args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(2)  # a sum's order, and with it the bytes, may depend on the number of threads
+    torch.set_num_threads(1)  # the bytes may depend on the number; on a busy machine a second thread waits for a core
     tokenizer = build_tokenizer(world)
     model = build_model(tokenizer, args.seed)
     start = time.perf_counter()
