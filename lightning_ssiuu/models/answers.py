@@ -19,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from lightning_ssiuu.models.architectures import architecture_of
 from lightning_ssiuu.models.compiling import CompiledPasses
 from lightning_ssiuu.models.logits import LOGIT_BYTES, ChunkedLogits
-from lightning_ssiuu.models.packing import Packing, allow_packing, at, longest_packed, run_packed
+from lightning_ssiuu.models.packing import Packing, allow_packing, at, longest_packed, register, run_packed, takes_rows
+from lightning_ssiuu.utils.distributed import all_ranks, world_size
 from lightning_ssiuu.utils.errors import UserError
 
 if TYPE_CHECKING:  # with it comes torch's compiler
@@ -76,6 +77,10 @@ class AnswerModel(nn.Module):
         self._compiled: CompiledPasses | None = None
         self.engine: Any = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register()  # unpickled in another process
+
     def compile_training(self, backend: str) -> None:
         """Compile the passes that are trained through (:class:`~lightning_ssiuu.models.compiling.CompiledPasses`).
 
@@ -97,7 +102,7 @@ class AnswerModel(nn.Module):
         """
         parts = ({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, *others)
         self.packing = None
-        if self.packs and self._compiled is None:
+        if self.packs and self._compiled is None and takes_rows(self.hf):
             ids, mask, marked = (
                 _below_each_other([part[name] for part in parts], fill)
                 for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
@@ -105,8 +110,10 @@ class AnswerModel(nn.Module):
             needed = input_positions(mask, marked)
             longest = needed.shape[1] if self._longest is None else self._longest
             fits = (needed[:, 1:] <= needed[:, :-1]).all() & needed.any() & (needed.sum(1).max() <= longest)
+            if others and _is_cut(self):  # ranks gather the weights together, pass by pass
+                fits = all_ranks(fits)
             if fits:
-                self.packing = Packing.of(needed, ids if share else None)
+                self.packing = Packing.of(needed, ids if share and takes_rows(self.hf, shared=True) else None)
                 output = run_packed(self.hf.base_model if self.plain_head else self.hf, self.hf, self.packing, ids)
                 above = [0, *accumulate(len(part["labels"]) for part in parts)]
                 found = tuple(self._read(output, part["labels"], n) for part, n in zip(parts, above, strict=False))
@@ -137,6 +144,10 @@ class AnswerModel(nn.Module):
         """
         with nothing_stored(self.hf):
             return self.hf.generate(**kwargs)
+
+
+def _is_cut(model: nn.Module) -> bool:
+    return world_size() > 1 and any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 #: Bytes of logits, in float32, up to which they are computed at once: 5,461 answer tokens of a vocabulary of 49,152.
 LOGIT_BYTES = 1 << 30
@@ -106,6 +107,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps, best, peaks
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack what the norms depend on
     def backward(ctx: Any, *gradients: Any) -> Any:
         gradient = gradients[0]
         hidden, weight, bias, targets, norms = ctx.saved_tensors

@@ -115,7 +115,8 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 
 @cache
-def _register() -> None:
+def register() -> None:
+    """Make the attention function known to transformers under its name."""
     # Not before there is a model: with these modules of transformers comes torch's compiler.
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -125,7 +126,7 @@ def _register() -> None:
 
 
 def run_packed(module: nn.Module, hf: Any, packing: Packing, input_ids: Tensor) -> Any:
-    """The output of a transformers model (or its base model ``module``) for a packed row."""
+    """The output of a transformers model (or its base model ``module``) for a packed row (:func:`takes_rows`)."""
     length = packing.places.shape[1]
     inputs: dict[str, Any] = {"input_ids": packing.row(input_ids), "position_ids": (packing.flat % length).unsqueeze(0)}
     if hf.config._attn_implementation == NAME:
@@ -137,47 +138,88 @@ def run_packed(module: nn.Module, hf: Any, packing: Packing, input_ids: Tensor) 
         _packed.reset(token)
 
 
+def takes_rows(hf: Any, shared: bool = False) -> bool:
+    """Whether a model's attention, as it is set now, is one for packed rows; ``shared``: of shared tokens, too.
+
+    Those that go by position take a token that does not follow the one before it for the beginning of a sequence.
+    """
+    name = getattr(hf.config, "_attn_implementation", None)
+    return name == NAME or (not shared and str(name).startswith(_BY_POSITION))
+
+
 def allow_packing(hf: Any) -> str | None:
     """Have a model take packed rows; returns why it cannot, None if it can.
 
     Whether it gives what it gives for padded rows is tried out where there are weights to try with.
     """
-    _register()
+    register()
     before = getattr(hf.config, "_attn_implementation", None)
     if before == NAME:
         return None
-    if before != "sdpa" and not str(before).startswith(_BY_POSITION):
+    if before != "sdpa" and not takes_rows(hf):
         return f"attention is {before}"
-    if before == "sdpa":
-        if not hf._can_set_attn_implementation():
-            return "its attention is not one of transformers' functions"
-        hf.config._attn_implementation = NAME
+    if not hf._can_set_attn_implementation():
+        return "its attention is not one of transformers' functions"
     weight = hf.get_input_embeddings().weight
-    if type(weight) is not nn.Parameter or weight.is_meta or _gives_the_same(hf):
+    has_values = type(weight) is nn.Parameter and not weight.is_meta
+    hf.config._attn_implementation = NAME
+    keeps_apart = not has_values or _keeps_apart(hf)
+    if before != "sdpa":
+        hf.config._attn_implementation = before
+    if keeps_apart and (not has_values or _gives_the_same(hf)):
         return None
     hf.config._attn_implementation = before
     return "packed rows give other values"
 
 
+# Two sequences of unequal length, and two with one beginning.
+_IDS = [[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [4, 5, 6, 9, 0]]
+_LENGTHS = [3, 5, 4]
+
+
+def _trial(hf: Any) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor(_IDS, device=hf.device) % hf.get_input_embeddings().num_embeddings
+    return ids, torch.arange(ids.shape[1], device=hf.device) < ids.new_tensor(_LENGTHS).unsqueeze(1)
+
+
+@torch.enable_grad()
+def _keeps_apart(hf: Any) -> bool:
+    """Whether no token is seen by those of later sequences: convolutions and recurrent layers go along the row.
+
+    It shows in a gradient that is not zero, also where values differ by less than a narrow type rounds.
+    """
+    inputs: list[Tensor] = []
+
+    def begin(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[0].clone()  # models may change it in place
+
+    ids, needed = _trial(hf)
+    handle = hf.get_input_embeddings().register_forward_hook(begin)
+    try:
+        with evaluation_mode(hf):
+            later = run_packed(hf, hf, Packing.of(needed), ids).logits[:, _LENGTHS[0] :]
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(later.float().square().sum(), inputs)
+    return not gradient[:, : _LENGTHS[0]].any()
+
+
 @torch.no_grad()
 def _gives_the_same(hf: Any) -> bool:
-    # Two sequences of unequal length, and two with one beginning.
-    ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [4, 5, 6, 9, 0]], device=hf.device)
-    ids = ids % hf.get_input_embeddings().num_embeddings
-    needed = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=hf.device)
-    packing = Packing.of(needed.bool(), ids)
-    if hf.config._attn_implementation != NAME:
-        packing = Packing.of(needed.bool())
+    ids, needed = _trial(hf)
+    packing = Packing.of(needed, ids if takes_rows(hf, shared=True) else None)
     with evaluation_mode(hf):
-        own = hf(input_ids=ids, attention_mask=needed, use_cache=False).logits
+        own = hf(input_ids=ids, attention_mask=needed.long(), use_cache=False).logits
         row = run_packed(hf, hf, packing, ids).logits
-    difference = (packing.apart(row) - own)[needed.bool()].abs().max()
-    return bool(difference <= _TOLERANCE.get(hf.dtype, 0.05) * own[needed.bool()].abs().max())
+    difference = (packing.apart(row) - own)[needed].abs().max()
+    return bool(difference <= _TOLERANCE.get(hf.dtype, 0.05) * own[needed].abs().max())
 
 
 def longest_packed(config: Any) -> int | None:
     """Longest sequence that every layer sees whole; None where there is no limit."""
-    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((limit for limit in limits if limit), default=None)
 
 

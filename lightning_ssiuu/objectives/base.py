@@ -306,10 +306,10 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             check_trained(self, self._last_batch)  # before any callback writes what the run has left
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
+        if self.regularizer is not None and "forget" in batch:
+            self.regularizer.before_forward(self.model, batch["forget"])
         with self._step_memory(together(self, batch, UnlearningModule.retain_loss)):
             losses: dict[str, Tensor] = {}
-            if self.regularizer is not None and "forget" in batch:
-                self.regularizer.before_forward(self.model, batch["forget"])
             if "forget" in batch and self.forget_weight > 0:
                 losses["forget_loss"] = self.forget_loss(batch["forget"])
             if "retain" in batch and self.retain_weight > 0:

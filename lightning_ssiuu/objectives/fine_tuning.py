@@ -46,5 +46,8 @@ class FineTuning(UnlearningModule):
 
 
 def _drops(model: AnswerModel) -> bool:
-    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return model.training and (layers or bool(getattr(model.hf.config, "attention_dropout", 0)))
+    # Some models drop by a function, not by a layer: their configurations say how much, as they do for heads not there.
+    said = model.hf.config.get_text_config().to_dict().items()
+    inside = (v for name, v in said if "drop" in name and not name.startswith(("classifier", "summary")))
+    layers = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
+    return model.training and (layers or any(isinstance(value, float) and value > 0 for value in inside))

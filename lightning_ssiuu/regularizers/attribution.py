@@ -106,6 +106,7 @@ class AttributionRegularizer(AttributionPenalty):
         'previous'
     """
 
+    optional_state = frozenset({"takes_two"})
     _gradients: list[Tensor | None] | None = None  # g / e^scale of this step so far; None where nothing was added
     _anchor: dict[str, Tensor] | None = None  # A / e^anchor_scale by parameter, a shard where that is one
 
@@ -116,6 +117,15 @@ class AttributionRegularizer(AttributionPenalty):
         self._single: SinglePass | None = None if passes == "two" else SinglePass()
         # What the loss's backward pass is to add: the answers, and each sequence's weight of ∂log P.
         self._pending: tuple[Answers, Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        # Found out in a step, which ran as with one: a resumed run does not find it out again.
+        return super().state() | {"takes_two": self._single is None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        if self.passes == "auto" and state.get("takes_two"):
+            self._single = None
 
     @property
     def differentiates(self) -> bool:

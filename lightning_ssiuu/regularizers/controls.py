@@ -136,6 +136,10 @@ class Combined(Regularizer):
             raise UserError("regularizer.regularizers", regularizers, "at least one regulariser")
         self.regularizers = regularizers
 
+    @property
+    def differentiates(self) -> bool:
+        return any(regularizer.differentiates for regularizer in self.regularizers)
+
     prepare = _each("prepare")
     before_forward = _each("before_forward")
     collect = _each("collect")

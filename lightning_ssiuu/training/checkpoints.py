@@ -175,6 +175,8 @@ class Stateful:
 
     #: Names of the attributes that make up the state; an underscore at the beginning is no part of the state's name.
     state_attributes: ClassVar[tuple[str, ...]] = ()
+    #: Names in the state that checkpoints of earlier versions need not have.
+    optional_state: ClassVar[frozenset[str]] = frozenset()
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values, tensors, and dictionaries of those.
@@ -196,7 +198,7 @@ def check_states(content: Mapping[str, Any], owners: Mapping[str, Stateful], pat
     Without them a run would go on as if they were new, and end elsewhere than an uninterrupted one.
     """
     for key, owner in owners.items():
-        if set(owner.state()) != set(content.get(key) or ()):
+        if (set(owner.state()) ^ set(content.get(key) or ())) - owner.optional_state:
             name = type(owner).__name__
             raise UserError("ckpt_path", str(path), f"a checkpoint with the {key}'s state, as {name} writes it now")
 

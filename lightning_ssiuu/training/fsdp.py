@@ -110,7 +110,8 @@ def load_sharded(
         except UserError as error:
             mistake = error
     # The others wait for this rank: they have to hear of its mistakes.
-    mistake, model.plain_head = gathered((mistake, model.plain_head if whole is None else whole.plain_head))[0]
+    source = model if whole is None else whole  # what a model without values cannot try out
+    mistake, model.plain_head, model.packs = gathered((mistake, source.plain_head, source.packs))[0]
     if mistake is not None:
         raise mistake
     weights = {} if whole is None else whole.state_dict()

@@ -31,6 +31,15 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, stacked / world_size(), strict=True))
 
 
+def all_ranks(flag: Tensor) -> Tensor:
+    """Whether a bool is true on every rank; each rank must call it."""
+    if world_size() == 1:
+        return flag
+    agreed = flag.to(torch.uint8)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return agreed.bool()
+
+
 def gathered(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks; each rank must call it."""
     if world_size() == 1:

@@ -66,6 +66,14 @@ def test_a_head_with_a_bias_and_frozen_parts() -> None:
     assert torch.autograd.gradcheck(lambda h: ChunkedLogits(h, head, targets, 1).token_logps, hidden.requires_grad_())
 
 
+def test_a_second_derivative_is_refused() -> None:
+    hidden, head = torch.randn(4, 5).requires_grad_(), nn.Linear(5, 11)
+    logps = ChunkedLogits(hidden, head, torch.arange(4), 1).token_logps
+    (gradient,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_rounds_as_it_does_for_whole_logits(dtype: torch.dtype) -> None:
     """Products in bfloat16, log-probabilities in float32; gradients of several pieces are summed in float32."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from toys.models import TOYS, part, random_model
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_ssiuu.datamodules.encoding import batch_of
 from lightning_ssiuu.models.answers import AnswerModel, Answers
-from lightning_ssiuu.models.packing import NAME, Packing, apart, at, padded
+from lightning_ssiuu.models.packing import NAME, Packing, apart, at, longest_packed, padded, register, takes_rows
 
 #: Toys whose attention is none of transformers' functions, or refuses SDPA: their batches stay padded.
 PADDED = {"falcon", "falcon_mq", "falcon_rw", "gpt_neo", "gemma2"}
@@ -96,6 +100,48 @@ def test_batches_that_are_not_packed() -> None:
             assert torch.equal(model(**own).logits, answers.logits)
     both = model(*left(some).values(), some)
     assert [len(each.logits) for each in both] == [5, 5]
+
+
+def test_attention_that_is_set_later_takes_no_packed_rows() -> None:
+    """By position, of sequences that share a beginning, the later ones would not see it."""
+    model, some = AnswerModel(random_model("llama")), options([4, 4])
+    expected = model(**some, share=True).logits
+    assert takes_rows(model.hf, shared=True)
+    for name in ("sdpa", "eager"):
+        model.hf.set_attn_implementation(name)
+        torch.testing.assert_close(model(**some, share=True).logits, expected, rtol=0, atol=1e-6)
+        assert model.packing is None
+    for name in ("flash_attention_2", "flex_attention"):
+        model.hf.config._attn_implementation = name
+        assert takes_rows(model.hf)
+        assert not takes_rows(model.hf, shared=True)
+
+
+def test_a_model_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, some = AnswerModel(random_model("llama")), options([])
+    expected, pickled = model(**some).logits, pickle.dumps(model)
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.delitem(functions._global_mapping, NAME)
+    register.cache_clear()
+    assert torch.equal(pickle.loads(pickled)(**some).logits, expected)
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
+    "JambaConfig": {"num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False},
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_go_along_the_row_are_found_out_where_values_hardly_show_it(kind: str, dtype: torch.dtype) -> None:
+    config = getattr(transformers, kind)(**TOYS["llama"][1] | {"initializer_range": 0.02} | HYBRIDS[kind])
+    assert not AnswerModel(transformers.AutoModelForCausalLM.from_config(config).to(dtype)).packs
+
+
+def test_the_window_of_a_model_of_text_and_images() -> None:
+    text = TOYS["gemma3_text"][1] | {"sliding_window": 6}
+    assert longest_packed(transformers.Gemma3Config(text_config=text)) == 6
 
 
 def test_layers_of_another_kind_of_attention_are_found_out(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

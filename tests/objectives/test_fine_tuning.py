@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from toys.data import byte_tokenizer
 from toys.models import random_model
@@ -51,3 +52,15 @@ def test_each_sequence_is_run_by_itself_with(options: dict[str, Any]) -> None:
     module, _ = trained(**options)
     assert module.model.packing is not None
     assert len(module.model.packing.flat) == APART
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_and_where_a_function_drops_not_a_layer(dropout: float) -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "num_hidden_layers": 1}
+    config = transformers.OPTConfig(vocab_size=31, num_attention_heads=4, dropout=dropout, **sizes)
+    module = FineTuning()
+    module.shares = True
+    module.adopt(AnswerModel(transformers.AutoModelForCausalLM.from_config(config)).train(), byte_tokenizer())
+    module.retain_loss(PART)
+    assert module.model.packing is not None
+    assert len(module.model.packing.flat) == (APART if dropout else SHARED)

@@ -51,7 +51,8 @@ class Job:
         trainer: More arguments of the Trainer.
         data: Arguments of the data module.
         model: ``"plain"``, in float64; ``"shallow"``, that with a single layer; ``"dropout"``, a single layer in
-            float32 with dropout; ``"experts"``, a single layer of which is a mixture of experts.
+            float32 with dropout; ``"experts"``, a single layer of which is a mixture of experts; ``"windowed"``, a
+            single layer that sees 50 tokens back.
         rank: Of LoRA's adapters; None for none.
         optimizer: Key of ``OPTIMIZERS``.
         steps: Where training ends.
@@ -92,6 +93,7 @@ def save_models(folder: Path) -> None:
         ("shallow", "llama", {**plain, "num_hidden_layers": 1}),
         ("dropout", "gpt2", {"dtype": torch.float32, "n_layer": 1, **dropout}),
         ("experts", "mixtral", {"dtype": torch.float64, "num_hidden_layers": 1}),
+        ("windowed", "mistral", {**plain, "num_hidden_layers": 1, "sliding_window": 50}),
     ):
         random_model(kind, **{"vocab_size": 260, **options}).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)

@@ -49,6 +49,11 @@ def short(first: int, count: int) -> list[QAExample]:
     return [replace(e, question=f"{n}?", answer=f"A {n}{'x' * (n % 3)}", distractors=("so", "no")) for n, e in numbered]
 
 
+def _with_a_long_one() -> Splits:
+    first, *rest = short(0, 5)
+    return Splits([replace(first, answer=20 * "long "), *rest], short(10, 4), short(20, 2))
+
+
 #: The same global batches on any number of processes.
 JOBS = [
     *(Job(f"{name} regularised", objective=name, regularizer=PENALTY, model="shallow") for name in objectives()),
@@ -76,6 +81,8 @@ JOBS = [
     Job("adapters", regularizer=PENALTY, rank=2, steps=3),
     Job("experts", regularizer=PENALTY, rank=2, model="experts"),
     *(Job(f"neurons {name}", regularizer=NEURONS, **options) for name, options in SETTINGS.items()),
+    # longer than the window: one rank's parts go in one pass, the other's cannot
+    Job("windowed", objective="GradientDifference", model="windowed", data={"splits": _with_a_long_one()}),
     Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
     Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
 ]

@@ -111,7 +111,7 @@ def test_frozen_weights_may_have_another_type(monkeypatch: pytest.MonkeyPatch) -
     assert sharded == [*model.hf.model.layers, model]
 
 
-def test_shards_have_the_head_that_the_whole_model_was_found_to_have(
+def test_shards_have_the_head_and_the_rows_that_the_whole_model_was_found_to_have(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Architecture("model.layers", "model.norm", {"mlp_up": "mlp.up_proj"}, plain_head=True)
@@ -119,7 +119,9 @@ def test_shards_have_the_head_that_the_whole_model_was_found_to_have(
 
     def build(device_map: str = "cpu") -> AnswerModel:
         with torch.device(device_map):
-            return AnswerModel(random_model("gemma2", torch.float32))
+            model = AnswerModel(random_model("gemma2", torch.float32))
+        model.packs = device_map == "meta"
+        return model
 
     assert build("meta").plain_head
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
@@ -128,6 +130,7 @@ def test_shards_have_the_head_that_the_whole_model_was_found_to_have(
         model, whole, some = load_sharded(build, mesh, torch.device("cpu")), build(), part([(3, 2), (2, 4)])
         some.pop("example_id")
         assert not model.plain_head
+        assert not model.packs
         torch.testing.assert_close(model(**some).logits, whole(**some).logits)
     finally:
         dist.destroy_process_group()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from toys.jobs import Job, run, save_models, train
 from toys.models import VOCAB, answer_model, bare_trainer, batch, equal, loader, part, weights
@@ -33,7 +34,8 @@ from toys.single_pass import (
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import objectives
-from lightning_ssiuu.regularizers import AttributionRegularizer, Combined, DualMask
+from lightning_ssiuu.regularizers import AttributionRegularizer, Combined, DualMask, Regularizer
+from lightning_ssiuu.training.checkpoints import check_states
 from lightning_ssiuu.training.layer_gradients import LAYERS
 from lightning_ssiuu.training.single_pass import obstacle
 from lightning_ssiuu.utils.errors import UserError
@@ -308,6 +310,35 @@ def test_weight_zero_watches_nothing() -> None:
     before = hooks(model)
     regularizer.before_forward(model, part([(3, 2)]))
     assert hooks(model) == before
+
+
+def test_a_resumed_run_knows_that_one_pass_does_not_do(tmp_path: Path) -> None:
+    """Found out in the first step, which ran both parts together; the later ones run them apart."""
+
+    def module(regularizer: Regularizer) -> Any:
+        made = Logits(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), regularizer=regularizer)
+        made.adopt(answer_model().train(), None)
+        return made
+
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = module(Combined([AttributionRegularizer(WEIGHT, target="length_normalised")]))
+    assert not whole.regularizer.differentiates
+    bare_trainer(3, callbacks=[keep], enable_checkpointing=True).fit(whole, loader([batch(0)] * 3))
+    assert whole.regularizer.differentiates
+    again = module(Combined([AttributionRegularizer(WEIGHT, target="length_normalised")]))
+    bare_trainer(3).fit(again, loader([batch(0)] * 3), ckpt_path=str(tmp_path / "step=1.ckpt"))
+    assert equal(weights(again), weights(whole))
+
+
+def test_checkpoints_from_before_it_was_kept_are_taken() -> None:
+    regularizer = AttributionRegularizer()
+    state = regularizer.state()
+    assert state.pop("takes_two") is False
+    check_states({"regularizer": state}, {"regularizer": regularizer}, None)
+    regularizer.load_state(state)
+    assert not regularizer.differentiates
+    with pytest.raises(UserError, match="with the regularizer's state"):
+        check_states({"regularizer": state | {"other": 1}}, {"regularizer": regularizer}, None)
 
 
 def test_passes_is_checked() -> None:
