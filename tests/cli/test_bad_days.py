@@ -148,10 +148,11 @@ def at_work(folder: Path, *args: str | Path, where: Any, name: str) -> Iterator[
 
     if (pid := os.fork()) == 0:
         try:
-            script(folder, *args, first=at(where, name, partial(_tell_parent, wait)))
+            print(script(folder, *args, first=at(where, name, partial(_tell_parent, wait))).err)
         finally:
             os._exit(0)
     while not reached.exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the command ended before it came that far"
         time.sleep(0.02)
     inner = int((folder / "pid").read_text())
     try:
