@@ -163,7 +163,9 @@ def allow_packing(hf: Any) -> str | None:
     weight = hf.get_input_embeddings().weight
     has_values = type(weight) is nn.Parameter and not weight.is_meta
     hf.config._attn_implementation = NAME
-    keeps_apart = not has_values or _keeps_apart(hf)
+    # A model that was made, or is used, in inference mode has no gradients: its values alone are tried.
+    graphs = has_values and not (torch.is_inference_mode_enabled() or weight.is_inference())
+    keeps_apart = not graphs or _keeps_apart(hf)
     if before != "sdpa":
         hf.config._attn_implementation = before
     if keeps_apart and (not has_values or _gives_the_same(hf)):

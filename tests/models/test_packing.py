@@ -185,3 +185,11 @@ def test_recomputed_activations_are_those_of_the_row(checkpointing: bool) -> Non
     loss, gradients = loss_and_gradients(model, model(*forget.values(), retain))
     for gradient, own in zip([loss, *gradients], [expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(gradient, own, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_wrapped_in_inference_mode_packs() -> None:
+    with torch.inference_mode():
+        assert AnswerModel(random_model("llama")).packs
+    hf = random_model("llama")
+    with torch.inference_mode():
+        assert AnswerModel(hf).packs

@@ -109,7 +109,7 @@ def script(
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
                 for handler in (handler for logger in _loggers() for handler in logger.handlers):
                     if type(handler) is logging.StreamHandler:
-                        handler.setStream(sys.stderr)
+                        handler.stream = sys.stderr  # setStream would flush the one before, which may be closed
                 os.chdir(folder)
                 sys.path[:] = [*map(str, path), *(place for place in sys.path if place and Path(place) != folder)]
                 for name in [name for name in sys.modules if name.startswith("my_")]:

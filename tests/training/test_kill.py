@@ -20,7 +20,12 @@ from toys.data import Toy
 from toys.models import bare_trainer, weights
 from toys.training import Tiny, adam
 
-from lightning_ssiuu.callbacks import ForgetThresholdStopping, KeepCheckpoints, NeuronAttributionCallback
+from lightning_ssiuu.callbacks import (
+    ForgetThresholdStopping,
+    KeepCheckpoints,
+    NeuronAttributionCallback,
+    forget_threshold,
+)
 from lightning_ssiuu.regularizers import AttributionRegularizer
 from lightning_ssiuu.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 
@@ -82,7 +87,6 @@ class Deadly(Callback):
         saves = max(1, self.step // EVERY)
         keep = next(one for one in trainer.callbacks if isinstance(one, KeepCheckpoints))
         watch = next(one for one in trainer.callbacks if isinstance(one, NeuronAttributionCallback))
-        stop = next(one for one in trainer.callbacks if isinstance(one, ForgetThresholdStopping))
         if self.way == "file half written":
             torch.save = partial(self.half_saved, torch.save)
         elif self.way == "before the rename":
@@ -92,7 +96,7 @@ class Deadly(Callback):
         elif self.way == "measuring attribution":
             watch.method = partial(self.before_call, self.step + 2, watch.method)  # two are before training
         elif self.way == "looking at the stopping score":
-            stop._look = partial(self.before_call, self.step + 1, stop._look)  # type: ignore[method-assign]
+            forget_threshold.score_above = partial(self.before_call, self.step, forget_threshold.score_above)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.way == "after the optimiser step":
