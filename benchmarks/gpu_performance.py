@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 from batches import shares, unequal_batches
-from gpu_tools import Clock, Recorder, adamw, compared, free, measured, regularized, saved, trainer, utilization
+from gpu_tools import (
+    Clock,
+    Recorder,
+    adamw,
+    adapted,
+    compared,
+    free,
+    measured,
+    regularized,
+    saved,
+    trainer,
+    utilization,
+)
 from peer_code import PeerStep, imported
 from timing import adopted, alternating, peak_bytes, ratio, step, wait
 
@@ -21,7 +33,6 @@ from lightning_ssiuu import NPO, Facts, GradientDifference
 from lightning_ssiuu.cli.memory import estimate_memory
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
-from lightning_ssiuu.models.lora import LoRA
 
 
 @contextmanager
@@ -72,13 +83,7 @@ def adapters(r: Recorder) -> None:
             free()
             data = Facts(tokenizer=folder, batch_size=r.size(8, 2), multiple_choice=False)
             for width in ("8bit", "4bit"):
-                module = GradientDifference(
-                    folder,
-                    adamw,
-                    regularizer=regularized(),
-                    lora=LoRA(),
-                    quantization=width,  # type: ignore[arg-type]
-                )
+                module = adapted(folder, width)
                 estimated = estimate_memory(module, data, trainer(r.device, 3)).by_phase["training step"]
                 free()
                 peak_bytes(r.device, reset=True)

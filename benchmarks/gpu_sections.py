@@ -24,7 +24,19 @@ import torch
 from arithmetic import ARITHMETICS, ProbabilityGradient, attribution, autocast, flips, model_in, probability_gradient
 from arithmetic import relative_error as error
 from gpu_performance import adapters, peer, speed
-from gpu_tools import Recorder, adamw, adamw8bit, compared, free, measured, regularized, saved, trained, trainer
+from gpu_tools import (
+    Recorder,
+    adamw,
+    adamw8bit,
+    adapted,
+    compared,
+    free,
+    measured,
+    regularized,
+    saved,
+    trained,
+    trainer,
+)
 from shapes import random_llama
 from timing import alternating, peak_bytes, random_batch, wait
 from torch import Tensor
@@ -225,13 +237,7 @@ def quantization(r: Recorder) -> None:
         del model, module
         for width in (None, "8bit", "4bit"):
             free()
-            module = GradientDifference(
-                folder,
-                adamw,
-                regularizer=regularized(),
-                lora=LoRA(),
-                quantization=width,  # type: ignore[arg-type]
-            )
+            module = adapted(folder, width)
             r[f"LoRA, {width or 'bf16'}"] = trained(r, module, batch)
             del module
 

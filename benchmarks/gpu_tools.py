@@ -18,9 +18,10 @@ from timing import Batch, adopted, peak_bytes, random_batch, step, wait
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_ssiuu import AttributionRegularizer
+from lightning_ssiuu import AttributionRegularizer, GradientDifference
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.utils.files import write_json
 
@@ -100,6 +101,12 @@ def utilization(model: AnswerModel, batch: Batch, seconds: float, device: torch.
 def regularized() -> AttributionRegularizer:
     """The default recipe's regulariser."""
     return AttributionRegularizer(0.1, "relative", target="length_normalised")
+
+
+def adapted(folder: str, width: str | None) -> GradientDifference:
+    """SSIUU on adapters over a checkpoint in this width (None: not quantised)."""
+    quantization: Any = width
+    return GradientDifference(folder, adamw, regularizer=regularized(), lora=LoRA(), quantization=quantization)
 
 
 def free() -> None:

@@ -18,7 +18,6 @@ from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.perturbation import (
     answered_rows,
-    answers_of,
     displaced,
     gradient_at,
     move,
@@ -169,7 +168,8 @@ class AdversarialUnlearning(DisplacedObjective):
         chosen, weight = share_of_mean(above[: len(rows)].nonzero().squeeze(1))
         kept = rows_of(part, chosen)
         # The loss finds the answers to this part among the step's, without a second forward pass.
-        self._step_memory.recall(kept, lambda _: answers_of(answers, chosen))
+        inside = torch.zeros_like(above).index_fill(0, chosen, True)
+        self._step_memory.recall(kept, lambda _: answers.only(inside))
         return kept, weight
 
     def _mismatched(self) -> float:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.models.answers import Answers, Part
+from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
 from lightning_ssiuu.training.shards import local, reshard, snapshot, wide
 from lightning_ssiuu.utils.distributed import gathered
@@ -73,15 +73,6 @@ def answered_rows(part: Part) -> Tensor:
 def rows_of(part: Part, rows: Tensor) -> Part:
     """Some examples of a part, in the order of ``rows``."""
     return {name: value[rows] for name, value in part.items() if isinstance(value, Tensor)}
-
-
-def answers_of(answers: Answers, rows: Tensor) -> Answers:
-    """What a forward pass says about some of its examples, without another one; ``rows`` ascending."""
-    number = torch.full((answers.n_sequences,), -1, device=rows.device)
-    number[rows] = torch.arange(len(rows), device=rows.device)
-    index = number[answers.sequence_index]
-    kept = index >= 0
-    return Answers(answers.logits[kept], answers.targets[kept], index[kept], len(rows))
 
 
 def share_of_mean(rows: Tensor) -> tuple[Tensor, float]:

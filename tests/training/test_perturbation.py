@@ -9,7 +9,6 @@ from lightning_ssiuu.models.answers import Answers
 from lightning_ssiuu.training.perturbation import (
     add_gradients,
     answered_rows,
-    answers_of,
     displaced,
     gradient_at,
     move,
@@ -45,7 +44,7 @@ def test_rows_of_a_part() -> None:
     assert rows.tolist() == [0, 2]
     assert torch.equal(rows_of({"labels": labels}, rows)["labels"], labels[[0, 2]])
     answers = Answers(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
-    some = answers_of(answers, torch.tensor([1]))
+    some = answers.only(torch.tensor([False, True]))
     assert (some.targets.tolist(), some.sequence_index.tolist(), some.n_sequences) == ([2], [0], 1)
 
 
