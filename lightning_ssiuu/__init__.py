@@ -48,6 +48,7 @@ _EXPORTS = {
     "Regularizer": "regularizers",
     "RelearnDataModule": "datamodules",
     "Relearning": "attacks",
+    "RepSelect": "objectives.repselect",
     "RMU": "objectives.rmu",
     "RunReport": "callbacks",
     "SAM": "objectives.sam",

@@ -25,13 +25,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reference": {"reference": "second_model"},
 }
 REFUSES: dict[str, set[str]] = {
-    "lora": {"CIR", "KLUE", "UNDO"},
-    "quantization": {"CIR", "KLUE", "UNDO"},
+    "lora": {"CIR", "KLUE", "RepSelect", "UNDO"},
+    "quantization": {"CIR", "KLUE", "RepSelect", "UNDO"},
     "gradient_checkpointing": {"CIR"},
     "retain_weight": {"MUDMAN", "UNDO"},
     "retain": {"PDU", "RMU", "UNDO"},
     "reference": set(),
-    "backbone": {"AdversarialUnlearning", "CIR", "FDCU", "KLUE", "MUDMAN", "PDU", "SAM", "SSIUU", "UNDO"},
+    "backbone": {"AdversarialUnlearning", "CIR", "FDCU", "KLUE", "MUDMAN", "PDU", "RepSelect", "SAM", "SSIUU", "UNDO"},
 }
 #: Values out of the range of objectives' own options.
 BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
@@ -63,6 +63,12 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("PDU", "tolerance", [-0.1]),
     ("PDU", "dual_step_size", [-1.0, NAN]),
     ("PDU", "dual_warmup_epochs", [-1]),
+    ("RepSelect", "components", [-1]),
+    ("RepSelect", "adversary_lr", [-1.0, NAN]),
+    ("RepSelect", "adversary_rank", [0]),
+    ("RepSelect", "adversary_epochs", [0]),
+    ("RepSelect", "adversary_batch_size", [0]),
+    ("RepSelect", "directions", ["both"]),
     ("RMU", "coefficient", [0.0, NAN]),
     ("RMU", "layers_to_train", [0]),
     ("SAM", "rho", [-0.1, NAN]),
@@ -81,6 +87,7 @@ ANY_VALUE = {
     "AdversarialUnlearning": {"seed"},
     "CIR": {"attention"},
     "KLUE": {"only_unforgotten", "seed"},
+    "RepSelect": {"seed"},
     "RMU": {"layer", "seed"},
     "UNDO": {"seed"},
 }
