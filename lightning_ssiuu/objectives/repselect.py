@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -27,8 +26,12 @@ from lightning_ssiuu.training.perturbation import (
     share_of_mean,
 )
 from lightning_ssiuu.training.shards import (
+    cut_like,
+    local,
     local_state,
     norm_over_shards,
+    reshard,
+    shard_like,
     snapshot,
     train_only,
     trained_parameters,
@@ -54,7 +57,7 @@ class RepSelect(DisplacedObjective):
     a divergence on other text is used up, here at the forget threshold, and leaves G̃ at its length. An optimiser that
     scales weights one by one, as Adam does, undoes the collapse. At most a quarter of a matrix's smaller side is
     collapsed: 512 components are more than a small model has. Memory: one more copy of the feed-forward weights, and
-    three while they are looked at. Sharded weights (FSDP2) are refused.
+    three while they are looked at; of weights that are cut over ranks (FSDP2) one whole matrix at a time.
 
     Args:
         backbone: Any objective whose losses and weights are used; None takes gradient difference.
@@ -68,7 +71,7 @@ class RepSelect(DisplacedObjective):
         seed: Of A.
 
     Raises:
-        UserError: If weights are frozen (``lora``), or cut over ranks.
+        UserError: If weights are frozen (``lora``).
 
     Example:
         >>> RepSelect(retain_weight=0.0).components
@@ -107,12 +110,6 @@ class RepSelect(DisplacedObjective):
         super().adopt(model, tokenizer)
         train_only(model.hf, {f"{name}.weight" for name in linear_layers(model.hf)})
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            allowed = "ddp or one device: RepSelect takes whole matrices apart"
-            raise UserError("trainer.strategy", "ModelParallelStrategy", allowed)
-
     def prepare(self) -> None:
         with untouched(self.model), self.trainer.precision_plugin.forward_context():
             others: list[Tensor] | None = None
@@ -122,28 +119,31 @@ class RepSelect(DisplacedObjective):
                 if self.adversary_lr > 0:
                     self._elicit(parameters)
                 gradients = self._gradient("forget", parameters)
-        found = [
-            soft_collapse(gradient, gradient if others is None else others[number], self.components)
-            for number, gradient in enumerate(gradients)
-        ]
+        found = []
+        for number, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
+            whole = _whole(gradient, parameter)
+            other = whole if others is None else _whole(others[number], parameter)
+            found.append(cut_like(soft_collapse(whole, other, self.components), parameter))
         if (norm := norm_over_shards(found, parameters)) > 0:
             torch._foreach_div_(found, norm)
-        self._direction = dict(zip(trained_parameters(self.model), found, strict=True))
+        named = trained_parameters(self.model)
+        self._direction = {name: shard_like(part, p) for part, (name, p) in zip(found, named.items(), strict=True)}
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
         rows, weight = share_of_mean(answered_rows(batch))
         with torch.no_grad():
             loss = weight * self.forget_loss(rows_of(batch, rows))
+        reshard(self.model)
         self._direction, directions = local_state(self._direction, trained_parameters(self.model))
         return [direction.clone() for direction in directions], loss
 
     def _gradient(self, name: str, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         # Every rank looks at all examples: the sum over ranks has each once per rank.
-        sums = [torch.zeros_like(wide(parameter)) for parameter in parameters]
+        sums = [torch.zeros_like(wide(local(parameter))) for parameter in parameters]
         for part in self.training_parts(name, self.adversary_batch_size):
             loss = self.forget_loss(part) if name == "forget" else answer_nll(self.answers(part))
             share = len(part["labels"]) / world_size()
-            torch._foreach_add_(sums, self._gradient_at(loss * share, parameters))
+            torch._foreach_add_(sums, gradient_at(loss * share, parameters, self.model))
         return sums
 
     def _elicit(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -154,25 +154,26 @@ class RepSelect(DisplacedObjective):
         for parameter, layer in zip(parameters, layers, strict=True):
             n_out, n_in = _as_linear(parameter, layer).shape
             a = (2 * torch.rand(self.adversary_rank, n_in, generator=generator) - 1) / math.sqrt(n_in)
-            a = a.to(wide(parameter))
+            a = a.to(wide(local(parameter)))
             pairs.append((a, a.new_zeros(n_out, self.adversary_rank)))
         for _ in range(self.adversary_epochs):
             for part in self.training_parts("forget", self.adversary_batch_size):
                 nll = answer_nll(self.answers(part)) / world_size()
-                gradients = self._gradient_at(nll, parameters)
-                for (a, b), gradient, layer in zip(pairs, gradients, layers, strict=True):
-                    g = _as_linear(gradient, layer)
+                gradients = gradient_at(nll, parameters, self.model)
+                for (a, b), gradient, parameter, layer in zip(pairs, gradients, parameters, layers, strict=True):
+                    g = _as_linear(_whole(gradient, parameter), layer)
                     of_a, of_b = b.T @ g, g @ a.T
                     a.sub_(of_a, alpha=self.adversary_lr)
                     b.sub_(of_b, alpha=self.adversary_lr)
-                moved = [
-                    (w + _as_linear(b @ a, layer)).to(w.dtype)
-                    for w, (a, b), layer in zip(start, pairs, layers, strict=True)
-                ]
-                place(parameters, moved)
+                added = [_as_linear(b @ a, layer) for (a, b), layer in zip(pairs, layers, strict=True)]
+                cut = [cut_like(whole, parameter) for whole, parameter in zip(added, parameters, strict=True)]
+                place(parameters, [(w + part).to(w.dtype) for w, part in zip(start, cut, strict=True)])
 
-    def _gradient_at(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        return gradient_at(loss, parameters, self.model)
+
+def _whole(part: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A matrix of which this rank may have a part; each rank must call it."""
+    tensor: Any = shard_like(part, parameter)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _as_linear(matrix: Tensor, layer: nn.Module) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from toys.losses import log_probability, mean, predictions
 from toys.models import distance, equal, norm, weights
@@ -18,7 +16,6 @@ from toys.runs import first_gradients, toy_data, toy_model, toy_run
 
 from lightning_ssiuu.objectives.cir import linear_layers
 from lightning_ssiuu.objectives.repselect import RepSelect, soft_collapse
-from lightning_ssiuu.utils.errors import UserError
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -165,11 +162,3 @@ def test_the_retain_gradient_is_added_at_the_models_own_weights(tmp_path: Path) 
     only = first_gradients(RepSelect(forget_weight=0.0, retain_weight=2.0), tmp_path / "c")
     added = [a - b for a, b in zip(with_retain.values(), without.values(), strict=True)]
     assert distance(added, list(only.values())) < 1e-10
-
-
-def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ssiuu.objectives.base.check_strategy", lambda *_: None)
-    module: Any = RepSelect()
-    module._trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
-    with pytest.raises(UserError, match=r"trainer\.strategy: got 'ModelParallelStrategy', allowed: ddp or one device"):
-        module.setup("fit")

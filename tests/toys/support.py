@@ -28,10 +28,13 @@ REFUSES: dict[str, set[str]] = {
     "lora": {"CIR", "KLUE", "RepSelect", "UNDO"},
     "quantization": {"CIR", "KLUE", "RepSelect", "UNDO"},
     "gradient_checkpointing": {"CIR"},
-    "retain_weight": {"MUDMAN", "UNDO"},
+    "retain_weight": {"GRU", "MUDMAN", "UNDO"},
     "retain": {"PDU", "RMU", "UNDO"},
     "reference": set(),
-    "backbone": {"AdversarialUnlearning", "CIR", "FDCU", "KLUE", "MUDMAN", "PDU", "RepSelect", "SAM", "SSIUU", "UNDO"},
+    "backbone": {
+        *("AdversarialUnlearning", "AltPO", "CIR", "FDCU", "GRU", "KLUE", "LAT", "MCU", "MUDMAN", "PDU", "RepSelect"),
+        *("SAM", "SSIUU", "TaskVector", "UNDO"),
+    },
 }
 #: Values out of the range of objectives' own options.
 BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
@@ -41,6 +44,7 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("AdversarialUnlearning", "adversary", ["adam"]),
     ("AdversarialUnlearning", "adversary_share", [0.0, 1.0]),
     ("AdversarialUnlearning", "adversary_neurons", [0.0, 101.0]),
+    ("AltPO", "beta", [0.0, -1.0, NAN, INF]),
     ("CEU", "skip_first", [-1, 0.5]),
     ("CIR", "input_components", [-1]),
     ("CIR", "gradient_components", [-1]),
@@ -51,6 +55,9 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("FDCU", "regularizer.beta", [-1.0, INF]),
     ("FDCU", "regularizer.n_examples", [0]),
     ("FDCU", "regularizer.normalise", ["sum"]),
+    ("FLAT", "divergence", ["hellinger"]),
+    ("FLAT", "rejections", [[], ["I pass.", " "]]),
+    ("GRU", "smoothing", [0.0, 1.1, NAN]),
     ("IDK", "rejections", [[], ["I pass.", " "]]),
     ("KLUE", "share", [0.0, 1.1]),
     ("KLUE", "regularization", [-1.0]),
@@ -76,6 +83,7 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("SatImp", "beta2", [-1.0, INF]),
     ("SimNPO", "beta", [0.0, -1.0, NAN, INF]),
     ("SimNPO", "delta", [-1.0]),
+    ("TaskVector", "alpha", [0.0, -1.0, INF]),
     ("UNDIAL", "beta", [-1.0, NAN, INF]),
     ("UNDO", "alpha", [-0.1, 1.1, NAN]),
     ("UNDO", "beta", [-1.0]),
@@ -85,6 +93,7 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
 #: Options without a range, or with one that only the model tells.
 ANY_VALUE = {
     "AdversarialUnlearning": {"seed"},
+    "AltPO": {"seed"},
     "CIR": {"attention"},
     "KLUE": {"only_unforgotten", "seed"},
     "RepSelect": {"seed"},
