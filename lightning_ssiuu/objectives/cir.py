@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ class CollapsedObjective(UnlearningModule):
     """An objective whose forget gradients leave out common directions, as :class:`CIR` has it; write its loss."""
 
     can_be_backbone = False
-    state_attributes = ("bases", "_epoch_of_bases")  # in the middle of an epoch the weights would give others
+    state_attributes: ClassVar[tuple[str, ...]] = (
+        "bases",
+        "_epoch_of_bases",
+    )  # in the middle of an epoch the weights would give others
 
     def __init__(
         self, input_components: int, gradient_components: int, attention: bool, every_n_epochs: int, **kwargs: Any
