@@ -14,6 +14,7 @@ from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, mean_over
 from lightning_ssiuu.models.architectures import feed_forward_sites, transformer_blocks
 from lightning_ssiuu.models.packing import at
 from lightning_ssiuu.objectives.cir import CollapsedObjective, common_directions, without
+from lightning_ssiuu.training.fsdp import is_sharded
 from lightning_ssiuu.training.reference import Observation
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
@@ -116,6 +117,8 @@ class MCU(CollapsedObjective):
             )
             products = (now * then).sum(-1) / max(self.lengths[name], 1e-30) ** 2
             total = total + mean_over_answers(products.clamp(min=self.floor), answers)
+        if is_sharded(self):  # FSDP2 gathers a block's weights for the backward pass where its output has a gradient
+            total = total + 0.0 * answers.mean_logps.sum()
         return total / len(self.output_bases)
 
     @property

@@ -197,11 +197,8 @@ def test_mcu_by_hand(components: int, layers: list[int], tmp_path: Path) -> None
     dataset: Any = loader.dataset
     everything = loader.collate_fn([dataset["forget", i] for i in range(5)])["forget"]
     all_rows = [torch.cat(rows) for rows in zip(*outputs_of(original, everything, layers), strict=True)]
-    kept = [
-        torch.eye(rows.shape[1], dtype=rows.dtype)
-        - (projector_by_hand(rows.detach(), components) if components else 0.0)
-        for rows in all_rows
-    ]
+    projected = [projector_by_hand(rows.detach(), components) if components else 0 * rows.T @ rows for rows in all_rows]
+    kept = [torch.eye(len(p), dtype=p.dtype) - p.detach() for p in projected]
     lengths = [(rows @ k).norm(dim=1).mean().item() for rows, k in zip(all_rows, kept, strict=True)]
     one = first_batch()["forget"]
     pairs = zip(outputs_of(moved, one, layers), outputs_of(original, one, layers), strict=True)
