@@ -38,6 +38,17 @@ VARIANTS = {
     "SAM": ("sam", []),
     "MUDMAN": ("mudman", []),
     "AdversarialUnlearning": ("adversarial_unlearning", []),
+    "RepSelect": ("repselect", []),
+    "MCU": ("mcu", []),
+    "LAT": ("lat", []),
+    "GRU": ("gru", []),
+    "AltPO": ("altpo", []),
+    "FLAT": ("flat", []),
+    "TaskVector": ("task_vector", []),
+    **{
+        f"GradientDifference, {name}": ("gradient_difference", ["--config", str(RECIPES / "optimizer" / f"{name}.yaml")])
+        for name in ("sgd", "signsgd", "muon")
+    },
 }
 
 
