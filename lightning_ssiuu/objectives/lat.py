@@ -42,8 +42,8 @@ class LAT(UnlearningModule):
         UserError: If activations are recomputed (``gradient_checkpointing``: without δ), or there is no such block.
 
     Example:
-        >>> LAT(epsilon=0.2, retain_weight=5.0).steps
-        6
+        >>> LAT(epsilon=0.05, retain_weight=5.0).steps
+        4
     """
 
     can_be_backbone = False
@@ -51,8 +51,8 @@ class LAT(UnlearningModule):
     def __init__(
         self,
         backbone: UnlearningModule | None = None,
-        epsilon: float = 0.1,
-        steps: int = 6,
+        epsilon: float = 0.02,
+        steps: int = 4,
         step_size: float = 0.3,
         layers: list[int] | None = None,
         **kwargs: Any,
