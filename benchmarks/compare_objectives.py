@@ -21,6 +21,7 @@ from statistics import mean, stdev
 from lightning_ssiuu.__main__ import main as lightning_ssiuu
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+OPTIMIZERS = RECIPES / "optimizer"
 WEIGHT = "--model.init_args.regularizer.init_args.weight"
 VARIANTS = {
     "GradientDifference": ("gradient_difference", []),
@@ -45,10 +46,9 @@ VARIANTS = {
     "AltPO": ("altpo", []),
     "FLAT": ("flat", []),
     "TaskVector": ("task_vector", []),
-    **{
-        f"GradientDifference, {name}": ("gradient_difference", ["--config", str(RECIPES / "optimizer" / f"{name}.yaml")])
-        for name in ("sgd", "signsgd", "muon")
-    },
+    "GradientDifference, sgd": ("gradient_difference", ["--config", f"{OPTIMIZERS}/sgd.yaml"]),
+    "GradientDifference, signsgd": ("gradient_difference", ["--config", f"{OPTIMIZERS}/signsgd.yaml"]),
+    "GradientDifference, muon": ("gradient_difference", ["--config", f"{OPTIMIZERS}/muon.yaml"]),
 }
 
 
