@@ -16,7 +16,8 @@ from typing import Any
 class RecoveryCurve:
     """The forget score along one attack, percent, one for each of ``epochs``; epoch 0 is before the attack.
 
-    ``p`` is the attacked fraction of the forget set, None where the attack has no such option.
+    ``p`` is the attacked fraction of the forget set, None where the attack has no such option. ``attacker`` is what the
+    attacker does otherwise than AdamW on all weights (:attr:`~.attackers.Attacker.settings`).
     """
 
     model: str
@@ -28,6 +29,7 @@ class RecoveryCurve:
     n_scored: int
     epochs: list[int] = field(default_factory=list)
     forget_scores: list[float] = field(default_factory=list)
+    attacker: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cell(self) -> tuple[float | None, int]:
@@ -48,8 +50,9 @@ class RecoveryCurve:
 def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     """Score of one attack on one model: per seed the highest forget score over learning rates and epochs.
 
-    ``best`` has the learning rate and epoch of the highest score of all; ``inside_grid`` says that neither lies at the
-    upper end of what was tried. If one does, a stronger attack may find more.
+    ``best`` has the learning rate and epoch of the highest score of all, and the ``attacker`` that is not the default
+    one; ``inside_grid`` says that neither lies at the upper end of what this attacker tried. If one does, a stronger
+    attack may find more. Of several attackers, ``attackers`` has the same of each.
     """
     seeds = sorted({curve.seed for curve in curves})
     highest = [max(max(c.forget_scores) for c in curves if c.seed == seed) for seed in seeds]
@@ -57,17 +60,33 @@ def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     # Of equals the gentlest: an attack that finds nothing does not ask for a stronger one.
     best = max(sorted(curves, key=lambda curve: curve.learning_rate), key=lambda curve: max(curve.forget_scores))
     epoch = best.epochs[max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)]
-    inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < best.epochs[-1]
-    return {
+    largest = max(curve.learning_rate for curve in curves if curve.attacker == best.attacker)
+    summary = {
         "before": spread(before),
         "forget_score": spread(highest),
         "best": {"learning_rate": best.learning_rate, "epoch": epoch},
-        "inside_grid": inside,
+        "inside_grid": best.learning_rate < largest and epoch < best.epochs[-1],
     }
+    if best.attacker:
+        summary["best"]["attacker"] = best.attacker
+    if len(groups := by_attacker(curves)) > 1:
+        keys = ("forget_score", "best", "inside_grid")
+        each = [summarise(group) for group in groups]
+        summary["attackers"] = [{key: of_one[key] for key in keys} for of_one in each]
+    return summary
+
+
+def by_attacker(curves: Sequence[RecoveryCurve]) -> list[list[RecoveryCurve]]:
+    """The curves of each attacker, in their order."""
+    groups: list[list[RecoveryCurve]] = []
+    for curve in curves:
+        group = next((group for group in groups if group[0].attacker == curve.attacker), None)
+        groups.append([curve]) if group is None else group.append(curve)
+    return groups
 
 
 def stronger(curves: Sequence[RecoveryCurve], epochs: int) -> tuple[float, int] | None:
-    """Learning rate and epochs to try next where the highest score lies at the edge of what was tried, else None.
+    """Learning rate and epochs to try next where an attacker's highest score lies at the edge, else None.
 
     A larger rate (by the ratio of the two largest, at least 2) if the best one is the largest, else the best one for
     twice the epochs. All curves were given ``epochs`` at least, though they may have ended before.

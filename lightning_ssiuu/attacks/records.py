@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_ssiuu.attacks.attackers import described
 from lightning_ssiuu.attacks.base import Outcome
 from lightning_ssiuu.attacks.curves import RecoveryCurve
 from lightning_ssiuu.evaluation.results import check_attacks
@@ -22,8 +23,8 @@ REPORT = "attack.json"
 #: Lists of ``attack.json`` whose entries name their attack.
 _LISTS = ("attacks", "curves", "outcomes")
 _HEAD = b'{"fingerprint": "'
-#: What tells the attacks of one sweep apart: model, p, seed, learning rate, epochs.
-Cell = tuple[str, float | None, int, float, int]
+#: What tells the attacks of one sweep apart: model, p, seed, attacker, learning rate, epochs.
+Cell = tuple[str, float | None, int, str, float, int]
 
 
 def read_attacks(folder: Path, argument: str = "output") -> dict[str, Any]:
@@ -142,6 +143,7 @@ class FinishedAttacks:
 def _curve(content: Mapping[str, Any]) -> RecoveryCurve:
     curve = RecoveryCurve(**content)
     only(str, curve.model, curve.kind)
+    only(dict, curve.attacker)
     only((int, float), curve.p or 0.0, curve.learning_rate, *curve.forget_scores)
     only(int, curve.seed, curve.n_attack, curve.n_scored, *curve.epochs)
     if not 0 < len(curve.epochs) == len(curve.forget_scores):
@@ -151,7 +153,7 @@ def _curve(content: Mapping[str, Any]) -> RecoveryCurve:
 
 def cell(curve: RecoveryCurve) -> Cell:
     """The run of a sweep that a curve is of."""
-    return curve.model, curve.p, curve.seed, curve.learning_rate, curve.epochs[-1]
+    return curve.model, curve.p, curve.seed, described(curve.attacker), curve.learning_rate, curve.epochs[-1]
 
 
 def fingerprint(content: Any) -> str:
