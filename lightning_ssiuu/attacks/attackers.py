@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -30,14 +30,14 @@ class Attacker:
     leave out some directions of the weights.
 
     Args:
-        optimizer: ``adamw`` and ``sgd`` (momentum 0.9), without weight decay, or ``muon`` (:class:`~lightning_ssiuu.Muon`).
-            Muon whitens: it makes all singular values of a matrix's momentum about equal, so that directions in which
-            the gradient was made small are trained as fast as the others. AdamW's learning rates suit it; SGD needs
-            larger ones.
+        optimizer: ``adamw``, ``sgd`` (with momentum 0.9) or ``muon`` (:class:`~lightning_ssiuu.Muon`), without weight
+            decay. Muon whitens: it makes all singular values of a matrix's momentum about equal, so that directions in
+            which the gradient was made small are trained as fast as the others. AdamW's learning rates suit it; SGD
+            needs larger ones.
         learning_rates: Its own; None: the attack's.
         warmup_steps: Steps in which the rate rises from 0, or below 1 the share of all steps.
-        repair_epochs: Epochs on the retain set before the attack, with a fresh optimiser of the same kind and rate. They
-            count among the epochs of the curve, whose first score after 0 is that of the repaired model.
+        repair_epochs: Epochs on the retain set before the attack, with an optimiser of their own, of the same kind and
+            rate. They count among the epochs of the curve, whose first score after 0 is that of the repaired model.
         gradient: Of each matrix's gradient, trained on is the ``whole``, its ``rank`` ``principal`` singular directions
             alone, or the ``minor`` ones without those. What the optimiser makes of it may leave that subspace.
         rank: Number of principal directions, at least 1.
@@ -49,8 +49,6 @@ class Attacker:
     Example:
         >>> Attacker(optimizer="sgd", learning_rates=[0.1, 1.0]).settings
         {'optimizer': 'sgd'}
-        >>> described(Attacker(repair_epochs=2, gradient="minor").settings)
-        'repair epochs 2, gradient minor'
     """
 
     optimizer: OptimizerName = "adamw"
@@ -92,7 +90,7 @@ class Attacker:
     def module(self, learning_rate: float, lora: LoRA | None) -> FineTuning:
         """The objective that fine-tunes at this rate."""
 
-        def optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        def optimizer(parameters: Any) -> torch.optim.Optimizer:
             if self.optimizer == "sgd":
                 return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
             kind: Any = Muon if self.optimizer == "muon" else torch.optim.AdamW
@@ -117,15 +115,6 @@ def check_rates(argument: str, rates: Any) -> None:
     for rate in rates:
         if not 0 < rate < math.inf:
             raise UserError(argument, rate, "finite numbers > 0")
-
-
-def described(settings: Mapping[str, Any]) -> str:
-    """An attacker's :attr:`~Attacker.settings` in words; empty for the default one."""
-    shown = {name: value for name, value in settings.items() if name != "optimizer"}
-    if shown.get("lora"):
-        shown["lora"] = f"rank {shown['lora']['r']}"
-    words = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
-    return ", ".join(([settings["optimizer"]] if "optimizer" in settings else []) + words)
 
 
 class Projected(L.Callback):

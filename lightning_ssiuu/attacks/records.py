@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.attacks.attackers import described
 from lightning_ssiuu.attacks.base import Outcome
 from lightning_ssiuu.attacks.curves import RecoveryCurve
-from lightning_ssiuu.evaluation.results import check_attacks
+from lightning_ssiuu.evaluation.results import check_attacks, described
 from lightning_ssiuu.models.loading import plain_configuration, resolve_checkpoint
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.reading import only, read_json, reading
@@ -146,6 +145,7 @@ def _curve(content: Mapping[str, Any]) -> RecoveryCurve:
     only(dict, curve.attacker)
     only((int, float), curve.p or 0.0, curve.learning_rate, *curve.forget_scores)
     only(int, curve.seed, curve.n_attack, curve.n_scored, *curve.epochs)
+    only((int, float), *(value for values in curve.utility.values() for value in values))
     if not 0 < len(curve.epochs) == len(curve.forget_scores):
         raise ValueError("a curve whose epochs and scores differ in number")
     return curve

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightning_ssiuu.attacks.attackers import Attacker, check_rates, described
+from lightning_ssiuu.attacks.attackers import Attacker, check_rates
 from lightning_ssiuu.attacks.base import Attack, Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, table
 from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.attacks.sweep import Sweep, SweptModel
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.evaluation.results import described
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.training.devices import Devices
@@ -46,6 +47,8 @@ class Relearning(Attack):
             with larger rates, then with twice the epochs, until it lies inside (at most 8 times for a model, p and
             attacker) or the model diverges.
         attackers: How to fine-tune; the score is the highest of all. By default AdamW alone.
+        utility: Score the retain and the test set, too, whenever the forget set is scored: what the attack leaves of
+            the rest. Takes a pass over both each time.
 
     Raises:
         UserError: If an option is outside its range.
@@ -74,6 +77,7 @@ class Relearning(Attack):
     lora: LoRA | None = None
     until_saturated: bool = False
     attackers: Sequence[Attacker] = (Attacker(),)
+    utility: bool = False
 
     def __post_init__(self) -> None:
         lists = (("seeds", self.seeds), ("p", self.fractions), ("attackers", self.attackers))
@@ -102,6 +106,8 @@ class Relearning(Attack):
             del settings["patience"]  # as in files written before there was one
         if list(self.attackers) == [Attacker()]:
             del settings["attackers"]
+        if not self.utility:
+            del settings["utility"]
         return settings
 
     @property
@@ -165,14 +171,20 @@ class Relearning(Attack):
     ) -> list[RecoveryCurve]:
         """As in :class:`~lightning_ssiuu.Attack`; ``log`` has what is finished already, and keeps what is finished now.
 
-        Each model is loaded once, only one is in memory at a time.
+        Each model is loaded once, only one is in memory at a time. A target with ``data`` of its own is attacked with
+        these.
         """
         models = [SweptModel(target) for target in targets]
-        cells = self.cells(data, self._pool(models[0], data, score))
-        for cell in cells:
-            cell.check_share(devices.n_ranks)
+        pool = self._pool(models[0], data, score)
+        for model in models:
+            own, chosen = model.target.data, pool
+            if own is not None and pool is not None:  # as many as of the forget set, chosen alike
+                chosen = (self._pool(models[0], own, score) or [])[: len(pool)]
+            model.cells = self.cells(data if own is None else own, chosen)
+            for cell in model.cells:
+                cell.check_share(devices.n_ranks)
         grid = [(attacker, attacker.learning_rates or self.learning_rates) for attacker in self.attackers]
-        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.patience, self.lora, log)
+        sweep = Sweep(devices, score, self.every_n_epochs, self.patience, self.lora, self.utility, log)
         return sweep.run(models, grid, self.epochs, self.until_saturated)
 
     def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:

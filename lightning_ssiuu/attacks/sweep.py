@@ -14,13 +14,14 @@ from lightning.fabric.utilities import move_data_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.attacks.attackers import Attacker, described
+from lightning_ssiuu.attacks.attackers import Attacker
 from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger
-from lightning_ssiuu.attacks.finetune import Diverged, Snapshot, attack_score, relearn
+from lightning_ssiuu.attacks.finetune import Diverged, Snapshot, attack_scores, relearn
 from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.results import described
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
@@ -36,11 +37,15 @@ _Run = tuple[RelearnDataModule, RecoveryCurve]
 
 
 class SweptModel:
-    """A model under attack: loaded when it is first needed, restored after every attack."""
+    """A model under attack: loaded when it is first needed, restored after every attack.
+
+    ``cells`` are what it is attacked with and scored on.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target, self.name = target, target.name
-        self._before: dict[tuple[int, ...], float] = {}
+        self.cells: Sequence[RelearnDataModule] = ()
+        self._before: dict[tuple[int, ...], dict[str, float]] = {}
 
     @cached_property
     def loaded(self) -> tuple[AnswerModel, PreTrainedTokenizerBase]:
@@ -50,11 +55,15 @@ class SweptModel:
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.loaded[0])
 
-    def score_before(self, data: Sequence[RelearnDataModule], score: str) -> None:
+    def score_before(self, score: str, utility: bool) -> None:
         """Score the model on what attacks will be scored on, every set once, before the first attack."""
-        for cell in data:
+        others: dict[str, float] = {}
+        for cell in self.cells:
             if (scored := _scored(cell)) not in self._before:
-                self._before[scored] = attack_score(*self.loaded, cell, score)
+                asked = utility and not others
+                found = attack_scores(*self.loaded, cell, score, 0, asked)
+                others = others or {split: value for split, value in found.items() if split != "forget"}
+                self._before[scored] = found | others
 
     def attack(
         self, data: RelearnDataModule, learning_rate: float, epochs: int, score: str, **options: Any
@@ -94,11 +103,11 @@ class Sweep:
     """Attacks on models, one after another, without those that the log has."""
 
     devices: Devices
-    data: Sequence[RelearnDataModule]
     score: str
     every_n_epochs: int
     patience: int | None
     lora: LoRA | None
+    utility: bool
     log: FinishedAttacks | None
     _highest: float = -1.0
     _too_high: dict[int, Diverged] = field(default_factory=dict)
@@ -112,16 +121,17 @@ class Sweep:
     ) -> list[RecoveryCurve]:
         """All curves of each attacker at its learning rates, model by model; a model is let go once it was attacked."""
         curves = []
-        grid = [(cell, attacker, rate) for cell in self.data for attacker, rates in attackers for rate in rates]
-        shown = {"desc": f"{self.data[0].kind} attack", "unit": "run", "disable": not self.devices.is_first}
-        with tqdm(total=len(models) * len(grid), **shown) as self._bar:
+        pairs = [(attacker, rate) for attacker, rates in attackers for rate in rates]
+        shown = {"desc": f"{models[0].cells[0].kind} attack", "unit": "run", "disable": not self.devices.is_first}
+        with tqdm(total=sum(len(model.cells) for model in models) * len(pairs), **shown) as self._bar:
             while models:
                 target = models.pop(0)
-                of_model = [(cell, self._within_grid(target, cell, *how, epochs)) for cell, *how in grid]
-                self._check_borne(of_model)
+                grid = [(cell, *pair) for cell in target.cells for pair in pairs]
+                of_model = [(run[0], self._within_grid(target, *run, epochs)) for run in grid]
+                self._check_borne(target, of_model)
                 if until_saturated:
-                    for p in dict.fromkeys(cell.p for cell in self.data):
-                        cells = [cell for cell in self.data if cell.p == p]
+                    for p in dict.fromkeys(cell.p for cell in target.cells):
+                        cells = [cell for cell in target.cells if cell.p == p]
                         for attacker, _ in attackers:
                             self._saturate(target, of_model, cells, attacker, epochs)
                 curves += [curve for _, curve in of_model]
@@ -145,8 +155,8 @@ class Sweep:
             self._bar.update()
             return error.curve
 
-    def _check_borne(self, curves: Sequence[_Run]) -> None:
-        for cell in self.data:
+    def _check_borne(self, target: SweptModel, curves: Sequence[_Run]) -> None:
+        for cell in target.cells:
             own = [curve for of, curve in curves if of is cell]
             if all(id(curve) in self._too_high for curve in own):
                 raise self._too_high[id(min(own, key=lambda curve: curve.learning_rate))]
@@ -158,10 +168,10 @@ class Sweep:
         run = (target.name, cell.p, cell.seed, described(attacker.settings), learning_rate)
         curve = self._finished(run, epochs, attacker.repair_epochs)
         if attacked := curve is None:
-            target.score_before(self.data, self.score)
+            target.score_before(self.score, self.utility)
             if log is not None and self.devices.is_first:
                 log.begin()  # no sooner: until a model is there, a mistake leaves nothing behind
-            options = {"every_n_epochs": self.every_n_epochs, "patience": self.patience, "lora": self.lora}
+            options = {name: getattr(self, name) for name in ("every_n_epochs", "patience", "lora", "utility")}
             curve = target.attack(cell, learning_rate, epochs, self.score, attacker=attacker, **options)
         assert curve is not None
         if target.name == "unlearned" and max(curve.forget_scores) > self._highest:
