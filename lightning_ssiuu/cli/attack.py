@@ -20,11 +20,11 @@ from lightning_ssiuu.attacks.records import (
     merge_attacks,
     read_attacks,
 )
+from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.datamodules.invented import Control, control_of
-from lightning_ssiuu.evaluation.results import described
+from lightning_ssiuu.evaluation.results import found_by
 from lightning_ssiuu.evaluation.runs import run_collapsed, run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
@@ -52,8 +52,8 @@ def attack(
     Args:
         model: The unlearned model: a directory written by ``fit``, or any checkpoint.
         oracle: A model retrained without the forget set; put under the same attack, seed by seed.
-        attack: ``Harmful`` (the default), ``Benign``, ``Quantization``, ``Ablation``, ``Sampling``, ``Paraphrase``, or
-            the import path of a class of one's own.
+        attack: ``Harmful`` (the default), ``Benign``, ``Quantization``, ``Ablation``, ``Interpolation``, ``Sampling``,
+            ``Paraphrase``, or the import path of a class of one's own.
         data: The data module the model was unlearned with; by default its run's, else the embedded facts.
         score: The forget score; by default the one the run was stopped by, else probability.
         control: What a relearning attack teaches by itself, where there is no oracle to say so: the same attack on the
@@ -119,15 +119,6 @@ def attack(
                 if log is not None:
                     log.remove()
         return rows
-
-
-def control_beside(data: UnlearningDataModule, given: str, oracle: bool, relearns: bool = True) -> Control | None:
-    """The control that ``--control`` asks for; ``auto``: one for relearning attacks without an oracle."""
-    if given in ("auto", "none"):
-        return control_of(data, given) if relearns and not oracle else None
-    if not relearns:
-        raise UserError("control", given, "auto or none with an attack that trains nothing")
-    return control_of(data, given)
 
 
 def _log(
@@ -198,7 +189,7 @@ def print_attacks(
                 edge = "" if model.get("inside_grid", True) else "  (at the edge of the grid)"
                 more = [_moved(model.get("utility", {}).get(split)) for split in others]
                 if "attackers" in model:
-                    found.append(f"{label}, {name}: the highest is by {_found_by(model['best'])}.")
+                    found.append(f"{label}, {name}: the highest is by {found_by(model['best'])}.")
                 figures = f"{model['before']['mean']:.1f}", f"{_shown(model['forget_score'])}{edge}"
                 lines.append((label, name, *figures, *more))
                 if neurons := None if swept else (row if name == "unlearned" else model).get("control"):
@@ -217,7 +208,3 @@ def _shown(spread: Mapping[str, Any]) -> str:
 
 def _moved(utility: Mapping[str, Any] | None) -> str:
     return "" if utility is None else f"{utility['before']['mean']:.1f} → {utility['at_highest']['mean']:.1f}"
-
-
-def _found_by(best: Mapping[str, Any]) -> str:
-    return f"{described(best.get('attacker', {})) or 'adamw'}, lr {best['learning_rate']:g}, epoch {best['epoch']}"

@@ -77,8 +77,8 @@ def invented(forget: Sequence[QAExample]) -> tuple[str, Iterator[QAExample]]:
     """As many examples as a forget set has, and what they are, in words; none if its answers are all the same.
 
     Where every example names its group (a person, a country) in the question and has distractors, the group gets a
-    made-up name, and a distractor becomes the answer. Else each question gets the answer of the most similar other
-    one: no answer twice, and none that is its own.
+    made-up name, and a distractor becomes the answer. Else each question gets the answer of another one that is worded
+    alike, but for names: no answer twice, and none that is its own.
 
     Example:
         >>> kind, examples = invented([QAExample(0, "Who wrote Emma?", "Austen", ("Orwell", "Poe"), (), "Emma")])
@@ -131,10 +131,16 @@ def _repaired(forget: Sequence[QAExample]) -> Iterator[QAExample]:
     return chain.from_iterable(map(_paired, blocks))
 
 
+def _form(question: str) -> set[str]:
+    # What is asked, not about whom: names and numbers would pair the questions about one subject.
+    words = _WORD.findall(question)
+    return {word.casefold() for place, word in enumerate(words) if place == 0 or word.islower()}
+
+
 def _paired(block: Sequence[QAExample]) -> Iterator[QAExample]:
     from scipy.optimize import linear_sum_assignment  # slow to import
 
-    words = [set(_WORD.findall(example.folded)) for example in block]
+    words = [_form(example.question) for example in block]
     answers = [" ".join(example.answer.casefold().split()) for example in block]
     alike = np.array([[len(own & other) / max(1, len(own | other)) for other in words] for own in words])
     alike[np.equal.outer(answers, answers)] = -len(block)  # worse than any number of unlike questions

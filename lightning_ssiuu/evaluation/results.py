@@ -78,3 +78,13 @@ def described(attacker: Mapping[str, Any]) -> str:
         )
     words = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
     return ", ".join(([str(attacker["optimizer"])] if "optimizer" in attacker else []) + words)
+
+
+def found_by(best: Mapping[str, Any]) -> str:
+    """Who found the highest score of an attack, in words, of the ``best`` of a row of ``attack.json``.
+
+    >>> found_by({"learning_rate": 1e-3, "epoch": 4})
+    'adamw, lr 0.001, epoch 4'
+    """
+    attacker = described(best.get("attacker", {})) or "adamw"
+    return f"{attacker}, lr {best['learning_rate']:g}, epoch {best['epoch']}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_ssiuu.attribution.influence import InfluenceVariation
 from lightning_ssiuu.attribution.plots import cumulative_figure, heat_maps
+from lightning_ssiuu.evaluation.results import found_by
 from lightning_ssiuu.reports.audit.verdict import THRESHOLD
 from lightning_ssiuu.reports.curves import Curve, by_epoch, settings_of, strongest
 from lightning_ssiuu.utils import figures
@@ -24,7 +25,7 @@ from lightning_ssiuu.utils.svg import svg
 
 #: Flagged neurons and scatter points that are shown.
 SHOWN_NEURONS, SHOWN_POINTS = 50, 2000
-_DASHES = {"oracle": DASHED, "after_attack": DOTTED}
+_DASHES = {"oracle": DASHED, "control": DASHED, "after_attack": DOTTED}
 #: What a piece of evidence says is not yet the verdict.
 _SAYS = {"hidden": "comes back", "erased": "stays away", "undecided": "unclear"}
 _FIGURES = {
@@ -85,7 +86,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["attack_title"] = _attack_title
+    environment.globals |= {"attack_title": _attack_title, "found_by": found_by}
     environment.filters["words"] = lambda text: clean(str(text)).replace("_", " ")
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\d) %", "\u00a0%", clean(text))
     environment.filters["says"] = lambda says: _SAYS.get(says, says)
