@@ -84,7 +84,7 @@ class Interpolation(Attack):
 def interpolate(
     model: torch.nn.Module, start: dict[str, torch.Tensor], goal: dict[str, torch.Tensor], alpha: float
 ) -> None:
-    """Set a model's weights to ``start + alpha (goal − start)``, both by name; of weights cut over ranks this rank's."""
+    """Set a model's weights to ``start + alpha (goal − start)``, both by name; of weights cut over ranks a rank's."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             width = torch.promote_types(tensor.dtype, torch.float32)
