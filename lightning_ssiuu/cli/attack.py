@@ -184,15 +184,16 @@ def print_attacks(
     for row in rows:
         detail = row["p"] if row["variant"] is None else row["variant"]
         label = row["attack"] if detail is None else f"{row['attack']} {detail}"
-        for name in ("unlearned", "oracle", *(["control"] if swept else [])):
-            if model := row.get(name):
+        for name in ("unlearned", "oracle", "control"):
+            if (model := row.get(name)) and "before" in model:  # else a control of random neurons
                 edge = "" if model.get("inside_grid", True) else "  (at the edge of the grid)"
                 more = [_moved(model.get("utility", {}).get(split)) for split in others]
                 if "attackers" in model:
                     found.append(f"{label}, {name}: the highest is by {found_by(model['best'])}.")
                 figures = f"{model['before']['mean']:.1f}", f"{_shown(model['forget_score'])}{edge}"
                 lines.append((label, name, *figures, *more))
-                if neurons := None if swept else (row if name == "unlearned" else model).get("control"):
+                neurons = (row if name == "unlearned" else model).get("control")
+                if neurons and "before" not in neurons:
                     lines.append((label, f"{name}, control", "", _shown(neurons["forget_score"]), *empty))
         if "gap" in row:
             lines.append((label, "gap", "", _shown(row["gap"]), *empty))

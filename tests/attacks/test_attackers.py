@@ -132,7 +132,6 @@ ATTACKERS = [
 def several(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of a sweep with several attackers, and what it finds."""
     options = {"attack": harmful(attackers=ATTACKERS, learning_rates=[1e-2], utility=True), "oracle": None}
-    options |= {"control": "none"}
     return options, run(models, tmp_path_factory.mktemp("several"), **options)
 
 
@@ -170,7 +169,7 @@ def test_a_sweep_of_several_goes_on_where_it_was(
 def test_each_attacker_is_saturated_by_itself(models: Path, tmp_path: Path) -> None:
     pair = [Attacker(), Attacker("sgd", learning_rates=[1e-3])]
     method = harmful(attackers=pair, learning_rates=[1e-3], seeds=[0], until_saturated=True)
-    content = run(models, tmp_path, attack=method, oracle=None, control="none")
+    content = run(models, tmp_path, attack=method, oracle=None)
     (row,) = content["attacks"]
     for one, attacker in zip(row["unlearned"]["attackers"], pair, strict=True):
         own = [curve for curve in content["curves"] if curve["attacker"] == attacker.settings]
@@ -186,7 +185,7 @@ def test_files_without_attackers_are_read(several: tuple[dict[str, Any], dict[st
 
 def test_a_benign_attack_may_repair_first(models: Path, tmp_path: Path) -> None:
     method = harmful(Benign, attackers=[Attacker(repair_epochs=1)], learning_rates=[1e-2], seeds=[0])
-    (curve,) = run(models, tmp_path, attack=method, oracle=None, control="none")["curves"]
+    (curve,) = run(models, tmp_path, attack=method, oracle=None)["curves"]
     assert curve["epochs"] == [0, 1, 2]
 
 

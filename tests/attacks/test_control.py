@@ -17,7 +17,7 @@ from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 #: Attacks without an oracle, which then have a control.
-ALONE: dict[str, Any] = {"oracle": None}
+ALONE: dict[str, Any] = {"oracle": None, "control": "auto"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_gap_is_to_the_control_where_there_is_no_oracle(
     assert len(sizes) == 1
     assert alone["settings"]["harmful"]["control"] == "forget questions with each other's answers"
     # what is found on the forget set does not depend on it
-    without = run(models, tmp_path, control="none", **ALONE)
+    without = run(models, tmp_path, oracle=None)
     assert without["attacks"][0]["unlearned"] == row["unlearned"]
     assert "gap" not in without["attacks"][0]
     assert "control" not in without["settings"]["harmful"]
@@ -53,12 +53,12 @@ def test_one_model_is_in_memory_at_a_time_and_a_killed_sweep_goes_on(
     assert len(rest) == 2
     interrupted(models, tmp_path, 6, overwrite=True, **ALONE)
     with pytest.raises(UserError, match="that was interrupted there, or with --over"):  # another sweep
-        run(models, tmp_path, control="none", **ALONE)
+        run(models, tmp_path, oracle=None)
 
 
 def test_with_an_oracle_there_is_none_unless_it_is_asked_for(models: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = {"attack": harmful(Benign, learning_rates=[1e-2], seeds=[0])}
-    assert "control" not in run(models, tmp_path / "auto", **few)["attacks"][0]
+    assert "control" not in run(models, tmp_path / "auto", control="auto", **few)["attacks"][0]
     write_rows(tmp_path / "made.jsonl", [{"question": f"Who is {n}?", "answer": f"One {n}"} for n in range(7)])
     (row,) = run(models, tmp_path / "file", control=str(tmp_path / "made.jsonl"), **few)["attacks"]
     oracle = row["oracle"]["forget_score"]["mean"]
