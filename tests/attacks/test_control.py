@@ -51,9 +51,9 @@ def test_one_model_is_in_memory_at_a_time_and_a_killed_sweep_goes_on(
     with counted(sweep, "relearn") as rest:
         assert run(models, tmp_path, **ALONE) == alone
     assert len(rest) == 2
-    interrupted(models, tmp_path, 6, overwrite=True, **ALONE)
+    interrupted(models, tmp_path / "other", 2, **ALONE)
     with pytest.raises(UserError, match="that was interrupted there, or with --over"):  # another sweep
-        run(models, tmp_path, oracle=None)
+        run(models, tmp_path / "other", oracle=None)
 
 
 def test_with_an_oracle_there_is_none_unless_it_is_asked_for(models: Path, tmp_path: Path) -> None:
