@@ -125,7 +125,7 @@ def relearn(
             lora.attach(model.hf)
         try:
             if repair:
-                fit(data.repairing(), repair)
+                fit(data.repair, repair)
                 curve.add(repair, attack_scores(*asked))
             fit(data, epochs, recorder)
         except NotFinite as error:

@@ -124,7 +124,7 @@ ATTACKERS = [
     Attacker(),
     Attacker("sgd", learning_rates=[0.1]),
     Attacker(repair_epochs=1, warmup_steps=0.5),
-    Attacker(lora=LoRA(r=2), learning_rates=[1e-2]),
+    Attacker(lora=LoRA(r=2), repair_epochs=1, learning_rates=[1e-2]),
 ]
 
 
