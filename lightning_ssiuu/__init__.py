@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Names are imported on first use: the command line must answer before torch is loaded.
 _EXPORTS = {
     "Ablation": "attacks",
+    "Attacker": "attacks",
     "AdversarialUnlearning": "objectives.adversarial_unlearning",
     "AltPO": "objectives.altpo",
     "Architecture": "models.architectures",
@@ -35,6 +36,7 @@ _EXPORTS = {
     "GRU": "objectives.gru",
     "Harmful": "attacks",
     "IDK": "objectives.idk",
+    "Interpolation": "attacks",
     "KeepCheckpoints": "callbacks",
     "KLUE": "objectives.klue",
     "L2ToStart": "regularizers",

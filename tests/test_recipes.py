@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -202,16 +203,23 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["attack"]
     name, options = (given, {}) if isinstance(given, str) else (given["class_path"], given["init_args"])
     quick = ["--attack.epochs", "1", "--attack.seeds", "[0]", "--attack.learning_rates", "[1e-4]"]
-    quicker = {"Ablation": ["--attack.original", "tiny"], "Sampling": ["--attack.k", "1"]}
+    original = ["--attack.original", "tiny"]
+    quicker = {"Ablation": original, "Interpolation": original, "Sampling": ["--attack.k", "1"]}
     few = quick if "epochs" in options else quicker.get(name, [])
+    if attackers := options.get("attackers"):
+        once = {"learning_rates": [1e-3], "repair_epochs": 1}
+        short = [attacker | {key: once[key] for key in once if key in attacker} for attacker in attackers]
+        few = [*few, "--attack.attackers", json.dumps(short), "--attack.until_saturated", "false"]
+        few += ["--data", "Facts", "--data.max_eval_examples", "8"]
     model: str | Path = "tiny"
     if options.get("pool") == "wrong":  # "tiny" answers nothing so
         few = [*few, "--score", "all_tokens"]
         model = tmp_path / "random"
         random_model("llama", torch.float32, vocab_size=1024).save_pretrained(model)
         load_tokenizer("tiny").save_pretrained(model)
-    result = command("attack", "--config", recipe, "--model", model, "--output", tmp_path / "run", *few)
+    alone = ("--output", tmp_path / "run", "--control", "none")
+    result = command("attack", "--config", recipe, "--model", model, *alone, *few)
     assert result.status == 0, result.err
     rows = read_json(tmp_path / "run" / "attack.json")["attacks"]
-    n_variants = 2 if name in ("Quantization", "Ablation") else 1
+    n_variants = {"Quantization": 2, "Ablation": 2, "Interpolation": 5}.get(name, 1)
     assert [row["kind"] for row in rows] == [name.lower()] * len(options.get("p", [None])) * n_variants

@@ -18,6 +18,8 @@ from lightning_ssiuu.models.lora import LoRA
 
 SMALL = attacking(seeds=[0, 1], epochs=1, learning_rates=[1e-4, 1e-3], p=[0.3])
 
+CHEAP = ("--score", "first_token", "--control", "none")
+
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -97,7 +99,18 @@ def test_benign_attack_beside_the_run(tmp_path: Path) -> None:
     recipe = RECIPES / "attack" / "benign.yaml"
     few = attacking(seeds=[0], epochs=1, learning_rates=[1e-4], benign_size=8)
     result = command(
-        "attack", "--config", recipe, "--model", "tiny", "--output", tmp_path, *few, "--score", "first_token"
+        "attack",
+        "--config",
+        recipe,
+        "--model",
+        "tiny",
+        "--output",
+        tmp_path,
+        *few,
+        "--score",
+        "first_token",
+        "--control",
+        "none",
     )
     assert result.status == 0, result.err
     content = read_json(tmp_path / "attack.json")
@@ -184,7 +197,9 @@ def test_what_is_tried_next() -> None:
 def test_until_saturated_goes_on_until_the_highest_lies_inside(tmp_path: Path) -> None:
     few = (*attacking(seeds=[0, 1], epochs=1, learning_rates=[3e-4], p=[0.3]), "--attack.until_saturated")
     model = default_run()[0] / "model"
-    result = command("attack", "--model", model, "--output", tmp_path, *few, "--score", "probability")
+    result = command(
+        "attack", "--model", model, "--output", tmp_path, *few, "--score", "probability", "--control", "none"
+    )
     assert result.status == 0, result.err
     content = read_json(tmp_path / "attack.json")
     assert content["attacks"][0]["unlearned"]["inside_grid"]
@@ -201,7 +216,7 @@ def test_adapters_attack_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
     model = default_run()[0] / "model"
     curves = []
     for _ in range(2):
-        result = command("attack", "--model", model, "--output", tmp_path, *few, *adapters)
+        result = command("attack", "--model", model, "--output", tmp_path, *few, *adapters, "--control", "none")
         assert result.status == 0, result.err
         content = read_json(tmp_path / "attack.json")
         assert content["settings"]["harmful_lora"]["lora"]["target_modules"] == ["q_proj", "v_proj"]

@@ -179,7 +179,9 @@ def test_an_attack_that_diverges_names_its_rate(tmp_path: Path) -> None:
 def test_a_rate_too_high_costs_no_other_result(tmp_path: Path) -> None:
     """Nor the epochs before it diverged, nor the model that is saved."""
     options = attacking(learning_rates=[1e-3, 1e30], seeds=[0], p=[0.3], epochs=1)
-    result = command("attack", "--model", "tiny", "--output", tmp_path, "--save_attacked", *options)
+    result = command(
+        "attack", "--model", "tiny", "--output", tmp_path, "--save_attacked", *options, "--control", "none"
+    )
     assert result.status == 0, result.err
     assert "note: attack.learning_rates: got 1e+30" in result.err
     whole, cut = read_json(tmp_path / "attack.json")["curves"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
 import pytest
 from toys.reports import HOSTILE, audit_content, report, variation
 
+from lightning_ssiuu.attacks.curves import RecoveryCurve, table
 from lightning_ssiuu.reports.audit.page import Measured, report_html
 from lightning_ssiuu.utils.figures import (
     COLOURS,
@@ -231,3 +234,28 @@ def test_figures_leave_matplotlib_as_it_was() -> None:
         assert svg(line_chart([Series("a $ b", [(0, 1.0)])], "x", "y"), "") == usual
         assert matplotlib.rcParams["font.size"] == 30
     assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_attackers_their_control_and_what_they_leave_are_shown() -> None:
+    def curve(name: str, top: float, **more: Any) -> RecoveryCurve:
+        return RecoveryCurve(name, "harmful", 0.1, 1e-3, 0, 4, 32, [0, 3, 4], [9.0, 20.0, top], **more)
+
+    utility = {"retain": [90.0, 91.0, 33.3], "test": [80.0, 81.0, 22.2]}
+    by_sgd = curve("unlearned", 44.0, attacker={"optimizer": "sgd", "repair_epochs": 3}, utility=utility)
+    found = [curve("unlearned", 30.0, utility=utility), by_sgd, curve("control", 12.0)]
+    content = audit_content(hostile=False)
+    content["relearning"]["attacks"] = [{"attack": "harmful", "score": "probability"} | row for row in table(found)]
+    content["relearning"]["curves"] = [{"attack": "harmful"} | asdict(one) for one in found]
+    page = report_html(content, Measured({"unlearned": "a"}, "audit", {"unlearned": variation(0)}))
+    text = " ".join(" ".join(Page(page).text).split())
+    assert (
+        "Of 2 attackers in the harmful attack with 10 % of the forget set, the highest is by sgd, repair epochs 3"
+        in text
+    )
+    assert "unlearned, sgd, repair epochs 3, lr 0.001" in text
+    assert "control, lr 0.001" in text
+    assert "Control: the unlearned model under the same attack on facts that nobody was ever taught." in text
+    assert "retain then, % test then, %" in text
+    assert "44.0 ± 0.0 33.3 22.2" in text
+    assert "unlearned, retain set" in text
+    assert "unlearned, test set" in text

@@ -50,7 +50,7 @@ def attacking(**options: Any) -> list[str]:
 
 #: A sweep of two attacks in ``out``, and what is kept of it until it is finished.
 SWEEP = (
-    *("attack", "--model", "tiny", "--output", "out", "--score", "first_token"),
+    *("attack", "--model", "tiny", "--output", "out", "--score", "first_token", "--control", "none"),
     *attacking(seeds=[0], epochs=1, learning_rates=[1e-4, 3e-4], p=[0.3]),
 )
 PARTIAL = "attack.harmful.partial.jsonl"

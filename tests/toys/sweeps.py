@@ -38,9 +38,13 @@ def harmful(kind: type[Attack] = Harmful, **options: Any) -> Any:
 
 
 def run(models: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """Two models, two learning rates, two seeds, one epoch: eight attacks; what was found, times aside."""
+    """Two models, two learning rates, two seeds, one epoch: eight attacks; what was found, times aside.
+
+    Without an oracle there is no control either, unless it is asked for.
+    """
     given: dict[str, Any] = {"data": Toy(Splits(examples(0, 7, 2), examples(20, 4), benign=examples(40, 3)))}
     given |= {"attack": harmful(), "score": "probability", "output": str(output), "devices": Devices("cpu")}
+    given["control"] = "none"
     models_of = {"model": str(models / "unlearned"), "oracle": str(models / "oracle")}
     attack(**(models_of | given | options))
     content = read_json(output / "attack.json")
