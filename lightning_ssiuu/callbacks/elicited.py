@@ -23,6 +23,13 @@ class ElicitedStop(Elicitation):
         looks: Looks in a row at or below the level that end the run.
         floor: Share of the level, in [0, 1]: the run also ends, as not erased, where the score of the weights as they
             are is below ``floor · level`` and what comes back still is above the level. None: it goes on.
+
+    Raises:
+        UserError: If an option is outside its range.
+
+    Example:
+        >>> ElicitedStop(steps=20, looks=2, floor=0.5).share
+        0.3
     """
 
     every_n_steps: int = 1

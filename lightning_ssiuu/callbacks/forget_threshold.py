@@ -17,7 +17,7 @@ from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.utils.errors import Given, UserError, check_at_least, check_choice
+from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Unknown = Literal["refuse", "warn"]
 
@@ -44,11 +44,12 @@ class ForgetThresholdStopping(L.Callback):
             it would end as a success that unlearned nothing. ``"refuse"`` names the template with which the model knows
             most, if there is one; ``"warn"`` goes on.
         elicited: Also ask an adversary (:class:`ElicitedStop`); None stops at the first look at or below the threshold.
+            Without a threshold it is asked at the end alone.
 
     Raises:
         UserError: If an argument is outside its range, the model does not know the forget set, or the threshold is met
-            before the first step; with ``elicited`` without a threshold, under float16, whose small gradients vanish,
-            or on a data module that is no :class:`~lightning_ssiuu.UnlearningDataModule`.
+            before the first step; with ``elicited`` under float16, whose small gradients vanish, or on a data module
+            that is no :class:`~lightning_ssiuu.UnlearningDataModule`.
 
     Example:
         >>> ForgetThresholdStopping(score="rouge_l", threshold=10.0, every_n_steps=5).stopped
@@ -71,8 +72,6 @@ class ForgetThresholdStopping(L.Callback):
             raise UserError("stopping.threshold", threshold, 'a percentage in [0, 100), "mismatched" or null')
         check_at_least("stopping.every_n_steps", every_n_steps, 1)
         check_choice("stopping.unknown", unknown, Unknown)
-        if elicited is not None and threshold is None:
-            raise UserError("stopping.elicited", Given("options"), "null with threshold null, which never stops")
         self.unknown = unknown
         self.score, self.threshold, self.every_n_steps, self.seed = score, threshold, every_n_steps, seed
         self.value: float | None = None
@@ -147,11 +146,9 @@ class ForgetThresholdStopping(L.Callback):
         trainer.should_stop |= self._judge(trainer, pl_module) is not None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.level is None:
-            return
         if self._looks is not None and self._looks.step != trainer.global_step:
             self._looks.value, self._looks.step = self._ask(trainer, pl_module), trainer.global_step
-        if not self.stopped:
+        if self.level is not None and not self.stopped:
             if self._looked_at == trainer.global_step and self.value is None:
                 self._score(pl_module)
             what, value = self.score, self.value

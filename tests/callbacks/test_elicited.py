@@ -184,6 +184,9 @@ def test_a_run_goes_on_until_little_comes_back(tmp_path: Path, capsys: pytest.Ca
     with pytest.warns(UserWarning, match=r"before probability fell to 20 %"):  # asked all the same, for the table
         _, stop, metrics = run(tmp_path / "short", 1, strong)
     assert metrics["after"]["elicited_score"] == stop.elicited_value
+    never = ForgetThresholdStopping(threshold=None, elicited=strong)
+    assert fit(GradientDifference(optimizer=slow), [never], tmp_path / "never", 1).global_step == 1
+    assert never.elicited_value == stop.elicited_value
     capsys.readouterr()
     stop, report = ForgetThresholdStopping("probability", 80.0, elicited=ElicitedStop(steps=1, looks=9)), RunReport()
     with pytest.warns(UserWarning, match="training ended before"):
@@ -230,8 +233,6 @@ def test_bad_options(options: dict[str, Any]) -> None:
 
 
 def test_where_it_cannot_be_asked(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^stopping\.elicited: got options, allowed: null with threshold null"):
-        ForgetThresholdStopping(threshold=None, elicited=ElicitedStop())
     module, stop = GradientDifference(), ForgetThresholdStopping(elicited=ElicitedStop(share=0.05))
     with pytest.raises(
         UserError, match=r"^stopping\.elicited\.share: got 0\.05, allowed: a fraction that leaves items"
