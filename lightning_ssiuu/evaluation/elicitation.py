@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part
-from lightning_ssiuu.training.optimizers import fused_where_possible
+from lightning_ssiuu.training.optimizers import optimizer_of
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import shard_like
 from lightning_ssiuu.utils.errors import NotFinite, UserError, check_at_least
@@ -57,11 +58,11 @@ class Elicitation:
         check_at_least("elicited.steps", self.steps, 1)
         check_at_least("elicited.batch_size", self.batch_size, 1)
 
-    def make_optimizer(self, parameters: Sequence[nn.Parameter]) -> Any:
-        """A new optimiser of the adversary's."""
+    def make_optimizer(self, model: nn.Module) -> Any:
+        """A new optimiser of the adversary's, for what trains."""
         if self.optimizer is not None:
-            return fused_where_possible(self.optimizer(parameters))
-        return fused_where_possible(torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0))
+            return optimizer_of(model, self.optimizer)
+        return optimizer_of(model, partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=0.0))
 
 
 def elicited_score(
@@ -85,7 +86,7 @@ def elicited_score(
     with untouched(model), displaced(model) as parameters:
         model.train()  # dropout and gradient checkpointing are the attack's
         torch.manual_seed(data.seed)
-        optimizer = adversary.make_optimizer(parameters)
+        optimizer = adversary.make_optimizer(model)
         for batch in islice(_batches(data), adversary.steps):
             part = move_data_to_device(batch, parameters[0].device)
             chosen, weight = share_of_mean(answered_rows(part))
