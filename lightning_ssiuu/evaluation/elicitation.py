@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.training.optimizers import optimizer_of
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import shard_like
@@ -75,34 +76,51 @@ def elicited_score(
 ) -> float:
     """The score of ``data.scored`` after the adversary relearned ``data.attacked``, in percent; each rank must call it.
 
-    The trained weights (with adapters: the adapters) are copied before and put back after, bit for bit, also after an
-    exception; random states, modes and every ``.grad`` stay as they were. No graph of a forward pass may be kept
-    across the call. Memory: a copy of the trained weights, a gradient and the optimiser's state. ``context`` is that
-    of a training pass (autocast). The model is the same on any number of ranks, but for rounding.
+    Random states and modes stay as they were, and all that :func:`relearned` says. The score is the same on any number
+    of ranks, but for rounding.
 
     Raises:
         NotFinite: If the adversary diverges at its learning rate.
     """
-    with untouched(model), displaced(model) as parameters:
-        model.train()  # dropout and gradient checkpointing are the attack's
-        torch.manual_seed(data.seed)
-        optimizer = adversary.make_optimizer(model)
-        for batch in islice(_batches(data), adversary.steps):
-            part = move_data_to_device(batch, parameters[0].device)
-            chosen, weight = share_of_mean(answered_rows(part))
-            part = rows_of(part, chosen)
-            with context():
-                answers = model(part["input_ids"], part["attention_mask"], part["labels"])
-                loss = -weight * answers.mean_logps.mean()
-            _step(optimizer, parameters, gradient_at(loss, parameters, model))
-            del answers, loss
-        del optimizer
-        model.eval()
-        try:
-            return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
-        except NotFinite as error:
-            allowed = "a rate at which the relearned model's numbers stay finite"
-            raise NotFinite("elicited.learning_rate", adversary.learning_rate, allowed) from error
+    with untouched(model):
+        torch.manual_seed(data.seed)  # what is dropped
+        with relearned(model, adversary, _batches(data), context):
+            try:
+                return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
+            except NotFinite as error:
+                allowed = "a rate at which the relearned model's numbers stay finite"
+                raise NotFinite("elicited.learning_rate", adversary.learning_rate, allowed) from error
+
+
+@contextmanager
+def relearned(
+    model: AnswerModel,
+    adversary: Elicitation,
+    batches: Iterable[Part],
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[None]:
+    """Inside, the trained weights (with adapters: the adapters) are those after the adversary's steps on the batches.
+
+    After it they are what they were, bit for bit, also after an exception, and every ``.grad`` is. No graph of a
+    forward pass may be kept across its beginning or its end. Steps are in training mode: dropout and gradient
+    checkpointing are the attack's. Memory: a copy of the trained weights, a gradient and the optimiser's state, which
+    is gone inside. ``context`` is that of a training pass (autocast).
+    """
+    with displaced(model) as parameters:
+        with evaluation_mode(model):  # after which modes are what they were
+            model.train()
+            optimizer = adversary.make_optimizer(model)
+            for batch in islice(batches, adversary.steps):
+                part = move_data_to_device(batch, parameters[0].device)
+                chosen, weight = share_of_mean(answered_rows(part))
+                part = rows_of(part, chosen)
+                with context():
+                    answers = model(part["input_ids"], part["attention_mask"], part["labels"])
+                    loss = -weight * answers.mean_logps.mean()
+                _step(optimizer, parameters, gradient_at(loss, parameters, model))
+                del answers, loss
+            del optimizer
+        yield
 
 
 def _batches(data: RelearnDataModule) -> Iterator[Part]:
