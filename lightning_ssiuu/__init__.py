@@ -25,6 +25,7 @@ _EXPORTS = {
     "CustomData": "datamodules",
     "DPO": "objectives.dpo",
     "DualMask": "regularizers",
+    "ElicitedStop": "callbacks",
     "Facts": "datamodules",
     "FaithUn": "datamodules",
     "FDCU": "objectives.fdcu",

@@ -1,9 +1,17 @@
 """Callbacks: watch attribution, stop at the threshold, keep checkpoints, save, report."""
 
 from lightning_ssiuu.callbacks.checkpoints import KeepCheckpoints
+from lightning_ssiuu.callbacks.elicited import ElicitedStop
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
 from lightning_ssiuu.callbacks.run_report import RunReport
 from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
 
-__all__ = ["ForgetThresholdStopping", "KeepCheckpoints", "NeuronAttributionCallback", "RunReport", "SavePretrained"]
+__all__ = [
+    "ElicitedStop",
+    "ForgetThresholdStopping",
+    "KeepCheckpoints",
+    "NeuronAttributionCallback",
+    "RunReport",
+    "SavePretrained",
+]

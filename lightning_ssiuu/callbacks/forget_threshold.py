@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_ssiuu.callbacks.elicited import ElicitedLooks, ElicitedStop, Ending
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
@@ -25,7 +27,10 @@ class ForgetThresholdStopping(L.Callback):
 
     Unlearning further than the threshold costs retained knowledge and makes methods incomparable. ``value`` is the last
     score measured, ``level`` the threshold in force (both in percent); ``stopped`` tells whether it ended the training.
-    A look after a step ends as soon as the score is certain to be above the level
+    A score that is low says nothing of what is hidden. With ``elicited`` the run goes on until it is low at an
+    adversary's weights, too, who relearns a part of the forget set and is scored on the rest: what a harmful attack
+    scores. ``elicited_value`` is the last such score. Weights, gradients, random states and the optimiser are untouched
+    by a look. A look after a step ends as soon as the score is certain to be above the level
     (:func:`~lightning_ssiuu.evaluation.scorer.score_above`): it has no value then, and nothing to log.
 
     Args:
@@ -38,14 +43,19 @@ class ForgetThresholdStopping(L.Callback):
             than chance (that of re-paired questions and answers, or of guessing among options), whatever the threshold:
             it would end as a success that unlearned nothing. ``"refuse"`` names the template with which the model knows
             most, if there is one; ``"warn"`` goes on.
+        elicited: Also ask an adversary (:class:`ElicitedStop`); None stops at the first look at or below the threshold.
+            Without a threshold it is asked at the end alone.
 
     Raises:
         UserError: If an argument is outside its range, the model does not know the forget set, or the threshold is met
-            before the first step.
+            before the first step; with ``elicited`` under float16, whose small gradients vanish, or on a data module
+            that is no :class:`~lightning_ssiuu.UnlearningDataModule`.
 
     Example:
         >>> ForgetThresholdStopping(score="rouge_l", threshold=10.0, every_n_steps=5).stopped
         False
+        >>> ForgetThresholdStopping(threshold=10.0, elicited=ElicitedStop(steps=20, floor=0.5)).elicited.share
+        0.3
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class ForgetThresholdStopping(L.Callback):
         every_n_steps: int = 1,
         seed: int = 0,
         unknown: Unknown = "refuse",
+        elicited: ElicitedStop | None = None,
     ) -> None:
         check_score(score, "stopping.score")
         if not (threshold in (None, "mismatched") or (not isinstance(threshold, str) and 0 <= threshold < 100)):
@@ -65,11 +76,34 @@ class ForgetThresholdStopping(L.Callback):
         self.score, self.threshold, self.every_n_steps, self.seed = score, threshold, every_n_steps, seed
         self.value: float | None = None
         self.level: float | None = None
-        self.stopped = False
+        self.elicited = elicited
+        self.ended_by: Ending | None = None  # "floor": over-unlearned, and what was to be erased still comes back
+        self._looks = None if elicited is None else ElicitedLooks(elicited)
         self.scores: Sequence[str] | None = ()  # of the forget set that another callback wants, too; None: all of them
         self.scored: tuple[int, dict[str, float]] | None = None  # these, and after which step
         self._loader: Any = None
         self._looked_at = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended the training as forgotten."""
+        return self.ended_by in ("threshold", "elicited")
+
+    @property
+    def elicited_value(self) -> float | None:
+        """The last score at an adversary's weights, in percent; None: not asked."""
+        return None if self._looks is None else self._looks.value
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.elicited is None or stage != "fit":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, UnlearningDataModule):
+            raise UserError("data", type(data).__name__, "an UnlearningDataModule, for stopping.elicited")
+        if str(trainer.precision).startswith("16-"):
+            allowed = "32-true, bf16-mixed or bf16-true with stopping.elicited, whose gradients vanish in float16"
+            raise UserError("trainer.precision", trainer.precision, allowed)
+        self.elicited.fold(data, self.seed, 0)  # its mistakes are told before anything is trained
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         begins = trainer.global_step == 0
@@ -87,14 +121,17 @@ class ForgetThresholdStopping(L.Callback):
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
         if self.level is None or self.value is None:
             return
-        if begins and self.value <= self.level:
+        if begins and self._judge(trainer, pl_module) not in (None, "floor"):
             allowed = f"below the forget set's {self.score}, which is {self.value:.4g} % before the first step"
+            if (back := self.elicited_value) is not None:
+                allowed += f", or its elicited {self.score}, {back:.4g} %"
             if known is not None and (best := known.elsewhere) is not None:
                 allowed += f"; or data.init_args.template {best.template!r}, with which the model knows most ({best})"
             raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
-            self.stopped = self.value <= self.level
-            trainer.should_stop |= self.stopped
+            if self._looks is None:
+                self._judge(trainer, pl_module)
+            trainer.should_stop |= self.ended_by is not None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -103,27 +140,61 @@ class ForgetThresholdStopping(L.Callback):
         self._looked_at = step
         model, tokenizer = pl_module.model, pl_module.tokenizer
         self.value = value = score_above(self.level, model, tokenizer, self._loader, "forget", self.score, step)
-        if value is None:
-            return
-        self.stopped = value <= self.level
-        for logger in trainer.loggers:
-            logger.log_metrics({f"stopping/{self.score}": value}, step=step)
-        trainer.should_stop |= self.stopped
+        if value is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics({f"stopping/{self.score}": value}, step=step)
+        trainer.should_stop |= self._judge(trainer, pl_module) is not None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._looks is not None and self._looks.step != trainer.global_step:
+            self._looks.value, self._looks.step = self._ask(trainer, pl_module), trainer.global_step
         if self.level is not None and not self.stopped:
             if self._looked_at == trainer.global_step and self.value is None:
                 self._score(pl_module)
-            last = "not measured" if self.value is None else f"{self.value:.4g} %"
-            text = f"training ended before {self.score} fell to {self.level:.4g} % (last: {last})"
+            what, value = self.score, self.value
+            if self._looks is not None and value is not None and value <= self.level:
+                what, value = f"elicited {self.score}", self._looks.value
+            last = "not measured" if value is None else f"{value:.4g} %"
+            text = f"training ended before {what} fell to {self.level:.4g} % (last: {last})"
             warnings.warn(f"ForgetThresholdStopping: {text}", stacklevel=2)
 
+    def why(self) -> str | None:
+        """Which rule of this callback ended the training, in words; None if none did."""
+        level, back = self.level, self.elicited_value
+        if self.ended_by is None or level is None or self.value is None:
+            return None
+        if self.ended_by == "threshold" or self.elicited is None or back is None:
+            return f"{self.score} <= {level:.4g} %"
+        if self.ended_by == "elicited":
+            return f"elicited {self.score} <= {level:.4g} %"
+        floor = (self.elicited.floor or 0.0) * level
+        return f"floor, not erased: {self.score} < {floor:.4g} %, elicited {back:.4g} % > {level:.4g} %"
+
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "level": self.level, "stopped": self.stopped, "looked_at": self._looked_at}
+        looks = None if self._looks is None else self._looks.state_dict()
+        state: dict[str, Any] = {"value": self.value, "level": self.level, "looked_at": self._looked_at}
+        return state | {"ended_by": self.ended_by, "elicited": looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        names = ("value", "level", "stopped", "looked_at")
-        self.value, self.level, self.stopped, self._looked_at = (state_dict[name] for name in names)
+        self.value, self.level, self._looked_at = (state_dict[name] for name in ("value", "level", "looked_at"))
+        self.ended_by = state_dict.get("ended_by", "threshold" if state_dict.get("stopped") else None)
+        if self._looks is not None and (looks := state_dict.get("elicited")) is not None:
+            self._looks.load_state_dict(looks)
+
+    def _judge(self, trainer: Any, pl_module: Any) -> Ending | None:
+        value, level = self.value, self.level
+        if level is None:
+            return None
+        if self._looks is None:
+            self.ended_by = "threshold" if value is not None and value <= level else None
+        else:
+            ask = partial(self._ask, trainer, pl_module)
+            self.ended_by = self._looks.judge(value, level, trainer.global_step, ask)
+        return self.ended_by
+
+    def _ask(self, trainer: Any, pl_module: Any) -> float:
+        assert self._looks is not None
+        return self._looks.ask(trainer, pl_module, self.score, self.seed)
 
     def _check_known(self, trainer: Any, pl_module: Any) -> Knowledge | None:
         value, chance = self.value, self.level if self.threshold == "mismatched" else None

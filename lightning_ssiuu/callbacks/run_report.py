@@ -31,8 +31,10 @@ class RunReport(L.Callback):
     where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score of arXiv
     2509.22263: on people neither unlearned nor held on to. ``collapsed`` says that the retain score is at chance
     (``retain_chance``) and was not before (:class:`~lightning_ssiuu.evaluation.retention.Retention`; None where no
-    chance is known): such a model has forgotten everything. No data-set text is written. Give it after
-    :class:`NeuronAttributionCallback`, whose figures it reports. ``before``, ``after``: ``{split: {score: percent}}``.
+    chance is known): such a model has forgotten everything. ``elicited_score`` (where stopping asks an adversary) is
+    what came back at the end, ``stopped_by`` the rule that ended the run. No data-set text is written. Give it after
+    :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping. ``before``, ``after``:
+    ``{split: {score: percent}}``.
 
     Args:
         print_table: Whether to print it.
@@ -113,8 +115,8 @@ class RunReport(L.Callback):
         stopped_by = "steps" if 0 < trainer.max_steps <= trainer.global_step else "epochs"
         if trainer.should_stop and (early := _find(trainer, EarlyStopping)):
             stopped_by = f"EarlyStopping on {early.monitor}"
-        if stopping and stopping.stopped:
-            stopped_by = f"{stopping.score} <= {stopping.level:.4g} %"
+        if stopping and (why := stopping.why()) is not None:
+            stopped_by = why
         influence = attribution.influence() if attribution else {}
         data_sha256 = getattr(trainer.datamodule, "content_sha256", lambda: None)()
         return {
@@ -125,7 +127,7 @@ class RunReport(L.Callback):
             "collapsed": None if retention is None else retention.collapsed,
             "retain_chance": self.chance,
             "before": _block(self.before, main) | {"influence": dict.fromkeys(influence, 0.0)},
-            "after": _block(self.after, main) | {"influence": influence},
+            "after": _block(self.after, main) | _elicited(stopping) | {"influence": influence},
             "provenance": provenance(time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256),
         }
 
@@ -133,6 +135,12 @@ class RunReport(L.Callback):
 def _block(scores: Scores, main: str) -> dict[str, Any]:
     block: dict[str, Any] = {f"{split}_score": values[main] for split, values in scores.items() if main in values}
     return block | {"scores": scores}
+
+
+def _elicited(stopping: ForgetThresholdStopping | None) -> dict[str, float]:
+    # Of the model as it is after the last step, where an adversary was asked.
+    value = None if stopping is None else stopping.elicited_value
+    return {} if value is None else {"elicited_score": value}
 
 
 def _find(trainer: Any, kind: type[Any]) -> Any:
@@ -148,6 +156,8 @@ def print_before_after(content: dict[str, Any]) -> None:
     for split, scores in before["scores"].items():
         for score, value in scores.items():
             table.add_row(Text(f"{split} {score}"), f"{value:.1f}", f"{after['scores'][split][score]:.1f}", "%")
+    if (elicited := after.get("elicited_score")) is not None:
+        table.add_row(Text(f"forget {content['score']}, elicited"), "", f"{elicited:.1f}", "%")
     for name, value in after["influence"].items():
         table.add_row(name, f"{before['influence'][name]:.3g}", f"{value:.3g}", "")
     console.print(table)

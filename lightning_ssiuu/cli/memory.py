@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, SavePretrained
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
+from lightning_ssiuu.evaluation.elicitation import relearned
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
 from lightning_ssiuu.evaluation.scores import SCORES
@@ -144,6 +145,7 @@ class _Run:
             self._load(model)
             self._refer(move_data_to_device(batch, self.device))
             self._train(batch)
+            self._elicit(batch)
             self._attribute()
             self._score()
             self._save()
@@ -232,6 +234,16 @@ class _Run:
                     self.simulation.tag(tensor, "paged" if is_paged and large else "optimizer")
         self.simulation.tag_rest("buckets" if isinstance(self.strategy, DDPStrategy) else "activations")
         self.held = step, optimizer  # to the end of the run
+
+    def _elicit(self, batch: Mapping[str, Any]) -> None:
+        for callback in self._callbacks(ForgetThresholdStopping):
+            if (adversary := callback.elicited) is None or "forget" not in batch:
+                continue
+            rows = -(-adversary.batch_size // self.n_ranks)
+            part = {name: value[:rows] for name, value in batch["forget"].items() if isinstance(value, Tensor)}
+            look = relearned(self.module.model, replace(adversary, steps=2), [part, part])
+            with self.simulation.phase("elicited look"), look:
+                pass
 
     def _attribute(self) -> None:
         model = self.module.model

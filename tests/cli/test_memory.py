@@ -18,7 +18,13 @@ from toys.cli import DEFAULT, FAST, RECIPES, command, files
 from toys.models import bare_trainer, random_model
 from toys.training import FewFacts
 
-from lightning_ssiuu import AttributionRegularizer, GradientDifference, NeuronAttributionCallback
+from lightning_ssiuu import (
+    AttributionRegularizer,
+    ElicitedStop,
+    ForgetThresholdStopping,
+    GradientDifference,
+    NeuronAttributionCallback,
+)
 from lightning_ssiuu.cli.memory import MemoryEstimate, estimate_memory, print_estimate
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
@@ -148,6 +154,15 @@ def test_an_original_model_to_compare_with(checkpoint: str) -> None:
     assert plain == cached == pytest.approx(second - once, rel=1e-3)
     kl = estimate_memory(objective(checkpoint, retain="kl"), many_to_score(), bare_trainer(2))
     assert kl.by_phase["reference"] > once
+
+
+def test_a_look_with_an_adversary(checkpoint: str) -> None:
+    module = objective(checkpoint, optimizer=adamw)
+    n_bytes = size([p for p in loaded(objective(checkpoint)).parameters() if p.requires_grad])
+    stop = ForgetThresholdStopping(elicited=ElicitedStop(batch_size=1))
+    estimate = estimate_memory(module, FewFacts(n=1, batch_size=1), bare_trainer(2, callbacks=[stop]))
+    # Weights, gradients and AdamW's two, of the run; a copy, gradients and AdamW's two for the adversary.
+    assert 8 * n_bytes <= estimate.by_phase["elicited look"] < 9.5 * n_bytes
 
 
 def test_sharding_divides_and_replicas_do_not(checkpoint: str) -> None:

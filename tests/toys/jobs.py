@@ -20,6 +20,7 @@ from toys.ranks import ranks
 
 from lightning_ssiuu import regularizers
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
+from lightning_ssiuu.callbacks.elicited import ElicitedStop
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.loaders import evaluation_loaders
 from lightning_ssiuu.models.export import _whole
@@ -159,7 +160,8 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     elif strategy.startswith("fsdp"):
         strategy = ModelParallelStrategy(n_ranks, 1, save_distributed_checkpoint=strategy == "fsdp")
     attribution = NeuronAttributionCallback(3, every_n_steps=1, alpha=0.2, target="length_normalised", write=False)
-    stopping = ForgetThresholdStopping("probability", "mismatched", unknown="warn")
+    adversary = ElicitedStop(share=0.25, steps=3, batch_size=3, optimizer=OPTIMIZERS["sgd"])  # one rank learns nothing
+    stopping = ForgetThresholdStopping("probability", "mismatched", unknown="warn", elicited=adversary)
     report = RunReport(print_table=False)
     keep: list[Any] = []
     if job.save is not None:
@@ -198,6 +200,7 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
             "scores": {f"{s}/{k}": v for s, values in report.after.items() for k, v in values.items()},
             "value": stopping.value,
             "level": stopping.level,
+            "elicited": stopping.elicited_value,
             "rouge_level": mismatched_level("rouge_l", module.model, module.tokenizer, forget),
         }
     return result

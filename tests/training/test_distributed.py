@@ -47,7 +47,7 @@ def test_everything_measured_agrees(strategy: str) -> None:
             torch.testing.assert_close(result[name], expected[name], rtol=1e-9, atol=1e-17)
         assert result["flagged"] == expected["flagged"]
         assert result["scores"] == pytest.approx(expected["scores"], rel=1e-9)
-        for name in ("value", "level", "rouge_level"):
+        for name in ("value", "level", "elicited", "rouge_level"):
             assert result[name] == pytest.approx(expected[name], rel=1e-9)
 
 

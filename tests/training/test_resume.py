@@ -13,6 +13,7 @@ from toys.models import equal, weights
 from toys.training import FewFacts, gpt2_with_dropout, ssiuu
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback
+from lightning_ssiuu.callbacks.elicited import ElicitedStop
 
 STEPS = 5  # three batches an epoch
 
@@ -22,7 +23,8 @@ def run(checkpoint: str, folder: Path, resume: Path | None = None, accumulate: i
     L.seed_everything(0 if resume is None else 1, verbose=False)
     module = ssiuu(checkpoint=checkpoint)
     watch = NeuronAttributionCallback(4, every_n_steps=1, write=False)
-    stop = ForgetThresholdStopping("probability", 0.0, unknown="warn")
+    never = ElicitedStop(steps=2, every_n_steps=2, looks=STEPS + 1)
+    stop = ForgetThresholdStopping("probability", 80.0, unknown="warn", elicited=never)
     keep = [] if resume else [ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)]
     trainer = L.Trainer(
         max_steps=STEPS,
@@ -40,7 +42,8 @@ def run(checkpoint: str, folder: Path, resume: Path | None = None, accumulate: i
     data = FewFacts(12, tokenizer=checkpoint, num_workers=workers)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     assert trainer.global_step == STEPS
-    return weights(module), watch.history, stop.value
+    assert stop.elicited_value is not None
+    return weights(module), watch.history, (stop.value, stop.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,106 @@
+"""When to ask what comes back, and what the answer says about a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.evaluation.elicitation import Elicitation, elicited_score
+from lightning_ssiuu.utils.errors import NotFinite, UserError, check_at_least
+
+Ending = Literal["threshold", "elicited", "floor"]
+
+
+@dataclass
+class ElicitedStop(Elicitation):
+    """Options of stopping on the elicited score: the adversary of :class:`Elicitation`, and when to ask it.
+
+    Args:
+        every_n_steps: Optimiser steps from one look with the adversary to the next. There is one only while the score
+            of the weights as they are is at or below the level, and always once that is below the floor.
+        looks: Looks in a row at or below the level that end the run.
+        floor: Share of the level, in [0, 1]: the run also ends, as not erased, where the score of the weights as they
+            are is below ``floor · level`` and what comes back still is above the level. None: it goes on.
+
+    Raises:
+        UserError: If an option is outside its range.
+
+    Example:
+        >>> ElicitedStop(steps=20, looks=2, floor=0.5).share
+        0.3
+    """
+
+    every_n_steps: int = 1
+    looks: int = 1
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+            check_at_least("elicited.every_n_steps", self.every_n_steps, 1)
+            check_at_least("elicited.looks", self.looks, 1)
+            if self.floor is not None and not 0 <= self.floor <= 1:
+                raise UserError("elicited.floor", self.floor, "a share of the level in [0, 1], or null")
+        except UserError as error:
+            raise UserError(f"stopping.{error.argument}", error.value, error.allowed) from None
+
+    def fold(self, data: UnlearningDataModule, seed: int, step: int) -> RelearnDataModule:
+        """What is relearned and what is scored at a step: another part of the forget set at every step."""
+        try:
+            fold = RelearnDataModule(data, p=self.share, batch_size=self.batch_size, seed=seed + step)
+            fold.setup("fit")
+        except UserError as error:
+            allowed = f"a fraction that leaves items to relearn and to score ({error})"
+            raise UserError("stopping.elicited.share", self.share, allowed) from error
+        return fold
+
+
+class ElicitedLooks:
+    """The looks of one run: the last elicited score in percent (``value``), its step, and passes in a row."""
+
+    def __init__(self, options: ElicitedStop) -> None:
+        self.options = options
+        self.value: float | None = None
+        self.step: int | None = None
+        self.passed = 0
+
+    def judge(self, value: float | None, level: float, step: int, look: Callable[[], float]) -> Ending | None:
+        """What ends the run after a look at the weights as they are, if anything does.
+
+        Args:
+            value: Their score in percent; None: above the level.
+            level: In percent.
+            step: The optimiser step.
+            look: Asks the adversary.
+        """
+        if value is None or value > level:
+            self.passed = 0
+            return None
+        below = self.options.floor is not None and value < self.options.floor * level
+        if self.step is not None and step - self.step < self.options.every_n_steps and not below:
+            return None
+        self.value, self.step = look(), step
+        self.passed = self.passed + 1 if self.value <= level else 0
+        if self.passed >= self.options.looks:
+            return "elicited"
+        return "floor" if below and self.value > level else None
+
+    def ask(self, trainer: Any, pl_module: Any, score: str, seed: int) -> float:
+        """What comes back now, in percent."""
+        fold = self.options.fold(trainer.datamodule, seed, trainer.global_step)
+        model, context = pl_module.model, trainer.precision_plugin.forward_context
+        try:
+            value = elicited_score(model, pl_module.tokenizer, fold, self.options, score, context)
+        except NotFinite as error:
+            raise NotFinite(f"stopping.{error.argument}", error.value, error.allowed) from error
+        for logger in trainer.loggers:
+            logger.log_metrics({f"stopping/elicited_{score}": value}, step=trainer.global_step)
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "step": self.step, "passed": self.passed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.step, self.passed = state["value"], state["step"], state["passed"]
