@@ -1,1 +1,1 @@
-"""Which objective erases, and how far from the oracle: objectives × data × training seeds through teach, fit, attack, audit."""
+"""Which objective erases: objectives × data × training seeds from teaching to audit, beside the oracle."""

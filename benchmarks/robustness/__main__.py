@@ -3,9 +3,10 @@
     python -m benchmarks.robustness --settings embedded --output runs/robustness
     python -m benchmarks.robustness --settings tofu --tune DIR --data DIR DIR --output runs/tofu --minutes 600
 
-From the root of the repository. Settings of each objective are chosen on the tune data alone, as many tried for each. What
-is finished is never repeated: the same command goes on after a kill, and at the end of ``--minutes`` it says what is left
-(exit status 3). ``results.json``, ``tables.md`` and ``plots/`` are written after every stage (docs/robustness.md).
+From the root of the repository. Settings of each objective are chosen on the tune data alone, as many tried for each.
+What is finished is never repeated: the same command goes on after a kill, and at the end of ``--minutes`` it says what
+is left (exit status 3). ``results.json``, ``tables.md`` and ``plots/`` are written after every stage
+(docs/robustness.md).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -169,7 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stage in stages:
             if (found := benchmark.store.record(stage)) is not None and found["failed"]:
                 benchmark.store.forget(stage)
-    return benchmark.go(options.minutes, options.delete_models)
+    from .running import Interrupted
+
+    try:
+        return benchmark.go(options.minutes, options.delete_models)
+    except Interrupted:
+        print("ended by SIGTERM: the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def attacked(cell: tuple[str, float | None], key: str = "highest") -> Callable[[
 
 
 def gap(cell: tuple[str, float | None]) -> Callable[[Record], float | None]:
-    """What an attack found beyond the oracle of the same training seed, or beyond the control, under the same attack."""
+    """What an attack found beyond the oracle of the same training seed, or the control, under the same attack."""
     highest, reference = attacked(cell), attacked(cell, "reference")
 
     def figure(record: Record) -> float | None:

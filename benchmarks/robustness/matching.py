@@ -20,9 +20,9 @@ class MatchForgetScore(L.Callback):
     """Puts the weights between the last step above the threshold and the first at or below it, where the score is met.
 
     A step may take the forget score far below the threshold: runs that stop at it are not at equal forgetting. Weights
-    on the line between the two steps, θ(α) = θ₋ + α (θ₊ − θ₋), have every score in between, as the score is continuous in
-    the weights: α is found by Brent's method on it. The score has to be one without steps (``probability``). What was
-    done is written to ``matched.json`` in the run's directory.
+    on the line between the two steps, θ(α) = θ₋ + α (θ₊ − θ₋), have every score in between, as the score is continuous
+    in the weights: α is found by Brent's method on it. The score has to be one without steps (``probability``). What
+    was done is written to ``matched.json`` in the run's directory.
 
     Args:
         tolerance: How far from the threshold the score may lie, in percentage points.

@@ -3,10 +3,10 @@
     python -m benchmarks.robustness.people --fold 1 --output DIR
     python -m benchmarks.robustness.people --fold 1 --seed 0 --output DIR
 
-Fold 0 has the six people that ``Facts`` forgets; fold k the k-th six of its retain set, whose places the first six take.
-The first command writes ``forget.jsonl``, ``retain.jsonl``, ``test.jsonl`` and ``benign.jsonl``, the second one trains the
-oracle of a seed from scratch, as ``lightning_ssiuu.datamodules.embedded.build`` does, into ``model/``, with its scores in
-``metrics.json``.
+Fold 0 has the six people that ``Facts`` forgets; fold k the k-th six of its retain set, whose places the first six
+take. The first command writes ``forget.jsonl``, ``retain.jsonl``, ``test.jsonl`` and ``benign.jsonl``, the second one
+trains the oracle of a seed from scratch, as ``lightning_ssiuu.datamodules.embedded.build`` does, into ``model/``, with
+its scores in ``metrics.json``.
 """
 
 from __future__ import annotations

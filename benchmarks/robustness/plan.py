@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``attacks`` and ``oracle_attacks`` are stages by the attack's name; ``retain`` the factor on its weight."""
+    """One run. ``attacks`` and ``oracle_attacks`` go by name; ``retain`` is the factor on the retain weight."""
 
     phase: str
     data: str

@@ -1,12 +1,12 @@
 """Which figures of a run, known before any attack, predict what the attack finds?
 
-    python -m benchmarks.robustness.predictors runs/robustness/results.json [MORE ...] [--columns FILE] [--attack NAME] [--p P]
+    python -m benchmarks.robustness.predictors runs/robustness/results.json [MORE ...] [--columns FILE]
 
-Spearman's rank correlation of every figure in ``metrics.json`` and ``audit.json`` with the recovery of the run, the highest
-forget score minus the oracle's (the control's, where there is no oracle), over all runs of the files, with a 95 % bootstrap
-interval over runs. Figures are ranked within a data set first, as recovery is, so that data sets which differ in both do
-not make a correlation. ``--columns`` adds figures from a CSV file with the columns ``fit`` (a run's model directory) and
-one per figure.
+Spearman's rank correlation of every figure in ``metrics.json`` and ``audit.json`` with the recovery of the run, the
+highest forget score minus the oracle's (the control's, where there is no oracle), over all runs of the files, with a
+95 % bootstrap interval over runs. Figures are ranked within a data set first, as recovery is, so that data sets which
+differ in both do not make a correlation. ``--columns`` adds figures from a CSV file with a column ``fit`` (the run's
+directory, as ``results.json`` has it under ``folder``) and one per figure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tables import table
 def correlations(
     records: Sequence[Record], cell: tuple[str, float | None]
 ) -> list[tuple[str, int, float, float, float]]:
-    """Name, number of runs, ρ and its interval, the strongest first; figures that fewer than five runs have are left out."""
+    """Name, number of runs, ρ and its interval, the strongest first; figures of fewer than five runs are not there."""
     found = gap(cell) if any("reference" in row for record in records for row in record["attacks"]) else attacked(cell)
     known = [(record, value) for record in records if (value := found(record)) is not None]
     rows = []

@@ -28,14 +28,18 @@ class Runner:
 
     def __init__(self, store: Store, deadline: float | None = None) -> None:
         self.store, self.deadline = store, deadline
+        self._begun = False
 
     def left(self) -> float:
         """Seconds of the budget."""
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
     def fits(self, stage: Stage) -> bool:
-        """Whether there is time for it, by the longest of its kind so far; one that ran before is nearer its end."""
-        return max(self.store.past_seconds(stage.kind), default=0.0) < self.left()
+        """Whether there is time for it, by the longest of its kind so far.
+
+        The first one is begun in any case: where the whole budget is too short for it, it goes on from call to call.
+        """
+        return not self._begun or max(self.store.past_seconds(stage.kind), default=0.0) < self.left()
 
     def run(self, stage: Stage) -> bool:
         """Run a stage; whether it finished. One that the deadline ends goes on from where it was the next time.
@@ -45,6 +49,7 @@ class Runner:
             KeyboardInterrupt: The same after Ctrl-C.
             RuntimeError: The command has a defect, which its log shows.
         """
+        self._begun = True
         words, folder = self.store.words(stage), self.store.begin(stage)
         begin, pid = time.monotonic(), _forked(words, folder / "log.txt")
         status, cpu_seconds = self._wait(pid)
@@ -84,7 +89,7 @@ def _interrupt(*_: object) -> None:
 
 def _forked(words: Sequence[str], log: Path) -> int:
     """Run a command in a fork of this process, which has imported what takes time; the fork dies with it."""
-    import_module("lightning_ssiuu.cli.fit"), import_module("lightning_ssiuu.cli.audit")
+    _import_all()
     parent = os.getpid()
     if pid := os.fork():
         return pid
@@ -108,6 +113,14 @@ def _forked(words: Sequence[str], log: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _import_all() -> None:
+    # Imports alone: after arithmetic in this process OpenMP's threads would be missing in a fork.
+    for name in ("fit", "attack", "audit"):
+        import_module(f"lightning_ssiuu.cli.{name}")
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(import_module("transformers"), name)
 
 
 def _command(words: Sequence[str]) -> Callable[[], int]:

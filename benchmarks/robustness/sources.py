@@ -11,8 +11,11 @@ from typing import Any
 from .stages import Stage
 
 FIT = ("lightning-ssiuu", "fit")
-#: Of every ``fit``: it goes on where it was ended, and diagnoses nothing, which an audit does.
-ALWAYS = ("--ckpt_path", "last", "--attribution.probe_examples", "0", "--trainer.default_root_dir", "{own}")
+#: Of every ``fit``: it goes on where it was ended, diagnoses nothing, which an audit does, and shows and logs nothing.
+ALWAYS = (
+    *("--ckpt_path", "last", "--attribution.probe_examples", "0", "--trainer.default_root_dir", "{own}"),
+    *("--trainer.logger", "false", "--trainer.enable_progress_bar", "false"),
+)
 
 
 def words(options: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
@@ -28,8 +31,8 @@ def words(options: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
 class Source:
     """Data to unlearn, and the models that know it.
 
-    ``data`` are the options that name it, ``stages`` those that make its files. ``taught`` says whether the model has to
-    be taught it, ``oracle`` whether there is one.
+    ``data`` are the options that name it, ``stages`` those that make its files. ``taught`` says whether the model has
+    to be taught it.
     """
 
     name: str
