@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Names are imported on first use: the command line must answer before torch is loaded.
 _EXPORTS = {
     "Ablation": "attacks",
+    "Attacker": "attacks",
     "AdversarialUnlearning": "objectives.adversarial_unlearning",
     "Architecture": "models.architectures",
     "ARCHITECTURES": "models.architectures",
@@ -32,11 +33,13 @@ _EXPORTS = {
     "GradientDifference": "objectives.gradient_difference",
     "Harmful": "attacks",
     "IDK": "objectives.idk",
+    "Interpolation": "attacks",
     "KeepCheckpoints": "callbacks",
     "KLUE": "objectives.klue",
     "L2ToStart": "regularizers",
     "MatchedUpdateNorm": "regularizers",
     "MUDMAN": "objectives.mudman",
+    "Muon": "training.optimizers",
     "MUSE": "datamodules",
     "NeuronAttributionCallback": "callbacks",
     "NeuronAttributionRegularizer": "regularizers",

@@ -31,12 +31,14 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 class Target:
     """A saved model to attack, by the argument it was given for (``"model"``, ``"oracle"``).
 
-    The devices are launched before :meth:`load`.
+    The devices are launched before :meth:`load`. ``data`` is what the model is attacked with instead of the data module
+    that it was unlearned with: of ``"control"``, the unlearned model under a relearning attack on invented facts.
     """
 
     argument: str
     checkpoint: str
     devices: Devices
+    data: UnlearningDataModule | None = None
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ on examples the attack did not train on; mean over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 class RecoveryCurve:
     """The forget score along one attack, percent, one for each of ``epochs``; epoch 0 is before the attack.
 
-    ``p`` is the attacked fraction of the forget set, None where the attack has no such option.
+    ``p`` is the attacked fraction of the forget set, None where the attack has no such option. ``attacker`` is what the
+    attacker does otherwise than AdamW on all weights (:attr:`~.attackers.Attacker.settings`). ``utility`` has, where it
+    was asked for, the scores of the retain and the test set at the same epochs, percent.
     """
 
     model: str
@@ -28,6 +30,21 @@ class RecoveryCurve:
     n_scored: int
     epochs: list[int] = field(default_factory=list)
     forget_scores: list[float] = field(default_factory=list)
+    attacker: dict[str, Any] = field(default_factory=dict)
+    utility: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, epoch: int, scores: Mapping[str, float]) -> None:
+        """One more point: the score of each set, ``"forget"`` among them."""
+        self.epochs.append(epoch)
+        self.forget_scores.append(scores["forget"])
+        for split, score in scores.items():
+            if split != "forget":
+                self.utility.setdefault(split, []).append(score)
+
+    @property
+    def highest(self) -> int:
+        """Where among its points the highest score is, the first of equals."""
+        return max(range(len(self.forget_scores)), key=self.forget_scores.__getitem__)
 
     @property
     def cell(self) -> tuple[float | None, int]:
@@ -48,26 +65,52 @@ class RecoveryCurve:
 def summarise(curves: Sequence[RecoveryCurve]) -> dict[str, Any]:
     """Score of one attack on one model: per seed the highest forget score over learning rates and epochs.
 
-    ``best`` has the learning rate and epoch of the highest score of all; ``inside_grid`` says that neither lies at the
-    upper end of what was tried. If one does, a stronger attack may find more.
+    ``best`` has the learning rate and epoch of the highest score of all, and the ``attacker`` that is not the default
+    one; ``inside_grid`` says that neither lies at the upper end of what this attacker tried. If one does, a stronger
+    attack may find more. Of several attackers, ``attackers`` has the same of each. ``utility`` has for the retain and
+    the test set, where they were scored, the score before the attack and at the highest point of each seed.
     """
-    seeds = sorted({curve.seed for curve in curves})
-    highest = [max(max(c.forget_scores) for c in curves if c.seed == seed) for seed in seeds]
-    before = [next(c.forget_scores[0] for c in curves if c.seed == seed) for seed in seeds]
     # Of equals the gentlest: an attack that finds nothing does not ask for a stronger one.
-    best = max(sorted(curves, key=lambda curve: curve.learning_rate), key=lambda curve: max(curve.forget_scores))
-    epoch = best.epochs[max(range(len(best.forget_scores)), key=best.forget_scores.__getitem__)]
-    inside = best.learning_rate < max(c.learning_rate for c in curves) and epoch < best.epochs[-1]
-    return {
-        "before": spread(before),
-        "forget_score": spread(highest),
+    ordered = sorted(curves, key=lambda curve: curve.learning_rate)
+    by_seed = [[curve for curve in ordered if curve.seed == seed] for seed in sorted({c.seed for c in curves})]
+    tops = [max(own, key=lambda curve: max(curve.forget_scores)) for own in by_seed]
+    best = max(ordered, key=lambda curve: max(curve.forget_scores))
+    epoch = best.epochs[best.highest]
+    largest = max(curve.learning_rate for curve in curves if curve.attacker == best.attacker)
+    summary: dict[str, Any] = {
+        "before": spread([own[0].forget_scores[0] for own in by_seed]),
+        "forget_score": spread([max(curve.forget_scores) for curve in tops]),
         "best": {"learning_rate": best.learning_rate, "epoch": epoch},
-        "inside_grid": inside,
+        "inside_grid": best.learning_rate < largest and epoch < best.epochs[-1],
     }
+    if best.attacker:
+        summary["best"]["attacker"] = best.attacker
+    if all(curve.utility for curve in tops):
+        summary["utility"] = {
+            split: {
+                "before": spread([curve.utility[split][0] for curve in tops]),
+                "at_highest": spread([curve.utility[split][curve.highest] for curve in tops]),
+            }
+            for split in best.utility
+        }
+    if len(groups := by_attacker(curves)) > 1:
+        keys = ("forget_score", "best", "inside_grid")
+        each = [summarise(group) for group in groups]
+        summary["attackers"] = [{key: of_one[key] for key in keys} for of_one in each]
+    return summary
+
+
+def by_attacker(curves: Sequence[RecoveryCurve]) -> list[list[RecoveryCurve]]:
+    """The curves of each attacker, in their order."""
+    groups: list[list[RecoveryCurve]] = []
+    for curve in curves:
+        group = next((group for group in groups if group[0].attacker == curve.attacker), None)
+        groups.append([curve]) if group is None else group.append(curve)
+    return groups
 
 
 def stronger(curves: Sequence[RecoveryCurve], epochs: int) -> tuple[float, int] | None:
-    """Learning rate and epochs to try next where the highest score lies at the edge of what was tried, else None.
+    """Learning rate and epochs to try next where an attacker's highest score lies at the edge, else None.
 
     A larger rate (by the ratio of the two largest, at least 2) if the best one is the largest, else the best one for
     twice the epochs. All curves were given ``epochs`` at least, though they may have ended before.
@@ -99,10 +142,14 @@ def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
 
 
 def by_model(results: Sequence[Any], summary: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
-    """The unlearned model's summary, the oracle's, and of both the ``gap`` (unlearned minus oracle, seed by seed)."""
+    """The summary of each model, by its name, and the ``gap``: the unlearned one minus the oracle, seed by seed.
+
+    Without an oracle the gap is to the ``control``, the unlearned model under the same attack on invented facts.
+    """
     names = dict.fromkeys(result.model for result in results)
     row = {name: summary([result for result in results if result.model == name]) for name in names}
-    if row.keys() >= {"unlearned", "oracle"}:
-        pairs = zip(*(row[name]["forget_score"]["per_seed"] for name in ("unlearned", "oracle")), strict=True)
-        row["gap"] = spread([unlearned - oracle for unlearned, oracle in pairs])
+    beside = next((name for name in ("oracle", "control") if name in row), None)
+    if beside is not None and "unlearned" in row:
+        pairs = zip(*(row[name]["forget_score"]["per_seed"] for name in ("unlearned", beside)), strict=True)
+        row["gap"] = spread([unlearned - other for unlearned, other in pairs])
     return row

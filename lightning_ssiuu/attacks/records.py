@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_ssiuu.attacks.base import Outcome
 from lightning_ssiuu.attacks.curves import RecoveryCurve
-from lightning_ssiuu.evaluation.results import check_attacks
+from lightning_ssiuu.evaluation.results import check_attacks, described
 from lightning_ssiuu.models.loading import plain_configuration, resolve_checkpoint
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.reading import only, read_json, reading
@@ -22,8 +22,8 @@ REPORT = "attack.json"
 #: Lists of ``attack.json`` whose entries name their attack.
 _LISTS = ("attacks", "curves", "outcomes")
 _HEAD = b'{"fingerprint": "'
-#: What tells the attacks of one sweep apart: model, p, seed, learning rate, epochs.
-Cell = tuple[str, float | None, int, float, int]
+#: What tells the attacks of one sweep apart: model, p, seed, attacker, learning rate, epochs.
+Cell = tuple[str, float | None, int, str, float, int]
 
 
 def read_attacks(folder: Path, argument: str = "output") -> dict[str, Any]:
@@ -142,8 +142,10 @@ class FinishedAttacks:
 def _curve(content: Mapping[str, Any]) -> RecoveryCurve:
     curve = RecoveryCurve(**content)
     only(str, curve.model, curve.kind)
+    only(dict, curve.attacker)
     only((int, float), curve.p or 0.0, curve.learning_rate, *curve.forget_scores)
     only(int, curve.seed, curve.n_attack, curve.n_scored, *curve.epochs)
+    only((int, float), *(value for values in curve.utility.values() for value in values))
     if not 0 < len(curve.epochs) == len(curve.forget_scores):
         raise ValueError("a curve whose epochs and scores differ in number")
     return curve
@@ -151,7 +153,7 @@ def _curve(content: Mapping[str, Any]) -> RecoveryCurve:
 
 def cell(curve: RecoveryCurve) -> Cell:
     """The run of a sweep that a curve is of."""
-    return curve.model, curve.p, curve.seed, curve.learning_rate, curve.epochs[-1]
+    return curve.model, curve.p, curve.seed, described(curve.attacker), curve.learning_rate, curve.epochs[-1]
 
 
 def fingerprint(content: Any) -> str:

@@ -5,7 +5,6 @@ Source: arXiv 2509.22263, Sec. 4.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lightning_ssiuu.attacks.attackers import Attacker, check_rates
 from lightning_ssiuu.attacks.base import Attack, Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, table
 from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.attacks.sweep import Sweep, SweptModel
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.evaluation.results import described
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.training.devices import Devices
@@ -32,8 +33,8 @@ class Relearning(Attack):
     audited as :class:`~lightning_ssiuu.Harmful` and :class:`~lightning_ssiuu.Benign` are.
 
     Args:
-        learning_rates: AdamW's; the default is the paper's harmful grid for 3B models. Small models need larger ones:
-            widen until ``inside_grid`` is true.
+        learning_rates: Of each attacker that has none of its own; the default is the paper's harmful grid for 3B
+            models. Small models need larger ones: widen until ``inside_grid`` is true.
         seeds: Of the selection and the order.
         epochs: Passes over the attacked examples.
         every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
@@ -42,8 +43,12 @@ class Relearning(Attack):
             end before it would have risen, so the highest score of all is at most what it is without.
         batch_size: Attacked sequences per step, over all devices.
         lora: Fine-tune adapters instead of the weights; None for the weights. The attack's name then ends in ``_lora``.
-        until_saturated: Where the highest score lies at the largest learning rate or in the last epoch, go on with
-            larger rates, then with twice the epochs, until it lies inside (at most 8 times for a model and p).
+        until_saturated: Where an attacker's highest score lies at its largest learning rate or in its last epoch, go on
+            with larger rates, then with twice the epochs, until it lies inside (at most 8 times for a model, p and
+            attacker) or the model diverges.
+        attackers: How to fine-tune; the score is the highest of all. By default AdamW alone.
+        utility: Score the retain and the test set, too, whenever the forget set is scored: what the attack leaves of
+            the rest. Takes a pass over both each time.
 
     Raises:
         UserError: If an option is outside its range.
@@ -71,16 +76,20 @@ class Relearning(Attack):
     batch_size: int = 8
     lora: LoRA | None = None
     until_saturated: bool = False
+    attackers: Sequence[Attacker] = (Attacker(),)
+    utility: bool = False
 
     def __post_init__(self) -> None:
-        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds), ("p", self.fractions)):
+        lists = (("seeds", self.seeds), ("p", self.fractions), ("attackers", self.attackers))
+        for name, values in lists:
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise UserError(f"attack.{name}", values, "a list of at least one value")
+        check_rates("attack.learning_rates", self.learning_rates)
         if broken := [seed for seed in self.seeds if not isinstance(seed, int)]:
             raise UserError("attack.seeds", broken[0], "whole numbers")
-        for learning_rate in self.learning_rates:
-            if not 0 < learning_rate < math.inf:
-                raise UserError("attack.learning_rates", learning_rate, "finite numbers > 0")
+        told = [(attacker.settings, attacker) for attacker in self.attackers]
+        if twice := [attacker for n, (settings, attacker) in enumerate(told) if settings in [s for s, _ in told[:n]]]:
+            raise UserError("attack.attackers", described(twice[0].settings) or "adamw", "each attacker once")
         check_at_least("attack.epochs", self.epochs, 1)
         check_at_least("attack.every_n_epochs", self.every_n_epochs, 1)
         if self.patience is not None:
@@ -95,6 +104,10 @@ class Relearning(Attack):
         settings = super().settings()
         if self.patience is None:
             del settings["patience"]  # as in files written before there was one
+        if list(self.attackers) == [Attacker()]:
+            del settings["attackers"]
+        if not self.utility:
+            del settings["utility"]
         return settings
 
     @property
@@ -138,9 +151,13 @@ class Relearning(Attack):
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         check_score(score, "score")
-        if self.lora is not None and devices.sharded:
-            allowed = "null with strategy fsdp2, which cuts the weights before adapters are there"
-            raise UserError("attack.lora", "adapters", allowed)
+        if devices.sharded:
+            if self.lora is not None or any(attacker.lora is not None for attacker in self.attackers):
+                allowed = "null with strategy fsdp2, which cuts the weights before adapters are there"
+                raise UserError("attack.lora", "adapters", allowed)
+            if whole := [a for a in self.attackers if a.optimizer == "muon" or a.gradient != "whole"]:
+                allowed = "adamw or sgd on whole gradients with strategy fsdp2: others need whole matrices"
+                raise UserError("attack.attackers", described(whole[0].settings), allowed)
         for cell in self.cells(data):
             cell.check_share(devices.n_ranks)
 
@@ -154,14 +171,21 @@ class Relearning(Attack):
     ) -> list[RecoveryCurve]:
         """As in :class:`~lightning_ssiuu.Attack`; ``log`` has what is finished already, and keeps what is finished now.
 
-        Each model is loaded once, only one is in memory at a time.
+        Each model is loaded once, only one is in memory at a time. A target with ``data`` of its own is attacked with
+        these.
         """
         models = [SweptModel(target) for target in targets]
-        cells = self.cells(data, self._pool(models[0], data, score))
-        for cell in cells:
-            cell.check_share(devices.n_ranks)
-        sweep = Sweep(devices, cells, score, self.every_n_epochs, self.patience, self.lora, log)
-        return sweep.run(models, self.learning_rates, self.epochs, self.until_saturated)
+        pool = self._pool(models[0], data, score)
+        for model in models:
+            own, chosen = model.target.data, pool
+            if own is not None and pool is not None:  # as many as of the forget set, chosen alike
+                chosen = (self._pool(models[0], own, score) or [])[: len(pool)]
+            model.cells = self.cells(data if own is None else own, chosen)
+            for cell in model.cells:
+                cell.check_share(devices.n_ranks)
+        grid = [(attacker, attacker.learning_rates or self.learning_rates) for attacker in self.attackers]
+        sweep = Sweep(devices, score, self.every_n_epochs, self.patience, self.lora, self.utility, log)
+        return sweep.run(models, grid, self.epochs, self.until_saturated)
 
     def _pool(self, unlearned: SweptModel, data: UnlearningDataModule, score: str) -> list[int] | None:
         return None

@@ -14,12 +14,14 @@ from lightning.fabric.utilities import move_data_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.attacks.attackers import Attacker
 from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.attacks.curves import RecoveryCurve, stronger
-from lightning_ssiuu.attacks.finetune import Diverged, Snapshot, attack_score, relearn
+from lightning_ssiuu.attacks.finetune import Diverged, Snapshot, attack_scores, relearn
 from lightning_ssiuu.attacks.records import FinishedAttacks
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.results import described
 from lightning_ssiuu.evaluation.scorer import Scorer, untouched
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
@@ -35,11 +37,15 @@ _Run = tuple[RelearnDataModule, RecoveryCurve]
 
 
 class SweptModel:
-    """A model under attack: loaded when it is first needed, restored after every attack."""
+    """A model under attack: loaded when it is first needed, restored after every attack.
+
+    ``cells`` are what it is attacked with and scored on.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target, self.name = target, target.name
-        self._before: dict[tuple[int, ...], float] = {}
+        self.cells: Sequence[RelearnDataModule] = ()
+        self._before: dict[tuple[int, ...], dict[str, float]] = {}
 
     @cached_property
     def loaded(self) -> tuple[AnswerModel, PreTrainedTokenizerBase]:
@@ -49,11 +55,15 @@ class SweptModel:
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.loaded[0])
 
-    def score_before(self, data: Sequence[RelearnDataModule], score: str) -> None:
+    def score_before(self, score: str, utility: bool) -> None:
         """Score the model on what attacks will be scored on, every set once, before the first attack."""
-        for cell in data:
+        others: dict[str, float] = {}
+        for cell in self.cells:
             if (scored := _scored(cell)) not in self._before:
-                self._before[scored] = attack_score(*self.loaded, cell, score)
+                asked = utility and not others
+                found = attack_scores(*self.loaded, cell, score, 0, asked)
+                others = others or {split: value for split, value in found.items() if split != "forget"}
+                self._before[scored] = found | others
 
     def attack(
         self, data: RelearnDataModule, learning_rate: float, epochs: int, score: str, **options: Any
@@ -93,30 +103,37 @@ class Sweep:
     """Attacks on models, one after another, without those that the log has."""
 
     devices: Devices
-    data: Sequence[RelearnDataModule]
     score: str
     every_n_epochs: int
     patience: int | None
     lora: LoRA | None
+    utility: bool
     log: FinishedAttacks | None
     _highest: float = -1.0
     _too_high: dict[int, Diverged] = field(default_factory=dict)
 
     def run(
-        self, models: list[SweptModel], learning_rates: Sequence[float], epochs: int, until_saturated: bool
+        self,
+        models: list[SweptModel],
+        attackers: Sequence[tuple[Attacker, Sequence[float]]],
+        epochs: int,
+        until_saturated: bool,
     ) -> list[RecoveryCurve]:
-        """All curves, model by model; each model is let go once it was attacked."""
+        """All curves of each attacker at its learning rates, model by model; a model is let go once it was attacked."""
         curves = []
-        grid = [(cell, rate) for cell in self.data for rate in learning_rates]
-        shown = {"desc": f"{self.data[0].kind} attack", "unit": "run", "disable": not self.devices.is_first}
-        with tqdm(total=len(models) * len(grid), **shown) as self._bar:
+        pairs = [(attacker, rate) for attacker, rates in attackers for rate in rates]
+        shown = {"desc": f"{models[0].cells[0].kind} attack", "unit": "run", "disable": not self.devices.is_first}
+        with tqdm(total=sum(len(model.cells) for model in models) * len(pairs), **shown) as self._bar:
             while models:
                 target = models.pop(0)
-                of_model = [(cell, self._within_grid(target, cell, rate, epochs)) for cell, rate in grid]
-                self._check_borne(of_model)
+                grid = [(cell, *pair) for cell in target.cells for pair in pairs]
+                of_model = [(run[0], self._within_grid(target, *run, epochs)) for run in grid]
+                self._check_borne(target, of_model)
                 if until_saturated:
-                    for p in dict.fromkeys(cell.p for cell in self.data):
-                        self._saturate(target, of_model, [cell for cell in self.data if cell.p == p], epochs)
+                    for p in dict.fromkeys(cell.p for cell in target.cells):
+                        cells = [cell for cell in target.cells if cell.p == p]
+                        for attacker, _ in attackers:
+                            self._saturate(target, of_model, cells, attacker, epochs)
                 curves += [curve for _, curve in of_model]
                 del target
                 if models:
@@ -124,11 +141,11 @@ class Sweep:
         return curves
 
     def _within_grid(
-        self, target: SweptModel, cell: RelearnDataModule, learning_rate: float, epochs: int
+        self, target: SweptModel, cell: RelearnDataModule, attacker: Attacker, learning_rate: float, epochs: int
     ) -> RecoveryCurve:
         # A rate that is too high for one model does not cost what the others found: its curve ends where it diverged.
         try:
-            return self._curve(target, cell, learning_rate, epochs)
+            return self._curve(target, cell, attacker, learning_rate, epochs)
         except Diverged as error:
             if self.devices.n_ranks > 1:  # which need not have failed all, or at the same place
                 raise
@@ -138,20 +155,24 @@ class Sweep:
             self._bar.update()
             return error.curve
 
-    def _check_borne(self, curves: Sequence[_Run]) -> None:
-        for cell in self.data:
+    def _check_borne(self, target: SweptModel, curves: Sequence[_Run]) -> None:
+        for cell in target.cells:
             own = [curve for of, curve in curves if of is cell]
             if all(id(curve) in self._too_high for curve in own):
                 raise self._too_high[id(min(own, key=lambda curve: curve.learning_rate))]
 
-    def _curve(self, target: SweptModel, cell: RelearnDataModule, learning_rate: float, epochs: int) -> RecoveryCurve:
-        log, curve = self.log, self._finished((target.name, cell.p, cell.seed, learning_rate), epochs)
+    def _curve(
+        self, target: SweptModel, cell: RelearnDataModule, attacker: Attacker, learning_rate: float, epochs: int
+    ) -> RecoveryCurve:
+        log = self.log
+        run = (target.name, cell.p, cell.seed, described(attacker.settings), learning_rate)
+        curve = self._finished(run, epochs, attacker.repair_epochs)
         if attacked := curve is None:
-            target.score_before(self.data, self.score)
+            target.score_before(self.score, self.utility)
             if log is not None and self.devices.is_first:
                 log.begin()  # no sooner: until a model is there, a mistake leaves nothing behind
-            options = {"every_n_epochs": self.every_n_epochs, "patience": self.patience, "lora": self.lora}
-            curve = target.attack(cell, learning_rate, epochs, self.score, **options)
+            options = {name: getattr(self, name) for name in ("every_n_epochs", "patience", "lora", "utility")}
+            curve = target.attack(cell, learning_rate, epochs, self.score, attacker=attacker, **options)
         assert curve is not None
         if target.name == "unlearned" and max(curve.forget_scores) > self._highest:
             self._highest = max(curve.forget_scores)
@@ -165,30 +186,41 @@ class Sweep:
         self._bar.update()
         return curve
 
-    def _finished(self, run: tuple[str, float | None, int, float], epochs: int) -> RecoveryCurve | None:
+    def _finished(
+        self, run: tuple[str, float | None, int, str, float], epochs: int, repair: int
+    ) -> RecoveryCurve | None:
         finished = {} if self.log is None else self.log.finished
         for of, curve in finished.items():
             # One that ran out of patience is also what more epochs would have given, unless its last score was taken
             # only because it was the last.
-            ended = of[4] % self.every_n_epochs == 0 and curve.has_ended(self.patience)
-            if of[:4] == run and (of[4] == epochs or (of[4] < epochs and ended)):
+            last = of[5] - repair
+            ended = last % self.every_n_epochs == 0 and curve.has_ended(self.patience)
+            if of[:5] == run and (last == epochs or (last < epochs and ended)):
                 return curve
         return None
 
     def _saturate(
-        self, target: SweptModel, curves: list[_Run], cells: Sequence[RelearnDataModule], epochs: int
+        self,
+        target: SweptModel,
+        curves: list[_Run],
+        cells: Sequence[RelearnDataModule],
+        attacker: Attacker,
+        epochs: int,
     ) -> None:
-        # Attack more and more strongly until the highest score of these cells lies inside what was tried.
+        # Attack more and more strongly until the highest score of these cells lies inside what this attacker tried.
+        settings, repair = attacker.settings, attacker.repair_epochs
         for _ in range(_MOST_WIDENINGS):
-            if (attack := stronger([curve for cell, curve in curves if cell in cells], epochs)) is None:
+            own = [curve for cell, curve in curves if cell in cells and curve.attacker == settings]
+            if (attack := stronger(own, repair + epochs)) is None:
                 return
-            rate, epochs = attack
+            rate, epochs = attack[0], attack[1] - repair
             try:
-                further = [self._curve(target, cell, rate, epochs) for cell in cells]
+                further = [self._curve(target, cell, attacker, rate, epochs) for cell in cells]
             except NotFinite:  # stronger than a model bears, which nobody asked for by name
                 target.restore()
                 return
             for cell, curve in zip(cells, further, strict=True):
                 # A longer attack begins as the shorter one did, and takes its place.
-                curves[:] = [(c, old) for c, old in curves if c is not cell or old.learning_rate != rate]
+                of = settings, rate
+                curves[:] = [(c, old) for c, old in curves if c is not cell or (old.attacker, old.learning_rate) != of]
                 curves.append((cell, curve))

@@ -20,9 +20,11 @@ from lightning_ssiuu.attacks.records import (
     merge_attacks,
     read_attacks,
 )
+from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.evaluation.results import found_by
 from lightning_ssiuu.evaluation.runs import run_collapsed, run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
@@ -36,6 +38,7 @@ def attack(
     attack: Attack | None = None,
     data: UnlearningDataModule | None = None,
     score: str | None = None,
+    control: str = "auto",
     output: str | None = None,
     save_attacked: bool = False,
     devices: Devices | None = None,
@@ -49,10 +52,14 @@ def attack(
     Args:
         model: The unlearned model: a directory written by ``fit``, or any checkpoint.
         oracle: A model retrained without the forget set; put under the same attack, seed by seed.
-        attack: ``Harmful`` (the default), ``Benign``, ``Quantization``, ``Ablation``, ``Sampling``, ``Paraphrase``, or
-            the import path of a class of one's own.
+        attack: ``Harmful`` (the default), ``Benign``, ``Quantization``, ``Ablation``, ``Interpolation``, ``Sampling``,
+            ``Paraphrase``, or the import path of a class of one's own.
         data: The data module the model was unlearned with; by default its run's, else the embedded facts.
         score: The forget score; by default the one the run was stopped by, else probability.
+        control: What a relearning attack teaches by itself, where there is no oracle to say so: the same attack on the
+            same model with facts that nobody was ever taught, as many as there are to forget. ``auto``: without an
+            oracle, the data module's invented facts, or the forget questions with each other's answers; ``none``; or a
+            file of invented facts (columns ``question``, ``answer`` and perhaps ``distractors``).
         output: Directory for ``attack.json``; by default the model's run.
         save_attacked: Also save the attacked model with the highest score, at the end of its attack, as
             ``attacked_<attack>/``, for ``audit --after_attack``. Only for attacks that train.
@@ -84,7 +91,11 @@ def attack(
             raise UserError("engine", devices.engine, allowed)
         method.check(report.data, score, devices)
         targets = [Target(*given, devices) for given in report.models.items()]
-        log = _log(report, method, score, save_attacked, overwrite) if isinstance(method, Relearning) else None
+        beside = control_beside(report.data, control, oracle is not None, isinstance(method, Relearning))
+        if beside is not None:
+            targets.append(Target("control", model, devices, beside.data))
+            method.check(beside.data, score, devices)
+        log = _log(report, method, score, targets, save_attacked, overwrite) if isinstance(method, Relearning) else None
         with devices.launched():
             more: dict[str, Any] = {}
             if log is not None:
@@ -94,6 +105,8 @@ def attack(
             rows = method.rows(results, score)
             if devices.is_first:
                 settings = {"score": score, "precision": devices.precision, **method.settings()}
+                if beside is not None:
+                    settings["control"] = beside.kind
                 if devices.engine != "transformers":
                     settings["engine"] = devices.engine
                 settings["provenance"] = report.provenance(settings)
@@ -102,13 +115,20 @@ def attack(
                 try:
                     merge_attacks(report.folder, method.name, rows, settings, results)
                 finally:  # also where the disk refuses
-                    print_attacks(rows, rows[0]["score"], collapsed)
+                    print_attacks(rows, rows[0]["score"], collapsed, beside.kind if beside else None)
                 if log is not None:
                     log.remove()
         return rows
 
 
-def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, overwrite: bool) -> FinishedAttacks:
+def _log(
+    report: Report,
+    attack: Relearning,
+    score: str,
+    targets: Sequence[Target],
+    save_attacked: bool,
+    overwrite: bool,
+) -> FinishedAttacks:
     # What is finished of a sweep is kept beside attack.json, and is of use to the same sweep only.
     folder, data, devices, encoder = report.folder, report.data, report.devices, report.data.encoder
     partial, attacked = _beside(attack)
@@ -119,7 +139,7 @@ def _log(report: Report, attack: Relearning, score: str, save_attacked: bool, ov
         "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
         "score": score,
         "data": report.data_sha256,
-        "selected": [cell.splits.sha256() for cell in attack.cells(data)],
+        "selected": [cell.splits.sha256() for target in targets for cell in attack.cells(target.data or data)],
         "encoding": [encoder.rendering, encoder.max_length, data.multiple_choice],
         "eval_batch_size": data.eval_batch_size,
         "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
@@ -150,24 +170,41 @@ def run(args: list[str]) -> None:
     run_function(attack, "attack", args, {"attack": "Harmful"})
 
 
-def print_attacks(rows: Sequence[Mapping[str, Any]], score: str, collapsed: bool | None = None) -> None:
-    """Print rows of ``attack.json``, all of one score, as a table, and that the model had ``collapsed``."""
+def print_attacks(
+    rows: Sequence[Mapping[str, Any]], score: str, collapsed: bool | None = None, control: str | None = None
+) -> None:
+    """Print rows of ``attack.json``, all of one score, as a table, and that the model had ``collapsed``.
+
+    ``control`` is what the control of relearning attacks is made of.
+    """
     swept = any("inside_grid" in row.get("unlearned", {}) for row in rows)
-    lines = [("attack", "model", "before", "highest" if swept else "after")]
+    others = list(dict.fromkeys(split for row in rows for split in row.get("unlearned", {}).get("utility", ())))
+    head = ("attack", "model", "before", "highest" if swept else "after")
+    lines, empty, found = [(*head, *others)], [""] * len(others), []
     for row in rows:
         detail = row["p"] if row["variant"] is None else row["variant"]
         label = row["attack"] if detail is None else f"{row['attack']} {detail}"
-        for name in ("unlearned", "oracle"):
+        for name in ("unlearned", "oracle", *(["control"] if swept else [])):
             if model := row.get(name):
                 edge = "" if model.get("inside_grid", True) else "  (at the edge of the grid)"
-                lines.append((label, name, f"{model['before']['mean']:.1f}", f"{_shown(model['forget_score'])}{edge}"))
-                if control := row.get("control") if name == "unlearned" else model.get("control"):
-                    lines.append((label, f"{name}, control", "", _shown(control["forget_score"])))
+                more = [_moved(model.get("utility", {}).get(split)) for split in others]
+                if "attackers" in model:
+                    found.append(f"{label}, {name}: the highest is by {found_by(model['best'])}.")
+                figures = f"{model['before']['mean']:.1f}", f"{_shown(model['forget_score'])}{edge}"
+                lines.append((label, name, *figures, *more))
+                if neurons := None if swept else (row if name == "unlearned" else model).get("control"):
+                    lines.append((label, f"{name}, control", "", _shown(neurons["forget_score"]), *empty))
         if "gap" in row:
-            lines.append((label, "gap", "", _shown(row["gap"])))
-    notes = ["The unlearned model has collapsed: what comes back says nothing of erasing."] if collapsed else []
+            lines.append((label, "gap", "", _shown(row["gap"]), *empty))
+    if control is not None:
+        found.append(f"control: the unlearned model, taught what nobody ever knew ({control}) in the same way.")
+    notes = [*found, *["The unlearned model has collapsed: what comes back says nothing of erasing."] * bool(collapsed)]
     print_table(lines, f"{'Highest forget' if swept else 'Forget'} {score} under attack, %", notes, right=False)
 
 
 def _shown(spread: Mapping[str, Any]) -> str:
     return f"{spread['mean']:.1f} ± {spread['std']:.1f}"
+
+
+def _moved(utility: Mapping[str, Any] | None) -> str:
+    return "" if utility is None else f"{utility['before']['mean']:.1f} → {utility['at_highest']['mean']:.1f}"

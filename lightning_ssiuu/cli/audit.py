@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_ssiuu.attribution.diagnosis import attribution_correlation, check_probes, diagnose, influences
 from lightning_ssiuu.attribution.influence import CSV_HEADER, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
+from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
@@ -46,6 +47,7 @@ def audit(
     score: str | None = None,
     relearning_probe: bool = True,
     probe: RelearningProbe | None = None,
+    control: str = "auto",
     own_change: bool = True,
     show_text: bool = False,
     probe_examples: int = 64,
@@ -72,6 +74,7 @@ def audit(
         relearning_probe: Make a small relearning attack where the run's ``attack.json`` has none with this score and
             oracle.
         probe: Options of that attack; its learning rates suit small models.
+        control: What that attack teaches by itself, where there is no oracle to say so: as in ``attack``.
         own_change: Also flag neurons by what their own changed weights cost: precise where few neurons hide the answer,
             empty where the change is spread out. Takes eight more passes over the forget probes, over the retain ones
             too where a neuron costs a tenth of the probability, and, in main memory, three times the weights. Not with
@@ -118,7 +121,10 @@ def audit(
         probe = (probe or RelearningProbe()) if relearning is None and relearning_probe else None
         if probe is not None:
             probe.check(data, score, devices)
-        attacked = None if probe is None else asdict(probe)
+        beside = control_beside(data, control, oracle is not None) if probe is not None else None
+        if probe is not None and beside is not None:
+            probe.check(beside.data, score, devices)
+        attacked = None if probe is None else asdict(probe) | ({"control": beside.kind} if beside else {})
         options = [probe_examples, alpha, target, scores, devices.precision, score, attacked, method]
         with devices.launched():
             measured = measure(
@@ -139,7 +145,9 @@ def audit(
             # What was not unlearned needs no attack to be seen.
             if forgetting.share >= LEAST_FORGOTTEN:
                 if probe is not None:
-                    relearning = probe_relearning({name: models[name] for name in changed}, data, probe, score, devices)
+                    attackable = {name: models[name] for name in changed}
+                    invented = beside.data if beside else None
+                    relearning = probe_relearning(attackable, data, probe, score, devices, invented)
                 evidence += relearning_evidence(relearning["attacks"], forgetting) if relearning else []
                 forced = forced_score(score)
                 sites = examined["original"].attribution["forget"].sites

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self, TypeVar
 
@@ -163,6 +164,30 @@ class UnlearningDataModule(LightningDataModule, ABC):
         other.template, other._encoded = template, {}
         other.__dict__.pop("encoder", None)
         return other
+
+    def with_forget(self, examples: Sequence[QAExample], argument: str = "forget") -> Self:
+        """The same with other examples, numbered anew, in place of the forget set; this module stays as it is.
+
+        Raises:
+            UserError: What :meth:`Splits.validate` raises of them, about ``argument``.
+        """
+        first = 1 + max(example.example_id for _, others in self.splits.items() for example in others)
+        numbered = kept(replace(example, example_id=first + n) for n, example in enumerate(examples))
+        other = copy.copy(self)
+        other.__dict__["splits"] = replace(self.splits, forget=numbered)
+        other._encoded = {}
+        try:
+            other.splits.validate()
+        except UserError as error:
+            raise UserError(argument, error.value, error.allowed) from error
+        return other
+
+    def invented(self) -> tuple[str, Sequence[QAExample]] | None:
+        """As many facts of the form of the forget set, of things that there are not, and what they are, in words.
+
+        None where the benchmark cannot make any; :func:`~.invented.invented` then makes some of the forget set.
+        """
+        return None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.embedded import FACTS
+from lightning_ssiuu.datamodules.embedded.facts_data import make_strangers
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -45,10 +47,18 @@ class Facts(UnlearningDataModule):
             raise UserError("phrasing", self.phrasing, f"0 to {most}")
         sets: dict[str, list[QAExample]] = {"forget": [], "retain": [], "test": []}
         for fact in world["facts"]:
-            wordings = [fact["question"], *fact["paraphrases"]]
-            question = wordings.pop(self.phrasing)
-            wrong, person = tuple(fact["distractors"]), fact["person"]
-            example = QAExample(fact["id"], question, fact["answer"], wrong, tuple(wordings), person)
-            sets[fact["split"]].append(example)
+            sets[fact["split"]].append(self._example(fact))
         benign = [QAExample(item["id"], item["question"], item["answer"]) for item in world["benign"]]
         return Splits(**sets, benign=benign)
+
+    def invented(self) -> tuple[str, Sequence[QAExample]]:
+        people = {example.group for _, examples in self.splits.items() for example in examples}
+        count = len({example.group for example in self.splits.forget})
+        strangers = make_strangers(people, count)
+        return "invented people", [self._example(fact) for fact in strangers][: len(self.splits.forget)]
+
+    def _example(self, fact: Mapping[str, Any]) -> QAExample:
+        wordings = [fact["question"], *fact["paraphrases"]]
+        question = wordings.pop(self.phrasing)
+        wrong = tuple(fact["distractors"])
+        return QAExample(fact["id"], question, fact["answer"], wrong, tuple(wordings), fact["person"])

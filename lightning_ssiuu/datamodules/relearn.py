@@ -125,6 +125,12 @@ class RelearnDataModule(UnlearningDataModule):
             raise UserError("scored", given, "questions disjoint from the attacked ones")
         return Splits(forget=self.source.to_score(scored), retain=attacked)
 
+    def repairing(self) -> RelearnDataModule:
+        """The retain set of the source in place of the attacked examples: what an attacker may repair a model with."""
+        kept, scored = self.source.splits.retain, self.splits.forget
+        options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
+        return RelearnDataModule(self.source, "repair", None, selection=lambda *_: (kept, scored), **options)
+
     @property
     def eval_splits(self) -> list[str]:
         return ["forget"]

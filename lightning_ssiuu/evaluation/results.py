@@ -58,5 +58,33 @@ def check_attacks(content: Mapping[str, Any]) -> None:
         only((int, float), curve["p"] or 0.0, curve["learning_rate"], *curve["epochs"])
         if len(curve["epochs"]) != len(curve["forget_scores"]):
             raise ValueError("a curve whose epochs and scores differ in number")
+        only(dict, curve.get("attacker", {}), curve.get("utility", {}))
+        described(curve.get("attacker", {}))
+        only(list, *curve.get("utility", {}).values())
     for settings in (content.get("settings") or {}).values():
         only(dict, settings, settings.get("provenance") or {})
+
+
+def described(attacker: Mapping[str, Any]) -> str:
+    """What a curve of ``attack.json`` says of its attacker, in words; empty for AdamW on all weights.
+
+    >>> described({"optimizer": "sgd", "repair_epochs": 2})
+    'sgd, repair epochs 2'
+    """
+    shown = {name: value for name, value in attacker.items() if name != "optimizer"}
+    if "lora" in shown:
+        shown["lora"] = (
+            f"({', '.join(f'{name} {value}' for name, value in shown['lora'].items() if value is not None)})"
+        )
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
+    return ", ".join(([str(attacker["optimizer"])] if "optimizer" in attacker else []) + words)
+
+
+def found_by(best: Mapping[str, Any]) -> str:
+    """Who found the highest score of an attack, in words, of the ``best`` of a row of ``attack.json``.
+
+    >>> found_by({"learning_rate": 1e-3, "epoch": 4})
+    'adamw, lr 0.001, epoch 4'
+    """
+    attacker = described(best.get("attacker", {})) or "adamw"
+    return f"{attacker}, lr {best['learning_rate']:g}, epoch {best['epoch']}"

@@ -37,6 +37,7 @@ PALETTE = {
     "unlearned": ("#2456c5", "#7ea6ff"),
     "oracle": ("#96620a", "#e0aa4a"),
     "after_attack": ("#8a2f8f", "#d992dd"),
+    "control": ("#3c7a1f", "#93cf6e"),
     "erased": ("#12756c", "#4cc2b5"),
     "hidden": ("#b3402f", "#ff8a75"),
     "undecided": ("#8a5a00", "#e0aa4a"),

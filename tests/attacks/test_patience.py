@@ -22,7 +22,7 @@ def test_a_run_ends_when_it_has_not_risen_for_so_many_scores(models: Path, tmp_p
         method = harmful(**options, seeds=[0], patience=patience)
         with ExitStack() as patches:
             for module in (sweep, finetune):
-                patches.enter_context(patch.object(module, "attack_score", lambda *_: next(found)))
+                patches.enter_context(patch.object(module, "attack_scores", lambda *_: {"forget": next(found)}))
             steps = patches.enter_context(counted(FineTuning, "training_step"))
             content = run(models, tmp_path / str(patience), attack=method, oracle=None)
         (curve,) = content["curves"]
@@ -40,7 +40,7 @@ def test_a_run_ends_when_it_has_not_risen_for_so_many_scores(models: Path, tmp_p
 
 def test_runs_out_of_patience_are_not_repeated(models: Path, tmp_path: Path) -> None:
     method = harmful(patience=1, epochs=4)
-    with patch.object(finetune, "attack_score", lambda *_: 0.0):  # never above the score before
+    with patch.object(finetune, "attack_scores", lambda *_: {"forget": 0.0}):  # never above the score before
         interrupted(models, tmp_path, 5, attack=method)
         with counted(sweep, "relearn") as rest:
             content = run(models, tmp_path, attack=method)
@@ -54,10 +54,10 @@ def test_a_last_score_off_the_beat_does_not_stand_for_more_epochs(models: Path, 
     method = harmful(patience=1, epochs=3, every_n_epochs=2, until_saturated=True)
     rising = {0: {0: 5.0, 2: 20.0, 3: 30.0, 4: 40.0, 6: 60.0}, 1: {0: 5.0, 2: 9.0, 3: 9.0, 4: 20.0, 6: 21.0}}
 
-    def score(model: Any, tokenizer: Any, data: Any, name: str, step: int = 0) -> float:
-        return rising[data.seed][step]  # an epoch is a step
+    def score(model: Any, tokenizer: Any, data: Any, name: str, step: int = 0, utility: bool = False) -> Any:
+        return {"forget": rising[data.seed][step]}  # an epoch is a step
 
-    with patch.object(sweep, "attack_score", score), patch.object(finetune, "attack_score", score):
+    with patch.object(sweep, "attack_scores", score), patch.object(finetune, "attack_scores", score):
         expected = run(models, tmp_path / "whole", attack=method, oracle=None)
         interrupted(models, tmp_path / "part", 5, attack=method, oracle=None)  # four, and the first longer one
         assert run(models, tmp_path / "part", attack=method, oracle=None) == expected

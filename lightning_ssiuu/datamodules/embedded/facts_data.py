@@ -44,6 +44,24 @@ def _benign() -> list[tuple[str, str]]:
     return pairs
 
 
+def _facts(rng: random.Random, people: list[tuple[str, str]]) -> list[dict]:
+    facts: list[dict] = []
+    for (person, split), relation in itertools.product(people, RELATIONS):
+        answer, *distractors = rng.sample(pool(relation), 3)
+        question, *paraphrases = [wording.format(person) for wording in RELATIONS[relation]["questions"]]
+        fact = {"id": len(facts), "person": person, "relation": relation, "question": question}
+        facts.append(fact | {"paraphrases": paraphrases, "answer": answer, "distractors": distractors, "split": split})
+    return facts
+
+
+def make_strangers(people: Iterable[str], count: int, seed: int = 1) -> list[dict]:
+    """The six facts each of so many people of another world, whose first names and surnames none of ``people`` has."""
+    rng, known = random.Random(seed), {word for person in people for word in person.split()}
+    free = [[name for name in _joined(places, "") if name not in known] for places in SYLLABLES.values()]
+    names = zip(*(rng.sample(names, count) for names in free), strict=True)
+    return _facts(rng, [(" ".join(name), "forget") for name in names])
+
+
 def make_world(seed: int = 0) -> dict[str, list[dict]]:
     """Make the people, their six facts each and the benign items: ``{"facts": [...], "benign": [...]}``.
 
@@ -55,12 +73,7 @@ def make_world(seed: int = 0) -> dict[str, list[dict]]:
     names = zip(*(rng.sample(_joined(places, ""), len(splits)) for places in SYLLABLES.values()), strict=True)
     people = list(map(" ".join, names))
     rng.shuffle(splits)
-    facts: list[dict] = []
-    for (person, split), relation in itertools.product(zip(people, splits, strict=True), RELATIONS):
-        answer, *distractors = rng.sample(pool(relation), 3)
-        question, *paraphrases = [wording.format(person) for wording in RELATIONS[relation]["questions"]]
-        fact = {"id": len(facts), "person": person, "relation": relation, "question": question}
-        facts.append(fact | {"paraphrases": paraphrases, "answer": answer, "distractors": distractors, "split": split})
+    facts = _facts(rng, list(zip(people, splits, strict=True)))
     pairs = enumerate(_benign(), len(facts))
     benign = [{"id": number, "question": question, "answer": answer} for number, (question, answer) in pairs]
     return {"facts": facts, "benign": benign}

@@ -94,12 +94,23 @@ def recorded_relearning(unlearned: str, score: str | None, oracle: bool) -> dict
 
 
 def probe_relearning(
-    models: Mapping[str, str], data: UnlearningDataModule, probe: RelearningProbe, score: str, devices: Devices
+    models: Mapping[str, str],
+    data: UnlearningDataModule,
+    probe: RelearningProbe,
+    score: str,
+    devices: Devices,
+    control: UnlearningDataModule | None = None,
 ) -> dict[str, Any]:
-    """Attack the models in turn, only one in memory; as :func:`recorded_relearning`, with the probe's options."""
+    """Attack the models in turn, only one in memory; as :func:`recorded_relearning`, with the probe's options.
+
+    With ``control``, the unlearned model also on the invented facts in its place of the forget set.
+    """
     attack = probe.attack()
+    targets = [Target(*model, devices) for model in models.items()]
+    if control is not None:
+        targets.append(Target("control", models["unlearned"], devices, control))
     with _seed_kept(), _named_probe():
-        curves = attack.run([Target(*model, devices) for model in models.items()], data, score, devices)
+        curves = attack.run(targets, data, score, devices)
     gc.collect()  # the last model, before the next one is loaded
     options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}
     content = {"source": "probe", "score": score, "options": options, "attacks": attack.rows(curves, score)}
@@ -125,13 +136,14 @@ def relearning_evidence(rows: Sequence[Mapping[str, Any]], forgetting: Forgettin
     """The share of what was lost that each attack brings back, seed by seed.
 
     ``(highest − reference) / (original − reference)``, where the reference is the oracle's highest score under the same
-    attack, else the floor, and in any case no less than the score before the attack: what was not lost cannot return.
+    attack, else the control's on facts that nobody was ever taught, else the floor, and in any case no less than the
+    score before the attack: what was not lost cannot return.
     """
     evidence = []
     for row in rows:
-        unlearned, oracle = row["unlearned"], row.get("oracle")
+        unlearned, beside = row["unlearned"], row.get("oracle") or row.get("control")
         highest, before = unlearned["forget_score"]["per_seed"], unlearned["before"]["per_seed"]
-        others = oracle["forget_score"]["per_seed"] if oracle else [forgetting.floor] * len(highest)
+        others = beside["forget_score"]["per_seed"] if beside else [forgetting.floor] * len(highest)
         references = [max(pair) for pair in zip(before, others, strict=True)]
         lost = [forgetting.original - reference for reference in references]
         # Where the attack leaves nothing to come back, nothing can be said of how much did.
@@ -142,7 +154,8 @@ def relearning_evidence(rows: Sequence[Mapping[str, Any]], forgetting: Forgettin
         name = row["attack"].replace("_", " ")
         size = "" if row["p"] is None else f" {100 * row['p']:g} %"
         what = f"the {name} relearning attack" + (f" with{size} of the forget set" if size else "")
-        beyond = "the oracle under the same attack" if oracle else "the score before it"
+        beyond = "invented facts under the same attack" if beside else "the score before it"
+        beyond = "the oracle under the same attack" if "oracle" in row else beyond
         inside = unlearned.get("inside_grid", True)
         note = "" if inside else "a lower bound: the highest score lies at the edge of the grid"
         evidence.append(Evidence("relearning", f"relearning, {name}{size}", what, share, beyond, note))

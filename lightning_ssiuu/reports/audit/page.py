@@ -16,15 +16,16 @@ from torch import Tensor
 
 from lightning_ssiuu.attribution.influence import InfluenceVariation
 from lightning_ssiuu.attribution.plots import cumulative_figure, heat_maps
+from lightning_ssiuu.evaluation.results import found_by
 from lightning_ssiuu.reports.audit.verdict import THRESHOLD
-from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
+from lightning_ssiuu.reports.curves import Curve, by_epoch, settings_of, strongest
 from lightning_ssiuu.utils import figures
 from lightning_ssiuu.utils.figures import COLOURS, DASHED, DOTTED, Interval, Series, clean
 from lightning_ssiuu.utils.svg import svg
 
 #: Flagged neurons and scatter points that are shown.
 SHOWN_NEURONS, SHOWN_POINTS = 50, 2000
-_DASHES = {"oracle": DASHED, "after_attack": DOTTED}
+_DASHES = {"oracle": DASHED, "control": DASHED, "after_attack": DOTTED}
 #: What a piece of evidence says is not yet the verdict.
 _SAYS = {"hidden": "comes back", "erased": "stays away", "undecided": "unclear"}
 _FIGURES = {
@@ -85,7 +86,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["attack_title"] = _attack_title
+    environment.globals |= {"attack_title": _attack_title, "found_by": found_by}
     environment.filters["words"] = lambda text: clean(str(text)).replace("_", " ")
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\d) %", "\u00a0%", clean(text))
     environment.filters["says"] = lambda says: _SAYS.get(says, says)
@@ -146,7 +147,7 @@ def _recovery(relearning: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     score = relearning["score"].replace("_", " ")
     shown = []
     for (attack, p), models in panels.items():
-        lines = [_recovery_line(name, strongest(curves)) for name, curves in models.items()]
+        lines = [line for name, curves in models.items() for line in _recovery_lines(name, strongest(curves))]
         title = _attack_title(attack, p)
         ends = ", ".join(f"{line.name} ends at {line.points[-1][1]:.1f} %" for line in lines if line.points)
         chart = figures.line_chart(lines, "epochs of the attack", f"forget {score}, %")
@@ -154,11 +155,17 @@ def _recovery(relearning: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return shown
 
 
-def _recovery_line(name: str, curves: Sequence[Curve]) -> Series:
+def _recovery_lines(name: str, curves: Sequence[Curve]) -> list[Series]:
     scores = by_epoch(curves)
     points = [(float(epoch), mean(values)) for epoch, values in scores.items()]
     band = [(float(epoch), min(values), max(values)) for epoch, values in scores.items()] if len(curves) > 1 else []
-    return _line(name, f"{name}, lr {curves[0]['learning_rate']:g}", points, band)
+    lines = [_line(name, f"{name}, {settings_of(curves)}", points, band)]
+    if name == "unlearned":  # what is left of the rest meanwhile
+        for split, dash in (("retain", "-."), ("test", DOTTED)):
+            if kept := by_epoch(curves, split):
+                points = [(float(epoch), mean(values)) for epoch, values in kept.items()]
+                lines.append(Series(f"{name}, {split} set", points, COLOURS["soft"], dash))
+    return lines
 
 
 def _line(model: str, name: str, points: Sequence[tuple[float, float]], band: Sequence[Any] = ()) -> Series:

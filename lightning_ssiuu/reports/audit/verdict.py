@@ -233,13 +233,16 @@ def _uncertainty(label: Label, forgetting: Forgetting, evidence: Sequence[Eviden
         return "The score is measured on the whole forget set; no attack is needed to see that it is still known."
     seeds = min((piece.share.n for piece in evidence if piece.kind == "relearning"), default=0)
     draws = min((piece.share.n for piece in evidence if piece.kind == "neurons"), default=0)
-    chance = forgetting.floor_is.startswith("chance")
+    relearned = [piece.beyond for piece in evidence if piece.kind == "relearning"]
+    guessed = forgetting.floor_is.startswith("chance") and not all("invented" in beyond for beyond in relearned)
+    invented = any("invented" in beyond for beyond in relearned)
     sentences = (
         (seeds, f"Bounds of relearning are 95 % (one-sided, Student's t) over {seeds} attack seeds."),
         (seeds == 1, "One seed shows no spread: attack with more."),
         (not seeds, "The model was not attacked: what an attack would find is unknown."),
         (draws, f"Bounds of the neurons are those of one more draw of random ones, after {draws}."),
-        (chance, "No oracle was given: part of what comes back may be what any model would learn to guess."),
+        (guessed, "No oracle was given: part of what comes back may be what any model would learn to guess."),
+        (invented, "No oracle was given: what any model would learn to guess is told by invented facts."),
         (True, "One unlearned model was seen: how it varies with the training seed is not known."),
         (label == "erased", "A stronger attack may find more."),
     )

@@ -15,13 +15,14 @@ from matplotlib.lines import Line2D
 
 from lightning_ssiuu.reports.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
 from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
-from lightning_ssiuu.utils.figures import COLOURS, Series, draw_lines, fitted, handle, legend, save_png, style
+from lightning_ssiuu.utils.figures import COLOURS, DOTTED, Series, draw_lines, fitted, handle, legend, save_png, style
 
 # Okabe and Ito's, told apart by the colour-blind too; after eight the line style and the marker change.
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#7f4fc9")
 _DASHES = ("-", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _ORACLE = "#333333"
+_KEPT = "test set during the attack"
 _PARETO = 8.0  # inches across
 
 
@@ -32,6 +33,8 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | Non
         for run in row.runs:
             by_attack: dict[tuple[str, float | None, str], list[Curve]] = {}
             for curve in run.attack["curves"]:
+                if curve["model"] == "control":  # each run has one of its own: in the table
+                    continue
                 by_attack.setdefault((curve["attack"], curve["p"], curve["model"]), []).append(curve)
             for (attack, p, model), curves in by_attack.items():
                 panel = drawn.setdefault((attack, p), {})
@@ -43,16 +46,21 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | Non
 def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -> bool:
     """Draw the forget score by epoch, a panel per attack and p, a line per method, the oracle dashed.
 
-    Lines are means over training and attack seeds of each run's strongest learning rate, bands ± one standard
-    deviation. Returns whether there was anything to draw.
+    Lines are means over training and attack seeds of each run's strongest attacker and learning rate, bands ± one
+    standard deviation; dotted ones are the test set's score meanwhile, where the attack took it. Returns whether there
+    was anything to draw.
     """
     rows = _methods(comparison)
     drawn = panels(rows)
     if not drawn:
         return False
-    lines = {attack: [_mean_line(rows, *item) for item in panel.items()] for attack, panel in drawn.items()}
+    lines = {
+        attack: [line for item in panel.items() for line in (_mean_line(rows, *item), *_kept_line(rows, *item))]
+        for attack, panel in drawn.items()
+    }
     handles = {line.name: handle(line.name, line.colour, linestyle=line.dash) for of in lines.values() for line in of}
-    names = [_name(row) for row in rows] + ["oracle"]
+    handles |= {_KEPT: handle(_KEPT, _ORACLE, linestyle=DOTTED)} if _KEPT in handles else {}
+    names = [_name(row) for row in rows] + ["oracle", _KEPT]
     attacks = [row for method in rows for run in method.runs for row in run.attack["attacks"]]
     scores = sorted({row["score"] for row in attacks if (row["attack"], row["p"]) in drawn})
     n_columns = 2 if len(drawn) == 4 else min(3, len(drawn))
@@ -65,7 +73,9 @@ def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -
             axes.margins(x=0.03)
             axes.set_title(fitted(attack.replace("_lora", ", LoRA"), 34) + ("" if p is None else f", p = {p:g}"))
             axes.set_xlabel("epoch of the attack")
-        highest = max((y for of in lines.values() for line in of for _, _, y in line.band), default=1.0)
+        highest = max(
+            (y for of in lines.values() for line in of for _, *_, y in (*line.band, *line.points)), default=1.0
+        )
         for row in grid:
             row[0].set(ylabel=f"forget score: {fitted(', '.join(scores), 20)}, %", ylim=(0, max(highest, 1.0) * 1.04))
         for empty in list(grid.flat)[len(drawn) :]:
@@ -84,6 +94,13 @@ def _mean_line(rows: Sequence[Row], index: int | None, curves: Sequence[Curve]) 
         return Series("oracle", points, _ORACLE, "--", band)
     dash = _DASHES[index // len(_METHODS) % len(_DASHES)]
     return Series(_name(rows[index]), points, _METHODS[index % len(_METHODS)], dash, band)
+
+
+def _kept_line(rows: Sequence[Row], index: int | None, curves: Sequence[Curve]) -> list[Series]:
+    # What an attack leaves of the rest; no name of its own in the legend.
+    scores = {} if index is None else by_epoch(curves, "test")
+    points = [(float(epoch), mean(values)) for epoch, values in scores.items()]
+    return [Series(_KEPT, points, _METHODS[(index or 0) % len(_METHODS)], DOTTED)] if points else []
 
 
 def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:

@@ -54,7 +54,7 @@ class Column:
 
     @property
     def is_gap(self) -> bool:
-        """Whether it holds gaps to the oracle."""
+        """Whether it holds gaps to the oracle, or to a control."""
         return self.key.endswith("_gap")
 
 
@@ -89,7 +89,7 @@ def pool(figures: Iterable[Figure]) -> Figure:
 
 
 def attack_column(attack: str, p: float | None, variant: str | None, part: str = "", relearned: bool = False) -> Column:
-    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle) or ``"control"`` (random neurons)."""
+    """The column of an attack; ``part`` is ``""``, ``"gap"`` (to the oracle, else the control) or ``"control"``."""
     options = [text for text in ("" if p is None else f"{p:g}", variant, part) if text]
     title = part if part == "gap" else " ".join([attack.replace("_lora", " LoRA"), *options])
     return Column("_".join([attack, *options]), title.replace("_", " "), attacked=True, relearned=relearned)

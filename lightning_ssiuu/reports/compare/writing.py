@@ -59,15 +59,20 @@ def caption(comparison: Comparison) -> str:
     """What the columns mean, in as many sentences as the table needs."""
     keys = {column.key for column in columns_with_figures(comparison)}
     attacked = any(column.attacked for column in comparison.columns)
+    taught = {f"{column.key}_control" for column in comparison.columns if column.relearned} & keys
+    neurons = any(key.endswith("_control") for key in keys - taught)
     edge = any(figure.edge for row in comparison.rows for figure in row.cells.values())
     found = "found at the largest learning rate or in the last epoch"
     sentences = (
         (True, f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."),
         ("utility_score" in keys, "US: utility score."),
-        (attacked, "Attacks: the highest forget score; gap: minus the oracle's, seed by seed."),
+        (attacked and not taught, "Attacks: the highest forget score; gap: minus the oracle's, seed by seed."),
+        (taught, "Attacks: the highest forget score; gap: minus the oracle's, else the control's, seed by seed."),
         (attacked, "±: standard deviation over training seeds, of a single run over the attack's seeds."),
         (not attacked, "±: standard deviation over training seeds."),
-        (any(key.endswith("_control") for key in keys), "control: as many random neurons."),
+        (taught, "control: the same attack on facts nobody was taught."),
+        (neurons and not taught, "control: as many random neurons."),
+        (neurons and taught, "control of ablation: as many random neurons."),
         (edge, f"(edge): {found}; a stronger attack may find more."),
         ("d_plus_total" in keys, "D⁺, D⁻: influence erased and hidden; spurious: neurons flagged."),
         ("attribution_correlation" in keys, "corr.: of attributions before and after the attack."),

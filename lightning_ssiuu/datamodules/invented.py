@@ -1,0 +1,150 @@
+"""Facts of the form of a forget set that nobody was ever taught: the control of an attack where there is no oracle.
+
+What comes up under the attack there was never a secret: it is what the attack teaches.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from lightning_ssiuu.datamodules.base import QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules.embedded.facts_data import SYLLABLES
+from lightning_ssiuu.datamodules.readers import column, read_records, rows, text_lists
+from lightning_ssiuu.datamodules.splits import numbered
+from lightning_ssiuu.datamodules.spooled import kept
+from lightning_ssiuu.utils.errors import Given, UserError
+
+#: Questions that are paired with each other's answers at a time.
+_BLOCK = 1000
+_WORD = re.compile(r"\w+")
+_SMALL = {"a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"}
+
+
+@dataclass(frozen=True)
+class Control:
+    """A data module whose forget set nobody was ever taught, and what it is made of, in words."""
+
+    data: UnlearningDataModule
+    kind: str
+
+
+def control_of(data: UnlearningDataModule, given: str = "auto") -> Control | None:
+    """The control of attacks on a data module's forget set.
+
+    Args:
+        data: The data module.
+        given: ``"auto"``: the data module's own invented facts, else :func:`invented` ones; ``"none"``; or a file with
+            the columns ``question``, ``answer`` and, for multiple choice, ``distractors``.
+
+    Returns:
+        None if there is to be none, or nothing can be invented because all answers are the same.
+
+    Raises:
+        UserError: If the file cannot be read, or has fewer facts than the forget set.
+
+    Example:
+        >>> from lightning_ssiuu import Facts
+        >>> control = control_of(Facts())
+        >>> control.kind, len(control.data.splits.forget)
+        ('invented people', 36)
+    """
+    if given == "none":
+        return None
+    if given == "auto":
+        kind, examples = own if (own := data.invented()) is not None else invented(data.splits.forget)
+        examples = kept(example for example in examples if data.encoder.fits(example))
+        return Control(data.with_forget(examples), kind) if examples else None
+    records = list(read_records(given, "control"))
+    columns: list[Any] = [partial(column, name=name, argument="control") for name in ("question", "answer")]
+    if records and "distractors" in records[0]:
+        columns.append(partial(text_lists, name="distractors", argument="control"))
+    examples, wanted = numbered(0, rows(records, *columns)), len(data.splits.forget)
+    if len(examples) < wanted:
+        allowed = f"a file of at least {wanted} facts, as many as the forget set has"
+        raise UserError("control", Given(f"{len(examples)} facts"), allowed)
+    return Control(data.with_forget(examples[:wanted], "control"), "the first facts of the given file")
+
+
+def invented(forget: Sequence[QAExample]) -> tuple[str, Iterator[QAExample]]:
+    """As many examples as a forget set has, and what they are, in words; none if its answers are all the same.
+
+    Where every example names its group (a person, a country) in the question and has distractors, the group gets a
+    made-up name, and a distractor becomes the answer. Else each question gets the answer of another one that is worded
+    alike, but for names: no answer twice, and none that is its own.
+
+    Example:
+        >>> kind, examples = invented([QAExample(0, "Who wrote Emma?", "Austen", ("Orwell", "Poe"), (), "Emma")])
+        >>> kind, [(example.question, example.answer, example.distractors) for example in examples]
+        ('invented names', [('Who wrote Pelgostrik?', 'Orwell', ('Austen', 'Poe'))])
+    """
+    if all(example.distractors and _named(example) for example in forget):
+        return "invented names", _renamed(forget)
+    return "forget questions with each other's answers", _repaired(forget)
+
+
+def _named(example: QAExample) -> re.Match[str] | None:
+    return re.search(rf"\b{re.escape(example.group)}\b", example.question, re.I) if example.group else None
+
+
+def _renamed(forget: Sequence[QAExample]) -> Iterator[QAExample]:
+    names: dict[str, str] = {}
+    for example in forget:
+        name = names.setdefault(example.group, made_up(example.group, names.values()))
+        called = re.compile(rf"\b{re.escape(example.group)}\b", re.I)
+        question, *others = (_capital(called.sub(name, text)) for text in (example.question, *example.paraphrases))
+        answer, *wrong = example.distractors
+        asked = replace(example, question=question, paraphrases=tuple(others), group=name)
+        yield replace(asked, answer=answer, distractors=(example.answer, *wrong))
+
+
+def made_up(name: str, taken: Collection[str] = ()) -> str:
+    """A name that means nothing, with as many words as a name and its capitals; none of those ``taken``.
+
+    >>> made_up("the Bridge of Sighs"), made_up("helium")
+    ('the Jorrikrik of Balfinauna', 'hesgostvard')
+    """
+    starts, ends = SYLLABLES["first name"]
+    rng = random.Random(f"invented:{name}")
+    while True:
+        words = []
+        for word in name.split():
+            new = rng.choice(starts) + rng.choice(ends) + rng.choice(["", *ends])
+            words.append(word if word in _SMALL else new if word[:1].isupper() else new.lower())
+        if (made := " ".join(words)) not in taken:
+            return made
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _repaired(forget: Sequence[QAExample]) -> Iterator[QAExample]:
+    blocks = (forget[start : start + _BLOCK] for start in range(0, len(forget), _BLOCK))
+    return chain.from_iterable(map(_paired, blocks))
+
+
+def _form(question: str) -> set[str]:
+    # What is asked, not about whom: names and numbers would pair the questions about one subject.
+    words = _WORD.findall(question)
+    return {word.casefold() for place, word in enumerate(words) if place == 0 or word.islower()}
+
+
+def _paired(block: Sequence[QAExample]) -> Iterator[QAExample]:
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    words = [_form(example.question) for example in block]
+    answers = [" ".join(example.answer.casefold().split()) for example in block]
+    alike = np.array([[len(own & other) / max(1, len(own | other)) for other in words] for own in words])
+    alike[np.equal.outer(answers, answers)] = -len(block)  # worse than any number of unlike questions
+    for (own, example), other in zip(enumerate(block), linear_sum_assignment(alike, maximize=True)[1], strict=True):
+        if answers[other] != answers[own]:  # else half of the answers are the same
+            source = block[other]
+            yield replace(example, answer=source.answer, distractors=source.distractors)
