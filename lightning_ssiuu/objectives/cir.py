@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,70 @@ from lightning_ssiuu.models.architectures import feed_forward_sites, neuron_site
 from lightning_ssiuu.models.packing import apart
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
-from lightning_ssiuu.training.shards import wide
+from lightning_ssiuu.training.shards import train_only, wide
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 if TYPE_CHECKING:  # with it comes torch's compiler
     from transformers import PreTrainedModel
 
 
-class CIR(UnlearningModule):
+class CollapsedObjective(UnlearningModule):
+    """An objective whose forget gradients leave out common directions, as :class:`CIR` has it; write its loss."""
+
+    can_be_backbone = False
+    state_attributes: ClassVar[tuple[str, ...]] = (
+        "bases",
+        "_epoch_of_bases",
+    )  # in the middle of an epoch the weights would give others
+
+    def __init__(
+        self, input_components: int, gradient_components: int, attention: bool, every_n_epochs: int, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        check_at_least("input_components", input_components, 0)
+        check_at_least("gradient_components", gradient_components, 0)
+        check_at_least("every_n_epochs", every_n_epochs, 1)
+        if self.lora is not None:
+            raise UserError("lora", "adapters", "null: the gradient of an adapter is no sum of a layer's own g aᵀ")
+        if self.gradient_checkpointing:
+            raise UserError("gradient_checkpointing", True, "false: layers are recomputed without the projection")
+        self.input_components, self.gradient_components = input_components, gradient_components
+        self.attention, self.every_n_epochs = attention, every_n_epochs
+        self.bases: Bases = {}
+        self._epoch_of_bases: int | None = None
+
+    def loss_to_collapse(self, batch: Part) -> Tensor:
+        """The forget loss (scalar, nats), whose weight gradients are collapsed."""
+        raise NotImplementedError(f"{type(self).__name__} has to define loss_to_collapse(batch)")
+
+    def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().adopt(model, tokenizer)
+        train_only(model.hf, {f"{name}.weight" for name in linear_layers(model.hf, self.attention)})
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Not in on_train_epoch_start: Lightning leaves that out in a run resumed at the very end of an epoch.
+        epoch = self.current_epoch  # a resumed run may have brought this epoch's directions
+        if self._epoch_of_bases is not None and epoch < self._epoch_of_bases + self.every_n_epochs:
+            return
+        names = linear_layers(self.model.hf, self.attention)
+        counts = self.input_components, self.gradient_components
+        with untouched(self.model), self.trainer.precision_plugin.forward_context():
+            parts = self.training_parts("forget")
+            self.bases = find_common_directions(self.model, self.loss_to_collapse, parts, names, *counts)
+        self._epoch_of_bases = epoch
+
+    def forget_loss(self, batch: Part) -> Tensor:
+        """The loss's value; its gradient is without the common directions once training has begun."""
+        with collapsed(self.model.hf, self.bases):
+            # A copy, as the step remembers passes by part: the regulariser's gradient is to be of an ordinary one.
+            return self.loss_to_collapse(dict(batch))
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self.bases = {name: (a.to(self.device), g.to(self.device)) for name, (a, g) in self.bases.items()}
+
+
+class CIR(CollapsedObjective):
     """Collapse of irrelevant representations (Sondej & Yang, arXiv 2509.11816), on any backbone's losses.
 
     The forget loss's gradient of a linear layer is ``Σ_t g̃_t ã_tᵀ``: inputs a and output gradients g of its tokens,
@@ -55,9 +111,6 @@ class CIR(UnlearningModule):
         36
     """
 
-    can_be_backbone = False
-    state_attributes = ("bases", "_epoch_of_bases")  # in the middle of an epoch the weights would give others
-
     def __init__(
         self,
         backbone: UnlearningModule | None = None,
@@ -67,47 +120,11 @@ class CIR(UnlearningModule):
         every_n_epochs: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_at_least("input_components", input_components, 0)
-        check_at_least("gradient_components", gradient_components, 0)
-        check_at_least("every_n_epochs", every_n_epochs, 1)
-        if self.lora is not None:
-            raise UserError("lora", "adapters", "null: the gradient of an adapter is no sum of a layer's own g aᵀ")
-        if self.gradient_checkpointing:
-            raise UserError("gradient_checkpointing", True, "false: layers are recomputed without the projection")
+        super().__init__(input_components, gradient_components, attention, every_n_epochs, **kwargs)
         self.use_backbone(backbone or gradient_difference_like(self))
-        self.input_components, self.gradient_components = input_components, gradient_components
-        self.attention, self.every_n_epochs = attention, every_n_epochs
-        self.bases: Bases = {}
-        self._epoch_of_bases: int | None = None
 
-    def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().adopt(model, tokenizer)
-        trained = {f"{name}.weight" for name in linear_layers(model.hf, self.attention)}
-        for name, parameter in model.hf.named_parameters():
-            parameter.requires_grad_(name in trained)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Not in on_train_epoch_start: Lightning leaves that out in a run resumed at the very end of an epoch.
-        epoch = self.current_epoch  # a resumed run may have brought this epoch's directions
-        if self._epoch_of_bases is not None and epoch < self._epoch_of_bases + self.every_n_epochs:
-            return
-        names = linear_layers(self.model.hf, self.attention)
-        counts = self.input_components, self.gradient_components
-        with untouched(self.model), self.trainer.precision_plugin.forward_context():
-            parts = self.training_parts("forget")
-            self.bases = find_common_directions(self.model, super().forget_loss, parts, names, *counts)
-        self._epoch_of_bases = epoch
-
-    def forget_loss(self, batch: Part) -> Tensor:
-        """The backbone's value; its gradient is without the common directions once training has begun."""
-        with collapsed(self.model.hf, self.bases):
-            # A copy, as the step remembers passes by part: the regulariser's gradient is to be of an ordinary one.
-            return super().forget_loss(dict(batch))
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self.bases = {name: (a.to(self.device), g.to(self.device)) for name, (a, g) in self.bases.items()}
+    def loss_to_collapse(self, batch: Part) -> Tensor:
+        return UnlearningModule.forget_loss(self, batch)
 
 
 #: Directions whose singular value is below this share of the largest are noise of the arithmetic.

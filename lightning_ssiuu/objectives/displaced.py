@@ -13,7 +13,7 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.divergence import finite_losses
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.perturbation import add_gradients
-from lightning_ssiuu.training.shards import reshard
+from lightning_ssiuu.training.shards import local, local_state, reshard
 from lightning_ssiuu.utils.distributed import mean_over_ranks, world_size
 
 
@@ -47,6 +47,23 @@ class DisplacedObjective(UnlearningModule):
     def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Put the step's forget gradient, times ``forget_weight``, into ``.grad``, by default by adding."""
         add_gradients(parameters, gradients)
+
+    def running_mean(
+        self, means: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], rate: float
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """``m ← m + rate · (.grad − m)`` by parameter name, from 0 on; the means and this rank's parts of them.
+
+        ``.grad`` is there afterwards, zero where the loss gave none.
+        """
+        for parameter in parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if not means:
+            means = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        means, parts = local_state(means, parameters)
+        for part, parameter in zip(parts, parameters.values(), strict=True):
+            part.lerp_(local(parameter.grad).to(part.dtype), rate)  # type: ignore[arg-type]
+        return means, parts
 
     def unwritten(self) -> str | None:
         own = type(self).displaced_gradient is not DisplacedObjective.displaced_gradient

@@ -17,7 +17,7 @@ from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, sequence_
 from lightning_ssiuu.models.architectures import feed_forward_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import gradient_ascent
-from lightning_ssiuu.training.shards import local, reshard
+from lightning_ssiuu.training.shards import local, reshard, train_only
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
 if TYPE_CHECKING:  # with it comes torch's compiler
@@ -92,9 +92,7 @@ class KLUE(UnlearningModule):
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().adopt(model, tokenizer)
-        trained = neuron_weights(model.hf)
-        for name, parameter in model.hf.named_parameters():
-            parameter.requires_grad_(name in trained)
+        train_only(model.hf, neuron_weights(model.hf))
 
     def prepare(self) -> None:
         # Every rank looks at all examples, so that all choose alike.

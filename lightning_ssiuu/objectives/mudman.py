@@ -99,14 +99,11 @@ class MUDMAN(DisplacedObjective):
 
     @torch.no_grad()
     def combine(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        if not self._retain_mean:
-            self._retain_mean = {name: torch.zeros_like(p) for name, p in trained_parameters(self.model).items()}
-        means, norm = self._like(self._retain_mean), norm_over_shards(gradients, parameters)
+        named = trained_parameters(self.model)
+        self._retain_mean, means = self.running_mean(self._retain_mean, named, 1 - self.retain_momentum)
+        norm = norm_over_shards(gradients, parameters)
         for parameter, mean, gradient in zip(parameters, means, gradients, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            own, mean = local(parameter.grad), local(mean)
-            mean.lerp_(own.to(mean.dtype), 1 - self.retain_momentum)
+            own = local(parameter.grad)  # type: ignore[arg-type]
             own.copy_(mean)
             if norm > 0:
                 agreeing = gradient.sign() == mean.sign()

@@ -55,6 +55,13 @@ def rejected(
             allowed = f"at most {context}, what the model takes: shorten the question or the rejections"
             raise UserError("rejections", f"{length} tokens for example id {example}", allowed)
         pairs.append((prompt, completion))
+    return with_answers(part, pairs, tokenizer)
+
+
+def with_answers(
+    part: Part, pairs: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The examples of a part with other token ids: of each the prompt and the answer."""
     pad = _eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return move_data_to_device(batch_of(pairs, pad), part["input_ids"].device) | {"example_id": part["example_id"]}
 

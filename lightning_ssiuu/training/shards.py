@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ _CACHED = 1 << 18
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name, each tied one once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_only(model: nn.Module, names: Collection[str]) -> None:
+    """Freeze all parameters but those of these names."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
 
 
 def chunks(tensors: Sequence[Tensor], limit: int | None = None) -> Iterator[slice]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys.losses import projector_by_hand
 from toys.models import answer_model, distance, equal, part, random_model
 from toys.runs import first_batch, first_gradients, toy_data, toy_model, toy_run
 from transformers.pytorch_utils import Conv1D
@@ -41,14 +42,6 @@ def rows(n: int, width: int, seed: int = 0) -> Tensor:
     spread = torch.linspace(3.0, 0.1, width, dtype=torch.float64)
     mix = torch.randn(width, width, dtype=torch.float64, generator=generator)
     return torch.randn(n, width, dtype=torch.float64, generator=generator) * spread @ mix + 1.0
-
-
-def projector_by_hand(values: Tensor, components: int) -> Tensor:
-    """``[D, D]`` onto the span of the mean and of the covariance's leading eigenvectors, through normal equations."""
-    centred = values - values.mean(0)
-    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
-    span = torch.cat([vectors[:, eigenvalues.argsort(descending=True)[:components]], values.mean(0)[:, None]], 1)
-    return span @ torch.linalg.solve(span.T @ span, span.T)
 
 
 # ---- directions --------------------------------------------------------------------------------------------------

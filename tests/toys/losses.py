@@ -88,3 +88,11 @@ def check_by_hand(objective: Any, by_hand: Any, forget: Any, options: dict[str, 
     wanted = gradient(expected, model)
     assert norm(wanted) > 1e-3
     assert distance(gradient(loss, model), wanted) < 1e-11
+
+
+def projector_by_hand(values: Tensor, components: int) -> Tensor:
+    """``[D, D]`` onto the span of the mean and of the covariance's leading eigenvectors, through normal equations."""
+    centred = values - values.mean(0)
+    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
+    span = torch.cat([vectors[:, eigenvalues.argsort(descending=True)[:components]], values.mean(0)[:, None]], 1)
+    return span @ torch.linalg.solve(span.T @ span, span.T)
