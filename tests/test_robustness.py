@@ -92,6 +92,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         ({"objectives": ["no_such"]}, "allowed: the path of a recipe"),
         ({"data": ["no_such_folder"]}, "forget.jsonl"),
         ({"objectives": ["sam"], "search": [1.0]}, "do not divide"),
+        ({"data": ["embedded:0", "embedded"]}, "two called 'embedded0'"),
     ):
         with pytest.raises(SystemExit, match=said):
             planned(**given)

@@ -69,11 +69,15 @@ def _attacks(run: Run, store: Store) -> list[dict[str, Any]]:
         if oracle is not None and not store.is_finished(oracle):
             continue
         for row in joined(store, stage, oracle)["attacks"]:
-            reference_is = next((each for each in ("oracle", "control") if each in row), None)
-            found: dict[str, Any] = {"attack": name, "p": row["p"], "inside_grid": row["unlearned"].get("inside_grid")}
+            relearned = "inside_grid" in row["unlearned"]  # the control of others is something else: random neurons
+            reference_is = next((each for each in ("oracle", "control")[: 1 + relearned] if each in row), None)
+            title = f"{name} {row['variant']}" if row["variant"] else name
+            found: dict[str, Any] = {"attack": title, "p": row["p"], "inside_grid": row["unlearned"].get("inside_grid")}
             found |= {
                 key: row["unlearned"][of]["per_seed"] for key, of in (("before", "before"), ("highest", "forget_score"))
             }
+            if "utility" in row["unlearned"]:
+                found["utility"] = row["unlearned"]["utility"]
             if reference_is is not None:
                 reference = row[reference_is]["forget_score"]["per_seed"]
                 found |= {"reference": reference, "reference_is": reference_is}

@@ -86,12 +86,19 @@ class Planner:
         self.sources = {
             text: source(text, settings) for text in (*settings["data"], settings["tune"]) if text is not None
         }
+        names = [each.name for each in self.sources.values()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise SystemExit(f"--data: got two called {twice!r}, allowed: directories with different names")
         self.recipe = next(iter(self.sources.values())).recipe
-        self.tried = {each.name: each.settings(settings["search"], self.recipe) for each in self.objectives}
+        self.tunes = settings["tune"] is not None
+        self.tried = {
+            each.name: each.settings(settings["search"], self.recipe) if self.tunes else [Setting("recipe", {})]
+            for each in self.objectives
+        }
 
     def tuning(self) -> Iterator[Run]:
-        """Every setting of every objective on the tune data."""
-        if self.settings["tune"] is None or len(self.settings["search"]) == 1:
+        """Every setting of every objective on the tune data; without such data the recipes are taken as they are."""
+        if not self.tunes:
             return
         data = self.sources[self.settings["tune"]]
         for seed in self.settings["tune_seeds"]:
@@ -124,8 +131,12 @@ class Planner:
     ) -> Run:
         learned, oracle = data.teach("all", seed), data.teach("retain", seed)
         fit = self._fit(data, objective, setting, retain, seed, learned, oracle)
-        attacked = {name: self._attack(data, name, attack, fit) for name, attack in attacks.items()}
-        oracles = {name: self._attack(data, name, attack, oracle) for name, attack in attacks.items() if oracle}
+        attacked = {name: self._attack(data, name, attack, fit, learned, oracle) for name, attack in attacks.items()}
+        oracles = {
+            name: self._attack(data, name, attack, oracle, learned, oracle)
+            for name, attack in attacks.items()
+            if oracle
+        }
         stages = {"learned": learned, "oracle": oracle, "fit": fit}
         if phase == "test":
             stages["audit"] = self._audit(data, fit, learned, oracle, attacked)
@@ -158,33 +169,49 @@ class Planner:
             needs["learned"] = learned
             model = (*model, "--model.init_args.checkpoint", "{learned}/model")
         match = ("--trainer.callbacks", _MATCH) if objective.matched else ()
-        begin = (*FIT, *recipes, *model, *data.data, *words(settings["fit"]), *words(stop))
+        then = [word for recipe in objective.then for word in ("--config", recipe)]
+        begin = (*FIT, *recipes, *model, *then, *data.data, *words(settings["fit"]), *words(stop))
         name = f"{data.name}.{objective.name}.{setting.name}" + (f".retain{retain:g}" if retain != 1 else "")
         more = (*words(options), *match, *checkpoints(settings), *ALWAYS)
         return Stage("fit", f"{name}.seed{seed}", (*begin, *more), needs, "model")
 
-    def _attack(self, data: Source, name: str, attack: Mapping[str, Any], attacked: Stage) -> Stage:
+    def _attack(
+        self,
+        data: Source,
+        name: str,
+        attack: Mapping[str, Any],
+        attacked: Stage,
+        learned: Stage | None,
+        oracle: Stage | None,
+    ) -> Stage:
         recipe = attack["recipe"]
         recipe = recipe if Path(recipe).suffix else f"recipes/attack/{recipe}.yaml"
         begin = ("lightning-ssiuu", "attack", "--config", recipe, *words(attack.get("options", {}), "attack."))
         more = ("--score", self.settings["score"], "--model", "{attacked}/model", "--output", "{own}")
+        needs = {**data.stages, "attacked": attacked}
+        if oracle is not None:  # it is attacked once, for all; where there is none the command has its control
+            more = (*more, "--control", "none")
+        if attack.get("original"):
+            more = (*more, "--attack.original", self._original(data, learned))
+            needs |= {"learned": learned} if learned else {}
         kind = "attack" if attacked.kind == "fit" else "oracle_attack"
-        return Stage(
-            kind, f"{attacked.name}.{name}", (*begin, *more, *data.data), {**data.stages, "attacked": attacked}
-        )
+        return Stage(kind, f"{attacked.name}.{name}", (*begin, *more, *data.data), needs)
 
     def _audit(
         self, data: Source, fit: Stage, learned: Stage | None, oracle: Stage | None, attacks: Mapping[str, Stage]
     ) -> Stage:
-        original = "{learned}/model" if learned else self.settings["checkpoint"] or self._checkpoint(data)
         needs = {**data.stages, "fit": fit, **({"learned": learned} if learned else {})}
         needs |= {f"attack_{name}": stage for name, stage in attacks.items()}
-        models: dict[str, Any] = {"original": original, "unlearned": "{fit}/model"}
+        models: dict[str, Any] = {"original": self._original(data, learned), "unlearned": "{fit}/model"}
         if oracle is not None:
             needs["oracle"], models["oracle"] = oracle, "{oracle}/model"
         options = words(models | {"score": self.settings["score"], "relearning_probe": False} | self.settings["audit"])
         return Stage("audit", fit.name, ("lightning-ssiuu", "audit", *options, "--output", "{own}", *data.data), needs)
 
-    def _checkpoint(self, data: Source) -> str:
+    def _original(self, data: Source, learned: Stage | None) -> str:
+        if learned is not None:
+            return "{learned}/model"
+        if self.settings["checkpoint"]:
+            return str(self.settings["checkpoint"])
         recipe = yaml.safe_load(Path(data.recipe).read_text(encoding="utf-8"))
         return str(recipe["model"]["init_args"]["checkpoint"])

@@ -73,8 +73,9 @@ def _recovery(axes: Any, groups: Mapping[str, Sequence[Record]], cell: tuple[str
         assert isinstance(estimate, Estimate)
         low, high = estimate.mean - max(estimate.low, 0.0), min(estimate.high, 100.0) - estimate.mean
         axes.errorbar(estimate.mean, row, xerr=[[low], [high]], color=COLOURS["unlearned"], marker="o", capsize=3)
-    if (reference := over(next(iter(groups.values())), attacked(cell, "reference"))) is not None:
-        axes.axvline(reference.mean, color=COLOURS["oracle"], linestyle="--")
+    for row, runs in enumerate(groups.values()):  # the oracle's is the same for all, a control's is not
+        if (reference := over(runs, attacked(cell, "reference"))) is not None:
+            axes.plot((reference.mean,) * 2, (row - 0.4, row + 0.4), color=COLOURS["oracle"], linestyle="--")
     axes.set_yticks(range(len(groups)), list(groups))
-    axes.set(xlabel="highest forget score, 95 % interval (dashed: oracle)", ylim=(len(groups) - 0.5, -0.5))
+    axes.set(xlabel="highest forget score, 95 % interval (dashed: oracle or control)", ylim=(len(groups) - 0.5, -0.5))
     axes.set_xlim(left=0)

@@ -13,7 +13,7 @@ import yaml
 LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
 RETAIN_WEIGHT = "model.init_args.retain_weight"
 TABLE = Path(__file__).parent / "objectives.yaml"
-_KEYS = {"recipes", "options", "strength", "match"}
+_KEYS = {"recipes", "then", "options", "strength", "match"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of the table, for one model. ``matched`` says whether it ends at the forget score of the others."""
+    """An entry of the table, for one model.
+
+    ``then`` are recipes that are given after the model's. ``matched`` says whether it ends at the others' forget score.
+    """
 
     name: str
     recipes: tuple[str, ...]
+    then: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     strength: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     matched: bool = True
@@ -57,7 +61,7 @@ class Objective:
     def value(self, name: str, model_recipe: str) -> Any:
         """An option as ``fit`` will find it without a setting; None where no recipe has it."""
         merged: dict[str, Any] = {}
-        for recipe in (*self.recipes, model_recipe):
+        for recipe in (*self.recipes, model_recipe, *self.then):
             merged |= _flat(yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {})
         return (merged | _flat(self.options)).get(name)
 
@@ -74,6 +78,7 @@ def objectives(names: Sequence[str], model: str) -> list[Objective]:
             raise SystemExit(f"--objectives: got {name!r}, allowed: the path of a recipe, {', '.join(table)}")
         entry = table[name]
         recipes = tuple(r if Path(r).suffix else f"recipes/objective/{r}.yaml" for r in entry.get("recipes", [name]))
+        then = tuple(entry.get("then", ()))
         own = entry.get(Path(model).stem, {})
         strength = own.get("strength", entry.get("strength", {}))
         options = entry.get("options", {}) | {key: value for key, value in own.items() if key != "strength"}
@@ -82,7 +87,7 @@ def objectives(names: Sequence[str], model: str) -> list[Objective]:
             raise SystemExit(
                 f"{TABLE.name}: {name}: {unknown[0]!r} is neither one of {sorted(_KEYS)} nor a model's recipe"
             )
-        found.append(Objective(name, recipes, options, strength, entry.get("match", True)))
+        found.append(Objective(name, recipes, then, options, strength, entry.get("match", True)))
     return found
 
 

@@ -89,6 +89,7 @@ def _attack(groups: Mapping[str, Sequence[Record]], cell: tuple[str, float | Non
         "objective",
         "before",
         "highest",
+        f"the {reference}'s",
         f"beyond the {reference} (95 %)",
         f"beyond {BASELINE} (95 %)",
         "inside the grid",
@@ -97,7 +98,7 @@ def _attack(groups: Mapping[str, Sequence[Record]], cell: tuple[str, float | Non
     for label, group in groups.items():
         baseline = None if label == BASELINE else paired(group, groups.get(BASELINE, []), attacked(cell))
         inside = [row["inside_grid"] for run in group for row in run["attacks"] if (row["attack"], row["p"]) == cell]
-        figures = [_text(over(group, attacked(cell, key))) for key in ("before", "highest")]
+        figures = [_text(over(group, attacked(cell, key))) for key in ("before", "highest", "reference")]
         rows.append(
             [
                 label,
@@ -107,9 +108,6 @@ def _attack(groups: Mapping[str, Sequence[Record]], cell: tuple[str, float | Non
                 f"{sum(map(bool, inside))} of {len(inside)}",
             ]
         )
-    spread = over(next(iter(groups.values())), attacked(cell, "reference"))
-    if spread is not None:
-        rows.append([reference, "", _text(spread), "", "", ""])
     return f"Attack {name}" + ("" if p is None else f", p = {p:g}") + ":\n\n" + table(header, rows)
 
 
