@@ -86,6 +86,23 @@ def test_every_objective_of_the_table_is_searched_as_long(model: str) -> None:
         assert all(Path(recipe).is_file() for recipe in objective.recipes), objective.name
 
 
+def test_commands_of_the_page_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.robustness import __main__ as benchmark
+    from benchmarks.robustness import people, predictors
+
+    page = (ROOT / "docs/robustness.md").read_text(encoding="utf-8")
+    for module, name in ((benchmark, "benchmarks.robustness"), (predictors, "benchmarks.robustness.predictors")):
+        with pytest.raises(SystemExit) as end:
+            module.main(["--help"])
+        assert end.value.code == 0
+        shown = [line for line in page.splitlines() if line.startswith(f"python -m {name} ")]
+        known = capsys.readouterr().out
+        assert shown
+        assert all(word in known for line in shown for word in line.split() if word.startswith("--"))
+    with pytest.raises(SystemExit):
+        people.main(["--help"])
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     for given, said in (
         ({"data": ["embedded:1"]}, "--tune"),
