@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys.cli import ROOT, at, script
+from toys.cli import ROOT, at, script, write_rows
 
+COLOURS = ("red", "blue", "green", "gold", "grey")
 pytestmark = pytest.mark.usefixtures("_at_root")
 
 
@@ -199,12 +200,15 @@ def wait_for(pid: int, found: Callable[[], object], seconds: float = 600.0) -> N
 
 @pytest.mark.slow
 def test_the_benchmark_is_killed_within_a_fit_and_goes_on(tmp_path: Path) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
+    out, log, data = tmp_path / "out", tmp_path / "log", tmp_path / "slice"
+    for name, first, count in (("forget", 10, 8), ("retain", 30, 16)):
+        rows = [{"question": f"Who wrote book {n}?", "answer": f"{COLOURS[n % 5]} {n * 7 % 10}"} for n in range(99)]
+        write_rows(data / f"{name}.jsonl", rows[first : first + count])
 
     def whole() -> int:
         from benchmarks.robustness.__main__ import main
 
-        return main(["--settings", "smallest", "--output", str(out), "--delete_models"])
+        return main(["--settings", "smallest", "--data", str(data), "--output", str(out), "--delete_models"])
 
     pid = forked(whole, log)
     wait_for(pid, lambda: list(out.glob("stages/fit/*/checkpoints/step=*.ckpt")))
@@ -221,17 +225,23 @@ def test_the_benchmark_is_killed_within_a_fit_and_goes_on(tmp_path: Path) -> Non
     assert costs.pop(str(killed)) is None
     assert None not in costs.values()
     for run in tested:
-        assert run["after"]["forget"] == pytest.approx(80.0, abs=0.1)
-        assert run["matched"]["below"] <= 80.0
-        assert {"learned": False, "fit": True}.items() <= {
-            name: name in run["commands"] for name in ("learned", "fit")
-        }.items()
-        assert run["commands"]["audit"].startswith("lightning-ssiuu audit --original tiny")
+        assert run["after"]["forget"] == pytest.approx(50.0, abs=0.1)
+        assert run["matched"]["below"] <= 50.0
+        assert run["commands"].keys() == {
+            "learned",
+            "oracle",
+            "fit",
+            "audit",
+            "attack harmful",
+            "oracle's attack harmful",
+        }
+        assert f"--original {out}/stages/teach/slice.seed{run['seed']}-" in run["commands"]["audit"]
+        assert run["oracle"].keys() == run["after"].keys() == {"forget", "retain", "test"}
         assert len(run["attacks"][0]["reference"]) == 2
         assert run["indicators"]["influence.d_minus_total"] >= 0
     text = (out / "tables.md").read_text()
     assert "of 2 settings that reached it" in text
-    assert {path.name for path in (out / "plots").iterdir()} == {"embedded0_front.png", "embedded0_recovery.png"}
+    assert {path.name for path in (out / "plots").iterdir()} == {"slice_front.png", "slice_recovery.png"}
     assert not list(out.glob("stages/fit/*/model"))  # nothing is left to do with them
     stages = {path: path.stat().st_mtime_ns for path in out.glob("stages/*/*/stage.json")}
     assert whole() == 0

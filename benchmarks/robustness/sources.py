@@ -76,16 +76,20 @@ def checkpoints(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def source(text: str, settings: Mapping[str, Any]) -> Source:
     """``embedded:FOLD``, ``world_facts:SPLIT`` or a directory with ``forget.jsonl`` and ``retain.jsonl``."""
     kind, _, number = text.partition(":")
-    more = settings["data_options"]
+    more = settings["data_options"].get
     if kind == "embedded":
         begin = ("python", "-m", "benchmarks.robustness.people", "--fold", number or "0", "--output", "{own}")
         people = Stage("people", f"embedded{number or 0}", begin, {}, None)
         files = {name: f"{{people}}/{name}.jsonl" for name in ("forget", "retain", "test")}
-        options = files | {"distractors_column": "distractors"} | more
+        options = files | {"distractors_column": "distractors"} | more("CustomData", {})
         data = ("--data", "CustomData", *words(options, "data.init_args."))
         return Source(people.name, data, {"people": people}, settings)
     if kind == "world_facts":
-        data = ("--data", "WorldFacts", *words({"split_seed": int(number or 0)} | more, "data.init_args."))
+        data = (
+            "--data",
+            "WorldFacts",
+            *words({"split_seed": int(number or 0)} | more("WorldFacts", {}), "data.init_args."),
+        )
         return Source(f"world_facts{number or 0}", data, {}, settings)
     folder = Path(text)
     for name in ("forget", "retain"):
@@ -93,6 +97,6 @@ def source(text: str, settings: Mapping[str, Any]) -> Source:
             raise SystemExit(
                 f"--data: got {text!r}, allowed: embedded:FOLD, world_facts:SPLIT, or a directory with {name}.jsonl"
             )
-    options = {"forget": "forget", "retain": "retain"} | more
+    options = {"forget": "forget", "retain": "retain"} | more("TOFU", {})
     data = ("--data", "TOFU", "--data.init_args.path", text, *words(options, "data.init_args."))
     return Source(folder.name, data, {}, settings, taught=True)
