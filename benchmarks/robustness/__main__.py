@@ -5,7 +5,7 @@
 
 From the root of the repository. Settings of each objective are chosen on the tune data alone, as many tried for each.
 What is finished is never repeated: the same command goes on after a kill, and at the end of ``--minutes`` it says what
-is left (exit status 3). ``results.json``, ``tables.md`` and ``plots/`` are written after every stage
+is left (exit status 3). ``results.json`` and ``tables.md`` are written after every stage, ``plots/`` at the end
 (docs/robustness.md).
 """
 
@@ -21,8 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import written_atomically
 from lightning_ssiuu.utils.imports import put_off
+from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.threads import wait_passively
 
 from .collect import choose, put_attacks_beside_fit, record, setting_of
@@ -81,7 +83,6 @@ class Benchmark:
 
     def write(self, runs: Sequence[Run]) -> dict[str, Any]:
         """Write the results as they are."""
-        from .plots import save_plots
         from .tables import markdown
 
         records = []
@@ -96,9 +97,6 @@ class Benchmark:
         for name, text in (("results.json", json.dumps(results, indent=1)), ("tables.md", markdown(results))):
             with written_atomically(self.output / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        tested = [each for each in records if each["phase"] == "test"]
-        for data in dict.fromkeys(each["data"] for each in tested):
-            save_plots([each for each in tested if each["data"] == data], self.output / "plots", data)
         return results
 
     def drop_models(self, runs: Sequence[Run]) -> None:
@@ -131,6 +129,11 @@ class Benchmark:
             self.write(self.runs())
 
     def _end(self, results: dict[str, Any]) -> int:
+        from .plots import save_plots
+
+        tested = [each for each in results["runs"] if each["phase"] == "test"]
+        for data in dict.fromkeys(each["data"] for each in tested):
+            save_plots([each for each in tested if each["data"] == data], self.output / "plots", data)
         print((self.output / "tables.md").read_text(encoding="utf-8"))
         if results["left"]:
             print(f"{len(results['left'])} stages are left: run the same command again", file=sys.stderr)
@@ -174,10 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .running import Interrupted
 
     try:
-        return benchmark.go(options.minutes, options.delete_models)
-    except Interrupted:
-        print("ended by SIGTERM: the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        with only_here("output", options.output):  # a second benchmark would take the first one's stages for failed
+            return benchmark.go(options.minutes, options.delete_models)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    except (Interrupted, KeyboardInterrupt) as error:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, Interrupted) else signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from .plan import Run
 from .stages import Stage, Store
 from .table import Setting
 
-#: Parts of ``audit.json`` that say what an attack found, or how it was made: nothing to predict recovery by.
-_NOT_INDICATORS = ("relearning", "provenance", "alpha", "flagged", "verdict")
+#: Parts of ``metrics.json`` and ``audit.json`` that say what an attack found, what was before, or how they were made.
+_NOT_INDICATORS = ("before", "scores", "relearning", "provenance", "alpha", "flagged", "verdict", "retain_chance")
 
 
 def record(run: Run, store: Store, score: str) -> dict[str, Any] | None:
@@ -117,8 +117,7 @@ def indicators(metrics: Mapping[str, Any], audit: Mapping[str, Any]) -> dict[str
 
     Those of the oracle and of the model before unlearning are the same for all objectives, and left out.
     """
-    found = numbers({"steps": metrics["steps"], "retain": metrics["after"].get("retain_score")})
-    found |= numbers(metrics["after"].get("influence", {}), "fit.")
+    found = numbers({name: part for name, part in metrics.items() if name not in _NOT_INDICATORS}, "fit.")
     for name, part in audit.items():
         if name not in _NOT_INDICATORS and isinstance(part, Mapping):
             found |= numbers(part.get("unlearned", part if name in ("ablation", "indicators") else {}), f"{name}.")
