@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from toys.cli import ROOT, at, script, write_rows
 
+from lightning_ssiuu.utils.files import write_json
+
 COLOURS = ("red", "blue", "green", "gold", "grey")
 pytestmark = pytest.mark.usefixtures("_at_root")
 
@@ -175,6 +177,36 @@ def test_predictors_are_ranked_within_a_data_set() -> None:
     assert abs(rows["noise"][1]) < 0.5
     assert rows["noise"][2] < rows["noise"][1] < rows["noise"][3]
     assert "same" not in rows
+
+
+def test_what_is_open_follows_from_what_lies_there(tmp_path: Path) -> None:
+    from benchmarks.robustness.__main__ import Benchmark
+    from benchmarks.robustness.plan import read_settings
+
+    benchmark = Benchmark(read_settings("smallest", {}), tmp_path)
+    run = benchmark.runs()[0]  # nothing is chosen yet: all are on the tune data
+    fit, oracle, store = run.stages["fit"], run.stages["oracle"], benchmark.store
+    assert {each.phase for each in benchmark.runs()} == {"tune"}
+    assert [stage.kind for stage in benchmark.open(run)] == ["people", "fit", "attack", "oracle", "oracle_attack"]
+    for stage in (run.all_stages[0], oracle, fit):
+        store.begin(stage)
+        store.end(stage, 1.0, 1.0)
+    for stage in (fit, oracle):
+        (store.folder(stage) / "model").mkdir()
+    write_json(store.folder(fit) / "metrics.json", {"stopped_by": "probability <= 50 %"})
+    assert [stage.kind for stage in benchmark.open(run)] == ["attack", "oracle_attack"]
+    benchmark.drop_models([run])
+    assert store.is_there(fit)  # it is still to be attacked
+    store.drop_product(fit)
+    assert [stage.kind for stage in benchmark.open(run)] == ["fit", "attack", "oracle_attack"]
+    assert [benchmark.ready(stage) for stage in benchmark.open(run)] == [True, False, True]
+    write_json(store.folder(fit) / "metrics.json", {"stopped_by": "epochs"})
+    assert benchmark.open(run) == []
+    store.begin(fit)
+    assert store.attempts(fit) == 2
+    assert not (store.folder(fit) / "metrics.json").exists()
+    store.end(fit, 1.0, 1.0, failed="it diverged")
+    assert [stage.kind for stage in benchmark.open(run)] == ["oracle_attack"]
 
 
 def forked(command: Callable[[], int], log: Path) -> int:

@@ -27,7 +27,7 @@ from lightning_ssiuu.utils.imports import put_off
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.threads import wait_passively
 
-from .collect import choose, put_attacks_beside_fit, record, setting_of
+from .collect import choose, put_attacks_beside_fit, reached, record, setting_of
 from .plan import Planner, Run, read_settings
 from .stages import Stage, Store
 from .table import Setting
@@ -65,7 +65,12 @@ class Benchmark:
         return [*self.planner.tuning(), *self.planner.testing(chosen)]
 
     def open(self, run: Run) -> list[Stage]:
-        """Stages of a run that can still be run, in order; a product that was deleted is made again if it is needed."""
+        """Stages of a run that can still be run, in order; a product that was deleted is made again if it is needed.
+
+        A run that did not reach the forget score is not attacked.
+        """
+        if self.store.is_finished(run.stages["fit"]) and not reached(run, self.store):
+            return []
         waiting = [
             stage for stage in run.all_stages if not self.store.is_finished(stage) and not self.store.failure(stage)
         ]

@@ -30,7 +30,7 @@ def record(run: Run, store: Store, score: str) -> dict[str, Any] | None:
         **{"phase": run.phase, "data": run.data, "objective": run.objective, "label": run.label, "seed": run.seed},
         **{"setting": {"name": run.setting.name, "options": dict(run.setting.options)}, "retain_weight": run.retain},
         **{"steps": metrics["steps"], "stopped_by": metrics["stopped_by"], "collapsed": metrics.get("collapsed")},
-        "reached": metrics["stopped_by"] not in ("steps", "epochs"),
+        "reached": reached(run, store),
         "matched": store.read(fit, "matched.json"),
         "before": before,
         "after": after,
@@ -46,6 +46,13 @@ def record(run: Run, store: Store, score: str) -> dict[str, Any] | None:
         content["verdict"] = found["verdict"]["label"]
         content["indicators"] = indicators(metrics, found)
     return content
+
+
+def reached(run: Run, store: Store) -> bool:
+    """Whether a finished fit ended at the forget score, or has a rule of its own: others are compared with nothing."""
+    metrics = store.read(run.stages["fit"], "metrics.json")
+    assert metrics is not None
+    return not run.matched or metrics["stopped_by"] not in ("steps", "epochs")
 
 
 def scores_after(store: Store, stage: Stage, score: str) -> dict[str, float]:
