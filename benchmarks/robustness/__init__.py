@@ -1,0 +1,1 @@
+"""Which objective erases: objectives × data × training seeds from teaching to audit, beside the oracle."""

@@ -1,0 +1,98 @@
+"""The table of objectives: what is tried of each, and how ``fit`` is told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
+RETAIN_WEIGHT = "model.init_args.retain_weight"
+TABLE = Path(__file__).parent / "objectives.yaml"
+_KEYS = {"recipes", "then", "options", "strength", "match"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of an objective: its name, and the options that differ from the objective's own."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An entry of the table, for one model.
+
+    ``then`` are recipes that are given after the model's. ``matched`` says whether it ends at the others' forget score.
+    """
+
+    name: str
+    recipes: tuple[str, ...]
+    then: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    strength: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    matched: bool = True
+
+    def settings(self, search: Sequence[float], model_recipe: str) -> list[Setting]:
+        """What is tried: as many settings for every objective, ``search`` being factors on the learning rate.
+
+        Those of an objective with strengths to try are the first ones of ``search``, each with every strength.
+        """
+        strengths = [
+            dict(zip(self.strength, values, strict=True)) for values in itertools.product(*self.strength.values())
+        ]
+        if len(search) % len(strengths):
+            raise SystemExit(
+                f"{self.name}: {len(strengths)} strengths do not divide the {len(search)} settings of a search"
+            )
+        base = float(self.value(LEARNING_RATE, model_recipe))
+        found = []
+        for factor, strength in itertools.product(search[: len(search) // len(strengths)], strengths):
+            options = {LEARNING_RATE: float(f"{base * factor:.4g}")} | strength
+            name = "_".join(f"{key.rpartition('.')[2]}{value:g}" for key, value in options.items())
+            found.append(Setting(name, options))
+        return found
+
+    def value(self, name: str, model_recipe: str) -> Any:
+        """An option as ``fit`` will find it without a setting; None where no recipe has it."""
+        merged: dict[str, Any] = {}
+        for recipe in (*self.recipes, model_recipe, *self.then):
+            merged |= _flat(yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {})
+        return (merged | _flat(self.options)).get(name)
+
+
+def objectives(names: Sequence[str], model: str) -> list[Objective]:
+    """Entries of the table by name, or a recipe of one's own by its path."""
+    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    found = []
+    for name in names:
+        if name not in table and Path(name).is_file():
+            found.append(Objective(Path(name).stem, (name,)))
+            continue
+        if name not in table:
+            raise SystemExit(f"--objectives: got {name!r}, allowed: the path of a recipe, {', '.join(table)}")
+        entry = table[name]
+        recipes = tuple(r if Path(r).suffix else f"recipes/objective/{r}.yaml" for r in entry.get("recipes", [name]))
+        then = tuple(entry.get("then", ()))
+        own = entry.get(Path(model).stem, {})
+        strength = own.get("strength", entry.get("strength", {}))
+        options = entry.get("options", {}) | {key: value for key, value in own.items() if key != "strength"}
+        unknown = [key for key in entry if key not in _KEYS and not Path(f"recipes/model/{key}.yaml").is_file()]
+        if unknown:
+            raise SystemExit(
+                f"{TABLE.name}: {name}: {unknown[0]!r} is neither one of {sorted(_KEYS)} nor a model's recipe"
+            )
+        found.append(Objective(name, recipes, then, options, strength, entry.get("match", True)))
+    return found
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
