@@ -37,6 +37,7 @@ _EXPORTS = {
     "L2ToStart": "regularizers",
     "MatchedUpdateNorm": "regularizers",
     "MUDMAN": "objectives.mudman",
+    "Muon": "training.optimizers",
     "MUSE": "datamodules",
     "NeuronAttributionCallback": "callbacks",
     "NeuronAttributionRegularizer": "regularizers",

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("few_facts")
 
 #: Attribution has tests of its own.
 BLIND = ("--attribution.probe_examples", "0")
-KINDS = ("objective", "model", "data", "teach", "regularizer", "scale", "attack")
+KINDS = ("objective", "model", "data", "teach", "optimizer", "regularizer", "scale", "attack")
 
 
 def recipes(kind: str) -> list[Path]:
@@ -99,6 +99,20 @@ def test_models(recipe: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", "--config", recipe, *SHORT, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
+
+
+@named("optimizer")
+def test_optimizers(recipe: Path, tmp_path: Path) -> None:
+    """Each composes with an objective, whose own optimiser it replaces."""
+    given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["optimizer"]
+    base = RECIPES / "objective" / "gradient_difference.yaml"
+    result = fit(tmp_path / "run", "--config", recipe, *SHORT, *BLIND, recipe=base)
+    assert result.status == 0, result.err
+    finished(tmp_path / "run")
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    chosen = resolved["model"]["init_args"]["optimizer"]
+    assert chosen["class_path"].rpartition(".")[2] == given["class_path"].rpartition(".")[2]
+    assert {name: chosen["init_args"][name] for name in given["init_args"]} == given["init_args"]
 
 
 @named("data")

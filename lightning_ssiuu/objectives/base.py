@@ -30,7 +30,7 @@ from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
 from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
-from lightning_ssiuu.training.optimizers import fused_where_possible
+from lightning_ssiuu.training.optimizers import optimizer_of
 from lightning_ssiuu.training.progress import is_over, settle_progress
 from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
 from lightning_ssiuu.training.reference import Observation, Reference, find_reference, reference_logits
@@ -350,7 +350,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        optimizer = fused_where_possible(self.optimizer([p for p in self.parameters() if p.requires_grad]))
+        optimizer = optimizer_of(self, self.optimizer)
         if self.lr_scheduler is None:
             return optimizer
         n_steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731 - asked only where it is needed

@@ -1,11 +1,15 @@
-"""Which of torch's implementations of an optimiser takes the step, where nobody has chosen one."""
+"""Optimisers: which of torch's implementations takes the step, where nobody has chosen one; Muon for whole models."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
-from torch import is_floating_point
-from torch.optim import Adam, AdamW
+import torch
+from torch import Tensor, is_floating_point, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from lightning_ssiuu.utils.errors import UserError
 
 #: Where the fused kernel saves most of a step; a subclass may do in its step what the kernel does not.
 _FUSED = (Adam, AdamW)
@@ -39,3 +43,85 @@ def fused_where_possible(optimizer: Any) -> Any:
         for group in (optimizer.defaults, *groups):
             group["fused"] = True
     return optimizer
+
+
+def optimizer_of(module: nn.Module, make: Callable[..., Any]) -> Any:
+    """The optimiser that ``make`` gives for the trained parameters of a module, fused where possible.
+
+    ``make`` gets a list of parameters, as torch's optimisers do, which have no names. Embeddings and unembeddings carry
+    a mark for :class:`Muon`.
+    """
+    tables: list[Any] = [layer for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    whole: list[Any] = [m for m in module.modules() if callable(getattr(m, "get_output_embeddings", None))]
+    for layer in (*tables, *(model.get_output_embeddings() for model in whole)):
+        if layer is not None:
+            layer.weight.is_token_table = True
+    return fused_where_possible(make([p for p in module.parameters() if p.requires_grad]))
+
+
+class Muon(Optimizer):
+    """torch's :class:`torch.optim.Muon` for weight matrices and :class:`torch.optim.AdamW` for all else, as one.
+
+    A matrix (of two dimensions, adapters included) moves by ``lr · 0.2 √max(rows, columns) · O``, O its momentum with
+    all singular values made about 1; the factor gives the step the size of AdamW's (Liu et al., arXiv 2502.16982), so
+    that one learning rate serves both parts. Embeddings, learned positions, the head, norms and biases are AdamW's. In
+    an objective: ``optimizer: {class_path: lightning_ssiuu.Muon, init_args: {lr: 1.0e-4}}``. O is computed in bfloat16,
+    which is slow on CPUs without it. Weights that are cut over ranks (FSDP2) are refused.
+
+    Args:
+        params: Parameters, or groups of them with options of their own.
+        lr: Learning rate of both parts, ≥ 0.
+        weight_decay: Decoupled, of both parts, ≥ 0.
+        momentum: Muon's, ≥ 0.
+        betas: AdamW's.
+
+    Raises:
+        UserError: If weights are cut over ranks.
+
+    Example:
+        >>> matrix, bias = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4))
+        >>> matrix.grad, bias.grad = torch.eye(4), torch.ones(4)
+        >>> Muon([matrix, bias], lr=0.1).step()
+        >>> [round(value, 3) for value in (matrix[0, 0].item(), bias[0].item())]
+        [-0.033, -0.1]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self._betas, self._momentum = betas, momentum
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as two groups: those that are Muon's and those that are AdamW's."""
+        given = param_group["params"]
+        tensors = [given] if isinstance(given, Tensor) else list(given)
+        if any(hasattr(tensor, "to_local") for tensor in tensors):
+            raise UserError("optimizer", "Muon", "AdamW or SGD where weights are cut over ranks (FSDP2)")
+        is_matrix = [tensor.ndim == 2 and not getattr(tensor, "is_token_table", False) for tensor in tensors]
+        own: dict[bool, dict[str, Any]] = {
+            True: {"momentum": self._momentum, "adjust_lr_fn": "match_rms_adamw"},
+            False: {"betas": self._betas},
+        }
+        for matrices, options in own.items():
+            chosen = [tensor for tensor, kind in zip(tensors, is_matrix, strict=True) if kind == matrices]
+            super().add_param_group({**options, **param_group, "params": chosen, "matrices": matrices})
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of both parts; the closure's value, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            # Made anew, of the group itself and with this optimiser's state: nothing is kept twice or has to be linked
+            # again once a checkpoint is loaded.
+            part = cast(Optimizer, (torch.optim.Muon if group["matrices"] else AdamW)([group]))
+            part.state = self.state
+            part.step()
+        return loss

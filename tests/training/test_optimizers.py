@@ -1,4 +1,4 @@
-"""AdamW in one kernel: the weights of torch's own loop, and what a user or a checkpoint says is kept."""
+"""AdamW in one kernel: the weights of torch's own loop, and what a user or a checkpoint says is kept; Muon; signSGD."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
-from toys.models import bare_trainer, equal
+from toys.models import bare_trainer, equal, random_model, weights
 from toys.training import FewFacts
 
 from lightning_ssiuu import GradientDifference
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.training.optimizers import fused_where_possible
+from lightning_ssiuu.training.optimizers import Muon, fused_where_possible, optimizer_of
+from lightning_ssiuu.utils.errors import UserError
 
 SHAPES = [(7, 5), (3,), (2, 3, 4)]
 
@@ -102,3 +103,135 @@ def test_fit_takes_it_and_clips_under_mixed_precision(lora: LoRA | None, tmp_pat
     assert optimizer.param_groups[0]["fused"]
     assert all(state["step"] == 2 for state in optimizer.state.values())
     assert len(optimizer.state) == sum(p.requires_grad for p in module.parameters())
+
+
+# ---- Muon ----------------------------------------------------------------------------------------------------------
+
+
+def singular(update: Tensor) -> Tensor:
+    return torch.linalg.svdvals(update.double())
+
+
+def test_a_matrix_moves_by_its_momentum_with_equal_singular_values() -> None:
+    """The direction is checked against the singular vectors of the momentum, by hand over three steps."""
+    weight = nn.Parameter(torch.zeros(12, 5, dtype=torch.float64))
+    optimizer, mean = Muon([weight], lr=0.1, momentum=0.8), torch.zeros(12, 5, dtype=torch.float64)
+    for step in range(3):
+        gradient = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        before, weight.grad = weight.detach().clone(), gradient
+        optimizer.step()
+        mean = 0.8 * mean + 0.2 * gradient
+        ahead = 0.2 * gradient + 0.8 * mean
+        moved = (before - weight.detach()) / (0.1 * 0.2 * 12**0.5)
+        values = singular(moved)
+        assert 0.6 < values.min() <= values.max() < 1.3  # the iteration's own spread around one
+        u, _, v = torch.linalg.svd(ahead, full_matrices=False)
+        assert torch.cosine_similarity(moved.flatten(), (u @ v).flatten(), 0) > 0.97
+        assert singular(ahead).max() / singular(ahead).min() > 1.5  # else there was nothing to make equal
+
+
+def test_all_else_is_adamws() -> None:
+    hf = random_model("llama", torch.float32, tie_word_embeddings=False)
+    other = random_model("llama", torch.float32, tie_word_embeddings=False)
+    muon = optimizer_of(hf, lambda p: Muon(p, lr=1e-2, weight_decay=0.1))
+    plain = AdamW(other.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    same = [hf.get_input_embeddings().weight, hf.get_output_embeddings().weight]
+    same += [p for p in hf.parameters() if p.ndim == 1]
+    for step in range(3):
+        for number, pair in enumerate(zip(hf.parameters(), other.parameters(), strict=True)):
+            for p in pair:
+                generator = torch.Generator().manual_seed(100 * step + number)
+                p.grad = torch.randn(p.shape, generator=generator)
+        muon.step(), plain.step()
+    kept = {id(p) for p in same}
+    n_matrices = 0
+    for p, q in zip(hf.parameters(), other.parameters(), strict=True):
+        if id(p) in kept:
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        else:
+            n_matrices += 1
+            assert (p - q).abs().max() > 1e-3
+    assert n_matrices == 14  # seven in each of two blocks
+    assert len(kept) == 7
+
+
+def test_muon_goes_on_from_its_state() -> None:
+    whole, first = (Muon(parameters(torch.float32), lr=1e-2) for _ in range(2))
+
+    def step(optimizer: Muon, seed: int) -> list[Tensor]:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel()))
+        optimizer.step()
+        return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+    for seed in range(4):
+        expected = step(whole, seed)
+    for seed in range(2):
+        middle = step(first, seed)
+    again = Muon([nn.Parameter(p) for p in middle], lr=1.0)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    for seed in range(2, 4):
+        found = step(again, seed)
+    assert equal(found, expected)
+    assert [group["lr"] for group in again.param_groups] == [1e-2, 1e-2]
+
+
+def test_the_learning_rate_of_both_parts_is_scheduled() -> None:
+    optimizer = Muon(parameters(torch.float32), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    stepped_once = step_all(optimizer)
+    schedule.step()
+    assert equal(step_all(optimizer), stepped_once)
+
+
+def step_all(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    chosen = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in chosen:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return [p.detach().clone() for p in chosen]
+
+
+def test_cut_weights_are_refused() -> None:
+    class Cut(nn.Parameter):
+        def to_local(self) -> Tensor: ...
+
+    with pytest.raises(UserError, match="optimizer: got 'Muon', allowed: AdamW or SGD where weights are cut"):
+        Muon([Cut(torch.ones(2, 2))])
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["weights", "adapters"])
+def test_fit_takes_muon(lora: LoRA | None, tmp_path: Path) -> None:
+    trainer = bare_trainer(2, default_root_dir=tmp_path, gradient_clip_val=0.5)
+    module = GradientDifference(lora=lora, optimizer=lambda p: Muon(p, lr=1e-3))
+    module.configure_model()
+    before = weights(module)
+    trainer.fit(module, FewFacts(4))
+    (optimizer,) = trainer.optimizers
+    matrices, rest = optimizer.param_groups
+    assert {p.ndim for p in matrices["params"]} == {2}
+    embedding = module.model.hf.get_input_embeddings().weight
+    assert any(p is embedding for p in rest["params"]) == (lora is None)
+    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    assert moved == [p.requires_grad for p in module.parameters()]
+
+
+# ---- signSGD -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_without_memory_is_sign_sgd(dtype: torch.dtype) -> None:
+    """What recipes/optimizer/signsgd.yaml is made of; gradients down to 1e-10 move a weight as large ones do."""
+    chosen = parameters(dtype)
+    before = [p.detach().clone() for p in chosen]
+    optimizer = fused_where_possible(Adam(chosen, lr=1e-2, betas=(0.0, 0.0), eps=1e-15))
+    for step in range(2):
+        for p in chosen:
+            generator = torch.Generator().manual_seed(step)
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype) * 10.0 ** (-10 * step)
+            p.grad.view(-1)[0] = 0.0
+            before = [b - 1e-2 * p.grad.sign() if p is q else b for b, q in zip(before, chosen, strict=True)]
+        optimizer.step()
+    for expected, found in zip(before, chosen, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
