@@ -5,5 +5,13 @@ from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
 from lightning_ssiuu.callbacks.run_report import RunReport
 from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
+from lightning_ssiuu.callbacks.update_signs import UpdateSigns
 
-__all__ = ["ForgetThresholdStopping", "KeepCheckpoints", "NeuronAttributionCallback", "RunReport", "SavePretrained"]
+__all__ = [
+    "ForgetThresholdStopping",
+    "KeepCheckpoints",
+    "NeuronAttributionCallback",
+    "RunReport",
+    "SavePretrained",
+    "UpdateSigns",
+]
