@@ -17,20 +17,20 @@ order and exact, would be in each.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import Any
 
 import lightning as L
 import torch
+from penalty_arms import ARMS, COMPARED, OPTIMIZERS, Arm, orthogonal
+from penalty_tables import place_of, report, table
 from torch import Tensor
 
-from lightning_ssiuu import CustomData, DualMask, Facts, GradientDifference, Harmful, Muon
+from lightning_ssiuu import CustomData, DualMask, Facts, GradientDifference, Harmful
 from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.callbacks import UpdateSigns
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
@@ -40,105 +40,6 @@ from lightning_ssiuu.training.devices import Devices, quiet_lightning
 from lightning_ssiuu.training.perturbation import place
 from lightning_ssiuu.training.shards import snapshot
 from lightning_ssiuu.utils.files import write_json
-
-#: 97.5 % quantiles of Student's t by degrees of freedom.
-T = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262], start=1))
-
-
-class SignSGD(torch.optim.SGD):
-    """Every weight moves by the learning rate, against its gradient's sign (arXiv 1802.04434)."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step; the closure's value."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
-        return loss
-
-
-def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Muon's iteration in float32, which a CPU without bfloat16 does in a twentieth of the time."""
-    a, b, c = coefficients
-    x = gradient / gradient.norm().clamp(min=eps)
-    wide = x.shape[0] > x.shape[1]
-    x = x.T if wide else x
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if wide else x
-
-
-#: Optimiser: its class, its options, its learning rate in parts of ``--rate``, and the gradient's largest norm. The
-#: rates were chosen by gradient difference's steps and retained score alone, before any attack.
-OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], float, float | None]] = {
-    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.0}, 1.0, None),
-    "SGD, clipped": (torch.optim.SGD, {}, 500.0, 1.0),
-    "signSGD": (SignSGD, {}, 1.0, None),
-    "Muon": (Muon, {}, 2.0, None),
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A condition: optimiser, penalty (options of AttributionRegularizer; None: gradient difference), data, depth."""
-
-    optimizer: str = "AdamW"
-    penalty: dict[str, Any] | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-    level: float | None = None  # of the forget probability; None: --level
-    mask: bool = False  # DualMask without Fisher information instead of a penalty
-
-    @property
-    def control(self) -> Arm:
-        """Gradient difference under the same conditions."""
-        return Arm(self.optimizer, None, self.data, self.level)
-
-    def __str__(self) -> str:
-        what = "gradient difference"
-        if self.penalty is not None:
-            values = {"weight": 1.0, "derivative": "first_order", "target": "length_normalised", "anchor": "previous"}
-            shown = {**values, **self.penalty}
-            what = f"SSIUU {shown.pop('weight'):g}, " + ", ".join(shown.values())
-        what = "mask instead of penalty" if self.mask else what
-        extra = [f"{key} {value}" for key, value in self.data.items()]
-        extra += [f"level {self.level:g}"] if self.level is not None else []
-        return ", ".join([self.optimizer, what, *extra])
-
-
-def penalised(**options: Any) -> dict[str, Any]:
-    """Options of the recipe's penalty, at the objective's norm if nothing else is said."""
-    return {"weight": 1.0, **options}
-
-
-EXACT = {"derivative": "exact"}
-WHOLE = {"batch_size": 36}  # every step sees the whole forget set: attributions are no mini-batch's
-#: By the letters of the hypotheses, in the order in which they are run.
-ARMS: dict[str, list[Arm]] = {
-    "c": [Arm(penalty=penalised(target=t)) for t in ("length_normalised", "sequence", "log_probability")],
-    "a": [
-        *(Arm(o, penalised()) for o in ("SGD, clipped", "signSGD", "Muon")),
-        Arm("SGD, clipped", penalised(target="log_probability")),
-        *(Arm(o, penalised(weight=10.0)) for o in OPTIMIZERS),
-    ],
-    "b": [
-        Arm("SGD, clipped", penalised(**EXACT)),
-        *(Arm(penalty=penalised(weight=w, **EXACT)) for w in (1.0, 3.0, 0.3)),
-        Arm(penalty=penalised(anchor="original", **EXACT)),
-        Arm(penalty=penalised(target="log_probability", **EXACT)),
-        Arm("Muon", penalised(**EXACT)),
-    ],
-    "h": [Arm(penalty=p, level=2.0) for p in (penalised(), penalised(**EXACT))],
-    "e": [Arm(penalty=penalised(anchor_batch="same", **o)) for o in ({}, EXACT)],
-    "j": [Arm(mask=True), *(Arm(penalty=penalised(**o), data=WHOLE) for o in ({}, EXACT))],
-}
-#: Of gradient difference, the recipe's rule and the exact one: stronger and weaker attacks (g), other scores (f).
-COMPARED = [Arm(), Arm(penalty=penalised()), Arm(penalty=penalised(**EXACT))]
 
 
 class Matched(L.Callback):
@@ -253,107 +154,6 @@ def attack(options: argparse.Namespace, arm: Arm, seed: int, folder: Path, name:
     write_json(folder / f"{name}.json", {"score": score, "curves": [asdict(curve) for curve in curves]})
 
 
-def recovered(curves: Sequence[dict[str, Any]], p: float, up_to: float = math.inf) -> float:
-    """Highest score of attacks with rates up to one, mean over attack seeds."""
-    own = [c for c in curves if c["p"] == p and c["learning_rate"] <= up_to]
-    seeds = {c["seed"] for c in own}
-    return mean(max(max(c["forget_scores"]) for c in own if c["seed"] == seed) for seed in seeds)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{mean(values):.3g} ± {stdev(values):.2g}" if len(values) > 1 else f"{values[0]:.3g}"
-
-
-def interval(differences: Sequence[float]) -> str:
-    """Mean with the 95 % interval of Student's t."""
-    if len(differences) < 2:
-        return "one seed: no comparison"
-    half = T[len(differences) - 1] * stdev(differences) / math.sqrt(len(differences))
-    return f"{mean(differences):+.1f} ({mean(differences) - half:+.1f} to {mean(differences) + half:+.1f})"
-
-
-def place_of(options: argparse.Namespace, arm: Arm, seed: int) -> Path:
-    """Where a run lies."""
-    return options.output / str(arm).replace(", ", "_").replace(" ", "-") / str(seed)
-
-
-def read(options: argparse.Namespace, arm: Arm, name: str) -> dict[int, Any]:
-    """What there is of an arm, by training seed."""
-    files = {seed: place_of(options, arm, seed) / f"{name}.json" for seed in options.seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.is_file()}
-
-
-def row_of(options: argparse.Namespace, arm: Arm) -> list[str]:
-    """A line of the table of runs."""
-    fits, attacks, base = (read(options, *which) for which in ((arm, "fit"), (arm, "attack"), (arm.control, "attack")))
-    seeds = sorted(fits.keys() & attacks.keys())
-    if not seeds:
-        return []
-    cells = [str(arm), str(len(seeds)), spread([fits[s]["steps"] for s in seeds])]
-    for split in ("retain", "test"):
-        values = [fits[s]["scores"].get(split) for s in seeds]
-        cells.append(spread(values) if None not in values else "")
-    for p in (0.1, 0.3):
-        found = {s: recovered(attacks[s]["curves"], p) for s in seeds}
-        paired = [found[s] - recovered(base[s]["curves"], p) for s in seeds if s in base]
-        cells += [spread(list(found.values())), "" if arm == arm.control or not paired else interval(paired)]
-    for name in ("log10_penalty_ratio", "objective_participation", "penalty_participation", "update_signs_changed"):
-        values = [
-            median(f[name] for f in fits[s]["figures"] if name in f) for s in seeds if name in fits[s]["figures"][-1]
-        ]
-        cells.append(f"{mean(values):.2g}" if values else "")
-    return cells
-
-
-HEADER = [
-    "run",
-    "seeds",
-    "steps",
-    "retain",
-    "test",
-    "p 0.1",
-    "less gradient difference",
-    "p 0.3",
-    "less gradient difference",
-]
-HEADER += ["log10 norm ratio", "participation, loss", "penalty", "signs changed"]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def report(options: argparse.Namespace) -> None:
-    """Print and write all there is."""
-    text = []
-    for letter, arms in ARMS.items():
-        shown = [a for arm in dict.fromkeys(map(str, [c for a in arms for c in (a.control, a)])) for a in [arm]]
-        by_name = {str(x): x for a in arms for x in (a.control, a)}
-        if rows := [row for name in shown if (row := row_of(options, by_name[name]))]:
-            text += [f"### {letter}", table(HEADER, rows)]
-    for name, rates in (("wide", sorted(options.wide_rates)), ("choice", [math.inf])):
-        rows = []
-        for arm in COMPARED:
-            found, base = read(options, arm, name), read(options, arm.control, name)
-            for p in (0.1, 0.3) if found else ():
-                cells = [str(arm), str(p), str(len(found))]
-                for rate in rates:
-                    values = {s: recovered(found[s]["curves"], p, rate) for s in found}
-                    paired = [values[s] - recovered(base[s]["curves"], p, rate) for s in values if s in base]
-                    cells.append(
-                        spread(list(values.values())) + ("" if arm == arm.control else f"; {interval(paired)}")
-                    )
-                rows.append(cells)
-        if rows:
-            named = ["run", "p", "seeds", *(f"rates up to {rate:g}" if rate < math.inf else name for rate in rates)]
-            text += [f"### {'g' if name == 'wide' else 'f'}", table(named, rows)]
-    (options.output / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    print("\n\n".join(text))
-
-
 class Beside(Regularizer):
     """Measures two forms of the penalty in every step and changes nothing."""
 
@@ -416,27 +216,27 @@ def per_step(options: argparse.Namespace) -> None:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Every run that is wanted and not there, seed by seed within a condition."""
+    """Every run that is wanted and not there, condition by condition."""
     end = time.monotonic() + 60 * options.budget
-    arms = [x for letter in options.only if letter in ARMS for arm in ARMS[letter] for x in (arm.control, arm)]
-    for arm in {str(a): a for a in (arms if arms else [])}.values():
+    chosen = [arm for letter in options.only for arm in ARMS.get(letter, [])[: options.first]]
+    for arm in {str(arm): arm for own in chosen for arm in (own.control, own)}.values():
         for seed in options.seeds:
-            folder = place_of(options, arm, seed)
             if time.monotonic() > end:
                 return
+            folder = place_of(options, arm, seed)
             if not (folder / "fit.json").is_file():
                 fit(options, arm, seed, folder)
             attack(options, arm, seed, folder, "attack", "probability")
             print(arm, seed, flush=True)
-    for letter, name, score, more in (
-        ("g", "wide", "probability", {"learning_rates": options.wide_rates}),
-        ("f", "choice", "multiple_choice", {}),
-    ):
-        for seed in options.seeds if letter in options.only else ():
-            for arm in COMPARED:
-                folder = place_of(options, arm, seed)
-                if (folder / "fit.json").is_file() and time.monotonic() < end:
-                    attack(options, arm, seed, folder, name, score, **more)
+    others: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "g": ("wide", "probability", {"learning_rates": options.wide_rates}),
+        "f": ("choice", "multiple_choice", {}),
+    }
+    for name, score, more in (others[letter] for letter in options.only if letter in others):
+        for arm, seed in product(COMPARED, options.seeds):
+            folder = place_of(options, arm, seed)
+            if (folder / "fit.json").is_file() and time.monotonic() < end:
+                attack(options, arm, seed, folder, name, score, **more)
 
 
 def main() -> None:
@@ -446,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--output", type=Path, default=Path("runs/penalty"))
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which no run begins")
+    parser.add_argument("--first", type=int, help="so many arms of every condition, the most telling ones, alone")
     parser.add_argument("--report_only", action="store_true")
     parser.add_argument("--level", type=float, default=10.0, help="forget probability of what is compared, percent")
     parser.add_argument("--max_steps", type=int, default=300)
