@@ -23,12 +23,12 @@ class Shares(UpdateSigns):
 
     def __init__(self, every_n_steps: int = 1) -> None:
         super().__init__(every_n_steps)
-        self.log: list[float | None] = []
+        self.found: list[float | None] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.share = None
         super().on_train_batch_end(*args)
-        self.log.append(self.share)
+        self.found.append(self.share)
 
 
 def run(callbacks: list[Any], penalty: Any, **options: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -50,7 +50,7 @@ def test_share_of_turned_steps(accumulate: int) -> None:
     taken, after = run([split, shares], make(), accumulate_grad_batches=accumulate)
     _, plain = run([], make(), accumulate_grad_batches=accumulate)
     assert equal(after, plain)
-    found = [share for share in shares.log if share is not None]
+    found = [share for share in shares.found if share is not None]
     momentum, expected = [torch.zeros_like(w) for w in after], []
     for own, clipped in zip(split.seen, taken[1::2], strict=True):  # before each the copy has taken its own
         alone = [g * min(1.0, CLIP / (norm(own) + 1e-6)) for g in own]
@@ -62,16 +62,16 @@ def test_share_of_turned_steps(accumulate: int) -> None:
         momentum = [MOMENTUM * m + g for m, g in zip(momentum, clipped, strict=True)]
     assert found == pytest.approx(expected, abs=0.05)
     assert found[0] == 0
-    assert max(found) > 5
+    assert max(found) > 0.5
 
 
 def test_it_looks_every_so_many_steps_and_at_penalties_alone() -> None:
     shares = Shares(every_n_steps=3)
     run([shares], AttributionRegularizer(3.0, "relative"))
-    assert [share is None for share in shares.log] == [False, True, True, False]
+    assert [share is None for share in shares.found] == [False, True, True, False]
     shares = Shares()
     run([shares], None)
-    assert shares.log == [None] * STEPS
+    assert shares.found == [None] * STEPS
 
 
 def test_bad_option() -> None:
