@@ -6,6 +6,7 @@ from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
 from lightning_ssiuu.callbacks.run_report import RunReport
 from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
+from lightning_ssiuu.callbacks.update_signs import UpdateSigns
 
 __all__ = [
     "ElicitedStop",
@@ -14,4 +15,5 @@ __all__ = [
     "NeuronAttributionCallback",
     "RunReport",
     "SavePretrained",
+    "UpdateSigns",
 ]

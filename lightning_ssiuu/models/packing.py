@@ -21,7 +21,8 @@ from lightning_ssiuu.models.loading import evaluation_mode
 
 #: What ``config._attn_implementation`` is while a model's rows may be packed; as "sdpa" where they are not.
 NAME = "sdpa_packed"
-_BY_POSITION = ("flash_attention_", "flex_attention")
+#: Kernels that find the sequences by their positions, by how their names begin.
+BY_POSITION = ("flash_attention_", "flex_attention")
 #: Largest difference of logits in parts of the largest one; other types round more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
@@ -144,7 +145,7 @@ def takes_rows(hf: Any, shared: bool = False) -> bool:
     Those that go by position take a token that does not follow the one before it for the beginning of a sequence.
     """
     name = getattr(hf.config, "_attn_implementation", None)
-    return name == NAME or (not shared and str(name).startswith(_BY_POSITION))
+    return name == NAME or (not shared and str(name).startswith(BY_POSITION))
 
 
 def allow_packing(hf: Any) -> str | None:

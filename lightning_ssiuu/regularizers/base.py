@@ -37,6 +37,9 @@ class Regularizer(Stateful, Described, ABC):
         """Whether :meth:`collect` goes back through the forget part's pass, best without the retain part in it."""
         return False
 
+    def check_sharded(self) -> None:
+        """Raise a UserError if it cannot act on weights that are cut over the ranks (FSDP2)."""
+
     def prepare(self, module: Any) -> None:
         """Look at the objective (its ``model``, its ``training_parts("retain")``) before a new run's first step."""
 

@@ -140,6 +140,7 @@ class Combined(Regularizer):
     def differentiates(self) -> bool:
         return any(regularizer.differentiates for regularizer in self.regularizers)
 
+    check_sharded = _each("check_sharded")
     prepare = _each("prepare")
     before_forward = _each("before_forward")
     collect = _each("collect")

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Answers, input_positions, target_logps
 from lightning_ssiuu.models.architectures import WRITERS, NeuronSite, neuron_sites, select_sites
-from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.models.packing import apart
-from lightning_ssiuu.models.quantization import is_quantized
-from lightning_ssiuu.regularizers.attribution import AttributionPenalty
+from lightning_ssiuu.regularizers.attribution_penalty import AttributionPenalty
+from lightning_ssiuu.regularizers.reruns import Reruns, without_dropout
 from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
 from lightning_ssiuu.training.shards import reshard, trained_parameters, wide
 from lightning_ssiuu.utils.distributed import world_size
@@ -45,8 +44,8 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
     Args:
         tokens: ``"min"`` or ``"sum"``, see above.
-        **kwargs: As :class:`~lightning_ssiuu.regularizers.attribution.AttributionPenalty`; ``modules`` restricts the
-            neurons that are held, not the weights that are changed, None means all sites.
+        **kwargs: As :class:`~lightning_ssiuu.regularizers.attribution_penalty.AttributionPenalty`; ``modules``
+            restricts the neurons that are held, not the weights that are changed, None means all sites.
 
     Example:
         >>> NeuronAttributionRegularizer(0.1, weight_mode="relative", modules=["mlp_up"]).tokens
@@ -57,27 +56,22 @@ class NeuronAttributionRegularizer(AttributionPenalty):
         super().__init__(weight, **kwargs)
         check_choice("regularizer.tokens", tokens, Tokens)
         self.tokens = tokens
-        self._parts: list[Mapping[str, Tensor]] = []
-        self._autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
+        self._reruns = Reruns()
         self._anchor: Tensor | None = None  # A / e^anchor_scale of all neurons, in the order of the sites
 
     def prepare(self, module: Any) -> None:
         self._sites(module.model)  # refuses modules that name nothing
 
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
-        if self.weight == 0:
-            return
-        device = answers.targets.device.type  # apply runs outside the Trainer's autocast
-        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        self._parts.append(part)
+        if self.weight != 0:
+            self._reruns.keep(answers, part)
 
     def apply(self, model: nn.Module) -> dict[str, float]:
-        parts, self._parts = self._parts, []
-        if not parts:
+        if not (parts := self._reruns.take()):
             return {}
         sites, passes = self._sites(model), list[tuple[Tensor, Pairs]]()
         attribution = torch.zeros(())
-        with _without_dropout(model), torch.enable_grad():
+        with without_dropout(model), torch.enable_grad():
             for part in parts:
                 passes.clear()  # one graph at a time
                 passes.append(self._run(model, part, sites))
@@ -97,7 +91,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
                 reshard(model)
                 gradients = gradients or [torch.zeros_like(g) for g in fresh]
                 torch._foreach_add_(gradients, fresh)
-        figures = {"negative_share": 100 * (attribution < 0).float().mean().item(), "max_log_probability": scale}
+        figures = {"negative_share": 100 * (attribution < 0).float().mean().item()} | self._scale_figure(scale)
         if gradients:
             sum_over_ranks(parameters, gradients)
             figures |= self.add(model, parameters, gradients, scale + top + math.log(2))
@@ -113,8 +107,8 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
     def _run(self, model: Any, part: Mapping[str, Tensor], sites: Sequence[NeuronSite]) -> tuple[Tensor, Pairs]:
         """The target's log-probabilities ``[B]``, graph attached, and what makes the attributions."""
-        with torch.autocast(*self._autocast), _outputs(model.hf, sites) as outputs:
-            answers = model(part["input_ids"], part["attention_mask"], part["labels"])
+        with _outputs(model.hf, sites) as outputs:
+            answers = self._reruns.run(model, part)
         logps = target_logps(answers, self.target)
         # Examples do not interact, so the gradient of the sum holds each example's own.
         gradients = torch.autograd.grad(logps.sum(), list(outputs.values()), retain_graph=True)
@@ -134,7 +128,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
     @torch.no_grad()
     def _attribution(self, logps: Tensor, pairs: Pairs) -> Tensor:
         """``Σ_b A_b / e^scale`` of this rank's examples, ``[n_neurons]``."""
-        factor = (wide(logps) - self._scale).exp()[:, None, None]
+        factor = self._factors(wide(logps))[:, None, None]
         return torch.cat([(output * gradient * factor).sum((0, 1)) for output, gradient in pairs])
 
     def _push(self, attribution: Tensor, top: float) -> Tensor:
@@ -150,7 +144,7 @@ class NeuronAttributionRegularizer(AttributionPenalty):
 
     def _total(self, logps: Tensor, pairs: Pairs, push: Tensor) -> Tensor:
         """``Σ_i push_i A_i / e^scale`` of this rank's examples, all but h constant: its gradient is the penalty's."""
-        factor = (wide(logps) - self._scale).exp()[:, None, None]
+        factor = self._factors(wide(logps))[:, None, None]
         # Zero times the answers: FSDP2 gathers a layer's weights when a gradient comes to the layer's output.
         total = 0 * logps.sum()
         for (output, gradient), held in zip(pairs, push.split([h.shape[-1] for h, _ in pairs]), strict=True):
@@ -176,13 +170,3 @@ def _outputs(hf: Any, sites: Sequence[NeuronSite]) -> Iterator[dict[str, Tensor]
         for name, site in {site.module_name: site for site in sites}.items():
             hooks.enter_context(hf.get_submodule(name).register_forward_hook(partial(keep, site)))
         yield outputs
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for layers that recompute activations, or round less, in training alone."""
-    with evaluation_mode(model):
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False) or is_quantized(module):
-                module.training = True
-        yield

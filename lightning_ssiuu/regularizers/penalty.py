@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.training.shards import local, norm_over_shards, over_shards, shard_device, square
+from lightning_ssiuu.training.shards import blocks, local, norm_over_shards, over_shards, shard_device, square, wide
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
 
 WeightMode = Literal["absolute", "relative"]
@@ -62,20 +62,27 @@ class Penalty(Regularizer):
         log_scale: float = 0.0,
         squares: float | None = None,
     ) -> dict[str, float]:
-        """Add ``λ e^log_scale · gradients`` to ``.grad``, once per optimiser step; returns the two norms, as added.
+        """Add ``λ e^log_scale · gradients`` to ``.grad``, once per optimiser step.
 
+        Returns the two norms as added, the logarithm of their ratio for λ = 1, and the :func:`participation` of both.
         The gradients are this rank's shards where ``parameters`` are, ``squares`` their
         :func:`~lightning_ssiuu.training.shards.square` if known; e^log_scale may be far outside what a float holds.
         """
-        objective = norm_over_shards([local(p.grad) for p in model.parameters() if p.grad is not None], parameters)
-        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shard_device(parameters)))
+        mine = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        objective, shards = norm_over_shards(mine, parameters), shard_device(parameters)
+        raw = math.sqrt(over_shards(square(gradients) if squares is None else squares, shards))
         coefficient = self._coefficient(objective, raw, log_scale)
+        figures = {"objective_gradient_norm": objective, "penalty_gradient_norm": coefficient * raw}
+        if raw > 0 and objective > 0:
+            figures["log10_penalty_ratio"] = (math.log(raw) + log_scale - math.log(objective)) / math.log(10)
+            figures["objective_participation"] = participation(mine, objective, shards)
+            figures["penalty_participation"] = participation(gradients, raw, shards)
         for parameter, penalty in zip(parameters, gradients, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             own = local(parameter.grad)
             own.add_(penalty.to(own.dtype), alpha=coefficient)
-        return {"objective_gradient_norm": objective, "penalty_gradient_norm": coefficient * raw}
+        return figures
 
     def _coefficient(self, objective: float, raw: float, log_scale: float) -> float:
         weight = self.weight
@@ -94,6 +101,22 @@ class Penalty(Regularizer):
             behind = self._averages["objective"] - self._averages["penalty"]
             return weight * math.exp(behind + log_scale) if math.isfinite(behind) else 0.0
         return weight * objective / raw
+
+
+def participation(tensors: Sequence[Tensor], norm: float, shards: torch.device | None) -> float:
+    """Participation ratio ``(Σ x²)² / (n Σ x⁴)`` of n coordinates, in percent.
+
+    100 if all are as large, 100 / n if all but one are zero. ``norm`` is that of all tensors, ``shards`` as for
+    :func:`~lightning_ssiuu.training.shards.over_shards`.
+    """
+    if norm == 0:
+        return 0.0
+    fourth = 0.0
+    for (part,) in blocks(tensors):
+        unit = torch._foreach_div([wide(t) for t in part], norm)
+        fourth += math.fsum(float(n) ** 2 for n in torch._foreach_norm(torch._foreach_mul(unit, unit)))
+    count = over_shards(sum(t.numel() for t in tensors), shards)
+    return 100 / (count * over_shards(fourth, shards))
 
 
 def _moved(average: float, value: float, steps: int) -> float:

@@ -87,6 +87,11 @@ def check_strategy(trainer: L.Trainer, module: Trained) -> None:
         if (other := who or sharded or next(options, None)) is not None:
             backend: Any = getattr(module, "torch_compile", None)
             raise UserError("torch_compile", backend, f"false with {other}, which hooks into the layers")
+    if (
+        isinstance(strategy, ModelParallelStrategy)
+        and (regularizer := getattr(module, "regularizer", None)) is not None
+    ):
+        regularizer.check_sharded()
     if who is not None and isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         allowed = f"false with {who}, whose second backward pass a static graph does not know: "
         raise UserError("trainer.strategy.static_graph", True, allowed + "the ranks' weights would drift apart")

@@ -22,7 +22,7 @@ from lightning_ssiuu.regularizers import (
     NeuronAttributionRegularizer,
     Regularizer,
 )
-from lightning_ssiuu.regularizers.penalty import Penalty
+from lightning_ssiuu.regularizers.penalty import Penalty, participation
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -51,7 +51,11 @@ def added(penalty: Fixed, objective: list[float], start: int = 0) -> list[float]
         model.weight.grad = torch.tensor([own], dtype=torch.float64)
         figures = penalty.apply(model)
         out.append(model.weight.grad.item() - own)
-        assert figures == pytest.approx({"objective_gradient_norm": abs(own), "penalty_gradient_norm": abs(out[-1])})
+        expected = {"objective_gradient_norm": abs(own), "penalty_gradient_norm": abs(out[-1])}
+        if own and (raw := penalty.gradients[penalty._n_steps - 1]):
+            expected["log10_penalty_ratio"] = math.log10(abs(raw / own)) + penalty.log_scale / math.log(10)
+            expected |= {"objective_participation": 100.0, "penalty_participation": 100.0}
+        assert figures == pytest.approx(expected)
     return out
 
 
@@ -108,6 +112,16 @@ def test_attribution_level_takes_schedules() -> None:
         for own, both in zip(split.seen, log, strict=True)
     ]
     assert ratios == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 0.8])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30])
+def test_participation_counts_the_coordinates_that_carry_a_vector(size: float) -> None:
+    vector = torch.zeros(50)
+    vector[::10] = size  # 5 of 50 as large, in two tensors
+    assert participation([vector[:20], vector[20:]], 5**0.5 * size, None) == pytest.approx(10.0)
+    vector[1:] = 0
+    assert participation([vector], size, None) == pytest.approx(2.0)
+    assert participation([torch.zeros(3)], 0.0, None) == 0.0
 
 
 # ---- distance to the start ---------------------------------------------------------------------------------------

@@ -113,6 +113,16 @@ def test_refused_with_a_regularizer_alone(name: str) -> None:
     assert refusal(given, module(regularized=True)) == text
 
 
+@pytest.mark.parametrize("options", [{"derivative": "exact"}, {"anchor_batch": "same"}])
+def test_what_runs_the_forget_parts_again_is_refused_with_cut_weights(options: Any) -> None:
+    ((name, value),) = options.items()
+    run = GradientDifference(regularizer=AttributionRegularizer(**options))
+    check_strategy(trainer(DDPStrategy()), run)
+    other = {"exact": "first_order", "same": "cached"}[value]
+    text = f"regularizer.{name}: got {value!r}, allowed: {other} with weights cut over the ranks (FSDP2)"
+    assert refusal(trainer(ModelParallelStrategy(2, 1)), run) == text
+
+
 @pytest.mark.parametrize(
     "given",
     [

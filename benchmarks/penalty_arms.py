@@ -1,0 +1,108 @@
+"""The conditions of penalty_conditions.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ssiuu import Muon
+
+
+class SignSGD(torch.optim.SGD):
+    """Every weight moves by the learning rate, against its gradient's sign (arXiv 1802.04434)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+        return loss
+
+
+def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's iteration in float32, which a CPU without bfloat16 does in a twentieth of the time."""
+    a, b, c = coefficients
+    x = gradient / gradient.norm().clamp(min=eps)
+    wide = x.shape[0] > x.shape[1]
+    x = x.T if wide else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if wide else x
+
+
+#: Optimiser: its class, its options, its learning rate in parts of ``--rate``, and the gradient's largest norm. The
+#: rates were chosen by gradient difference's steps and retained score alone, before any attack.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], float, float | None]] = {
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.0}, 1.0, None),
+    "SGD, clipped": (torch.optim.SGD, {}, 500.0, 1.0),
+    "signSGD": (SignSGD, {}, 1.0, None),
+    "Muon": (Muon, {}, 2.0, None),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A condition: optimiser, penalty (options of AttributionRegularizer; None: gradient difference), data, depth."""
+
+    optimizer: str = "AdamW"
+    penalty: dict[str, Any] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    level: float | None = None  # of the forget probability; None: --level
+    mask: bool = False  # DualMask without Fisher information instead of a penalty
+
+    @property
+    def control(self) -> Arm:
+        """Gradient difference under the same conditions."""
+        return Arm(self.optimizer, None, self.data, self.level)
+
+    def __str__(self) -> str:
+        what = "gradient difference"
+        if self.penalty is not None:
+            values = {"weight": 1.0, "derivative": "first_order", "target": "length_normalised", "anchor": "previous"}
+            shown = {**values, **self.penalty}
+            what = f"SSIUU {shown.pop('weight'):g}, " + ", ".join(shown.values())
+        what = "mask instead of penalty" if self.mask else what
+        extra = [f"{key} {value}" for key, value in self.data.items()]
+        extra += [f"level {self.level:g}"] if self.level is not None else []
+        return ", ".join([self.optimizer, what, *extra])
+
+
+def penalised(**options: Any) -> dict[str, Any]:
+    """Options of the recipe's penalty, at the objective's norm if nothing else is said."""
+    return {"weight": 1.0, **options}
+
+
+EXACT = {"derivative": "exact"}
+WHOLE = {"batch_size": 36}  # every step sees the whole forget set: attributions are no mini-batch's
+#: By the letters of the hypotheses, in the order in which they are run.
+ARMS: dict[str, list[Arm]] = {
+    "c": [Arm(penalty=penalised(target=t)) for t in ("log_probability", "sequence", "length_normalised")],
+    "a": [
+        *(Arm(o, penalised()) for o in ("SGD, clipped", "signSGD", "Muon")),
+        Arm("SGD, clipped", penalised(target="log_probability")),
+        *(Arm(o, penalised(weight=10.0)) for o in OPTIMIZERS),
+    ],
+    "b": [
+        Arm(penalty=penalised(**EXACT)),
+        Arm("SGD, clipped", penalised(**EXACT)),
+        *(Arm(penalty=penalised(weight=w, **EXACT)) for w in (3.0, 0.3)),
+        Arm(penalty=penalised(anchor="original", **EXACT)),
+        Arm(penalty=penalised(target="log_probability", **EXACT)),
+        Arm("Muon", penalised(**EXACT)),
+    ],
+    "h": [Arm(penalty=p, level=2.0) for p in (penalised(), penalised(**EXACT))],
+    "e": [Arm(penalty=penalised(anchor_batch="same", **o)) for o in ({}, EXACT)],
+    "j": [Arm(mask=True), *(Arm(penalty=penalised(**o), data=WHOLE) for o in ({}, EXACT))],
+}
+#: Of gradient difference, the recipe's rule and the exact one: stronger and weaker attacks (g), other scores (f).
+COMPARED = [Arm(), Arm(penalty=penalised()), Arm(penalty=penalised(**EXACT))]

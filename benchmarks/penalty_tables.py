@@ -1,0 +1,121 @@
+"""Tables of what penalty_conditions.py has run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from penalty_arms import ARMS, COMPARED, Arm
+from scipy import stats
+
+
+def recovered(curves: Sequence[dict[str, Any]], p: float, up_to: float = math.inf) -> float:
+    """Highest score of attacks with rates up to one, mean over attack seeds."""
+    own = [c for c in curves if c["p"] == p and c["learning_rate"] <= up_to]
+    seeds = {c["seed"] for c in own}
+    return mean(max(max(c["forget_scores"]) for c in own if c["seed"] == seed) for seed in seeds)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(values):.3g} ± {stdev(values):.2g}" if len(values) > 1 else f"{values[0]:.3g}"
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean with the 95 % interval of Student's t."""
+    if len(differences) < 2:
+        return "one seed: no comparison"
+    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
+    half = quantile * stdev(differences) / math.sqrt(len(differences))
+    return f"{mean(differences):+.1f} ({mean(differences) - half:+.1f} to {mean(differences) + half:+.1f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def place_of(options: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    """Where a run lies."""
+    return options.output / str(arm).replace(", ", "_").replace(" ", "-") / str(seed)
+
+
+def read(options: argparse.Namespace, arm: Arm, name: str) -> dict[int, Any]:
+    """What there is of an arm, by training seed."""
+    files = {seed: place_of(options, arm, seed) / f"{name}.json" for seed in options.seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.is_file()}
+
+
+def row_of(options: argparse.Namespace, arm: Arm) -> list[str]:
+    """A line of the table of runs."""
+    fits, attacks, base = (read(options, *which) for which in ((arm, "fit"), (arm, "attack"), (arm.control, "attack")))
+    seeds = sorted(fits.keys() & attacks.keys())
+    if not seeds:
+        return []
+    cells = [str(arm), str(len(seeds)), spread([fits[s]["steps"] for s in seeds])]
+    for split in ("retain", "test"):
+        values = [fits[s]["scores"].get(split) for s in seeds]
+        cells.append(spread(values) if None not in values else "")
+    for p in (0.1, 0.3):
+        found = {s: recovered(attacks[s]["curves"], p) for s in seeds}
+        paired = [found[s] - recovered(base[s]["curves"], p) for s in seeds if s in base]
+        cells += [spread(list(found.values())), "" if arm == arm.control or not paired else interval(paired)]
+    for name in ("log10_penalty_ratio", "objective_participation", "penalty_participation", "update_signs_changed"):
+        values = [
+            median(f[name] for f in fits[s]["figures"] if name in f) for s in seeds if name in fits[s]["figures"][-1]
+        ]
+        cells.append(f"{mean(values):.2g}" if values else "")
+    return cells
+
+
+HEADER = [
+    "run",
+    "seeds",
+    "steps",
+    "retain",
+    "test",
+    "p 0.1",
+    "less gradient difference",
+    "p 0.3",
+    "less gradient difference",
+]
+HEADER += ["log10 norm ratio", "participation, loss", "penalty", "signs changed"]
+
+
+def runs_table(options: argparse.Namespace, arms: Sequence[Arm]) -> list[list[str]]:
+    """Lines of these arms, each after its control."""
+    shown = {str(arm): arm for own in arms for arm in (own.control, own)}
+    return [row for arm in shown.values() if (row := row_of(options, arm))]
+
+
+def attacks_table(options: argparse.Namespace, name: str, rates: Sequence[float]) -> list[list[str]]:
+    """Lines of another attack on what is compared, up to each of these rates."""
+    rows = []
+    for arm in COMPARED:
+        found, base = read(options, arm, name), read(options, arm.control, name)
+        for p in (0.1, 0.3) if found else ():
+            cells = [str(arm), str(p), str(len(found))]
+            for rate in rates:
+                values = {s: recovered(found[s]["curves"], p, rate) for s in found}
+                paired = [values[s] - recovered(base[s]["curves"], p, rate) for s in values if s in base]
+                gap = "" if arm == arm.control or not paired else f"; {interval(paired)}"
+                cells.append(spread(list(values.values())) + gap)
+            rows.append(cells)
+    return rows
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print and write all there is."""
+    parts = {letter: (HEADER, runs_table(options, arms)) for letter, arms in ARMS.items()}
+    first, rates = ["run", "p", "seeds"], sorted(options.wide_rates)
+    parts["g"] = [*first, *(f"rates up to {rate:g}" for rate in rates)], attacks_table(options, "wide", rates)
+    parts["f"] = [*first, "multiple choice"], attacks_table(options, "choice", [math.inf])
+    text = "\n\n".join(f"### {letter}\n\n{table(*part)}" for letter, part in parts.items() if part[1])
+    (options.output / "report.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
