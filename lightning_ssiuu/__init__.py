@@ -24,6 +24,7 @@ _EXPORTS = {
     "DPO": "objectives.dpo",
     "DualMask": "regularizers",
     "Facts": "datamodules",
+    "ElicitedUnlearning": "objectives.elicited_unlearning",
     "FaithUn": "datamodules",
     "FDCU": "objectives.fdcu",
     "FineTuning": "objectives.fine_tuning",
