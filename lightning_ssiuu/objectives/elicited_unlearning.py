@@ -76,7 +76,7 @@ class ElicitedUnlearning(DisplacedObjective):
         fork_every_n_steps: int = 10,
         adversary_share: float = 0.5,
         full_strength: float = 0.0,
-        floor: Floor = "mismatched",
+        floor: Floor = None,
         mismatched_weight: float = 0.0,
         seed: int = 0,
         **kwargs: Any,

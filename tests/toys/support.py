@@ -31,7 +31,18 @@ REFUSES: dict[str, set[str]] = {
     "retain_weight": {"MUDMAN", "UNDO"},
     "retain": {"PDU", "RMU", "UNDO"},
     "reference": set(),
-    "backbone": {"AdversarialUnlearning", "CIR", "FDCU", "KLUE", "MUDMAN", "PDU", "SAM", "SSIUU", "UNDO"},
+    "backbone": {
+        "AdversarialUnlearning",
+        "CIR",
+        "ElicitedUnlearning",
+        "FDCU",
+        "KLUE",
+        "MUDMAN",
+        "PDU",
+        "SAM",
+        "SSIUU",
+        "UNDO",
+    },
 }
 #: Values out of the range of objectives' own options.
 BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
@@ -47,6 +58,12 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("CIR", "every_n_epochs", [0]),
     ("DPO", "beta", [0.0, -1.0, NAN, INF]),
     ("DPO", "rejections", [[], ["I pass.", " "]]),
+    ("ElicitedUnlearning", "adversary_lr", [-1.0, NAN]),
+    ("ElicitedUnlearning", "fork_every_n_steps", [0]),
+    ("ElicitedUnlearning", "adversary_share", [0.0, 1.0]),
+    ("ElicitedUnlearning", "full_strength", [-0.1, 1.1]),
+    ("ElicitedUnlearning", "floor", [100.0, -1.0, "oracle"]),
+    ("ElicitedUnlearning", "mismatched_weight", [-1.0, INF]),
     ("FDCU", "regularizer.alpha", [-1.0, NAN]),
     ("FDCU", "regularizer.beta", [-1.0, INF]),
     ("FDCU", "regularizer.n_examples", [0]),
@@ -80,6 +97,7 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
 ANY_VALUE = {
     "AdversarialUnlearning": {"seed"},
     "CIR": {"attention"},
+    "ElicitedUnlearning": {"seed"},
     "KLUE": {"only_unforgotten", "seed"},
     "RMU": {"layer", "seed"},
     "UNDO": {"seed"},
