@@ -27,6 +27,7 @@ _EXPORTS = {
     "DualMask": "regularizers",
     "ElicitedStop": "callbacks",
     "Facts": "datamodules",
+    "ElicitedUnlearning": "objectives.elicited_unlearning",
     "FaithUn": "datamodules",
     "FDCU": "objectives.fdcu",
     "FineTuning": "objectives.fine_tuning",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
+from lightning_ssiuu.objectives.floor import Floor, above_floor, check_floor, mismatched_probability
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.perturbation import (
     answered_rows,
@@ -71,7 +71,7 @@ class AdversarialUnlearning(DisplacedObjective):
         backbone: UnlearningModule | None = None,
         steps: int = 2,
         step_size: float = 1e-4,
-        floor: float | Literal["mismatched"] | None = None,
+        floor: Floor = None,
         adversary: Adversary = "sign",
         adversary_share: float = 1 / 3,
         adversary_neurons: float | None = None,
@@ -81,8 +81,7 @@ class AdversarialUnlearning(DisplacedObjective):
         super().__init__(backbone, **kwargs)
         check_at_least("steps", steps, 0)
         check_number("step_size", step_size)
-        if not (floor in (None, "mismatched") or (not isinstance(floor, str) and 0 <= floor < 100)):
-            raise UserError("floor", floor, 'a percentage in [0, 100), "mismatched" or null')
+        check_floor(floor)
         check_choice("adversary", adversary, Adversary)
         if not 0 < adversary_share < 1:
             raise UserError("adversary_share", adversary_share, "a fraction in (0, 1)")
@@ -98,7 +97,7 @@ class AdversarialUnlearning(DisplacedObjective):
 
     def on_train_start(self) -> None:
         if self.floor == "mismatched" and self.floor_level is None:
-            self.floor_level = self._mismatched()
+            self.floor_level = mismatched_probability(self, self.seed)
         if self.adversary_neurons is not None:
             sites = neuron_sites(self.model.hf)
             if self._neurons is None:
@@ -122,7 +121,7 @@ class AdversarialUnlearning(DisplacedObjective):
                     self._step(parameters, gradients)
                     del gradients
             with self._step_memory:
-                part, weight = self._above_floor(batch, rest)
+                part, weight = above_floor(self, batch, rest, self.floor_level)
                 loss = weight * self.forget_loss(part)
                 return gradient_at(loss, parameters, self.model), loss.detach()
 
@@ -157,27 +156,3 @@ class AdversarialUnlearning(DisplacedObjective):
             move(parameters, gradients, -self.step_size)
         elif (norm := norm_over_shards(gradients, parameters)) > 0:
             move(parameters, gradients, -self.step_size / norm)
-
-    def _above_floor(self, batch: Part, rows: Tensor) -> tuple[Part, float]:
-        chosen, weight = share_of_mean(rows)
-        part = rows_of(batch, chosen)
-        if not self.floor_level:
-            return part, weight
-        answers = self.answers(part)
-        above = answers.mean_logps.detach() >= math.log(self.floor_level / 100)
-        chosen, weight = share_of_mean(above[: len(rows)].nonzero().squeeze(1))
-        kept = rows_of(part, chosen)
-        # The loss finds the answers to this part among the step's, without a second forward pass.
-        inside = torch.zeros_like(above).index_fill(0, chosen, True)
-        self._step_memory.recall(kept, lambda _: answers.only(inside))
-        return kept, weight
-
-    def _mismatched(self) -> float:
-        from lightning_ssiuu.evaluation.chance import mismatched_level
-        from lightning_ssiuu.evaluation.loaders import split_loader
-        from lightning_ssiuu.evaluation.scorer import untouched
-
-        with untouched(self.model):
-            if (loader := split_loader(self.trainer, "forget")) is None:
-                raise UserError("data", None, "an evaluation loader for the forget set, for floor mismatched")
-            return mismatched_level("probability", self.model, self.tokenizer, loader, self.seed)

@@ -20,11 +20,12 @@ from toys.models import (
 
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.adversarial_unlearning import AdversarialUnlearning
+from lightning_ssiuu.objectives.elicited_unlearning import ElicitedUnlearning
 from lightning_ssiuu.objectives.mudman import MUDMAN
 from lightning_ssiuu.objectives.sam import SAM
 
 #: All that move weights within a step.
-ALL = (AdversarialUnlearning, SAM, MUDMAN)
+ALL = (AdversarialUnlearning, SAM, MUDMAN, ElicitedUnlearning)
 LENGTHS = [(3, 1), (5, 2), (2, 3), (4, 4), (3, 2)]
 Loss = Callable[[nn.Module], Tensor]
 
