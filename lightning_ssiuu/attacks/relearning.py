@@ -176,11 +176,12 @@ class Relearning(Attack):
         """
         models = [SweptModel(target) for target in targets]
         pool = self._pool(models[0], data, score)
+        cells = self.cells(data, pool)  # the same ones, and their batches, for all models
         for model in models:
-            own, chosen = model.target.data, pool
-            if own is not None and pool is not None:  # as many as of the forget set, chosen alike
-                chosen = (self._pool(models[0], own, score) or [])[: len(pool)]
-            model.cells = self.cells(data if own is None else own, chosen)
+            model.cells = cells
+            if (own := model.target.data) is not None:  # as many as of the forget set, chosen alike
+                chosen = None if pool is None else (self._pool(models[0], own, score) or [])[: len(pool)]
+                model.cells = self.cells(own, chosen)
             for cell in model.cells:
                 cell.check_share(devices.n_ranks)
         grid = [(attacker, attacker.learning_rates or self.learning_rates) for attacker in self.attackers]

@@ -246,7 +246,7 @@ def test_attackers_their_control_and_what_they_leave_are_shown() -> None:
     content = audit_content(hostile=False)
     content["relearning"]["attacks"] = [{"attack": "harmful", "score": "probability"} | row for row in table(found)]
     content["relearning"]["curves"] = [{"attack": "harmful"} | asdict(one) for one in found]
-    page = report_html(content, Measured({"unlearned": "a"}, "audit", {"unlearned": variation(0)}))
+    page = report_html(content, Measured({"original": "o", "unlearned": "a"}, "audit", {"unlearned": variation(0)}))
     text = " ".join(" ".join(Page(page).text).split())
     assert (
         "Of 2 attackers in the harmful attack with 10 % of the forget set, the highest is by sgd, repair epochs 3"
