@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.reference import LiveReference, StoredReference, store
 
@@ -52,15 +52,22 @@ def adopted(
             what it kept on disk.
     """
     module.adopt(model, tokenizer)
-    if batch is not None and (observations := module.references()):
-        live = LiveReference(model, observations)
-        known = {name: live(name, batch[name.partition("/")[0]]) for name in observations}
-        for one in (module, *module._backbone):
-            one._reference = lambda name, _: known[name]  # type: ignore[assignment]
-    if batch is not None and module.regularizer is not None:
+    if batch is not None:
         module._trainer = L.Trainer(accelerator=model.hf.device.type.replace("cuda", "gpu"), devices=1, barebones=True)
         module.training_parts = lambda name, *_: iter([batch[name]])  # type: ignore[method-assign]
-        module.regularizer.prepare(module)
+        known: dict[str, Tensor] = {}
+
+        def original(name: str, _: Part | None = None) -> Tensor:
+            if name not in known:
+                known[name] = LiveReference(model, observed())(name, batch[name.partition("/")[0]])
+            return known[name]
+
+        observed, module.references = module.references, dict  # type: ignore[method-assign]
+        for one in (module, *module._backbone):
+            one._reference = original  # type: ignore[assignment]
+        module.on_train_start()
+        for name in observed():  # now, of the weights as they are
+            original(name)
     logged: dict[str, Any] = {}
     module.logged = logged  # type: ignore[assignment]
     module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]

@@ -21,7 +21,6 @@ from lightning_ssiuu.attribution.update import (
     mean_cosine,
     norm,
     norms_by_kind,
-    participation,
     principal_share,
     update_between,
     weights_of,
@@ -32,6 +31,7 @@ from lightning_ssiuu.evaluation.loaders import first_parts
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.training.perturbation import displaced, place
+from lightning_ssiuu.training.shards import participation
 from lightning_ssiuu.utils.distributed import world_size
 from lightning_ssiuu.utils.errors import UserError
 
@@ -84,7 +84,7 @@ def indicators(
         "distance": norm(update.values()),
         "relative_distance": norm(update.values()) / norm(original.values()),
         "distance_by_kind": norms_by_kind(update),
-        "participation": participation(list(update.values())),
+        "participation": participation(list(update.values()), norm(update.values())),
     }
     parts = {split: first_parts(data.eval_dataloader(split), split, probe_examples) for split in ("forget", "retain")}
     sketch = Sketch()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode
+from lightning_ssiuu.training.shards import wide
 from lightning_ssiuu.utils.errors import UserError
 
 Weights = Mapping[str, Tensor]
@@ -34,12 +35,12 @@ def update_between(original: Weights, changed: Weights) -> dict[str, Tensor]:
     """
     if {name: t.shape for name, t in original.items()} != {name: t.shape for name, t in changed.items()}:
         raise UserError("original", "weights of another model", "those of the model that was unlearned")
-    return {name: _wide(changed[name]) - _wide(original[name]) for name in original}
+    return {name: wide(changed[name]) - wide(original[name]) for name in original}
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all tensors together."""
-    return math.sqrt(math.fsum(float(_wide(tensor).norm()) ** 2 for tensor in tensors))
+    return math.sqrt(math.fsum(float(wide(tensor).norm()) ** 2 for tensor in tensors))
 
 
 def norms_by_kind(update: Weights) -> dict[str, float]:
@@ -54,22 +55,6 @@ def norms_by_kind(update: Weights) -> dict[str, float]:
     for name, tensor in update.items():
         kinds.setdefault((["", *name.split(".")])[-2], []).append(tensor)
     return {kind: norm(tensors) for kind, tensors in kinds.items()}
-
-
-def participation(tensors: Sequence[Tensor]) -> float:
-    """Participation ratio ``(Σ x²)² / (n Σ x⁴)`` of n coordinates, in percent; 0 of nothing but zeros.
-
-    100 if all are as large, 100 / n if all but one are zero.
-
-    Example:
-        >>> participation([torch.tensor([2.0, -2.0]), torch.zeros(2)])
-        50.0
-    """
-    length = norm(tensors)
-    if length == 0:
-        return 0.0
-    fourth = math.fsum(float((_wide(tensor) / length).square().norm()) ** 2 for tensor in tensors)
-    return 100 / (sum(tensor.numel() for tensor in tensors) * fourth)
 
 
 class Sketch:
@@ -159,7 +144,3 @@ def _single(parts: Iterable[Part], device: torch.device) -> Iterator[Part]:
         for row in range(len(part["input_ids"])):
             one = {name: part[name][row : row + 1].to(device) for name in ("input_ids", "attention_mask", "labels")}
             yield one
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.regularizers.base import Regularizer
-from lightning_ssiuu.training.shards import blocks, local, norm_over_shards, over_shards, shard_device, square, wide
+from lightning_ssiuu.training.shards import (
+    local,
+    norm_over_shards,
+    over_shards,
+    participation,
+    shard_device,
+    square,
+)
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice, check_number
 
 WeightMode = Literal["absolute", "relative"]
@@ -64,7 +71,7 @@ class Penalty(Regularizer):
     ) -> dict[str, float]:
         """Add ``λ e^log_scale · gradients`` to ``.grad``, once per optimiser step.
 
-        Returns the two norms as added, the logarithm of their ratio for λ = 1, and the :func:`participation` of both.
+        Returns the two norms as added, the logarithm of their ratio for λ = 1, and both gradients' participation ratio.
         The gradients are this rank's shards where ``parameters`` are, ``squares`` their
         :func:`~lightning_ssiuu.training.shards.square` if known; e^log_scale may be far outside what a float holds.
         """
@@ -101,22 +108,6 @@ class Penalty(Regularizer):
             behind = self._averages["objective"] - self._averages["penalty"]
             return weight * math.exp(behind + log_scale) if math.isfinite(behind) else 0.0
         return weight * objective / raw
-
-
-def participation(tensors: Sequence[Tensor], norm: float, shards: torch.device | None) -> float:
-    """Participation ratio ``(Σ x²)² / (n Σ x⁴)`` of n coordinates, in percent.
-
-    100 if all are as large, 100 / n if all but one are zero. ``norm`` is that of all tensors, ``shards`` as for
-    :func:`~lightning_ssiuu.training.shards.over_shards`.
-    """
-    if norm == 0:
-        return 0.0
-    fourth = 0.0
-    for (part,) in blocks(tensors):
-        unit = torch._foreach_div([wide(t) for t in part], norm)
-        fourth += math.fsum(float(n) ** 2 for n in torch._foreach_norm(torch._foreach_mul(unit, unit)))
-    count = over_shards(sum(t.numel() for t in tensors), shards)
-    return 100 / (count * over_shards(fourth, shards))
 
 
 def _moved(average: float, value: float, steps: int) -> float:

@@ -142,6 +142,26 @@ def norm_over_shards(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) ->
     return math.sqrt(over_shards(square(tensors), shard_device(parameters)))
 
 
+def participation(tensors: Sequence[Tensor], norm: float, shards: torch.device | None = None) -> float:
+    """Participation ratio ``(Σ x²)² / (n Σ x⁴)`` of n coordinates, in percent; 0 of nothing but zeros.
+
+    100 if all are as large, 100 / n if all but one are zero. ``norm`` is that of all tensors, ``shards`` as for
+    :func:`over_shards`.
+
+    Example:
+        >>> participation([torch.tensor([2.0, -2.0]), torch.zeros(2)], math.sqrt(8))
+        50.0
+    """
+    if norm == 0:
+        return 0.0
+    fourth = 0.0
+    for (part,) in blocks(tensors):
+        unit = torch._foreach_div([wide(t) for t in part], norm)
+        fourth += math.fsum(float(n) ** 2 for n in torch._foreach_norm(torch._foreach_mul(unit, unit)))
+    count = over_shards(sum(t.numel() for t in tensors), shards)
+    return 100 / (count * over_shards(fourth, shards))
+
+
 def cut_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     """This rank's part of a tensor that broadcasts to ``parameter``; each rank must call it with the same tensor."""
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -17,7 +17,6 @@ from lightning_ssiuu.attribution.update import (
     mean_cosine,
     norm,
     norms_by_kind,
-    participation,
     principal_share,
     update_between,
     weights_of,
@@ -26,6 +25,7 @@ from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.evaluation.elicitation import Elicitation, elicited_score
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.training.shards import participation
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -40,8 +40,8 @@ def test_size_and_spread() -> None:
     assert norm(update.values()) == pytest.approx(5.0)  # √(4 + 4 + 1 + 16)
     assert norms_by_kind(update) == pytest.approx({"q": 3.0, "norm": 4.0})
     # (Σ x²)² = 625, Σ x⁴ = 16 + 16 + 1 + 256, of seven coordinates
-    assert participation(list(update.values())) == pytest.approx(100 * 625 / (7 * 289))
-    assert participation([torch.zeros(3)]) == 0.0
+    assert participation(list(update.values()), 5.0) == pytest.approx(100 * 625 / (7 * 289))
+    assert participation([torch.zeros(3)], 0.0) == 0.0
     with pytest.raises(UserError, match=r"^original: got 'weights of another model'"):
         update_between(original, {"norm.weight": torch.ones(2)})
 

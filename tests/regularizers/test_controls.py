@@ -22,7 +22,8 @@ from lightning_ssiuu.regularizers import (
     NeuronAttributionRegularizer,
     Regularizer,
 )
-from lightning_ssiuu.regularizers.penalty import Penalty, participation
+from lightning_ssiuu.regularizers.penalty import Penalty
+from lightning_ssiuu.training.shards import participation
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -118,10 +119,10 @@ def test_attribution_level_takes_schedules() -> None:
 def test_participation_counts_the_coordinates_that_carry_a_vector(size: float) -> None:
     vector = torch.zeros(50)
     vector[::10] = size  # 5 of 50 as large, in two tensors
-    assert participation([vector[:20], vector[20:]], 5**0.5 * size, None) == pytest.approx(10.0)
+    assert participation([vector[:20], vector[20:]], 5**0.5 * size) == pytest.approx(10.0)
     vector[1:] = 0
-    assert participation([vector], size, None) == pytest.approx(2.0)
-    assert participation([torch.zeros(3)], 0.0, None) == 0.0
+    assert participation([vector], size) == pytest.approx(2.0)
+    assert participation([torch.zeros(3)], 0.0) == 0.0
 
 
 # ---- distance to the start ---------------------------------------------------------------------------------------
