@@ -149,7 +149,7 @@ def participation(tensors: Sequence[Tensor], norm: float, shards: torch.device |
     :func:`over_shards`.
 
     Example:
-        >>> participation([torch.tensor([2.0, -2.0]), torch.zeros(2)], math.sqrt(8))
+        >>> participation([torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.zeros(4)], 2.0)
         50.0
     """
     if norm == 0:
@@ -157,7 +157,9 @@ def participation(tensors: Sequence[Tensor], norm: float, shards: torch.device |
     fourth = 0.0
     for (part,) in blocks(tensors):
         unit = torch._foreach_div([wide(t) for t in part], norm)
-        fourth += math.fsum(float(n) ** 2 for n in torch._foreach_norm(torch._foreach_mul(unit, unit)))
+        torch._foreach_mul_(unit, unit)
+        fourth += math.fsum(float(n) ** 2 for n in torch._foreach_norm(unit))
+        del unit  # or it is held while the next is made
     count = over_shards(sum(t.numel() for t in tensors), shards)
     return 100 / (count * over_shards(fourth, shards))
 
