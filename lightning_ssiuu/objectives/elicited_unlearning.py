@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +39,8 @@ class ElicitedUnlearning(DisplacedObjective):
 
     Pushing answers down makes all answers of their kind improbable, those to questions nobody knows included. The last
     term holds them up: ``mismatched_weight`` times the NLL, at θ, of the same half's questions with each other's
-    answers (of this rank's micro-batch). What is lost is then which answer belongs to which question.
+    answers (of this rank's micro-batch), those below the floor alone. What is lost is then which answer belongs to
+    which question.
 
     What is new beside MUDMAN (arXiv 2506.12484), whose adversary learns the items that are forgotten, and
     :class:`AdversarialUnlearning`, whose adversary starts anew at each step: the halves, and the range of strengths.
@@ -113,9 +115,13 @@ class ElicitedUnlearning(DisplacedObjective):
         pairs = self.mismatched(batch["forget"])
         # A rank without two rows to exchange answers takes part all the same, with one that counts nothing.
         part = pairs or rows_of(batch["forget"], torch.arange(1))
-        loss_there = (pairs is not None) * answer_nll(self(part))
-        self.log_training(finite_losses(mean_over_ranks({"mismatched_loss": loss_there}), self.global_step))
-        return loss + self.mismatched_weight * loss_there
+        logps = self(part).mean_logps
+        counts = torch.full_like(logps, pairs is not None, dtype=torch.bool)
+        if self.floor_level is not None:
+            counts &= logps.detach() < math.log(max(self.floor_level, 1e-300) / 100)
+        held = -(logps * counts).mean()
+        self.log_training(finite_losses(mean_over_ranks({"mismatched_loss": held}), self.global_step))
+        return loss + self.mismatched_weight * held
 
     def mismatched(self, batch: Part) -> Part | None:
         """The questions of this rank's rows that are forgotten, each with another's answer; None for less than two."""
