@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.models.architectures import neuron_rows, neuron_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
-from lightning_ssiuu.objectives.floor import Floor, above_floor, check_floor, mismatched_probability
+from lightning_ssiuu.objectives.floor import Floor, Floored, above_floor
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.perturbation import (
     answered_rows,
@@ -31,7 +31,7 @@ from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 Adversary = Literal["sign", "gradient"]
 
 
-class AdversarialUnlearning(DisplacedObjective):
+class AdversarialUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
     """The backbone's forget gradient after ``steps`` relearning steps on other items, beside the retain gradient at θ.
 
     In each global micro-batch an adversary gets ``adversary_share`` of the forget items and takes k steps
@@ -64,7 +64,7 @@ class AdversarialUnlearning(DisplacedObjective):
         3
     """
 
-    state_attributes = ("floor_level", "_neurons")  # measured on the original model
+    state_attributes = ("measured_floor", "_neurons")  # measured on the original model
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class AdversarialUnlearning(DisplacedObjective):
         super().__init__(backbone, **kwargs)
         check_at_least("steps", steps, 0)
         check_number("step_size", step_size)
-        check_floor(floor)
+        self.set_floor(floor)
         check_choice("adversary", adversary, Adversary)
         if not 0 < adversary_share < 1:
             raise UserError("adversary_share", adversary_share, "a fraction in (0, 1)")
@@ -89,15 +89,13 @@ class AdversarialUnlearning(DisplacedObjective):
             raise UserError("adversary_neurons", adversary_neurons, "a percentage in (0, 100] or null")
         if adversary_neurons is not None and self.lora is not None:
             raise UserError("adversary_neurons", adversary_neurons, "null with lora, which has no weights of a neuron")
-        self.steps, self.step_size, self.floor, self.adversary = steps, step_size, floor, adversary
+        self.steps, self.step_size, self.adversary = steps, step_size, adversary
         self.adversary_share, self.adversary_neurons, self.seed = adversary_share, adversary_neurons, seed
-        self.floor_level = None if floor == "mismatched" else floor  # percent
         self._neurons: Tensor | None = None  # [n_neurons] bool, in the order of the sites
         self._masks: dict[nn.Parameter, Tensor] | None = None
 
     def on_train_start(self) -> None:
-        if self.floor == "mismatched" and self.floor_level is None:
-            self.floor_level = mismatched_probability(self, self.seed)
+        self.measure_floor(self, self.seed)
         if self.adversary_neurons is not None:
             sites = neuron_sites(self.model.hf)
             if self._neurons is None:
@@ -138,12 +136,6 @@ class AdversarialUnlearning(DisplacedObjective):
         learned = set(everyone[:n_learned])
         is_learned = torch.tensor([example in learned for example in own], dtype=torch.bool, device=rows.device)
         return rows[is_learned], rows[~is_learned]
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        given = self.floor_level
-        super().load_state(state)
-        if self.floor != "mismatched":
-            self.floor_level = given
 
     def _step(self, parameters: Sequence[nn.Parameter], gradients: list[Tensor]) -> None:
         if self._masks is not None:

@@ -15,7 +15,7 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.divergence import finite_losses
-from lightning_ssiuu.objectives.floor import Floor, above_floor, check_floor, mismatched_probability
+from lightning_ssiuu.objectives.floor import Floor, Floored, above_floor
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.optimizers import fused_where_possible
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, move, rows_of, share_of_mean
@@ -26,7 +26,7 @@ from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 Named = dict[str, Tensor]
 
 
-class ElicitedUnlearning(DisplacedObjective):
+class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
     """The backbone's forget gradient between the model and an adversary, on items the adversary never learned.
 
     The adversary is a displacement δ of all trained weights. It relearns, step by step beside the training, with Adam
@@ -69,7 +69,7 @@ class ElicitedUnlearning(DisplacedObjective):
         10
     """
 
-    state_attributes = ("floor_level", "_offset", "_first", "_second", "_n_learned")
+    state_attributes = ("measured_floor", "_offset", "_first", "_second", "_n_learned")
 
     def __init__(
         self,
@@ -90,12 +90,11 @@ class ElicitedUnlearning(DisplacedObjective):
             raise UserError("adversary_share", adversary_share, "a fraction in (0, 1)")
         if not 0 <= full_strength <= 1:
             raise UserError("full_strength", full_strength, "a probability in [0, 1]")
-        check_floor(floor)
+        self.set_floor(floor)
         check_number("mismatched_weight", mismatched_weight)
         self.adversary_lr, self.fork_every_n_steps = adversary_lr, fork_every_n_steps
-        self.adversary_share, self.full_strength, self.floor, self.seed = adversary_share, full_strength, floor, seed
+        self.adversary_share, self.full_strength, self.seed = adversary_share, full_strength, seed
         self.mismatched_weight = mismatched_weight
-        self.floor_level = None if isinstance(floor, str) else floor  # percent
         # By parameter name, cut as the parameters are: δ, Adam's moments; and the steps it has taken
         self._offset: Named = {}
         self._first: Named = {}
@@ -104,8 +103,7 @@ class ElicitedUnlearning(DisplacedObjective):
         self._learning: list[Tensor] | None = None  # the adversary's gradients over this step's micro-batches
 
     def on_train_start(self) -> None:
-        if self.floor == "mismatched" and self.floor_level is None:
-            self.floor_level = mismatched_probability(self, self.seed)
+        self.measure_floor(self, self.seed)
         super().on_train_start()
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
@@ -189,12 +187,6 @@ class ElicitedUnlearning(DisplacedObjective):
         ]
         is_learned = torch.tensor(drawn, device=rows.device)[rows] < self.adversary_share
         return rows[is_learned], rows[~is_learned]
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        given = self.floor_level
-        super().load_state(state)
-        if self.floor != "mismatched":
-            self.floor_level = given
 
     def _fork(self) -> None:
         for name in ("_offset", "_first", "_second"):

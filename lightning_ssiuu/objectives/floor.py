@@ -16,22 +16,36 @@ from lightning_ssiuu.utils.errors import UserError
 Floor = float | Literal["mismatched"] | None
 
 
-def check_floor(floor: Floor) -> None:
-    """Raise a UserError unless it is a percentage in [0, 100), ``"mismatched"`` or None."""
-    if not (floor in (None, "mismatched") or (not isinstance(floor, str) and 0 <= floor < 100)):
-        raise UserError("floor", floor, 'a percentage in [0, 100), "mismatched" or null')
+class Floored:
+    """What objectives with an option ``floor`` have in common; a resumed run goes on with ``measured_floor``."""
 
+    floor: Floor = None
+    measured_floor: float | None = None
 
-def mismatched_probability(module: UnlearningModule, seed: int) -> float:
-    """The probability of other examples' answers to the forget questions, in percent, as the model has it now."""
-    from lightning_ssiuu.evaluation.chance import mismatched_level
-    from lightning_ssiuu.evaluation.loaders import split_loader
-    from lightning_ssiuu.evaluation.scorer import untouched
+    @property
+    def floor_level(self) -> float | None:
+        """The floor in percent; None if there is none, or as long as it is to be measured."""
+        return self.measured_floor if isinstance(self.floor, str) else self.floor
 
-    with untouched(module.model):
-        if (loader := split_loader(module.trainer, "forget")) is None:
-            raise UserError("data", None, "an evaluation loader for the forget set, for floor mismatched")
-        return mismatched_level("probability", module.model, module.tokenizer, loader, seed)
+    def set_floor(self, floor: Floor) -> None:
+        """Take the option; a UserError unless it is a percentage in [0, 100), ``"mismatched"`` or None."""
+        if not (floor in (None, "mismatched") or (not isinstance(floor, str) and 0 <= floor < 100)):
+            raise UserError("floor", floor, 'a percentage in [0, 100), "mismatched" or null')
+        self.floor = floor
+
+    def measure_floor(self, module: UnlearningModule, seed: int) -> None:
+        """For ``"mismatched"``: how probable other examples' answers are to the model as it is now, unless known."""
+        if self.floor != "mismatched" or self.measured_floor is not None:
+            return
+        from lightning_ssiuu.evaluation.chance import mismatched_level
+        from lightning_ssiuu.evaluation.loaders import split_loader
+        from lightning_ssiuu.evaluation.scorer import untouched
+
+        with untouched(module.model):
+            if (loader := split_loader(module.trainer, "forget")) is None:
+                raise UserError("data", None, "an evaluation loader for the forget set, for floor mismatched")
+            level = mismatched_level("probability", module.model, module.tokenizer, loader, seed)
+        self.measured_floor = level
 
 
 def above_floor(module: UnlearningModule, batch: Part, rows: Tensor, level: float | None) -> tuple[Part, float]:

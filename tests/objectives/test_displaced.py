@@ -45,7 +45,7 @@ def test_the_step_of_adversarial_unlearning(adversary: Any, floor: bool) -> None
     if floor:
         values = {row: 100 * math.exp(-value_at(model, at, nll(one["forget"], [row]))) for row in rest}
         low, middle, high = sorted(values, key=values.__getitem__)
-        module.floor = module.floor_level = (values[low] + values[middle]) / 2
+        module.floor = (values[low] + values[middle]) / 2
         rest = [middle, high]
     ascent = gradient(model, at, nll(one["forget"], rest))
     keeping = gradient(model, start, nll(one["retain"], [0, 1]))
