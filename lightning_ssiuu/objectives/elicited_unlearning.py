@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,8 +38,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
 
     Pushing answers down makes all answers of their kind improbable, those to questions nobody knows included. The last
     term holds them up: ``mismatched_weight`` times the NLL, at θ, of the same half's questions with each other's
-    answers (of this rank's micro-batch), those below the floor alone. What is lost is then which answer belongs to
-    which question.
+    answers (of this rank's micro-batch). What is lost is then which answer belongs to which question.
 
     What is new beside MUDMAN (arXiv 2506.12484), whose adversary learns the items that are forgotten, and
     :class:`AdversarialUnlearning`, whose adversary starts anew at each step: the halves, and the range of strengths.
@@ -113,11 +111,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         pairs = self.mismatched(batch["forget"])
         # A rank without two rows to exchange answers takes part all the same, with one that counts nothing.
         part = pairs or rows_of(batch["forget"], torch.arange(1))
-        logps = self(part).mean_logps
-        counts = torch.full_like(logps, pairs is not None, dtype=torch.bool)
-        if self.floor_level is not None:
-            counts &= logps.detach() < math.log(max(self.floor_level, 1e-300) / 100)
-        held = -(logps * counts).mean()
+        held = (pairs is not None) * answer_nll(self(part))
         self.log_training(finite_losses(mean_over_ranks({"mismatched_loss": held}), self.global_step))
         return loss + self.mismatched_weight * held
 

@@ -144,14 +144,6 @@ def test_mismatched_pairs_are_held_up_at_the_model_itself() -> None:
     _, (got,) = trained(a_module(mismatched_weight=3.0), [one], copy.deepcopy(model), lr=0.0)
     held = gradient(model, weights(model), nll(pairs, list(range(len(rest)))))
     assert distance(got, plus(without, held, 3.0)) < 1e-10
-    # With a floor: those below it alone, as a share of all.
-    values = {row: 100 * math.exp(-value_at(model, weights(model), nll(pairs, [row]))) for row in range(len(rest))}
-    least = min(values, key=values.__getitem__)
-    floor = sum(sorted(values.values())[:2]) / 2
-    _, (without,) = trained(a_module(floor=floor), [one], copy.deepcopy(model), lr=0.0)
-    _, (got,) = trained(a_module(floor=floor, mismatched_weight=3.0), [one], copy.deepcopy(model), lr=0.0)
-    held = gradient(model, weights(model), nll(pairs, [least]))
-    assert distance(got, plus(without, held, 3.0 / len(rest))) < 1e-10
 
 
 def test_a_single_row_has_nothing_to_exchange() -> None:
