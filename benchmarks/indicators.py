@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import rankdata
+from robustness.comparison import rank_correlation
+from timing import markdown
 
 from lightning_ssiuu.attribution.indicators import indicators
 from lightning_ssiuu.attribution.update import weights_of
@@ -57,32 +57,21 @@ def known(run: Path) -> dict[str, float]:
     return found
 
 
-def spearman(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Spearman's ρ and its 95 % percentile interval over resampled pairs; NaN where all values of one are equal."""
-
-    def rho(places: np.ndarray) -> float:
-        one, other = rankdata(np.asarray(x)[places]), rankdata(np.asarray(y)[places])
-        return float(np.corrcoef(one, other)[0, 1]) if np.ptp(one) and np.ptp(other) else float("nan")
-
-    rng, n = np.random.default_rng(0), len(x)
-    resampled = [rho(rng.integers(n, size=n)) for _ in range(draws)]
-    return (rho(np.arange(n)), *map(float, np.nanquantile(resampled, [0.025, 0.975])))
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def correlations(runs: Sequence[Mapping[str, Any]]) -> str:
     """Correlations of every figure with the recovery, the strongest first; empty of fewer than five attacked runs."""
-    attacked = [row for row in rows if "recovery" in row]
+    attacked = [row for row in runs if "recovery" in row]
     if len(attacked) < 5:
         return ""
-    found = []
+    recovery, rows = [row["recovery"] for row in attacked], []
     for name in attacked[0]:
         values = [row.get(name) for row in attacked]
-        if name != "recovery" and all(isinstance(value, (int, float)) for value in values):
-            found.append((name, *spearman(values, [row["recovery"] for row in attacked])))  # type: ignore[arg-type]
-    found = [row for row in found if row[1] == row[1]]
-    found.sort(key=lambda row: -abs(row[1]))
-    lines = [f"| {name} | {rho:.2f} | {low:.2f} to {high:.2f} |" for name, rho, low, high in found]
-    return "\n".join([f"| figure, {len(attacked)} runs | Spearman's ρ | 95 % |", "|---|---|---|", *lines])
+        if name == "recovery" or not all(isinstance(value, (int, float)) for value in values):
+            continue
+        if (rho := rank_correlation(values, recovery)) is not None:  # type: ignore[arg-type]
+            rows.append((name, *rho))
+    rows.sort(key=lambda row: -abs(row[1]))
+    header = [f"figure, {len(attacked)} runs", "Spearman's ρ", "95 %"]
+    return markdown(header, [[name, f"{rho:.2f}", f"{low:.2f} to {high:.2f}"] for name, rho, low, high in rows])
 
 
 def kept(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -123,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps({"fit": str(run)} | rows[str(run)]), flush=True)
         if options.output is not None:
             write(options.output, rows)
-    print(table([rows[str(run)] for run in options.runs]))
+    print(correlations([rows[str(run)] for run in options.runs]))
 
 
 if __name__ == "__main__":

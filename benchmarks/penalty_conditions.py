@@ -27,7 +27,8 @@ from typing import Any
 import lightning as L
 import torch
 from penalty_arms import ARMS, COMPARED, OPTIMIZERS, Arm, orthogonal
-from penalty_tables import place_of, report, table
+from penalty_tables import place_of, report
+from timing import markdown
 from torch import Tensor
 
 from lightning_ssiuu import CustomData, DualMask, Facts, GradientDifference, Harmful
@@ -212,7 +213,7 @@ def per_step(options: argparse.Namespace) -> None:
         for name in ("first order", "exact")
         for key in ("log10 ratio", "participation %", "outweighs %")
     ]
-    print(f"target {first}\n\n" + table([*named, "exact / first order", "cosine", "CPU s of exact"], rows))
+    print(f"target {first}\n\n" + markdown([*named, "exact / first order", "cosine", "CPU s of exact"], rows))
 
 
 def run_all(options: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from penalty_arms import ARMS, COMPARED, Arm
-from scipy import stats
+from robustness.comparison import estimate
+from timing import markdown
 
 
 def recovered(curves: Sequence[dict[str, Any]], p: float, up_to: float = math.inf) -> float:
@@ -28,17 +29,9 @@ def spread(values: Sequence[float]) -> str:
 
 def interval(differences: Sequence[float]) -> str:
     """Mean with the 95 % interval of Student's t."""
-    if len(differences) < 2:
+    if (found := estimate(differences)) is None:
         return "one seed: no comparison"
-    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
-    half = quantile * stdev(differences) / math.sqrt(len(differences))
-    return f"{mean(differences):+.1f} ({mean(differences) - half:+.1f} to {mean(differences) + half:+.1f})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
 def place_of(options: argparse.Namespace, arm: Arm, seed: int) -> Path:
@@ -116,6 +109,6 @@ def report(options: argparse.Namespace) -> None:
     first, rates = ["run", "p", "seeds"], sorted(options.wide_rates)
     parts["g"] = [*first, *(f"rates up to {rate:g}" for rate in rates)], attacks_table(options, "wide", rates)
     parts["f"] = [*first, "multiple choice"], attacks_table(options, "choice", [math.inf])
-    text = "\n\n".join(f"### {letter}\n\n{table(*part)}" for letter, part in parts.items() if part[1])
+    text = "\n\n".join(f"### {letter}\n\n{markdown(*part)}" for letter, part in parts.items() if part[1])
     (options.output / "report.md").write_text(text + "\n", encoding="utf-8")
     print(text)

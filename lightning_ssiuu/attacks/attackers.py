@@ -15,6 +15,7 @@ from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 from lightning_ssiuu.training.optimizers import Muon
 from lightning_ssiuu.training.schedules import find_schedule
+from lightning_ssiuu.training.shards import wide
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 OptimizerName = Literal["adamw", "sgd", "muon"]
@@ -142,9 +143,9 @@ def project(gradient: Tensor, rank: int, keep: bool) -> None:
         >>> gradient.diag().round(decimals=4).abs().tolist()
         [0.0, 2.0, 1.0]
     """
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    whole = wide(gradient)
     with torch.random.fork_rng([gradient.device] if gradient.is_cuda else []):
         torch.manual_seed(0)  # the same on every rank
-        left = torch.svd_lowrank(wide, min(rank + 8, *wide.shape), niter=4)[0][:, :rank]
-    principal = left @ (left.mT @ wide)
-    gradient.copy_(principal if keep else wide - principal)
+        left = torch.svd_lowrank(whole, min(rank + 8, *whole.shape), niter=4)[0][:, :rank]
+    principal = left @ (left.mT @ whole)
+    gradient.copy_(principal if keep else whole - principal)

@@ -15,7 +15,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import check_tokenizers, resolve_models
 from lightning_ssiuu.models.loading import check_same_shape
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.training.shards import local
+from lightning_ssiuu.training.shards import local, wide
 from lightning_ssiuu.utils.errors import UserError
 
 _ORIGINAL = "attack.original"
@@ -87,5 +87,4 @@ def interpolate(
     """Set a model's weights to ``start + alpha (goal − start)``, both by name; of weights cut over ranks a rank's."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            width = torch.promote_types(tensor.dtype, torch.float32)
-            local(tensor).copy_(torch.lerp(start[name].to(width), goal[name].to(width), alpha))
+            local(tensor).copy_(torch.lerp(wide(start[name]), wide(goal[name]), alpha))

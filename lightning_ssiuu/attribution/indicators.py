@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -80,11 +81,12 @@ def indicators(
     adversary = adversary if adversary is not None else Elicitation()
     changed = weights_of(model)
     update = update_between(original, changed)
+    distance = norm(update.values())
     found: dict[str, Any] = {
-        "distance": norm(update.values()),
-        "relative_distance": norm(update.values()) / norm(original.values()),
+        "distance": distance,
+        "relative_distance": distance / norm(original.values()),
         "distance_by_kind": norms_by_kind(update),
-        "participation": participation(list(update.values()), norm(update.values())),
+        "participation": participation(list(update.values()), distance),
     }
     parts = {split: first_parts(data.eval_dataloader(split), split, probe_examples) for split in ("forget", "retain")}
     sketch = Sketch()
@@ -98,7 +100,7 @@ def indicators(
         found[f"barrier_{split}"] = barrier(line(model, original, partial(mean_nll, model, of_split)))
 
     def elicited(steps: int, **options: Any) -> float:
-        asked = Elicitation(adversary.share, adversary.learning_rate, steps, adversary.batch_size, adversary.optimizer)
+        asked = replace(adversary, steps=steps)
         folds = [RelearnDataModule(data, p=asked.share, batch_size=asked.batch_size, seed=s, **options) for s in FOLDS]
         return mean(elicited_score(model, tokenizer, fold, asked, score) for fold in folds)
 

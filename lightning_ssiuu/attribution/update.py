@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode
-from lightning_ssiuu.training.shards import wide
+from lightning_ssiuu.training.shards import square, wide
 from lightning_ssiuu.utils.errors import UserError
 
 Weights = Mapping[str, Tensor]
@@ -40,7 +40,7 @@ def update_between(original: Weights, changed: Weights) -> dict[str, Tensor]:
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all tensors together."""
-    return math.sqrt(math.fsum(float(wide(tensor).norm()) ** 2 for tensor in tensors))
+    return math.sqrt(square(list(tensors)))
 
 
 def norms_by_kind(update: Weights) -> dict[str, float]:
@@ -142,5 +142,4 @@ def principal_share(update: Tensor, gradients: Tensor, n_directions: int) -> flo
 def _single(parts: Iterable[Part], device: torch.device) -> Iterator[Part]:
     for part in parts:
         for row in range(len(part["input_ids"])):
-            one = {name: part[name][row : row + 1].to(device) for name in ("input_ids", "attention_mask", "labels")}
-            yield one
+            yield {name: part[name][row : row + 1].to(device) for name in ("input_ids", "attention_mask", "labels")}

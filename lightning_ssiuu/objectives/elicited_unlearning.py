@@ -18,7 +18,7 @@ from lightning_ssiuu.objectives.floor import Floor, Floored, above_floor
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.optimizers import fused_where_possible
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, move, rows_of, share_of_mean
-from lightning_ssiuu.training.shards import local_state, trained_parameters
+from lightning_ssiuu.training.shards import local_state, trained_parameters, wide
 from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
@@ -184,9 +184,8 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
 
     def _fork(self) -> None:
         for name in ("_offset", "_first", "_second"):
-            trained = trained_parameters(self.model).items()
-            # In float32: its steps are small beside the weights.
-            zeros = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in trained}
+            # Wide: its steps are small beside the weights.
+            zeros = {n: torch.zeros_like(wide(p)) for n, p in trained_parameters(self.model).items()}
             setattr(self, name, zeros)
         self._n_learned = 0
 

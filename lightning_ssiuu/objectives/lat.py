@@ -15,6 +15,7 @@ from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.objectives.losses import answer_nll
+from lightning_ssiuu.training.shards import wide
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
 
@@ -97,8 +98,8 @@ class LAT(UnlearningModule):
     def _adversary(self, batch: Part) -> list[Tensor]:
         with torch.no_grad(), seen(self.blocks) as outputs:
             self._pass(batch)
-        lengths = [_wide(h).norm(dim=-1, keepdim=True) * self.epsilon for h in outputs]
-        deltas = [torch.zeros_like(_wide(h)) for h in outputs]
+        lengths = [wide(h).norm(dim=-1, keepdim=True) * self.epsilon for h in outputs]
+        deltas = [torch.zeros_like(wide(h)) for h in outputs]
         with torch.enable_grad():
             for _ in range(self.steps):
                 moving = [delta.requires_grad_() for delta in deltas]
@@ -113,10 +114,6 @@ class LAT(UnlearningModule):
     def _pass(self, batch: Part) -> Any:
         model: AnswerModel = self.model
         return model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _unit(vectors: Tensor) -> Tensor:
