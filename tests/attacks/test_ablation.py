@@ -41,9 +41,9 @@ def noisy_sites(original: AnswerModel, names: set[str] | None = None) -> AnswerM
     """A copy in which the weights of the sites' modules, or of some, are other ones."""
     model = copy.deepcopy(original)
     generator = torch.Generator().manual_seed(0)
-    for name in {site.module_name for site in neuron_sites(model.hf)} if names is None else names:
+    for name in sorted({site.module_name for site in neuron_sites(model.hf)} if names is None else names):
         for parameter in model.hf.get_submodule(name).parameters():
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.data += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
 
 
