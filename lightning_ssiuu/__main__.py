@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 _COMMANDS = {
+    "erase": ("lightning_ssiuu.cli.erase", "all of it: search the settings, unlearn, attack, audit"),
     "fit": ("lightning_ssiuu.cli.fit", "unlearn (or fine-tune) with a recipe: fit --config recipes/ssiuu.yaml"),
     "validate": ("lightning_ssiuu.cli.fit", "score a model on the forget, retain and test sets"),
     "test": ("lightning_ssiuu.cli.fit", "the same through Lightning's test loop"),

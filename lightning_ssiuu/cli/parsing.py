@@ -11,12 +11,12 @@ from typing import Any, get_args, get_type_hints
 
 def run_function(
     function: Callable[..., object], name: str, args: list[str], defaults: Mapping[str, Any] | None = None
-) -> None:
+) -> Any:
     """Run a function as a command: its parameters are the options, its docstring the help, ``--config`` reads YAML.
 
     Parameters annotated ``bool``, and those of the classes it takes, may be given as bare flags; one annotated
     ``Devices`` becomes ``--accelerator``, ``--devices``, ``--strategy`` and ``--precision``. ``defaults`` are those of
-    the command line where the function's own are null.
+    the command line where the function's own are null. Returns what the function does.
     """
     from jsonargparse import ArgumentParser
 
@@ -43,7 +43,7 @@ def run_function(
     options = config.as_dict()
     if devices:
         options[devices] = Devices(**{option: options.pop(option) for option in inspect.signature(Devices).parameters})
-    function(**options)
+    return function(**options)
 
 
 def _spelled(args: list[str], flags: set[str]) -> list[str]:

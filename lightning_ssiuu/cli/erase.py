@@ -1,0 +1,290 @@
+"""``lightning-ssiuu erase``: from a forget set to a verdict; every choice is made, tried and written down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
+from lightning_ssiuu.cli.parsing import run_function
+from lightning_ssiuu.cli.report import print_table
+from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
+from lightning_ssiuu.cli.trials import Trial, best, following
+from lightning_ssiuu.utils.errors import UserError, check_at_least
+from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
+from lightning_ssiuu.utils.locks import only_here
+from lightning_ssiuu.utils.reading import read_json
+
+STATE = "erase.json"
+_NOT_ERASED = 3  # exit status
+_SPARE = 1.5  # so many times as long as the trial's attack on one seed takes the final one for each of its own
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What ``erase`` made: the verdict's label and sentence, where model and report are, and all that was tried."""
+
+    verdict: str
+    sentence: str
+    model: Path
+    report: Path
+    trials: tuple[Trial, ...]
+
+    @property
+    def erased(self) -> bool:
+        """Whether the audit calls it erased."""
+        return self.verdict == "erased"
+
+
+def erase(
+    output: str,
+    model: str = "tiny",
+    forget: str | None = None,
+    retain: str | None = None,
+    test: str | None = None,
+    data: str | None = None,
+    forget_ids: str | None = None,
+    forget_where: str | None = None,
+    recipe: str | None = None,
+    fit: Sequence[str] = (),
+    template: str | None = None,
+    threshold: float | Literal["mismatched"] = "mismatched",
+    trials: int = 3,
+    budget: float | None = None,
+    retain_at_least: float = 95.0,
+    oracle: str | None = None,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+    precision: str = "32-true",
+    overwrite: bool = False,
+) -> Erased:
+    """Unlearn, choosing every setting by trial, attack and audit: ``model/``, ``report.html`` and ``erase.json``.
+
+    The template under which the model knows most of the forget set is taken. Then settings are tried: each is a run of
+    ``fit`` to the threshold and, where that is reached, a small relearning attack. The learning rate is moved by
+    factors of two from the recipe's, and the last trial doubles the objective's strength. Of the trials that keep
+    ``retain_at_least`` the one of which least comes back is taken, attacked in full, and audited. A command that was
+    ended goes on where it was when it is given again. ``config.yaml`` repeats the chosen run with ``fit``.
+
+    Args:
+        output: Directory for everything.
+        model: The model before unlearning: a directory, a hub id, or ``tiny``.
+        forget: File of what is to be forgotten. Without it and ``data``: the embedded facts, or what ``fit`` has.
+        retain: File of what must stay.
+        test: File of bystanders, scored and never trained on.
+        data: One table instead of ``forget`` and ``retain``; what is not forgotten is retained.
+        forget_ids: File with the ids of the table's rows to forget, one a line.
+        forget_where: Or a condition on its columns, e.g. ``customer_id == 17``.
+        recipe: Of the objective and its settings; by default ``erase`` for the embedded model and
+            ``model/smollm2_erase`` after it for others.
+        fit: YAML files with options of ``fit``, read after the recipe.
+        template: How questions are asked; None: the one under which the model knows most.
+        threshold: Forget probability in percent that ends a run; ``mismatched``: that of questions and answers
+            re-paired at random.
+        trials: How many settings to try, ≥ 1.
+        budget: Minutes; no trial is begun that would not end in time with what comes after it. None: no limit.
+        retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
+        oracle: A model retrained without the forget set, for attack and audit; None: their control.
+        seed: Of everything.
+        accelerator: Lightning's.
+        devices: How many.
+        precision: ``32-true``, ``bf16-mixed`` or ``bf16-true``.
+        overwrite: Begin anew, and replace what is in ``output``.
+
+    Returns:
+        The verdict, and where everything is. As a command the exit status is 0 if erased, and 3 if not.
+
+    Raises:
+        UserError: If an argument is outside its range, or no trial reached the threshold.
+    """
+    check_at_least("trials", trials, 1)
+    if budget is not None:
+        check_at_least("budget", budget, 0)
+    plan = Plan(
+        *(output, model, forget, retain, test, data, forget_ids, forget_where, recipe, tuple(fit), template, threshold),
+        *(oracle, seed, accelerator, devices, precision),
+    )
+    plan.check()
+    with only_here("output", output):
+        return _Erasing(plan, trials, budget, retain_at_least, overwrite).run()
+
+
+class _Erasing:
+    def __init__(self, plan: Plan, trials: int, budget: float | None, retain_at_least: float, overwrite: bool) -> None:
+        self.plan, self.folder = plan, Path(plan.output)
+        self.n, self.retain_at_least = trials, retain_at_least
+        self.end = None if budget is None else time.monotonic() + 60 * budget
+        state: dict[str, Any] = {}
+        if (self.folder / STATE).exists() and not overwrite:
+            state = read_json(self.folder / STATE, "output", allowed=f"a directory whose {STATE} this version writes")
+            if state["asked"] != plan.asked():
+                raise UserError(
+                    "output", plan.output, "what was asked there before, or another directory, or --overwrite"
+                )
+        else:
+            refuse_existing("output", self.folder, [STATE, "model", "metrics.json", "trials"], overwrite)
+            for name in ("trials", "model"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in (STATE, "attack.json", "audit.json", "metrics.json", "config.yaml"):
+                (self.folder / name).unlink(missing_ok=True)
+        self.state = state or {"asked": plan.asked(), "trials": [], "seconds": {}}
+        (self.folder / "trials").mkdir(parents=True, exist_ok=True)
+        self.steps = Steps(self.folder, self.state["seconds"])
+
+    @property
+    def done(self) -> list[Trial]:
+        return [Trial.of(content) for content in self.state["trials"]]
+
+    def run(self) -> Erased:
+        if "known" not in self.state:
+            self._save(known=self.plan.measure())
+        self._say_known()
+        while (setting := self._next()) is not None:
+            self._try(setting)
+        chosen = best(self.done, self.retain_at_least)
+        self._table()
+        if chosen is None:
+            failed = [trial.failed for trial in self.done if trial.failed]
+            why = failed[0] if failed else "no trial reached it: more trials, or a higher threshold"
+            raise UserError("threshold", self.plan.threshold, why)
+        self._take(chosen)
+        ahead = {"attack": 1.0, "audit": 1.0}
+        for kind, words in self.plan.judging(chosen).items():
+            if not (self.folder / f"{kind}.json").exists():
+                self._say(f"{kind} of the chosen run", {k: v for k, v in ahead.items() if k in self.steps.seconds})
+                self.steps.run(kind, words)
+            ahead.pop(kind)
+        audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
+        verdict = audit["verdict"]
+        self._save(verdict=verdict["label"], sentence=verdict["sentence"])
+        report = self.folder / "report.html"
+        print(
+            f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"
+        )
+        return Erased(verdict["label"], verdict["sentence"], self.folder / "model", report, tuple(self.done))
+
+    def _next(self) -> Any:
+        if "chosen" in self.state:
+            return None
+        setting = following(self.done, self.n, self.retain_at_least, self.plan.strength is not None)
+        if setting is None or not self.done or self.end is None:
+            return setting
+        # The longest trial so far, and what comes after the last one.
+        longest = max(trial.seconds for trial in self.done)
+        return setting if time.monotonic() + longest + self._judging_seconds() < self.end else None
+
+    def _judging_seconds(self) -> float:
+        search = self.steps.seconds.get("search", [0.0])
+        return _SPARE * max(search) * self.plan.judged_per_searched
+
+    def _try(self, setting: Any) -> None:
+        plan, begin = self.plan, time.monotonic()
+        folder = self.folder / "trials" / setting.name
+        config = plan.config(setting, self.state["known"]["template"], folder)
+        rate = plan.rate(config)
+        number = len(self.state["trials"]) + 1
+        left = self.n - number + 1
+        self._say(f"trial {number} of at most {self.n}: learning rate {rate:.3g}", {"fit": left, "search": left})
+        with written_atomically(self.folder / "trials" / f"{setting.name}.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        try:
+            if not (folder / "metrics.json").exists():
+                self.steps.run("fit", plan.fit_words(self.folder / "trials" / f"{setting.name}.yaml"))
+            trial = trial_of(setting, rate, folder)
+            if trial.reached and not (folder / "attack.json").exists():
+                self.steps.run("search", plan.searching(folder, rate))
+            trial = with_attack(trial, folder)
+        except CommandRefused as refusal:
+            trial = Trial(setting, rate, failed=str(refusal))
+        content = trial.content() | {"seconds": round(time.monotonic() - begin, 1)}
+        self._save(trials=[*self.state["trials"], content])
+        leader = best(self.done, self.retain_at_least)
+        for other in self.done:  # models take room: the best one's is kept
+            if leader is None or other.setting != leader.setting:
+                shutil.rmtree(self.folder / "trials" / other.setting.name / "model", ignore_errors=True)
+            shutil.rmtree(self.folder / "trials" / other.setting.name / "checkpoints", ignore_errors=True)
+
+    def _take(self, chosen: Trial) -> None:
+        # Its results move up; a move that was interrupted goes on.
+        self._save(chosen=chosen.setting.name)
+        source = self.folder / "trials" / chosen.setting.name
+        for path in sorted(source.iterdir()) if source.exists() else ():
+            if path.name == "attack.json":  # the small attack; the full one is another
+                continue
+            if path.name == "config.yaml":
+                config = yaml.safe_load(path.read_text(encoding="utf-8"))
+                config["trainer"]["default_root_dir"] = str(self.folder)
+                with written_atomically(self.folder / "config.yaml") as temporary:
+                    temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+                path.unlink()
+                continue
+            if (target := self.folder / path.name).is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+
+    def _save(self, **more: Any) -> None:
+        self.state |= more | {"seconds": self.steps.seconds}
+        write_json(self.folder / STATE, self.state)
+
+    def _say(self, what: str, ahead: Mapping[str, float]) -> None:
+        print(f"{what} ({minutes(self.steps.left(ahead))})", flush=True)
+
+    def _say_known(self) -> None:
+        known = self.state["known"]
+        print(
+            f"{known['n_forget']} items to forget, {known['n_retain']} to retain; asked with {known['template']!r} "
+            f"the model gives them {known['probability']:.1f} %, {known['chance']:.1f} % by chance",
+            flush=True,
+        )
+
+    def _table(self) -> None:
+        rows = [
+            [
+                trial.setting.name,
+                f"{trial.learning_rate:.3g}",
+                "" if trial.steps is None else str(trial.steps),
+                *(("" if value is None else f"{value:.1f}") for value in (trial.forget, trial.retain, trial.test)),
+                trial.failed or ("" if trial.recovered is None else f"{trial.recovered:.1f}"),
+            ]
+            for trial in self.done
+        ]
+        header = ["trial", "learning rate", "steps", "forget", "retain", "test", "comes back"]
+        print_table([header, *rows], "Trials (percent)")
+        contents = [asdict(trial) | {"setting": trial.setting.name} for trial in self.done]
+        if contents:
+            write_csv(self.folder / "trials.csv", list(contents[0]), [list(content.values()) for content in contents])
+        front(self.folder / "plots" / "trials.png", self.done, self.retain_at_least)
+
+
+def front(path: Path, trials: Sequence[Trial], retain_at_least: float) -> None:
+    """Draw what came back of each trial over what it retained."""
+    shown = [(trial, trial.recovered) for trial in trials if trial.recovered is not None]
+    if not shown:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for trial, recovered in shown:
+        axes.plot(trial.kept, recovered, "o", color="C0")
+        axes.annotate(f"{trial.learning_rate:.2g}", (trial.kept, recovered), fontsize=8)
+    axes.axvline(retain_at_least, color="grey", linewidth=0.8)
+    axes.set(xlabel="retain score kept, %", ylabel="comes back under the small attack, %")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def run(args: list[str]) -> None:
+    """Parse and run ``erase``."""
+    erased = run_function(erase, "erase", args)
+    if not erased.erased:
+        raise SystemExit(_NOT_ERASED)

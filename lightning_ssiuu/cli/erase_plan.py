@@ -1,0 +1,271 @@
+"""What ``erase`` runs: the configuration of every trial, the attacks, the audit; and what is read of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lightning_ssiuu.attacks.records import read_attacks
+from lightning_ssiuu.cli.trials import Setting, Trial
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.evaluation.results import check_metrics, read_result
+from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.reading import read_yaml
+
+SCORE = "probability"
+#: The option by which an objective resists relearning more; an adversary's learning rate moves with the objective's.
+_STRENGTH = {
+    "ElicitedUnlearning": "adversary_lr",
+    "MUDMAN": "adversary_lr",
+    "AdversarialUnlearning": "step_size",
+    "SSIUU": "regularizer.init_args.weight",
+    "SAM": "rho",
+}
+_RATE = "optimizer.init_args.lr"
+_MOST_STEPS = 300
+_EVERY = 10  # steps from one checkpoint to the next
+_SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
+_FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8}
+_ATTACKED_AT = (0.5, 1.0, 2.0)  # of the rate of the search's attack
+_FEW = 20  # below so many items a tenth is hardly anything
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked of ``erase``, and the commands that follow from it."""
+
+    output: str
+    model: str
+    forget: str | None
+    retain: str | None
+    test: str | None
+    data: str | None
+    forget_ids: str | None
+    forget_where: str | None
+    recipe: str | None
+    fit: tuple[str, ...]
+    template: str | None
+    threshold: float | Literal["mismatched"]
+    oracle: str | None
+    seed: int
+    accelerator: str
+    devices: int
+    precision: str
+
+    def asked(self) -> dict[str, Any]:
+        """What a run that goes on has to agree in, as JSON."""
+        kept = {name: value for name, value in asdict(self).items() if name not in ("output", "accelerator")}
+        return kept | {"fit": list(self.fit)}
+
+    def check(self) -> None:
+        """Raise a :class:`UserError` for what does not go together, before anything is loaded."""
+        table = {"forget_ids": self.forget_ids, "forget_where": self.forget_where}
+        files = {"forget": self.forget, "retain": self.retain, "test": self.test}
+        if self.data is None and any(table.values()):
+            name = next(name for name, value in table.items() if value)
+            raise UserError(name, table[name], "nothing without --data, the table")
+        if self.data is not None and any(files.values()):
+            name = next(name for name, value in files.items() if value)
+            raise UserError(name, files[name], "nothing beside --data: one table, or files of their own")
+        if (self.forget is None) != (self.retain is None):
+            name = "retain" if self.retain is None else "forget"
+            raise UserError(name, None, "a file: what is forgotten and what must stay are both needed")
+        self._base  # noqa: B018 (its mistakes are told now)
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        # The recipe, what `fit` adds, and the data; all that no trial changes.
+        names = [self.recipe] if self.recipe else ["erase", *([] if self.model == "tiny" else ["model/smollm2_erase"])]
+        merged: dict[str, Any] = {}
+        for name in names:
+            _merge(merged, read_yaml(recipe_path(name), "recipe"))
+        for path in self.fit:
+            _merge(merged, read_yaml(path, "fit"))
+        if not isinstance(merged.get("model"), dict) or "init_args" not in merged["model"]:
+            raise UserError("recipe", self.recipe, "one with an objective: model.class_path and model.init_args")
+        if (given := self._data_section()) is not None:
+            sizes = merged.get("data", {}).get("init_args", {})
+            kept = {name: sizes[name] for name in ("batch_size", "retain_batch_size") if name in sizes}
+            merged["data"] = {"class_path": "CustomData", "init_args": kept | given}
+        merged.setdefault("model", {}).setdefault("init_args", {})["checkpoint"] = self.model
+        merged["seed_everything"] = self.seed
+        stopping = {"score": SCORE, "threshold": self.threshold}
+        trainer = {"accelerator": self.accelerator, "devices": self.devices, "precision": self.precision}
+        _merge(merged, {"stopping": stopping, "trainer": trainer, "checkpoints": {"every_n_steps": _EVERY}})
+        return merged
+
+    def _data_section(self) -> dict[str, Any] | None:
+        if self.data is not None:
+            given = {"data": self.data, "forget_ids": self.forget_ids, "forget_where": self.forget_where}
+        elif self.forget is not None:
+            given = {"forget": self.forget, "retain": self.retain, "test": self.test}
+        else:
+            return None
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def strength(self) -> str | None:
+        """Option of the objective that is its strength; None: it has none."""
+        option = _STRENGTH.get(str(self._base["model"].get("class_path", "")).rpartition(".")[2])
+        return option if option is not None and _get(self._base["model"]["init_args"], option) is not None else None
+
+    def config(self, setting: Setting, template: str, folder: Path) -> dict[str, Any]:
+        """The configuration of a trial, for ``fit``."""
+        config: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self._base))
+        options = config["model"]["init_args"]
+        rate = float(_get(options, _RATE) or 0.0)
+        if rate <= 0:
+            raise UserError("recipe", self.recipe, f"one with a learning rate: model.init_args.{_RATE}")
+        _set(options, _RATE, _rounded(rate * setting.rate))
+        if self.strength is not None:
+            moved = setting.rate if self.strength == "adversary_lr" else 1.0
+            strength = float(_get(options, self.strength)) * moved * setting.strength
+            _set(options, self.strength, _rounded(strength))
+        config["data"].setdefault("init_args", {})["template"] = template
+        config["trainer"]["default_root_dir"] = str(folder)
+        config["trainer"].setdefault("max_steps", _MOST_STEPS)
+        config["trainer"]["max_epochs"] = -1
+        config["saving"] = (config.get("saving") or {}) | {"folder": "model"}
+        return config
+
+    @staticmethod
+    def rate(config: Mapping[str, Any]) -> float:
+        """Learning rate of a configuration."""
+        return float(_get(config["model"]["init_args"], _RATE))
+
+    @staticmethod
+    def fit_words(config: Path) -> list[str]:
+        """The command of a trial; given again, it goes on."""
+        return ["fit", "--config", str(config), "--ckpt_path", "last"]
+
+    def searching(self, folder: Path, rate: float) -> list[str]:
+        """The small attack on a trial."""
+        return self._attack(folder, _SEARCH | {"learning_rates": [_rounded(2 * rate)]}, None, control=False)
+
+    def judging(self, chosen: Trial) -> dict[str, list[str]]:
+        """The attack in full, and the audit, by the file that each writes."""
+        rates = [_rounded(2 * factor * chosen.learning_rate) for factor in _ATTACKED_AT]
+        options = _FULL | {"learning_rates": rates, "until_saturated": True} | self._shares()
+        folder = Path(self.output)
+        models = ["--original", self.model, "--unlearned", str(folder / "model"), "--score", SCORE]
+        beside = ["--oracle", self.oracle] if self.oracle else []
+        return {
+            "attack": self._attack(folder, options, self.oracle, control=True),
+            "audit": ["audit", *models, *beside, *self._where(), "--overwrite"],
+        }
+
+    @property
+    def judged_per_searched(self) -> float:
+        """How many times the work of the small attack the full one and the audit are, about."""
+        runs = len(_FULL["p"]) * len(_FULL["seeds"]) * len(_ATTACKED_AT)
+        return 2.0 * runs / (len(_SEARCH["p"]) * len(_SEARCH["seeds"])) + 1.0  # the control or the oracle, too
+
+    def _shares(self) -> dict[str, Any]:
+        return {"p": [0.3]} if len(self._data.splits.forget) < _FEW else {}
+
+    def _attack(self, folder: Path, options: Mapping[str, Any], oracle: str | None, control: bool) -> list[str]:
+        given = [
+            word
+            for name, value in options.items()
+            for word in (f"--attack.{name}", yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
+        ]
+        beside = ["--oracle", oracle] if oracle else [] if control else ["--control", "none"]
+        return ["attack", "--model", str(folder / "model"), *given, "--score", SCORE, *beside, *self._where()]
+
+    def _where(self) -> list[str]:
+        return ["--accelerator", self.accelerator, "--devices", str(self.devices), "--precision", self.precision]
+
+    @cached_property
+    def _data(self) -> UnlearningDataModule:
+        from jsonargparse import ArgumentParser
+
+        from lightning_ssiuu.utils.messages import parsing
+
+        section = self._base.get("data") or {"class_path": "Facts"}
+        section = section | {"init_args": section.get("init_args", {}) | {"tokenizer": self.model}}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(UnlearningDataModule, "data")
+        with parsing():
+            return parser.instantiate_classes(parser.parse_object({"data": section})).data
+
+    def measure(self) -> dict[str, Any]:
+        """The template under which the model knows most, what it knows, and how many items there are."""
+        from lightning_ssiuu.evaluation.knowledge import known_under, other_templates
+
+        data = self._data
+        data.setup("validate")
+        devices = Devices(self.accelerator, 1, precision="bf16-true" if self.precision == "bf16-true" else "32-true")  # type: ignore[arg-type]
+        with devices.launched():
+            model = devices.load(self.model)
+            names = [self.template] if self.template else [None, *other_templates(data)]
+            found = [known_under(name, SCORE, model, data.tokenizer, data) for name in names]
+        known = max(filter(None, found), key=lambda one: one.above, default=None)
+        if known is None:
+            allowed = "questions with at least two different answers, that the model's context takes"
+            raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
+        sizes = {"n_forget": len(data.splits.forget), "n_retain": len(data.splits.retain)}
+        return {"template": known.template, "probability": known.value, "chance": known.chance} | sizes
+
+
+def trial_of(setting: Setting, rate: float, folder: Path) -> Trial:
+    """What a finished ``fit`` says of its trial."""
+    metrics = read_result(folder / "metrics.json", "output", check_metrics)
+    before, after = metrics["before"]["scores"], metrics["after"]["scores"]
+    return Trial(
+        setting,
+        rate,
+        reached=SCORE in metrics["stopped_by"],
+        steps=metrics["steps"],
+        forget=after["forget"][SCORE],
+        retain_before=before["retain"][SCORE],
+        retain=after["retain"][SCORE],
+        test=after.get("test", {}).get(SCORE),
+    )
+
+
+def with_attack(trial: Trial, folder: Path) -> Trial:
+    """The same with what its attack found."""
+    if not trial.reached:
+        return trial
+    rows = read_attacks(folder)["attacks"]
+    return replace(trial, recovered=max(row["unlearned"]["forget_score"]["mean"] for row in rows))
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe of the package by its name, or a file."""
+    path = Path(name)
+    if path.suffix and path.is_file():
+        return path
+    return Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+
+
+def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _get(options: Mapping[str, Any], name: str) -> Any:
+    value: Any = options
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _set(options: dict[str, Any], name: str, value: Any) -> None:
+    *parts, last = name.split(".")
+    for part in parts:
+        options = options.setdefault(part, {})
+    options[last] = value
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
