@@ -60,9 +60,9 @@ class Trial:
         return cls(**content | {"setting": Setting(**content["setting"])})
 
 
-def best(trials: Sequence[Trial], retain_at_least: float) -> Trial | None:
+def best(trials: Sequence[Trial], retain_at_least: float, alike: float = ALIKE) -> Trial | None:
     """Of the trials that reached the threshold and kept enough, one of which least comes back: of those within
-    :data:`ALIKE` points of the least, the lowest learning rate, as it costs the rest least (arXiv 2509.22263, Sec. 4).
+    ``alike`` points of the least, the lowest learning rate, as it costs the rest least (arXiv 2509.22263, Sec. 4).
 
     If none kept enough, the one that kept most; None where none reached the threshold.
     """
@@ -70,8 +70,8 @@ def best(trials: Sequence[Trial], retain_at_least: float) -> Trial | None:
     kept = [trial for trial in reached if trial.kept >= retain_at_least]
     if kept:
         least = min(_or_all(trial.recovered) for trial in kept)
-        alike = [trial for trial in kept if _or_all(trial.recovered) <= least + ALIKE]
-        return min(alike, key=lambda trial: (trial.learning_rate, _or_all(trial.recovered)))
+        as_good = [trial for trial in kept if _or_all(trial.recovered) <= least + alike]
+        return min(as_good, key=lambda trial: (trial.learning_rate, _or_all(trial.recovered)))
     return max(reached, key=lambda trial: trial.kept, default=None)
 
 
@@ -86,19 +86,23 @@ def following(trials: Sequence[Trial], n: int, retain_at_least: float, has_stren
         return None
     if not trials:
         return Setting()
-    leader, tried = best(trials, retain_at_least), {trial.setting for trial in trials}
+    leader, tried = best(trials, retain_at_least, alike=0.0), {trial.setting for trial in trials}
     if leader is None:
         tried_rates = [trial.setting.rate for trial in trials]
         diverged = any(trial.failed is not None for trial in trials)
         rate = min(tried_rates) / 2 if diverged else max(tried_rates) * 2
-        return Setting(rate) if 1 / _FURTHEST <= rate <= _FURTHEST else None
+        return Setting(rate) if _is_near(rate) else None
     around = [leader.setting.rate * factor for factor in ((2.0, 0.5) if leader.kept >= retain_at_least else (0.5, 2.0))]
-    rates = [setting for setting in map(Setting, around) if setting not in tried]
+    rates = [setting for setting in map(Setting, filter(_is_near, around)) if setting not in tried]
     stronger = Setting(leader.setting.rate, 2 * leader.setting.strength)
     stronger_now = (n >= 3 and len(trials) == n - 1) or not rates
     if has_strength and stronger_now and leader.kept >= retain_at_least and stronger not in tried:
         return stronger
     return rates[0] if rates else None
+
+
+def _is_near(rate: float) -> bool:
+    return 1 / _FURTHEST <= rate <= _FURTHEST
 
 
 def _or_all(recovered: float | None) -> float:

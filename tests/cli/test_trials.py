@@ -34,6 +34,7 @@ def test_larger_rates_first_while_enough_is_kept() -> None:
     assert following([], 3, 95) == Setting(1)
     assert following([trial(1)], 5, 95) == Setting(2)
     assert following([trial(1), trial(2, back=20.0)], 5, 95) == Setting(0.5)
+    assert following([trial(1), trial(2, back=9.0)], 5, 95) == Setting(4)  # the least is followed, however close
     assert following([trial(1, retain=60.0)], 5, 95) == Setting(0.5)
     assert following([trial(1), trial(2, back=5.0)], 5, 95) == Setting(4)
 
