@@ -17,7 +17,7 @@ from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import print_table
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
 from lightning_ssiuu.cli.trials import Trial, best, following
-from lightning_ssiuu.utils.errors import UserError, check_at_least
+from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.reading import read_json
@@ -55,7 +55,7 @@ def erase(
     recipe: str | None = None,
     fit: Sequence[str] = (),
     template: str | None = None,
-    threshold: float | Literal["mismatched"] = "mismatched",
+    threshold: float | Literal["mismatched"] | None = None,
     trials: int = 3,
     budget: float | None = None,
     retain_at_least: float = 95.0,
@@ -88,7 +88,7 @@ def erase(
         fit: YAML files with options of ``fit``, read after the recipe.
         template: How questions are asked; None: the one under which the model knows most.
         threshold: Forget probability in percent that ends a run; ``mismatched``: that of questions and answers
-            re-paired at random.
+            re-paired at random. None: that, but for the embedded facts, whose recipe has one.
         trials: How many settings to try, ≥ 1.
         budget: Minutes; no trial is begun that would not end in time with what comes after it. None: no limit.
         retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
@@ -113,7 +113,8 @@ def erase(
         *(oracle, seed, accelerator, devices, precision),
     )
     plan.check()
-    with only_here("output", output):
+    # Not the directory itself, in which the commands that are run will be at work.
+    with only_here("output", Path(output) / "trials"):
         return _Erasing(plan, trials, budget, retain_at_least, overwrite).run()
 
 
@@ -130,13 +131,12 @@ class _Erasing:
                     "output", plan.output, "what was asked there before, or another directory, or --overwrite"
                 )
         else:
-            refuse_existing("output", self.folder, [STATE, "model", "metrics.json", "trials"], overwrite)
-            for name in ("trials", "model"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+            refuse_existing("output", self.folder, [STATE, "model", "metrics.json"], overwrite)
+            for path in (*(self.folder / "trials").iterdir(), self.folder / "model"):
+                shutil.rmtree(path, ignore_errors=True)
             for name in (STATE, "attack.json", "audit.json", "metrics.json", "config.yaml"):
                 (self.folder / name).unlink(missing_ok=True)
         self.state = state or {"asked": plan.asked(), "trials": [], "seconds": {}}
-        (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         self.steps = Steps(self.folder, self.state["seconds"])
 
     @property
@@ -160,7 +160,10 @@ class _Erasing:
         for kind, words in self.plan.judging(chosen).items():
             if not (self.folder / f"{kind}.json").exists():
                 self._say(f"{kind} of the chosen run", {k: v for k, v in ahead.items() if k in self.steps.seconds})
-                self.steps.run(kind, words)
+                try:
+                    self.steps.run(kind, words)
+                except CommandRefused as refusal:
+                    raise UserError(kind, Given("options that follow from these"), str(refusal)) from None
             ahead.pop(kind)
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]

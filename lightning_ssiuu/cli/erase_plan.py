@@ -51,7 +51,7 @@ class Plan:
     recipe: str | None
     fit: tuple[str, ...]
     template: str | None
-    threshold: float | Literal["mismatched"]
+    threshold: float | Literal["mismatched"] | None
     oracle: str | None
     seed: int
     accelerator: str
@@ -95,7 +95,9 @@ class Plan:
             merged["data"] = {"class_path": "CustomData", "init_args": kept | given}
         merged.setdefault("model", {}).setdefault("init_args", {})["checkpoint"] = self.model
         merged["seed_everything"] = self.seed
-        stopping = {"score": SCORE, "threshold": self.threshold}
+        stopping: dict[str, Any] = {"score": SCORE}
+        if self.threshold is not None or self.model != "tiny" or self._data_section() is not None:
+            stopping["threshold"] = "mismatched" if self.threshold is None else self.threshold
         trainer = {"accelerator": self.accelerator, "devices": self.devices, "precision": self.precision}
         _merge(merged, {"stopping": stopping, "trainer": trainer, "checkpoints": {"every_n_steps": _EVERY}})
         return merged
@@ -130,7 +132,7 @@ class Plan:
         config["data"].setdefault("init_args", {})["template"] = template
         config["trainer"]["default_root_dir"] = str(folder)
         config["trainer"].setdefault("max_steps", _MOST_STEPS)
-        config["trainer"]["max_epochs"] = -1
+        config["trainer"]["max_epochs"] = config["trainer"]["max_steps"]  # none has more epochs than steps
         config["saving"] = (config.get("saving") or {}) | {"folder": "model"}
         return config
 
