@@ -15,6 +15,8 @@ _COMMANDS = {
     "test": ("lightning_ssiuu.cli.fit", "the same through Lightning's test loop"),
     "attack": ("lightning_ssiuu.cli.attack", "relearning attacks on a saved model, beside an oracle"),
     "audit": ("lightning_ssiuu.cli.audit", "erased or hidden? compare a model before and after unlearning"),
+    "certify": ("lightning_ssiuu.cli.certify", "a certificate of an audited run, to print and to hand out"),
+    "verify": ("lightning_ssiuu.cli.verify", "is this the model of a certificate? are these rows among the forgotten?"),
     "utility": ("lightning_ssiuu.cli.utility", "what a model can do besides: embedded items, or lm-eval's tasks"),
     "privacy": ("lightning_ssiuu.cli.privacy", "membership inference and forget quality, beside an oracle"),
     "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lightning_ssiuu.cli.certify import certify
 from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import print_table
@@ -168,6 +169,7 @@ class _Erasing:
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]
         self._save(verdict=verdict["label"], sentence=verdict["sentence"])
+        certify(str(self.folder), self.plan.model, self.plan.oracle, overwrite=True)
         report = self.folder / "report.html"
         print(
             f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"

@@ -54,3 +54,8 @@ def _spelled(args: list[str], flags: set[str]) -> list[str]:
         bare = arg.removeprefix("--") in flags and arg.startswith("--") and after not in ("true", "false")
         spelled.append(f"{arg}=true" if nested or bare else arg)
     return spelled
+
+
+def positional(args: list[str], name: str) -> list[str]:
+    """The arguments with the option that may be given without its name, as the first of them, spelled out."""
+    return [f"--{name}", *args] if args and not args[0].startswith("-") else args
