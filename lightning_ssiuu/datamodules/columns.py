@@ -146,9 +146,9 @@ class Columns:
 
     def _missing(self, record: Record, kind: str, names: Mapping[str, str]) -> UserError:
         usual = {"question": QUESTIONS, "answer": ANSWERS}[kind]
-        given = Given(f"no column called {', '.join(map(repr, usual[:-1]))} or {usual[-1]!r}")
-        text = "; for a column of text alone there is the data module Documents" if "text" in names else ""
-        return UserError(self._argument(kind), given, column_names(record, usual[0]) + text)
+        text = "; the data module Documents takes a column of text alone" if "text" in names else ""
+        allowed = f"{column_names(record, usual[0])}; found by themselves are {', '.join((*usual, *MESSAGES))}{text}"
+        return UserError(self._argument(kind), usual[0], allowed)
 
 
 def read_examples(records: Iterable[Record], columns: Columns) -> Iterator[QAExample]:

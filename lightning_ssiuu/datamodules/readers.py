@@ -21,7 +21,7 @@ Record = dict[str, Any]
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BY_DATASETS = {".parquet": "parquet", ".arrow": "arrow"}  # the library's names for them
 SUFFIXES = (".json", ".jsonl", *_DELIMITERS, *_BY_DATASETS)
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+(@[\w./-]+)?)(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")  # what a column is called, and answers seldom are
 _MOST_NAMES = 40
 _LONGEST_CELL = 2**31 - 1  # characters
@@ -47,17 +47,17 @@ def read_records(source: str, argument: str) -> Iterator[Record]:
     hub_id = _HUB_ID.fullmatch(source)
     if is_file or is_known or hub_id is None:
         raise UserError(argument, source, _ALLOWED)
-    return read_hub(hub_id["name"], hub_id["config"] or None, hub_id["split"] or "train", argument, hub_id["revision"])
+    return read_hub(hub_id["name"], hub_id["config"] or None, hub_id["split"] or "train", argument)
 
 
-def read_hub(name: str, config: str | None, split: str, argument: str, revision: str | None = None) -> Iterator[Record]:
-    """Read a split of a data set of the hub, from its cache where it is there, record by record."""
+def read_hub(name: str, config: str | None, split: str, argument: str) -> Iterator[Record]:
+    """Read a split of a data set of the hub (``owner/name``, ``owner/name@revision``), from its cache if it is there."""
     import datasets  # slow to import and not needed for most files
 
-    at = {} if revision is None else {"revision": revision}
-    called = name if revision is None else f"{name}@{revision}"
-    with hub_errors(argument, ":".join(part for part in (called, config, split) if part), _ALLOWED):
-        rows = datasets.load_dataset(name, config, split=split, **at)
+    called, _, revision = name.partition("@")
+    at = {"revision": revision} if revision else {}
+    with hub_errors(argument, ":".join(part for part in (name, config, split) if part), _ALLOWED):
+        rows = datasets.load_dataset(called, config, split=split, **at)
     return map(dict, rows)
 
 

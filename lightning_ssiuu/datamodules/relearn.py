@@ -42,8 +42,8 @@ class RelearnDataModule(UnlearningDataModule):
         kind: ``"harmful"`` or ``"benign"``; with a ``selection`` the name of that attack.
         p: Fraction of the forget set (or of ``pool``): ``round(p * n)`` examples are attacked; None where a
             ``selection`` needs none.
-        benign_path: File or hub data set, read as :class:`CustomData` reads them (``instruction``, ``input``,
-            ``output``; ``question``, ``answer``; ``messages``; ...); None: the benign items of ``source``, or where it has none those of
+        benign_path: File or hub data set with ``instruction``, ``input``, ``output``, or ``question``, ``answer``, and
+            whatever else :class:`CustomData` finds; None: the benign items of ``source``, or where it has none those of
             ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
         benign_size: Number of benign items at most; a random choice where there are more.
         pool: Ids of the forget examples that may be attacked or scored; None: all. With those that the unlearned model
