@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
-from lightning_ssiuu.datamodules.readers import column, read_records
+from lightning_ssiuu.datamodules.columns import Columns, read_examples
+from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.evaluation.privacy import compare_with_oracle, measure
 from lightning_ssiuu.training.devices import Devices
@@ -97,16 +99,15 @@ def print_privacy(content: dict[str, Any]) -> None:
 
 
 def _read(path: str) -> list[QAExample]:
-    records = list(read_records(path, "nonmembers"))
-    questions, answers = column(records, "question", "nonmembers"), column(records, "answer", "nonmembers")
-    return [QAExample(n, question, answer) for n, (question, answer) in enumerate(zip(questions, answers, strict=True))]
+    examples = read_examples(read_records(path, "nonmembers"), Columns(argument="nonmembers"))
+    return [replace(example, example_id=n) for n, example in enumerate(examples)]
 
 
 def _check_nonmembers(others: Sequence[QAExample], data: UnlearningDataModule) -> None:
-    if blank := [e.example_id for e in others if not (e.question.strip() and e.answer.strip())]:
+    if blank := [example.name for example in others if example.blank]:
         raise UserError("nonmembers", Given(f"blank question or answer in {name_ids(blank)}"), "non-empty text")
     members = {example.folded for example in data.splits.forget}
-    if same := [example.example_id for example in others if example.folded in members]:
+    if same := [example.name for example in others if example.folded in members]:
         given = Given(f"{len(same)} questions that are also in forget ({name_ids(same)})")
         raise UserError("nonmembers", given, "questions disjoint from forget")
 

@@ -265,6 +265,11 @@ class UnlearningDataModule(LightningDataModule, ABC):
         size = len(dict(self.splits.items())[split])
         return size if self.max_eval_examples is None else min(size, self.max_eval_examples)
 
+    def name_of(self, example_id: int) -> str:
+        """What an example of the sets is called (:attr:`QAExample.name`); the number where none has that id."""
+        every = (example for _, examples in self.splits.items() for example in examples)
+        return next((example.name for example in every if example.example_id == example_id), str(example_id))
+
     def check_share(self, n_ranks: int) -> None:
         """Refuse more processes than there are examples in a set to score."""
         for split in self.eval_splits:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
 from lightning_ssiuu.datamodules.spooled import kept
-from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, check_chat_options, text_turn
+from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, History, Turn, check_chat_options, text_turn
 from lightning_ssiuu.datamodules.tokenization import Joined, JointTokenizer, Piece, text_of
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -71,10 +71,13 @@ class Examples(Protocol):
 class Encoder:
     """Turns question and answer into token ids under a template.
 
+    What was said before the question (:attr:`QAExample.history`) is part of the prompt: under ``"chat"`` as earlier
+    turns of the tokenizer's own template, else as :meth:`~.templates.Turn.repeated` has it.
+
     Prompt and completion are tokenised as the one text that they are (:class:`~.tokenization.JointTokenizer`), and the
     completion ends with a token: under ``"chat"`` the one that ends a turn in the tokenizer's own template
     (:meth:`~.templates.Chat.turn`), else the end-of-sequence token. The names of special tokens in a question or answer
-    are text. Answers are stripped of white space, questions where a chat template does so.
+    are text. Answers are stripped of white space, questions and earlier turns where a chat template does so.
 
     The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}`` and ``{options}`` is
     replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
@@ -117,6 +120,7 @@ class Encoder:
         self._joint, self._warned = JointTokenizer(tokenizer), False
         self._chat = Chat(tokenizer, system_prompt, self.template_options, date) if template == "chat" else None
         self._turn = self._chat.turn() if self._chat else text_turn(PLAIN if template == "plain" else template)
+        self._turns: dict[tuple[str, ...], Turn] = {(): self._turn}  # by the roles of earlier turns
         self._try_out()
 
     @property
@@ -131,27 +135,32 @@ class Encoder:
         names = ("template", "choice_template", "system_prompt", "template_options", "date")
         return {name: getattr(self, name) for name in names}
 
-    def sequence(self, question: str, answer: str) -> TokenSequence:
-        return self._answered(self._prompt(question), [answer])[0]
+    def sequence(self, question: str, answer: str, history: History = ()) -> TokenSequence:
+        return self._answered(self._prompt(question, history), [answer], history)[0]
 
-    def _prompt(self, question: str) -> list[Piece]:
-        first, *others = self._turn.parts
-        own = Piece(question.strip() if self._turn.trims else question, own=True)
-        return [Piece(first), *(piece for part in others for piece in (own, Piece(part)))]
+    def _around(self, history: History) -> Turn:
+        # The turn that a question is in: under a text template the same, whatever was said before.
+        if self._chat is None:
+            return self._turn
+        roles = tuple(role for role, _ in history)
+        if roles not in self._turns:
+            self._turns[roles] = self._chat.turn(roles)
+        return self._turns[roles]
 
-    def _completion(self, prompt: Sequence[Piece], answer: str) -> list[Piece]:
-        lead = self._turn.lead
-        if lead is None:
-            lead = "" if text_of(prompt)[-1:].isspace() else " "
-        return [Piece(lead), Piece(answer.strip(), own=True), Piece(self._turn.tail)]
+    def _prompt(self, question: str, history: History = ()) -> list[Piece]:
+        if self._chat is None:
+            return [*self._turn.repeated(history), *self._turn.prompt([question])]
+        return self._around(history).prompt([*(text for _, text in history), question])
 
-    def _answered(self, prompt: Sequence[Piece], answers: Sequence[str]) -> tuple[TokenSequence, ...]:
-        sequences = []
+    def _answered(
+        self, prompt: Sequence[Piece], answers: Sequence[str], history: History = ()
+    ) -> tuple[TokenSequence, ...]:
+        sequences, turn = [], self._around(history)
         for answer in answers:
-            joined = self._joint(prompt, self._completion(prompt, answer))
+            joined = self._joint(prompt, turn.completion(prompt, answer))
             if not (joined.clean or self._warned):
                 self._warn(_APART)
-            start, end = self._bos(joined), [] if self._turn.closed else [self.tokenizer.eos_token_id]
+            start, end = self._bos(joined), [] if turn.closed else [self.tokenizer.eos_token_id]
             ids = [*start, *joined.prompt, *joined.completion, *end]
             sequences.append(TokenSequence(ids, len(start) + len(joined.prompt)))
         return tuple(sequences)
@@ -175,7 +184,7 @@ class Encoder:
     def _try_out(self) -> None:
         # Does the tokenizer's own way give these ids, and do they give the text back?
         prompt = self._prompt(_PROBE[0])
-        completion = self._completion(prompt, _PROBE[1])
+        completion = self._turn.completion(prompt, _PROBE[1])
         joined, text = self._joint(prompt, completion), text_of([*prompt, *completion])
         rendered = text if self._chat is None else self._chat.render(*_PROBE)
         ours, whole = (
@@ -216,7 +225,10 @@ class Encoder:
         filled = {"{question}": example.question, "{options}": "\n".join(f"- {option}" for option in listed)}
         parts = re.split(r"(\{question\}|\{options\})", template)
         pieces = [Piece(filled.get(part, part), own=part in filled) for part in parts]
-        return self._answered(pieces if self._chat is None else self._prompt(text_of(pieces)), options)
+        history = example.history
+        if self._chat is None:
+            return self._answered([*self._turn.repeated(history), *pieces], options)
+        return self._answered(self._prompt(text_of(pieces), history), options, history)
 
     def encode(self, examples: Sequence[QAExample], options: bool = False) -> Sequence[Encoded]:
         """Tokenise examples, with ``options`` if asked for and choices if there is a ``choice_template``.
@@ -226,27 +238,29 @@ class Encoder:
         """
         have_options = bool(examples) and all(example.distractors for example in examples)
         options, choices = options and have_options, self.choice_template is not None and have_options
-        long: dict[int, int] = {}
+        long: list[tuple[str, int]] = []
         encoded = kept(self._encoded(examples, options, choices, long))
         if long:
-            shown = first_few([f"{example_id} ({length})" for example_id, length in long.items()])
-            allowed = f"at least {max(long.values())}, or shorter answers: too long with prompt and end token are "
+            shown = first_few([f"{name} ({length})" for name, length in long])
+            longest = max(length for _, length in long)
+            allowed = f"at least {longest}, or shorter answers: too long with prompt and end token are "
             raise UserError("max_length", self.max_length, f"{allowed}example ids (tokens) {shown}")
         return encoded
 
     def _encoded(
-        self, examples: Iterable[QAExample], options: bool, choices: bool, long: dict[int, int]
+        self, examples: Iterable[QAExample], options: bool, choices: bool, long: list[tuple[str, int]]
     ) -> Iterator[Encoded]:
         # One by one; those too long are noted with their lengths.
         for example in examples:
             wrong = example.distractors if options or choices else ()
             if example.answer.strip() in (option.strip() for option in wrong):
-                given = Given(f"the true answer among those of example id {example.example_id}")
+                given = Given(f"the true answer among those of example id {example.name}")
                 raise UserError("distractors", given, "wrong answers only")
-            sequences = self._answered(self._prompt(example.question), [example.answer, *(wrong if options else ())])
+            prompt, answers = self._prompt(example.question, example.history), [example.answer]
+            sequences = self._answered(prompt, [*answers, *(wrong if options else ())], example.history)
             listed = self.choices(example) if choices else ()
             if (length := max(map(len, (*sequences, *listed)))) > self.max_length:
-                long[example.example_id] = length
+                long.append((example.name, length))
             yield Encoded(example.example_id, sequences[0], sequences if options else (), listed)
 
     def sha256(self, splits: Splits, encoded: Mapping[str, Iterable[Encoded]]) -> str:
@@ -257,16 +271,19 @@ class Encoder:
         digest = hashlib.sha256()
         for name, examples in splits.items():
             digest.update(name.encode())
-            known = (each.sequence for each in encoded[name]) if name in encoded else None
-            for example in examples:
-                ids = (self.sequence(example.question, example.answer) if known is None else next(known)).pair
+            known = (each.sequence for each in encoded[name]) if name in encoded else map(self._sequence, examples)
+            for example, sequence in zip(examples, known, strict=True):
+                ids = sequence.pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
                 others = [option.strip() for option in example.distractors], list(example.paraphrases)
                 digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 
     def fits(self, example: QAExample) -> bool:
-        return len(self.sequence(example.question, example.answer)) <= self.max_length
+        return len(self._sequence(example)) <= self.max_length
+
+    def _sequence(self, example: QAExample) -> TokenSequence:
+        return self.sequence(example.question, example.answer, example.history)
 
 
 class EncodedDataset(Dataset[tuple[str, Encoded]]):

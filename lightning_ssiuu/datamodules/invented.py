@@ -9,16 +9,14 @@ import random
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from lightning_ssiuu.datamodules.base import QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules.columns import Columns, read_examples
 from lightning_ssiuu.datamodules.embedded.facts_data import SYLLABLES
-from lightning_ssiuu.datamodules.readers import column, read_records, rows, text_lists
-from lightning_ssiuu.datamodules.splits import numbered
+from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import Given, UserError
 
@@ -42,7 +40,7 @@ def control_of(data: UnlearningDataModule, given: str = "auto") -> Control | Non
     Args:
         data: The data module.
         given: ``"auto"``: the data module's own invented facts, else :func:`invented` ones; ``"none"``; or a file with
-            the columns ``question``, ``answer`` and, for multiple choice, ``distractors``.
+            questions and answers (:class:`~.columns.Columns`) and, for multiple choice, ``distractors``.
 
     Returns:
         None if there is to be none, or nothing can be invented because all answers are the same.
@@ -63,10 +61,9 @@ def control_of(data: UnlearningDataModule, given: str = "auto") -> Control | Non
         examples = kept(example for example in examples if data.encoder.fits(example))
         return Control(data.with_forget(examples), kind) if examples else None
     records = list(read_records(given, "control"))
-    columns: list[Any] = [partial(column, name=name, argument="control") for name in ("question", "answer")]
-    if records and "distractors" in records[0]:
-        columns.append(partial(text_lists, name="distractors", argument="control"))
-    examples, wanted = numbered(0, rows(records, *columns)), len(data.splits.forget)
+    wrong = "distractors" if records and "distractors" in records[0] else None
+    examples = kept(read_examples(records, Columns(distractors=wrong, argument="control")))
+    wanted = len(data.splits.forget)
     if len(examples) < wanted:
         allowed = f"a file of at least {wanted} facts, as many as the forget set has"
         raise UserError("control", Given(f"{len(examples)} facts"), allowed)
@@ -102,7 +99,7 @@ def _renamed(forget: Sequence[QAExample]) -> Iterator[QAExample]:
         question, *others = (_capital(called.sub(name, text)) for text in (example.question, *example.paraphrases))
         answer, *wrong = example.distractors
         asked = replace(example, question=question, paraphrases=tuple(others), group=name)
-        yield replace(asked, answer=answer, distractors=(example.answer, *wrong))
+        yield replace(asked, answer=answer, distractors=(example.answer, *wrong), source_id="")
 
 
 def made_up(name: str, taken: Collection[str] = ()) -> str:
@@ -147,4 +144,4 @@ def _paired(block: Sequence[QAExample]) -> Iterator[QAExample]:
     for (own, example), other in zip(enumerate(block), linear_sum_assignment(alike, maximize=True)[1], strict=True):
         if answers[other] != answers[own]:  # else half of the answers are the same
             source = block[other]
-            yield replace(example, answer=source.answer, distractors=source.distractors)
+            yield replace(example, answer=source.answer, distractors=source.distractors, source_id="")

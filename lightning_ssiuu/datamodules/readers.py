@@ -1,4 +1,4 @@
-"""Reading records from JSON, JSON Lines, CSV or a data set of the hub; errors name the place, never the text."""
+"""Reading records from files (JSON, CSV, Parquet) and data sets of the hub; errors name the place, never the text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from lightning_ssiuu.utils.registry import nearest
 
 Record = dict[str, Any]
 
-SUFFIXES = (".json", ".jsonl", ".csv")
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_BY_DATASETS = {".parquet": "parquet", ".arrow": "arrow"}  # the library's names for them
+SUFFIXES = (".json", ".jsonl", *_DELIMITERS, *_BY_DATASETS)
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+(@[\w./-]+)?)(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")  # what a column is called, and answers seldom are
 _MOST_NAMES = 40
-_ALLOWED = "an existing .json, .jsonl or .csv file, or a data set of the hub (owner/name:config:split)"
+_LONGEST_CELL = 2**31 - 1  # characters
+_FILE = "an existing .json, .jsonl, .csv, .tsv, .parquet or .arrow file"
+_ALLOWED = f"{_FILE}, or a data set of the hub (owner/name@revision:config:split)"
 FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 
 
@@ -30,8 +34,10 @@ def read_records(source: str, argument: str) -> Iterator[Record]:
     """Read records one by one; ``argument`` is what ``source`` was given for, for error messages.
 
     The source is a ``.json`` or ``.jsonl`` file (JSON, a list or an object whose ``"data"`` is one, or JSON Lines: its
-    content tells), a ``.csv`` file with a header, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
-    ``owner/name:config:split`` (split ``train`` unless given). Only JSON that is a single value is read at once.
+    content tells), a ``.csv`` or ``.tsv`` file with a header (without a comma in it, semicolons or tabs may be between
+    cells), a ``.parquet`` or ``.arrow`` file, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
+    ``owner/name:config:split`` (split ``train`` unless given), each with ``@revision`` after the name where that is not
+    to be the newest. Only JSON that is a single value is read at once, and of files no copy is left in a cache.
     """
     with reading(argument, source, _ALLOWED):  # no path at all: too long, no such user, a zero byte
         path = Path(source).expanduser()
@@ -45,11 +51,13 @@ def read_records(source: str, argument: str) -> Iterator[Record]:
 
 
 def read_hub(name: str, config: str | None, split: str, argument: str) -> Iterator[Record]:
-    """Read a split of a data set of the hub, from its cache where it is there, record by record."""
-    import datasets  # slow to import and not needed for files
+    """Read a split of a data set of the hub (``owner/name``, ``owner/name@revision``), from its cache if it is there."""
+    import datasets  # slow to import and not needed for most files
 
+    called, _, revision = name.partition("@")
+    at = {"revision": revision} if revision else {}
     with hub_errors(argument, ":".join(part for part in (name, config, split) if part), _ALLOWED):
-        rows = datasets.load_dataset(name, config, split=split)
+        rows = datasets.load_dataset(called, config, split=split, **at)
     return map(dict, rows)
 
 
@@ -98,17 +106,34 @@ def folder_or_hub(path: str) -> Path | None:
 def _read_file(path: Path, source: str, argument: str) -> Iterator[Record]:
     suffix = path.suffix.lower()
     with file_errors(argument, source):
-        for record in _csv_rows(path) if suffix == ".csv" else _json_values(path, suffix):
+        for record in _records(path, suffix):
             if not isinstance(record, dict):
                 raise UserError(argument, source, 'a list of records, or an object whose "data" is one')
-            if suffix == ".csv" and None in record:
+            if suffix in _DELIMITERS and None in record:
                 raise UserError(argument, source, "CSV whose rows have no more cells than its header")
             yield record
 
 
-def _csv_rows(path: Path) -> Iterator[Any]:
+def _records(path: Path, suffix: str) -> Iterator[Any]:
+    if suffix in _DELIMITERS:
+        return _csv_rows(path, _DELIMITERS[suffix])
+    if suffix not in _BY_DATASETS:
+        return _json_values(path, suffix)
+    import datasets  # slow to import and not needed for most files
+
+    # Streamed: the library copies what it reads at once into its cache, where a forget set would stay.
+    rows = datasets.load_dataset(_BY_DATASETS[suffix], data_files=str(path), split="train", streaming=True)
+    return map(dict, rows)
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Any]:
+    csv.field_size_limit(_LONGEST_CELL)  # of the module's, whose own is less than a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, strict=True)
+        header = file.readline()
+        file.seek(0)
+        if delimiter not in header:
+            delimiter = next((other for other in ";\t" if other in header), delimiter)
+        yield from csv.DictReader(file, strict=True, delimiter=delimiter)
 
 
 def _json_values(path: Path, suffix: str) -> Iterator[Any]:
@@ -171,35 +196,57 @@ def rows(records: Iterable[Record], *columns: Callable[[Iterable[Record]], Itera
 def column(records: Iterable[Record], name: str, argument: str) -> Iterator[str]:
     """One column of texts or finite numbers, as text; ``argument`` named the column. A missing value is none."""
     for number, value in _cells(records, name, argument):
-        text = str(value)
-        # pandas writes a missing cell as NaN
-        kind = "NaN" if text.strip() in ("NaN", "nan") else type(value).__name__
-        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if kind == "NaN" or not (finite or isinstance(value, str)):
-            raise UserError(argument, Given(f"{kind} in record {number} of {name!r}"), "text")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            given = Given(f"half a character (a lone surrogate) in record {number} of {name!r}")
-            raise UserError(argument, given, "text that UTF-8 can hold")
-        if "\0" in text:
-            raise UserError(argument, Given(f"a zero byte in record {number} of {name!r}"), "text")
-        yield text
+        yield cell_text(value, number, name, argument)
+
+
+def cell_text(value: Any, number: int, name: str, argument: str) -> str:
+    """The text or finite number in a record's cell, as text."""
+    text = str(value)
+    # pandas writes a missing cell as NaN
+    kind = "NaN" if text.strip() in ("NaN", "nan") else type(value).__name__
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == "NaN" or not (finite or isinstance(value, str)):
+        raise UserError(argument, Given(f"{kind} in record {number} of {name!r}"), "text")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        given = Given(f"half a character (a lone surrogate) in record {number} of {name!r}")
+        raise UserError(argument, given, "text that UTF-8 can hold")
+    if "\0" in text:
+        raise UserError(argument, Given(f"a zero byte in record {number} of {name!r}"), "text")
+    return text
 
 
 def text_lists(records: Iterable[Record], name: str, argument: str) -> Iterator[tuple[str, ...]]:
     """One column of lists of texts; a cell may also hold one as JSON, for CSV. An empty cell is an empty list."""
     for number, cell in _cells(records, name, argument):
-        value = [] if cell is None else cell
-        if isinstance(value, str):
-            try:
-                value = json.loads(value) if value.strip() else []
-            except json.JSONDecodeError:
-                value = None
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise UserError(argument, Given(f"record {number} of {name!r}"), "a list of texts, or one written as JSON")
-        yield tuple(value)
+        yield cell_texts(cell, number, name, argument)
 
 
-def _columns(record: Record, name: str) -> str:
+def cell_texts(cell: Any, number: int, name: str, argument: str) -> tuple[str, ...]:
+    """The list of texts in a record's cell, or written as JSON in it."""
+    value = [] if cell is None else from_json(cell)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise UserError(argument, Given(f"record {number} of {name!r}"), "a list of texts, or one written as JSON")
+    return tuple(value)
+
+
+def from_json(cell: Any) -> Any:
+    """A cell that is no text as it is; else what it says in JSON: an empty list if blank, None if it is no JSON."""
+    if not isinstance(cell, str):
+        return cell
+    with suppress(ValueError, RecursionError):
+        return json.loads(cell) if cell.strip() else []
+    return None
+
+
+def cell_of(record: Record, name: str, argument: str) -> Any:
+    """A record's cell; ``argument`` named its column."""
+    if name not in record:
+        raise UserError(argument, name, column_names(record, name))
+    return record[name]
+
+
+def column_names(record: Record, name: str) -> str:
+    """The names of a record's columns, for error messages, and which of them may have been meant by ``name``."""
     # Without a header, or in an object keyed by question, what stands where names should is data.
     names = sorted(map(str, record))
     if not names:
@@ -211,6 +258,4 @@ def _columns(record: Record, name: str) -> str:
 
 def _cells(records: Iterable[Record], name: str, argument: str) -> Iterator[tuple[int, Any]]:
     for number, record in enumerate(records):
-        if name not in record:
-            raise UserError(argument, name, _columns(record, name))
-        yield number, record[name]
+        yield number, cell_of(record, name, argument)

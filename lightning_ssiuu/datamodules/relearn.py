@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.columns import Columns, read_examples
 from lightning_ssiuu.datamodules.encoding import Encoder
-from lightning_ssiuu.datamodules.readers import Record, column, read_records
+from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.datamodules.spooled import Spooled, kept
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -40,8 +42,8 @@ class RelearnDataModule(UnlearningDataModule):
         kind: ``"harmful"`` or ``"benign"``; with a ``selection`` the name of that attack.
         p: Fraction of the forget set (or of ``pool``): ``round(p * n)`` examples are attacked; None where a
             ``selection`` needs none.
-        benign_path: File or hub data set (as in :class:`CustomData`) with ``instruction``, ``input``, ``output`` or
-            with ``question``, ``answer``; None: the benign items of ``source``, or where it has none those of
+        benign_path: File or hub data set with ``instruction``, ``input``, ``output``, or ``question``, ``answer``, and
+            whatever else :class:`CustomData` finds; None: the benign items of ``source``, or where it has none those of
             ``tatsu-lab/alpaca`` on the hub. Items longer than ``max_length`` are left out, which is logged.
         benign_size: Number of benign items at most; a random choice where there are more.
         pool: Ids of the forget examples that may be attacked or scored; None: all. With those that the unlearned model
@@ -120,7 +122,7 @@ class RelearnDataModule(UnlearningDataModule):
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
         questions = {example.folded for example in attacked}
-        if both := [example.example_id for example in scored if example.folded in questions]:
+        if both := [example.name for example in scored if example.folded in questions]:
             given = Given(f"{len(both)} questions that are also attacked ({name_ids(both)})")
             raise UserError("scored", given, "questions disjoint from the attacked ones")
         return Splits(forget=self.source.to_score(scored), retain=attacked)
@@ -213,16 +215,7 @@ class HarmlessItems:
         return chosen
 
     def _read(self, path: str) -> list[QAExample]:
-        records = list(read_records(path, "benign_path"))
-        if records and "instruction" in records[0]:
-            records = [_from_instruction(record) for record in records]
-        questions, answers = column(records, "question", "benign_path"), column(records, "answer", "benign_path")
+        examples = read_examples(read_records(path, "benign_path"), Columns(argument="benign_path"))
         first_id = 1 + max(example.example_id for _, examples in self.source.splits.items() for example in examples)
-        pairs = enumerate(zip(questions, answers, strict=True), first_id)
         # Instruction data sets hold a few empty outputs; there is nothing to learn from one
-        return [QAExample(n, asked, answer) for n, (asked, answer) in pairs if asked.strip() and answer.strip()]
-
-
-def _from_instruction(record: Record) -> Record:
-    question, extra = record.get("instruction") or "", record.get("input") or ""
-    return {"question": f"{question}\n{extra}" if extra else question, "answer": record.get("output") or ""}
+        return [replace(example, example_id=n) for n, example in enumerate(examples, first_id) if not example.blank]

@@ -27,10 +27,16 @@ class QAExample:
         distractors: Wrong answers, for multiple choice.
         paraphrases: Other wordings of the question.
         group: What the example belongs to, e.g. a person; free text.
+        history: What was said before the question, as ``(role, text)``; roles are ``system``, ``user`` and
+            ``assistant``.
+        source_id: The id that the data give the example, a hash of it where it is not to be shown; several may share
+            one.
 
     Example:
         >>> QAExample(3, "Who?", "Me")  # the text stays private
         QAExample(example_id=3)
+        >>> QAExample(3, "Who?", "Me", source_id="customer 17").name
+        'customer 17'
     """
 
     example_id: int
@@ -39,14 +45,29 @@ class QAExample:
     distractors: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
     group: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    source_id: str = ""
 
     def __repr__(self) -> str:
         return f"QAExample(example_id={self.example_id})"
 
     @property
+    def name(self) -> str:
+        """What the example is called in messages and reports: by its own id, else by its number."""
+        return self.source_id or str(self.example_id)
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is no question or no answer."""
+        return not (self.question.strip() and self.answer.strip())
+
+    @property
     def folded(self) -> str:
-        """The question without differences of case and white space; two sets may not share one."""
-        return " ".join(self.question.casefold().split())
+        """The question without differences of case and white space, after what was said before it.
+
+        Two sets may not share one.
+        """
+        return " ".join(" ".join([*(text for _, text in self.history), self.question]).casefold().split())
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +103,11 @@ class Splits:
         for before, (name, examples) in zip("{,,,", sorted(self.items()), strict=True):
             digest.update(f'{before}"{name}":['.encode())
             for number, example in enumerate(examples):
-                text = json.dumps(asdict(example), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+                fields = asdict(example)
+                del fields["source_id"]  # what an example is called is not what it says
+                if not example.history:  # digests of earlier versions, whose examples had none, stay
+                    del fields["history"]
+                text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
                 digest.update(("," * (number > 0) + text).encode())
             digest.update(b"]")
         digest.update(b"}")
@@ -113,28 +138,30 @@ class Splits:
             shared = {other: np.flatnonzero(np.isin(own.questions, contents[other].questions)) for other in earlier}
             if found := [other for other in earlier if len(shared[other])]:
                 other = min(found, key=lambda other: shared[other][0])
-                same = [own.ids[place] for place in shared[other]]
+                examples = dict(self.items())[name]
+                same = [examples[place].name for place in shared[other].tolist()]
                 given = Given(f"{len(same)} questions that are also in {other} ({name_ids(same)})")
                 raise UserError(name, given, f"questions disjoint from {other}")
 
 
 class _Content:
-    """What one pass over a set says of it: ids, those of blank examples, and digests of the questions."""
+    """What one pass over a set says of it: ids, the names of blank examples, and digests of the questions."""
 
     def __init__(self, examples: Iterable[QAExample]) -> None:
-        self.ids, self.blank, digests = array("q"), [], bytearray()
+        self.ids, digests = array("q"), bytearray()
+        self.blank: list[str] = []
         for example in examples:
             self.ids.append(example.example_id)
-            if not (example.question.strip() and example.answer.strip()):
-                self.blank.append(example.example_id)
+            if example.blank:
+                self.blank.append(example.name)
             text = example.folded.encode(errors="surrogatepass")
             digests += hashlib.blake2b(text, digest_size=_DIGEST).digest()
         self.questions = np.frombuffer(bytes(digests), f"S{_DIGEST}") if digests else np.empty(0, f"S{_DIGEST}")
 
 
-def name_ids(ids: Sequence[int]) -> str:
-    """Name examples by id, the first few only."""
-    return f"example ids {first_few(ids)}"
+def name_ids(ids: Sequence[object]) -> str:
+    """Name examples by id (:attr:`QAExample.name`), each id once and the first few only."""
+    return f"example ids {first_few(list(dict.fromkeys(ids)))}"
 
 
 def first_few(items: Sequence[object], n: int = 5) -> str:

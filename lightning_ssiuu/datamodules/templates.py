@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date as Date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.tokenization import JointTokenizer
+from lightning_ssiuu.datamodules.tokenization import JointTokenizer, Piece, text_of
 from lightning_ssiuu.utils.errors import UserError, one_line
 
+#: What was said before a question, as ``(role, text)``.
+History = Sequence[tuple[str, str]]
 #: The day that chat templates take for today's unless told otherwise, Llama 3's own.
 DATE = "2024-07-26"
 PLAIN = "Question: {question}\nAnswer:"
 _PLACE = "{question}"
 # Letters alone, which pass through whatever a template does to text.
-_QUESTION, _ANSWER = "ssiuuQuestion", "ssiuuAnswer"
+_QUESTION, _ANSWER, _EARLIER = "ssiuuQuestion", "ssiuuAnswer", "ssiuuTurn"
+_BLANK_LINE = "\n\n"
 _CLOCK = "strftime_now"
 # A macro goes before the library's function of the same name; functions that are handed over do not reach a template.
 _STOPPED_CLOCK = (
@@ -34,28 +37,68 @@ _OURS = ("messages", "add_generation_prompt", "continue_final_message", "tokeniz
 
 @dataclass(frozen=True)
 class Turn:
-    """What stands around a question and its answer.
+    """What stands around a question, the turns before it and its answer.
 
     Attributes:
-        parts: The prompt's text, cut where the question stands.
+        parts: The prompt's text, cut where the question and earlier turns stand.
+        places: What stands at each cut: the number of an earlier turn, or how many there are for the question.
         lead: What stands between prompt and answer; None: a space, unless the prompt ends with white space.
         tail: What follows the answer, up to the token that ends the turn.
         closed: Whether that token is there; the tokenizer's end-of-sequence token has to follow otherwise.
-        trims: Whether the template leaves out white space around the question.
+        trimmed: The numbers of those that the template leaves out white space around.
         remark: What is not as expected of it, for a warning; else empty.
     """
 
     parts: tuple[str, ...]
+    places: tuple[int, ...]
     lead: str | None = None
     tail: str = ""
     closed: bool = False
-    trims: bool = False
+    trimmed: frozenset[int] = frozenset()
     remark: str = ""
+
+    def prompt(self, texts: Sequence[str]) -> list[Piece]:
+        """The prompt with the earlier turns and the question, in this order, at their places."""
+        pieces = [Piece(self.parts[0])]
+        for place, part in zip(self.places, self.parts[1:], strict=True):
+            text = texts[place].strip() if place in self.trimmed else texts[place]
+            pieces += [Piece(text, own=True), Piece(part)]
+        return pieces
+
+    def completion(self, prompt: Sequence[Piece], answer: str) -> list[Piece]:
+        """What follows a prompt, up to the token that ends the turn."""
+        return [Piece(_lead(prompt) if self.lead is None else self.lead), Piece(answer.strip(), True), Piece(self.tail)]
+
+    def repeated(self, history: History) -> list[Piece]:
+        r"""Earlier turns as a text template has them: question by question with its answer, a blank line after each.
+
+        A system turn is its text alone.
+
+        Example:
+            >>> said = [("system", "Be brief."), ("user", "Who?"), ("assistant", "Me.")]
+            >>> "".join(piece.text for piece in text_turn(PLAIN).repeated(said))
+            'Be brief.\n\nQuestion: Who?\nAnswer: Me.\n\n'
+        """
+        pieces: list[Piece] = []
+        before = ""
+        for role, text in history:
+            if role == "assistant" and before == "user":
+                pieces.append(Piece(_lead(pieces)))
+            elif pieces:
+                pieces.append(Piece(_BLANK_LINE))
+            pieces += self.prompt([text]) if role == "user" else [Piece(text.strip(), own=True)]
+            before = role
+        return [*pieces, Piece(_BLANK_LINE)] if pieces else []
+
+
+def _lead(prompt: Sequence[Piece]) -> str:
+    # What is between a prompt and its answer under a text template.
+    return "" if text_of(prompt)[-1:].isspace() else " "
 
 
 def text_turn(template: str) -> Turn:
     """The turn of a text that contains ``{question}``."""
-    return Turn(tuple(template.split(_PLACE)))
+    return Turn(tuple(parts := template.split(_PLACE)), places=(0,) * (len(parts) - 1))
 
 
 @dataclass(frozen=True)
@@ -67,15 +110,19 @@ class Chat:
     template_options: Mapping[str, Any] = field(default_factory=dict)
     date: str = DATE
 
-    def render(self, question: str, answer: str | None = None, **options: Any) -> Any:
+    def render(self, question: str, answer: str | None = None, history: History = (), **options: Any) -> Any:
         """The text of a conversation: the question and how an answer begins, or question and answer.
 
-        ``options`` are those of ``apply_chat_template``, which may make it give something else than text.
+        ``history`` is what was said before (:attr:`QAExample.history`); a system turn of its own is instead of the
+        ``system_prompt``. ``options`` are those of ``apply_chat_template``, which may make it give something else than
+        text.
         """
-        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        turns = [*system, {"role": "user", "content": question}]
+        said = [*history, ("user", question)]
         if answer is not None:
-            turns.append({"role": "assistant", "content": answer})
+            said.append(("assistant", answer))
+        if self.system_prompt is not None and said[0][0] != "system":
+            said.insert(0, ("system", self.system_prompt))
+        turns = [{"role": role, "content": text} for role, text in said]
         options = {"tokenize": False, "add_generation_prompt": answer is None} | options
         return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options)
 
@@ -97,8 +144,8 @@ class Chat:
         tokenizer.chat_template = self.template
         return tokenizer
 
-    def turn(self) -> Turn:
-        """What the template makes of a question and its answer, told from how it renders them.
+    def turn(self, roles: tuple[str, ...] = ()) -> Turn:
+        """What the template makes of question and answer after turns of these roles, told from how it renders them.
 
         The prompt is all that stands before the answer, such as Qwen3's empty block of thoughts, less the white space
         that the generation prompt leaves to the model. The completion is the answer, with that white space, up to
@@ -109,16 +156,18 @@ class Chat:
         Where the generation prompt is not how an answered turn begins, ``remark`` says which of the two is used.
 
         Raises:
-            UserError: A template that fails, or that does not write question and answer once each as they are.
+            UserError: A template that fails, or that does not write question, answer and earlier turns once each as
+                they are.
         """
-        prompt, whole = self._rendered(_QUESTION), self._rendered(_QUESTION, _ANSWER)
-        if (
-            whole.count(_QUESTION) != 1
-            or whole.count(_ANSWER) != 1
-            or not whole.index(_QUESTION) < whole.index(_ANSWER)
+        names = [*(_EARLIER + _letters(number) for number in range(len(roles))), _QUESTION]
+        history = list(zip(roles, names[:-1], strict=True))
+        prompt, whole = self._rendered(_QUESTION, None, history), self._rendered(_QUESTION, _ANSWER, history)
+        if any(whole.count(name) != 1 for name in (*names, _ANSWER)) or not max(map(whole.index, names)) < whole.index(
+            _ANSWER
         ):
+            turns = f" after turns of {', '.join(roles)}" if roles else ""
             allowed = "plain or a format string: this chat template does not write question and answer once each"
-            raise UserError("template", "chat", allowed)
+            raise UserError("template", "chat", allowed + turns)
         start = whole.index(_ANSWER)
         stop = start + len(_ANSWER)
         head, remark = whole[:start], ""
@@ -131,7 +180,7 @@ class Chat:
         else:
             remark = "its generation prompt is not how it begins an answered turn; the answer follows the former"
             head, boundary = prompt, len(prompt)
-        marked = self._marked(whole)
+        marked = self._marked(whole, history)
         if marked is not None and boundary < marked[0] <= len(head):
             boundary = marked[0]
         end = JointTokenizer(self.tokenizer).added.search(whole, stop)
@@ -139,39 +188,55 @@ class Chat:
             tail = whole[stop : max(stop, marked[1])] if marked is not None else whole[stop:].rstrip()
         else:
             tail = whole[stop : end.end()]
+        parts = re.split(f"({'|'.join(names)})", head[:boundary])
         return Turn(
-            parts=tuple(head[:boundary].split(_QUESTION)),
+            parts=tuple(parts[::2]),
+            places=tuple(map(names.index, parts[1::2])),
             lead=head[boundary:],
             tail=tail,
             closed=end is not None,
-            trims=self._rendered(f" {_QUESTION} ") == prompt,
+            trimmed=frozenset(place for place in range(len(names)) if self._trims(names, roles, place, prompt)),
             remark=remark,
         )
 
-    def _rendered(self, question: str, answer: str | None = None) -> str:
+    def _trims(self, names: Sequence[str], roles: Sequence[str], place: int, prompt: str) -> bool:
+        *earlier, question = (f" {name} " if number == place else name for number, name in enumerate(names))
+        return self._rendered(question, None, list(zip(roles, earlier, strict=True))) == prompt
+
+    def _rendered(self, question: str, answer: str | None, history: History) -> str:
         try:
-            return str(self.render(question, answer))
+            return str(self.render(question, answer, history))
         except Exception as error:  # a template is a program of its own
             said = one_line(str(error))[:200] or type(error).__name__
             argument, value = "template", "chat"
             allowed = "plain or a format string"
-            if self.system_prompt is not None and _works(Chat(self.tokenizer, None, self.template_options, self.date)):
+            if history and _works(self):
+                allowed += f" for data with turns of {', '.join(role for role, _ in history)} before the question"
+            elif self.system_prompt is not None and _works(
+                Chat(self.tokenizer, None, self.template_options, self.date)
+            ):
                 argument, value, allowed = "system_prompt", "a text", "null"
             elif self.template_options:
                 argument, value = "template_options", ", ".join(self.template_options)
                 allowed = "variables that the chat template takes"
             raise UserError(argument, value, f"{allowed}; the chat template said: {said}") from error
 
-    def _marked(self, whole: str) -> tuple[int, int] | None:
-        # First and last character of what the template says the model generates.
+    def _marked(self, whole: str, history: History) -> tuple[int, int] | None:
+        # First and last character of what the template says the model generates after the question.
         template = self.tokenizer.get_chat_template()
         if not self.tokenizer.is_fast or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return None
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = self.render(_QUESTION, _ANSWER, **options)
+        encoded = self.render(_QUESTION, _ANSWER, history, **options)
         spans = [encoded.token_to_chars(place) for place, mask in enumerate(encoded["assistant_masks"]) if mask]
-        spans = [span for span in spans if span is not None]
+        asked = max(whole.index(name) for name in (_QUESTION, *(name for _, name in history)))
+        spans = [span for span in spans if span is not None and span.start > asked]
         return (spans[0].start, spans[-1].end) if spans else None
+
+
+def _letters(number: int) -> str:
+    # Of equal length, so that no name is the beginning of another one.
+    return "".join(chr(ord("a") + int(digit)) for digit in f"{number:06d}")
 
 
 def _works(chat: Chat) -> bool:

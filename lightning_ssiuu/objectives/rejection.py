@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -38,13 +38,18 @@ _AS_IT_IS = {"clean_up_tokenization_spaces": False}
 
 
 def rejected(
-    part: Part, tokenizer: PreTrainedTokenizerBase, rejections: Sequence[str] = REJECTIONS, context: int | None = None
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    rejections: Sequence[str] = REJECTIONS,
+    context: int | None = None,
+    name_of: Callable[[int], str] = str,
 ) -> Part:
     """The questions of a part with rejections for answers: a part of the same examples, ``[B, L']``.
 
     Which rejection an example gets depends on its id alone. It is joined to the prompt as the example's own answer
     was, and ends with the same token. An example without an answer stays as it is and without one. A
-    sequence longer than ``context`` (tokens; None for any length) is a UserError.
+    sequence longer than ``context`` (tokens; None for any length) is a UserError, which calls the example what
+    ``name_of`` makes of its id.
     """
     pairs = []
     for (prompt, answer), example in zip(answered(part), part["example_id"].tolist(), strict=True):
@@ -53,7 +58,7 @@ def rejected(
             completion = _joined_like(prompt, answer, rejections[example % len(rejections)], tokenizer)
         if context is not None and (length := len(prompt) + len(completion)) > context:
             allowed = f"at most {context}, what the model takes: shorten the question or the rejections"
-            raise UserError("rejections", f"{length} tokens for example id {example}", allowed)
+            raise UserError("rejections", f"{length} tokens for example id {name_of(example)}", allowed)
         pairs.append((prompt, completion))
     return with_answers(part, pairs, tokenizer)
 
@@ -78,7 +83,8 @@ class RejectingModule(UnlearningModule):
     def rejected(self, batch: Part) -> Part:
         """The part with rejections for answers; see :func:`rejected`."""
         context = getattr(self.model.hf.config, "max_position_embeddings", None)
-        return rejected(batch, self.tokenizer, self.rejections, context)
+        name_of = getattr(getattr(self._trainer, "datamodule", None), "name_of", str)
+        return rejected(batch, self.tokenizer, self.rejections, context, name_of)
 
     @property
     def rejections_name(self) -> str:

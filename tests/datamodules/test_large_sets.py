@@ -11,6 +11,7 @@ import os
 import pickle
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import popen_spawn_posix
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.reduction import ForkingPickler
@@ -87,9 +88,17 @@ def test_a_large_set_gives_what_a_small_one_does(
 
 def test_digests_are_those_of_the_whole_text() -> None:
     splits = Splits(examples(0, 2), [QAExample(5, "Ä?", "b")])
-    record = {name: [vars(example) for example in some] for name, some in splits.items()}
+    added = ("history", "source_id")  # which earlier versions' examples did not have
+    record = {
+        name: [{field: value for field, value in vars(example).items() if field not in added} for example in some]
+        for name, some in splits.items()
+    }
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     assert splits.sha256() == hashlib.sha256(text.encode()).hexdigest()
+    renamed = [replace(example, source_id="SECRET") for example in splits.forget]
+    assert Splits(renamed, splits.retain).sha256() == splits.sha256()
+    talked = [replace(example, history=(("user", "Hello?"), ("assistant", "Hello."))) for example in splits.forget]
+    assert Splits(talked, splits.retain).sha256() != splits.sha256()
 
 
 def test_no_text_is_left_on_the_disk(large: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Findings:
             return []
         shown = [example for example in data.splits.forget if example.example_id in self.answers["original"]]
         return [
-            {"example_id": example.example_id, "question": example.question, "answer": example.answer}
+            {"example_id": example.name, "question": example.question, "answer": example.answer}
             | {name: self.answers[name][example.example_id] for name in ("original", "unlearned")}
             for example in shown
         ]
