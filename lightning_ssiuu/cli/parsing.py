@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
+from lightning_ssiuu.cli.recipes import config_file
+
 
 def run_function(
     function: Callable[..., object], name: str, args: list[str], defaults: Mapping[str, Any] | None = None
@@ -29,7 +31,8 @@ def run_function(
     remember_threads()  # before a module of the user's is imported, which may set another number
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")
+    text = "a YAML file with these options, or a recipe's name; may be given several times"
+    parser.add_argument("--config", action="config", type=config_file, help=text)
     hints = get_type_hints(function)
     devices = next((option for option, hint in hints.items() if Devices in (hint, *get_args(hint))), None)
     parser.add_function_arguments(function, as_positional=False, skip={devices} if devices else None)
