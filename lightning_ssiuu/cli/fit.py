@@ -25,7 +25,7 @@ from lightning_ssiuu.callbacks import (
     SavePretrained,
 )
 from lightning_ssiuu.callbacks.threads import Threads
-from lightning_ssiuu.cli.recipes import config_file
+from lightning_ssiuu.cli.config_files import ConfigFile, config_files
 from lightning_ssiuu.cli.resume import (
     RESULTS,
     checkpoint_mistakes,
@@ -118,6 +118,12 @@ class UnlearningCLI(LightningCLI):
 
     ckpt_path: Any = None
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = LightningArgumentParser(**{"dump_header": [f"lightning.pytorch=={L.__version__}"]} | kwargs)
+        text = "a YAML file with these options, or a recipe's name; may be given several times"
+        parser.add_argument("-c", "--config", action=ConfigFile, type=config_files, help=text)
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(NeuronAttributionCallback, "attribution")
         parser.add_lightning_class_args(ForgetThresholdStopping, "stopping")
@@ -129,7 +135,6 @@ class UnlearningCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        next(action for action in parser._actions if action.dest == "config").type = config_file
         if subcommand == "fit":
             text = "print what each device will need; load, train and write nothing"
             parser.add_argument("--estimate-memory", "--estimate_memory", action="store_true", help=text)

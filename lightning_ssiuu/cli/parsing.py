@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
-from lightning_ssiuu.cli.recipes import config_file
-
 
 def run_function(
     function: Callable[..., object], name: str, args: list[str], defaults: Mapping[str, Any] | None = None
@@ -22,6 +20,7 @@ def run_function(
     """
     from jsonargparse import ArgumentParser
 
+    from lightning_ssiuu.cli.config_files import ConfigFile, config_files
     from lightning_ssiuu.training.devices import Devices
     from lightning_ssiuu.utils.messages import parsing
     from lightning_ssiuu.utils.processes import end_with_parent
@@ -32,7 +31,7 @@ def run_function(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
     text = "a YAML file with these options, or a recipe's name; may be given several times"
-    parser.add_argument("--config", action="config", type=config_file, help=text)
+    parser.add_argument("--config", action=ConfigFile, type=config_files, help=text)
     hints = get_type_hints(function)
     devices = next((option for option, hint in hints.items() if Devices in (hint, *get_args(hint))), None)
     parser.add_function_arguments(function, as_positional=False, skip={devices} if devices else None)
