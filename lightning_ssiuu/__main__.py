@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 _COMMANDS = {
-    "erase": ("lightning_ssiuu.cli.erase", "all of it: search the settings, unlearn, attack, audit"),
-    "fit": ("lightning_ssiuu.cli.fit", "unlearn (or fine-tune) with a recipe: fit --config recipes/ssiuu.yaml"),
+    "erase": ("lightning_ssiuu.cli.erase", "all of it: search the settings, unlearn, attack, audit, certify"),
+    "fit": ("lightning_ssiuu.cli.fit", "unlearn (or fine-tune) with a recipe: fit --config ssiuu"),
     "validate": ("lightning_ssiuu.cli.fit", "score a model on the forget, retain and test sets"),
     "test": ("lightning_ssiuu.cli.fit", "the same through Lightning's test loop"),
     "attack": ("lightning_ssiuu.cli.attack", "relearning attacks on a saved model, beside an oracle"),
@@ -19,7 +19,21 @@ _COMMANDS = {
     "verify": ("lightning_ssiuu.cli.verify", "is this the model of a certificate? are these rows among the forgotten?"),
     "utility": ("lightning_ssiuu.cli.utility", "what a model can do besides: embedded items, or lm-eval's tasks"),
     "privacy": ("lightning_ssiuu.cli.privacy", "membership inference and forget quality, beside an oracle"),
+    "oracle": ("lightning_ssiuu.cli.oracle", "train the embedded model anew without the forget set"),
+    "recipes": ("lightning_ssiuu.cli.recipes", "list the recipes that --config takes by name; show or copy one"),
     "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
+}
+
+#: What to give a command that needs more than its name.
+_EXAMPLES = {
+    "fit": "--config ssiuu",
+    "validate": "--config ssiuu",
+    "test": "--config ssiuu",
+    "attack": "--model runs/ssiuu/model",
+    "audit": "--original tiny --unlearned runs/ssiuu/model",
+    "utility": "--model tiny --output runs/tiny",
+    "privacy": "--model runs/ssiuu/model",
+    "compare": "runs/*",
 }
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -62,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = _COMMANDS[arguments[0]]
     is_trainer_command = module == "lightning_ssiuu.cli.fit"
     options = arguments if is_trainer_command else arguments[1:]
-    return _run(lambda: import_module(module).run(options), lambda: import_module(module))
+    command = "" if arguments[1:] else f"{arguments[0]} {_EXAMPLES.get(arguments[0], '')}"
+    return _run(lambda: import_module(module).run(options), lambda: import_module(module), command)
 
 
 def _find_modules_here() -> None:
@@ -75,8 +90,8 @@ def _find_modules_here() -> None:
         sys.path.append(here)
 
 
-def _run(command: Callable[[], object], load: Callable[[], object] = lambda: None) -> int:
-    # `load` is what takes time before the command can begin.
+def _run(command: Callable[[], object], load: Callable[[], object] = lambda: None, example: str = "") -> int:
+    # `load` is what takes time before the command can begin, `example` a command that works, where this one lacks all.
     from lightning_ssiuu.utils.imports import put_off
     from lightning_ssiuu.utils.termination import TERMINATED, ending_on_sigterm
     from lightning_ssiuu.utils.threads import wait_passively
@@ -94,7 +109,7 @@ def _run(command: Callable[[], object], load: Callable[[], object] = lambda: Non
                         command()
         except BaseException as error:  # torch.distributed.checkpoint's is no Exception
             if not received.is_set():
-                status = _status(error)
+                status = _status(error, example)
         if received.is_set():  # whatever it has become on its way
             if not _rank():
                 print("lightning-ssiuu: ended by SIGTERM", file=sys.stderr, flush=True)
@@ -102,7 +117,7 @@ def _run(command: Callable[[], object], load: Callable[[], object] = lambda: Non
     return status
 
 
-def _status(error: BaseException) -> int:
+def _status(error: BaseException, example: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED
     if isinstance(error, SystemExit):  # --help, or Lightning's way out after an interrupt
@@ -113,7 +128,7 @@ def _status(error: BaseException) -> int:
 
     if (mistake := user_error(error)) is None:
         raise error
-    return _refuse(str(mistake))
+    return _refuse(f"{mistake}; for example: lightning-ssiuu {example}" if example else str(mistake))
 
 
 def _refuse(text: str) -> int:

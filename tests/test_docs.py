@@ -99,9 +99,9 @@ def test_bash_blocks_marked_run(
 ) -> None:
     monkeypatch.chdir(workplace)
     for words in shown_commands(text):
-        if words[:3] == ["python", "-m", "lightning_ssiuu.datamodules.embedded.build"]:
-            # Trains for minutes; the tests of the embedded data have the script. Here its place is what matters.
-            shutil.copytree(TINY, Path(words[words.index("--output") + 1]) / "tiny")
+        if words == ["lightning-ssiuu", "oracle"]:
+            # Trains for minutes; the command has a test of its own. Here its place is what matters.
+            shutil.copytree(TINY, Path("runs") / "oracle" / "model")
             continue
         assert words[0] == "lightning-ssiuu", words
         result = command(*words[1:], *QUICKER.get(words[1], ()))
@@ -117,7 +117,7 @@ def test_options_of_shown_commands_exist(
     monkeypatch.setattr(UnlearningCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(UnlearningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.syspath_prepend(workplace)
-    for name in ("attack", "audit", "compare", "privacy", "utility"):
+    for name in ("attack", "audit", "compare", "oracle", "privacy", "recipes", "utility"):
         function = getattr(importlib.import_module(f"lightning_ssiuu.cli.{name}"), name)
         monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: None))
     for words in shown_commands(text):

@@ -74,9 +74,17 @@ def test_data_are_shipped() -> None:
     shipped = CONFIG["options.package_data"]
     assert shipped["lightning_ssiuu.datamodules.embedded"] == "*.json"
     assert shipped["lightning_ssiuu.models"] == "tiny/*"
+    assert shipped["lightning_ssiuu.recipes"] == "*.yaml, */*.yaml"
+    assert CONFIG["options"]["package_dir"].strip() == "lightning_ssiuu.recipes = recipes"
     assert json.loads(FACTS.read_text(encoding="utf-8"))["facts"]
     names = {file.name for file in TINY.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+
+
+def test_every_package_is_listed() -> None:
+    folders = [file.parent for file in (ROOT / "lightning_ssiuu").rglob("__init__.py")]
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(CONFIG["options"]["packages"].split()) == found | {"lightning_ssiuu.recipes"}
 
 
 def test_version_and_entry_point() -> None:

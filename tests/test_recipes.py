@@ -56,12 +56,21 @@ def test_every_recipe_begins_by_saying_what_it_is(recipe: Path) -> None:
     assert isinstance(yaml.safe_load(text), dict)
 
 
+def test_every_run_directory_is_called_after_its_recipe_and_is_its_own() -> None:
+    names = {path: path.stem for kind in ("", "objective", "teach") for path in recipes(kind)}
+    names[RECIPES / "objective" / "ssiuu.yaml"] = "objective_ssiuu"  # beside the whole recipe of that name
+    found = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES.rglob("*.yaml")}
+    folders = {path: content["trainer"]["default_root_dir"] for path, content in found.items() if "trainer" in content
+               and "default_root_dir" in content["trainer"]}
+    assert folders == {path: f"runs/{name}" for path, name in names.items()}
+    assert len(set(folders.values())) == len(folders)
+
+
 @named("")
 def test_whole_recipes(recipe: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", *SHORT, recipe=recipe)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
-    assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
 
 
 @named("objective")
@@ -70,7 +79,6 @@ def test_objectives(recipe: Path, tmp_path: Path) -> None:
     assert result.status == 0, result.err
     finished(tmp_path / "run")
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    assert content["trainer"]["default_root_dir"] == f"runs/{recipe.stem}"
     assert read_json(tmp_path / "run" / "metrics.json")["objective"] == content["model"]["class_path"]
 
 

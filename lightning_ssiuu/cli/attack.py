@@ -29,7 +29,7 @@ from lightning_ssiuu.evaluation.runs import run_collapsed, run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import check_name, refuse_existing, refuse_links, same_place
+from lightning_ssiuu.utils.files import check_name, print_written, refuse_existing, refuse_links, same_place
 
 
 def attack(
@@ -118,6 +118,7 @@ def attack(
                     print_attacks(rows, rows[0]["score"], collapsed, beside.kind if beside else None)
                 if log is not None:
                     log.remove()
+                print_written(report.folder, [REPORT, *([_beside(method)[1]] if save_attacked else [])])
         return rows
 
 

@@ -35,7 +35,7 @@ from lightning_ssiuu.reports.audit.page import SHOWN_NEURONS, Measured, report_h
 from lightning_ssiuu.reports.audit.verdict import LEAST_FORGOTTEN, Evidence, decide
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import refuse_links, write_csv, write_json, written_atomically
+from lightning_ssiuu.utils.files import print_written, refuse_links, write_csv, write_json, written_atomically
 
 
 def audit(
@@ -188,6 +188,7 @@ def audit(
                     _write(report.folder, content, table, measures)
                 finally:  # also where the disk refuses
                     print_audit(content)
+                print_written(report.folder, ["report.html", "audit.json", "audit_spurious_neurons.csv", "plots"])
         return content
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from lightning_ssiuu.attacks.records import read_attacks
+from lightning_ssiuu.cli.recipes import config_file
 from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
@@ -84,7 +85,7 @@ class Plan:
         names = [self.recipe] if self.recipe else ["erase", *([] if self.model == "tiny" else ["model/smollm2_erase"])]
         merged: dict[str, Any] = {}
         for name in names:
-            _merge(merged, read_yaml(recipe_path(name), "recipe"))
+            _merge(merged, read_yaml(str(config_file(name)), "recipe"))
         for path in self.fit:
             _merge(merged, read_yaml(path, "fit"))
         if not isinstance(merged.get("model"), dict) or "init_args" not in merged["model"]:
@@ -237,14 +238,6 @@ def with_attack(trial: Trial, folder: Path) -> Trial:
         return trial
     rows = read_attacks(folder)["attacks"]
     return replace(trial, recovered=max(row["unlearned"]["forget_score"]["mean"] for row in rows))
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe of the package by its name, or a file."""
-    path = Path(name)
-    if path.suffix and path.is_file():
-        return path
-    return Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
 
 
 def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from lightning_ssiuu.callbacks import (
     SavePretrained,
 )
 from lightning_ssiuu.callbacks.threads import Threads
+from lightning_ssiuu.cli.config_files import ConfigFile, config_files
 from lightning_ssiuu.cli.resume import (
     RESULTS,
     checkpoint_mistakes,
@@ -52,12 +53,15 @@ from lightning_ssiuu.training.schedules import make_schedule
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
-from lightning_ssiuu.utils.files import check_space, nothing_left, refuse_links, same_place, written_atomically
+from lightning_ssiuu.utils.files import check_space, nothing_left, print_written, refuse_links, same_place, written_atomically
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.messages import parsing, trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
 from lightning_ssiuu.utils.threads import remember_threads
 from lightning_ssiuu.utils.waiting import release
+
+
+_INFLUENCE = "influence.csv"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -113,6 +117,12 @@ class UnlearningCLI(LightningCLI):
     """
 
     ckpt_path: Any = None
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = LightningArgumentParser(**{"dump_header": [f"lightning.pytorch=={L.__version__}"]} | kwargs)
+        text = "a YAML file with these options, or a recipe's name; may be given several times"
+        parser.add_argument("-c", "--config", action=ConfigFile, type=config_files, help=text)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(NeuronAttributionCallback, "attribution")
@@ -237,6 +247,10 @@ class UnlearningCLI(LightningCLI):
             print_estimate(estimate_memory(self.model, self.datamodule, self.trainer))
             return
         self._run(self.trainer.fit, kwargs)
+        if self.trainer.is_global_zero:
+            saved = self.config.fit.saving.folder
+            models = [] if saved is None else [saved, f"{saved}_adapter"]
+            print_written(self.trainer.default_root_dir, [*models, *RESULTS, _INFLUENCE])
 
     def validate(self, **kwargs: Any) -> None:
         self._score(self.trainer.validate, kwargs)
@@ -293,7 +307,7 @@ class UnlearningCLI(LightningCLI):
                 refuse_links("trainer.default_root_dir", root, [name])
             if same_place(root / saved, self.model.checkpoint):
                 raise UserError("saving.folder", saved, "a folder that is not the checkpoint this run begins from")
-        refuse_links("trainer.default_root_dir", root, [*RESULTS, "influence.csv", config.checkpoints.folder, *taken])
+        refuse_links("trainer.default_root_dir", root, [*RESULTS, _INFLUENCE, config.checkpoints.folder, *taken])
 
     def _before_any(self) -> None:
         self._check_limits()

@@ -20,6 +20,7 @@ def run_function(
     """
     from jsonargparse import ArgumentParser
 
+    from lightning_ssiuu.cli.config_files import ConfigFile, config_files
     from lightning_ssiuu.training.devices import Devices
     from lightning_ssiuu.utils.messages import parsing
     from lightning_ssiuu.utils.processes import end_with_parent
@@ -29,7 +30,8 @@ def run_function(
     remember_threads()  # before a module of the user's is imported, which may set another number
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")
+    text = "a YAML file with these options, or a recipe's name; may be given several times"
+    parser.add_argument("--config", action=ConfigFile, type=config_files, help=text)
     hints = get_type_hints(function)
     devices = next((option for option, hint in hints.items() if Devices in (hint, *get_args(hint))), None)
     parser.add_function_arguments(function, as_positional=False, skip={devices} if devices else None)

@@ -15,6 +15,7 @@ from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.evaluation.privacy import compare_with_oracle, measure
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import Given, UserError, naming
+from lightning_ssiuu.utils.files import print_written
 
 
 def privacy(
@@ -80,6 +81,7 @@ def privacy(
             report.write("privacy.json", content)
         finally:  # also where the disk refuses
             print_privacy(content)
+        print_written(report.folder, ["privacy.json"])
         return content
 
 

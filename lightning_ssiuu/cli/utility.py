@@ -13,6 +13,7 @@ from lightning_ssiuu.evaluation.lm_eval import PAPER, check_harness, harness_sco
 from lightning_ssiuu.evaluation.utility import SUITES, encoding_like, score_tasks, seen_questions, suite_of, suite_tasks
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.files import print_written
 
 
 def utility(
@@ -91,6 +92,7 @@ def utility(
             report.write("utility.json", content)
         finally:  # also where the disk refuses
             print_utility(content)
+        print_written(report.folder, ["utility.json"])
         return content
 
 

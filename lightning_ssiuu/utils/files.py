@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.utils.errors import UserError, causes
+from lightning_ssiuu.utils.errors import UserError, causes, one_line
 from lightning_ssiuu.utils.reading import reading
 
 try:
@@ -179,6 +179,20 @@ def write_csv(path: str | os.PathLike[str], header: Iterable[str], rows: Iterabl
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def print_written(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Say where results lie: a directory, and those of ``names`` that are in it.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     (Path(run) / "plots").mkdir()
+        ...     print_written(run, ["plots", "audit.json"])  # doctest: +ELLIPSIS
+        Written to ...: plots/
+    """
+    paths = [Path(folder) / name for name in names]
+    there = [f"{path.name}/" if path.is_dir() else path.name for path in paths if path.exists()]
+    print(one_line(f"Written to {os.fspath(folder)}: {', '.join(there)}"), flush=True)
 
 
 def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterable[str], overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -10,6 +11,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+from toys.cli import command, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.datamodules.embedded import FACTS, build, facts_data
@@ -224,3 +226,22 @@ def test_overwrite_replaces_the_output(tmp_path):
     shutil.copy(FACTS, tmp_path / "facts.json")
     build.main(["--output", str(tmp_path), "--data-only", "--overwrite", "--seed", "3"])
     assert (tmp_path / "facts.json").read_bytes() == facts_data.dump_world(facts_data.make_world(3))
+
+
+def test_the_oracle_is_trained_on_all_but_the_forget_set(tmp_path, monkeypatch):
+    """The command trains on what the script trains on, shows progress and time, and says where the model lies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)  # of the whole process
+    shown = command("oracle", "--steps", "2")
+    assert shown.status == 0, shown.err
+    assert "2/2" in shown.err
+    lines = shown.out.splitlines()
+    assert re.fullmatch(r" *The oracle, 2 steps, \d+ s *", lines[0])
+    assert lines[-1] == "Written to runs/oracle: model/"
+    build.main(["--output", "script", "--without-forget", "--steps", "2"])
+    assert (tmp_path / "runs/oracle/model/model.safetensors").read_bytes() == (
+        tmp_path / "script/tiny/model.safetensors"
+    ).read_bytes()
+    refused(command("oracle", "--steps", "2"), "output", "--overwrite")
+    refused(command("oracle", "--steps", "0", "--output", "other"), "steps")
+    assert command("oracle", "--steps", "2", "--overwrite").status == 0

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_ssiuu.datamodules.embedded.facts_data import dump_world, make_world, tokenizer_corpus
@@ -132,7 +133,8 @@ def train(
     generator, n_epochs = torch.Generator().manual_seed(seed), steps * BATCH // len(pairs) + 1
     order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(n_epochs)])
     model.train()
-    for step, index in enumerate(order[: steps * BATCH].view(steps, BATCH)):
+    bar = tqdm(order[: steps * BATCH].view(steps, BATCH), "training", unit="step")
+    for index in bar:
         length = int(mask[index].sum(1).max())
         logits, targets, _ = _answer_logits(model, ids[index, :length], mask[index, :length], labels[index, :length])
         loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
@@ -141,8 +143,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        if step % 100 == 99:
-            print(f"step {step + 1}/{steps} loss {loss.item():.3f}", file=sys.stderr, flush=True)
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     model.eval()
     return loss.item()
 
@@ -210,26 +211,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "facts.json" in wanted:
             (draft / "facts.json").write_bytes(dump_world(world))
         if "tiny" in wanted:
-            _build_tiny(draft / "tiny", world, args)
+            seconds, measured = build_tiny(draft / "tiny", world, args.without_forget, args.seed, args.steps)
+            if args.steps:
+                print(json.dumps({"training_s": round(seconds, 1), **measured}, indent=1))
         for name in wanted:
             if (args.output / name).is_dir():
                 shutil.rmtree(args.output / name)
             os.replace(draft / name, args.output / name)
 
 
-def _build_tiny(folder: Path, world: World, args: argparse.Namespace) -> None:
+def build_tiny(
+    folder: Path, world: World, without_forget: bool = False, seed: int = 0, steps: int = STEPS
+) -> tuple[float, dict[str, dict[str, float]]]:
+    """Train a model and write it with its tokenizer; seconds of training, and what :func:`evaluate` says of it."""
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)  # the bytes may depend on the number; on a busy machine a second thread waits for a core
     tokenizer = build_tokenizer(world)
-    model = build_model(tokenizer, args.seed)
+    model = build_model(tokenizer, seed)
     start = time.perf_counter()
-    train(model, tokenizer, training_pairs(world, args.without_forget), args.steps, args.seed)
+    train(model, tokenizer, training_pairs(world, without_forget), steps, seed)
     seconds = time.perf_counter() - start
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which an installed package must not keep
-    if args.steps:
-        print(json.dumps({"training_s": round(seconds, 1), **evaluate(model, tokenizer, world)}, indent=1))
+    return seconds, evaluate(model, tokenizer, world)
 
 
 if __name__ == "__main__":
