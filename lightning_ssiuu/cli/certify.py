@@ -68,8 +68,8 @@ def certify(
 def _sources(config: dict[str, Any]) -> Sequence[Path]:
     # Local files that the forget set was read from; hub data sets have a revision.
     options = (config.get("data") or {}).get("init_args") or {}
-    given = [options.get(name) for name in ("forget", "data", "forget_ids") if isinstance(options.get(name), str)]
-    return [path for path in map(Path, given) if path.is_file()]
+    given = [options.get(name) for name in ("forget", "data", "forget_ids")]
+    return [path for source in given if isinstance(source, str) and (path := Path(source).expanduser()).is_file()]
 
 
 def run(args: list[str]) -> None:

@@ -17,7 +17,7 @@ from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import print_table
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
-from lightning_ssiuu.cli.trials import Trial, best, following
+from lightning_ssiuu.cli.trials import Trial, best, candidates, following
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
 from lightning_ssiuu.utils.locks import only_here
@@ -157,15 +157,13 @@ class _Erasing:
             why = failed[0] if failed else "no trial reached it: more trials, or a higher threshold"
             raise UserError("threshold", self.plan.threshold, why)
         self._take(chosen)
-        ahead = {"attack": 1.0, "audit": 1.0}
         for kind, words in self.plan.judging(chosen).items():
             if not (self.folder / f"{kind}.json").exists():
-                self._say(f"{kind} of the chosen run", {k: v for k, v in ahead.items() if k in self.steps.seconds})
+                print(f"{kind} of the chosen run ({minutes(self._judging_seconds())})", flush=True)
                 try:
                     self.steps.run(kind, words)
                 except CommandRefused as refusal:
                     raise UserError(kind, Given("options that follow from these"), str(refusal)) from None
-            ahead.pop(kind)
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]
         self._save(verdict=verdict["label"], sentence=verdict["sentence"])
@@ -211,11 +209,11 @@ class _Erasing:
             trial = Trial(setting, rate, failed=str(refusal))
         content = trial.content() | {"seconds": round(time.monotonic() - begin, 1)}
         self._save(trials=[*self.state["trials"], content])
-        leader = best(self.done, self.retain_at_least)
-        for other in self.done:  # models take room: the best one's is kept
-            if leader is None or other.setting != leader.setting:
-                shutil.rmtree(self.folder / "trials" / other.setting.name / "model", ignore_errors=True)
-            shutil.rmtree(self.folder / "trials" / other.setting.name / "checkpoints", ignore_errors=True)
+        good = candidates(self.done, self.retain_at_least)
+        for other in self.done:  # models take room
+            folder = self.folder / "trials" / other.setting.name
+            for name in ("checkpoints", *([] if other in good else ["model"])):
+                shutil.rmtree(folder / name, ignore_errors=True)
 
     def _take(self, chosen: Trial) -> None:
         # Its results move up; a move that was interrupted goes on.

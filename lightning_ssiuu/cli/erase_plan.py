@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from lightning_ssiuu.attacks.records import read_attacks
-from lightning_ssiuu.cli.recipes import config_file
+from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
@@ -84,10 +84,11 @@ class Plan:
         # The recipe, what `fit` adds, and the data; all that no trial changes.
         names = [self.recipe] if self.recipe else ["erase", *([] if self.model == "tiny" else ["model/smollm2_erase"])]
         merged: dict[str, Any] = {}
-        for name in names:
-            _merge(merged, read_yaml(str(config_file(name)), "recipe"))
-        for path in self.fit:
-            _merge(merged, read_yaml(path, "fit"))
+        for argument, source in [*(("recipe", name) for name in names), *(("fit", name) for name in self.fit)]:
+            for path in config_files(source):
+                content = read_yaml(path, argument)
+                content.pop("config", None)  # what it builds on has been read before it
+                _merge(merged, content)
         if not isinstance(merged.get("model"), dict) or "init_args" not in merged["model"]:
             raise UserError("recipe", self.recipe, "one with an objective: model.class_path and model.init_args")
         if (given := self._data_section()) is not None:

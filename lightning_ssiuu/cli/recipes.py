@@ -119,7 +119,9 @@ def recipes(action: str = "list", name: str | None = None, dest: str | None = No
         _print_list()
         return
     if name is None:
-        raise UserError("NAME", Given("nothing"), f"the recipe to {action}, e.g. lightning-ssiuu recipes {action} ssiuu")
+        raise UserError(
+            "NAME", Given("nothing"), f"the recipe to {action}, e.g. lightning-ssiuu recipes {action} ssiuu"
+        )
     file = recipe_file(name, "NAME")
     text = file.read_text(encoding="utf-8")
     if action == "show":
@@ -140,7 +142,9 @@ def _print_list() -> None:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {_first_line(name)}")
-    print(f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: an objective, then a model, then data.")
+    print(
+        f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: an objective, then a model, then data."
+    )
 
 
 def _first_line(name: str) -> str:

@@ -66,13 +66,18 @@ def best(trials: Sequence[Trial], retain_at_least: float, alike: float = ALIKE) 
 
     If none kept enough, the one that kept most; None where none reached the threshold.
     """
+    good = candidates(trials, retain_at_least, alike)
+    return min(good, key=lambda trial: (trial.learning_rate, _or_all(trial.recovered)), default=None)
+
+
+def candidates(trials: Sequence[Trial], retain_at_least: float, alike: float = ALIKE) -> list[Trial]:
+    """The trials :func:`best` chooses from; one that is not among them never will be, whatever is tried after it."""
     reached = [trial for trial in trials if trial.reached]
-    kept = [trial for trial in reached if trial.kept >= retain_at_least]
-    if kept:
+    if kept := [trial for trial in reached if trial.kept >= retain_at_least]:
         least = min(_or_all(trial.recovered) for trial in kept)
-        as_good = [trial for trial in kept if _or_all(trial.recovered) <= least + alike]
-        return min(as_good, key=lambda trial: (trial.learning_rate, _or_all(trial.recovered)))
-    return max(reached, key=lambda trial: trial.kept, default=None)
+        return [trial for trial in kept if _or_all(trial.recovered) <= least + alike]
+    most = max((trial.kept for trial in reached), default=0.0)
+    return [trial for trial in reached if trial.kept == most]
 
 
 def following(trials: Sequence[Trial], n: int, retain_at_least: float, has_strength: bool = True) -> Setting | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_ssiuu.cli.trials import Setting, Trial, best, following
+from lightning_ssiuu.cli.trials import Setting, Trial, best, candidates, following
 
 
 def trial(
@@ -28,6 +28,17 @@ def test_least_comes_back_of_those_that_kept_enough() -> None:
 
 def test_of_those_alike_the_lowest_rate() -> None:
     assert best([trial(2, back=10.0), trial(1, back=11.9), trial(0.5, back=12.1)], 95) == trial(1, back=11.9)
+
+
+def test_what_is_no_candidate_never_is_again() -> None:
+    done: list[Trial] = []
+    lost: set[Setting] = set()
+    for rate, back in ((2, 10.0), (1, 11.5), (4, 9.0), (8, 8.9), (0.5, 30.0)):
+        done.append(trial(rate, back=back))
+        good = {one.setting for one in candidates(done, 95)}
+        assert not good & lost
+        lost |= {one.setting for one in done} - good
+    assert best(done, 95) == trial(2, back=10.0)
 
 
 def test_larger_rates_first_while_enough_is_kept() -> None:
