@@ -32,7 +32,7 @@ _RATE = "optimizer.init_args.lr"
 _MOST_STEPS = 300
 _EVERY = 10  # steps from one checkpoint to the next
 _SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
-_FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8}
+_FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8, "until_saturated": True}
 _ATTACKED_AT = (0.5, 1.0, 2.0)  # of the rate of the search's attack
 _FEW = 20  # below so many items a tenth is hardly anything
 
@@ -155,7 +155,7 @@ class Plan:
     def judging(self, chosen: Trial) -> dict[str, list[str]]:
         """The attack in full, and the audit, by the file that each writes."""
         rates = [_rounded(2 * factor * chosen.learning_rate) for factor in _ATTACKED_AT]
-        options = _FULL | {"learning_rates": rates, "until_saturated": True} | self._shares()
+        options = _FULL | {"learning_rates": rates} | self._shares()
         folder = Path(self.output)
         models = ["--original", self.model, "--unlearned", str(folder / "model"), "--score", SCORE]
         beside = ["--oracle", self.oracle] if self.oracle else []
