@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ import yaml
 
 from lightning_ssiuu.cli.certify import certify
 from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
+from lightning_ssiuu.cli.functions import Result
 from lightning_ssiuu.cli.parsing import run_function
-from lightning_ssiuu.cli.report import print_table
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
 from lightning_ssiuu.cli.trials import Trial, best, candidates, following
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
@@ -28,15 +28,15 @@ _NOT_ERASED = 3  # exit status
 _SPARE = 1.5  # so many times as long as the trial's attack on one seed takes the final one for each of its own
 
 
-@dataclass(frozen=True)
-class Erased:
-    """What ``erase`` made: the verdict's label and sentence, where model and report are, and all that was tried."""
+@dataclass(frozen=True, repr=False)
+class Erased(Result):
+    """What ``erase`` made: the trials as a table, the audit's label and sentence, where model and report are."""
 
-    verdict: str
-    sentence: str
-    model: Path
-    report: Path
-    trials: tuple[Trial, ...]
+    verdict: str = ""
+    sentence: str = ""
+    model: Path = Path()
+    report: Path = Path()
+    trials: tuple[Trial, ...] = ()
 
     @property
     def erased(self) -> bool:
@@ -151,7 +151,8 @@ class _Erasing:
         while (setting := self._next()) is not None:
             self._try(setting)
         chosen = best(self.done, self.retain_at_least)
-        self._table()
+        table = self._table()
+        print(table)
         if chosen is None:
             failed = [trial.failed for trial in self.done if trial.failed]
             why = failed[0] if failed else "no trial reached it: more trials, or a higher threshold"
@@ -172,7 +173,10 @@ class _Erasing:
         print(
             f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"
         )
-        return Erased(verdict["label"], verdict["sentence"], self.folder / "model", report, tuple(self.done))
+        shown = (table.title, table.columns, table.rows, self.state, verdict["sentence"])
+        return Erased(
+            *shown, verdict["label"], verdict["sentence"], self.folder / "model", report, trials=tuple(self.done)
+        )
 
     def _next(self) -> Any:
         if "chosen" in self.state:
@@ -248,23 +252,18 @@ class _Erasing:
             flush=True,
         )
 
-    def _table(self) -> None:
-        rows = [
-            [
-                trial.setting.name,
-                f"{trial.learning_rate:.3g}",
-                "" if trial.steps is None else str(trial.steps),
-                *(("" if value is None else f"{value:.1f}") for value in (trial.forget, trial.retain, trial.test)),
-                trial.failed or ("" if trial.recovered is None else f"{trial.recovered:.1f}"),
-            ]
+    def _table(self) -> Result:
+        rows = tuple(
+            (
+                *(trial.setting.name, trial.learning_rate, trial.steps, trial.forget, trial.retain, trial.test),
+                *(trial.recovered, trial.failed),
+            )
             for trial in self.done
-        ]
-        header = ["trial", "learning rate", "steps", "forget", "retain", "test", "comes back"]
-        print_table([header, *rows], "Trials (percent)")
-        contents = [asdict(trial) | {"setting": trial.setting.name} for trial in self.done]
-        if contents:
-            write_csv(self.folder / "trials.csv", list(contents[0]), [list(content.values()) for content in contents])
+        )
+        columns = ("trial", "learning rate", "steps", "forget", "retain", "test", "comes back", "failed")
+        write_csv(self.folder / "trials.csv", columns, rows)
         front(self.folder / "plots" / "trials.png", self.done, self.retain_at_least)
+        return Result("Trials, %", columns, rows, self.state)
 
 
 def front(path: Path, trials: Sequence[Trial], retain_at_least: float) -> None:
