@@ -145,6 +145,11 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
             options += [f"--data.init_args.{name}", file]
     elif class_path == "FaithUn":
         options = ["--data.init_args.path", write_faithun(tmp_path / "data", 6)]
+    elif class_path == "CustomData":  # ten rows are enough
+        table = [{"customer_id": 100 + n, **row} for n, row in enumerate(question_rows(0, 10))]
+        (tmp_path / "ids.txt").write_text("100\n104\n109\n", encoding="utf-8")
+        options = ["--data.init_args.data", write_rows(tmp_path / "t.jsonl", table)]
+        options += ["--data.init_args.forget_ids", tmp_path / "ids.txt"]
     elif class_path not in ("Facts", "WorldFacts"):
         pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ssiuu.attacks.relearning import Relearning
 from lightning_ssiuu.attacks.sweep import SweptModel
-from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.datamodules.relearn import random_fraction
 from lightning_ssiuu.evaluation.metrics import AnswerAccuracy
 from lightning_ssiuu.evaluation.scores import SCORES, find_score
@@ -25,7 +26,7 @@ class Harmful(Relearning):
     """Train on a random fraction p of the forget set and score the rest; other options as in ``Relearning``.
 
     Args:
-        p: Fractions of the forget set.
+        p: Fractions of the forget set. One of less than half an example is left out where others are more.
         pool: Train on and score ``all`` forget examples, or those alone that the unlearned model answers ``wrong``
             under the score (as in FaithUn: the score before the attack is 0). The oracle is attacked on the same ones.
 
@@ -58,8 +59,20 @@ class Harmful(Relearning):
         assert p is not None
         return random_fraction(forget, p, rng)
 
+    def cells(self, data: UnlearningDataModule, pool: Collection[int] | None = None) -> list[RelearnDataModule]:
+        enough = self._enough(len(data.splits.forget if pool is None else pool))
+        return Relearning.cells(replace(self, p=enough or self.p), data, pool)  # which says what is wrong with none
+
+    def _enough(self, n: int) -> list[float]:
+        return [p for p in self.p if round(p * n) > 0]
+
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         super().check(data, score, devices)
+        n = len(data.splits.forget)
+        if small := [f"{p:g}" for p in self.p if p not in self._enough(n)]:
+            rank_zero_info(
+                f"attack.p: without {', '.join(small)}, which of {n} forget examples is less than half of one."
+            )
         if self.pool == "wrong" and not isinstance(find_score(score).metric(), AnswerAccuracy):
             accuracies = [name for name, known in SCORES.items() if isinstance(known.metric(), AnswerAccuracy)]
             allowed = f"all with score {score!r}: wrong answers are told by {', '.join(accuracies)}"

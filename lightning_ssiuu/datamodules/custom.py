@@ -139,6 +139,8 @@ class CustomData(UnlearningDataModule):
         forgotten = array("b")  # whether each example is
         examples = kept(self._chosen(chosen, forgotten))
         chosen.check()
+        if chosen.n_nameless:
+            rank_zero_info(f"data: {chosen.n_nameless} of {chosen.n_rows} rows have no id; they are in the retain set.")
         return [compress(examples, forgotten), compress(examples, (not each for each in forgotten))]
 
     def _chosen(self, chosen: Deletion, forgotten: array[int]) -> Iterator[QAExample]:

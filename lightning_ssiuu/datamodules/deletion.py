@@ -89,7 +89,7 @@ class Deletion:
             given = Given("nothing" if ids is None else "forget_ids and forget_where")
             raise UserError("forget_ids, forget_where", given, "one of the two: which rows of the table to forget")
         self.names, self.where = names, None if where is None else Predicate(where)
-        self.n_rows = self.n_chosen = 0
+        self.n_rows = self.n_chosen = self.n_nameless = 0
         listed = [] if ids is None else _ids(ids, columns.id)
         if ids is not None and not (listed and all(listed)):
             raise UserError("forget_ids", Given("an empty id" if listed else "0 ids"), "at least one id, none empty")
@@ -110,7 +110,8 @@ class Deletion:
         else:
             if columns.id is None:
                 raise UserError("id_column", Given(f"no column called {_OR}"), column_names(record, "id"))
-            name = id_text(cell_of(record, columns.id, "id_column"))
+            name = columns.id_of(record)
+            self.n_nameless += not name
             self._missing.pop(name, None)
             chosen = name in self._listed
         self.n_chosen += chosen

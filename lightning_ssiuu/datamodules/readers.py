@@ -51,7 +51,7 @@ def read_records(source: str, argument: str) -> Iterator[Record]:
 
 
 def read_hub(name: str, config: str | None, split: str, argument: str) -> Iterator[Record]:
-    """Read a split of a data set of the hub (``owner/name``, ``owner/name@revision``), from its cache if it is there."""
+    """Read a split of a data set of the hub (``owner/name@revision``), from its cache where it is there."""
     import datasets  # slow to import and not needed for most files
 
     called, _, revision = name.partition("@")

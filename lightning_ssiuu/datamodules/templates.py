@@ -45,7 +45,7 @@ class Turn:
         lead: What stands between prompt and answer; None: a space, unless the prompt ends with white space.
         tail: What follows the answer, up to the token that ends the turn.
         closed: Whether that token is there; the tokenizer's end-of-sequence token has to follow otherwise.
-        trimmed: The numbers of those that the template leaves out white space around.
+        trimmed: The numbers of those that the template leaves out white space before, and of those after.
         remark: What is not as expected of it, for a warning; else empty.
     """
 
@@ -54,14 +54,15 @@ class Turn:
     lead: str | None = None
     tail: str = ""
     closed: bool = False
-    trimmed: frozenset[int] = frozenset()
+    trimmed: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
     remark: str = ""
 
     def prompt(self, texts: Sequence[str]) -> list[Piece]:
         """The prompt with the earlier turns and the question, in this order, at their places."""
         pieces = [Piece(self.parts[0])]
         for place, part in zip(self.places, self.parts[1:], strict=True):
-            text = texts[place].strip() if place in self.trimmed else texts[place]
+            text = texts[place].lstrip() if place in self.trimmed[0] else texts[place]
+            text = text.rstrip() if place in self.trimmed[1] else text
             pieces += [Piece(text, own=True), Piece(part)]
         return pieces
 
@@ -195,13 +196,18 @@ class Chat:
             lead=head[boundary:],
             tail=tail,
             closed=end is not None,
-            trimmed=frozenset(place for place in range(len(names)) if self._trims(names, roles, place, prompt)),
+            trimmed=(self._trimmed(" {}", names, roles, prompt), self._trimmed("{} ", names, roles, prompt)),
             remark=remark,
         )
 
-    def _trims(self, names: Sequence[str], roles: Sequence[str], place: int, prompt: str) -> bool:
-        *earlier, question = (f" {name} " if number == place else name for number, name in enumerate(names))
-        return self._rendered(question, None, list(zip(roles, earlier, strict=True))) == prompt
+    def _trimmed(self, form: str, names: Sequence[str], roles: Sequence[str], prompt: str) -> frozenset[int]:
+        # Those whose white space does not reach the prompt.
+        places = set()
+        for place, name in enumerate(names):
+            texts = [*names[:place], form.format(name), *names[place + 1 :]]
+            if self._rendered(texts[-1], None, list(zip(roles, texts[:-1], strict=True))) == prompt:
+                places.add(place)
+        return frozenset(places)
 
     def _rendered(self, question: str, answer: str | None, history: History) -> str:
         try:

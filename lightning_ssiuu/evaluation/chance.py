@@ -35,9 +35,13 @@ def mismatched_level(
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     ROUGE-L compares the answers among themselves; probability, token accuracies and memorisation ask the model for
     another example's answer, as do scores of one's own that need nothing besides. No answer keeps its own question.
-    Scores of a choice among options have no such level, which is a :class:`UserError`.
+    Scores of a choice among options have no such level, nor has a set whose answers are all the same: a
+    :class:`UserError`.
     """
     parts = [part for batch in loader for part in batch.values()]
+    if _n_answers(parts) < 2:
+        allowed = "a number in percent: the forget set has no two answers that differ, to be mismatched"
+        raise UserError("stopping.threshold", "mismatched", allowed)
     if score in ROUGE:
         answers = [text for part in parts for text in Predictions(model, tokenizer, part).references]
         return mismatched_rouge_l(_over_ranks(answers), seed, score)
@@ -45,6 +49,10 @@ def mismatched_level(
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
+
+
+def _n_answers(parts: Sequence[Part]) -> int:
+    return len(set(_over_ranks([tuple(answer) for part in parts for _, answer in answered(part)])))
 
 
 def _over_ranks(items: list[T]) -> list[T]:
@@ -85,7 +93,7 @@ def chance_of(
             return None
         counts = [count for part in parts for count in _counts(part[options]["option_of"])]
         return 100 * mean(1 / count for count in _over_ranks(counts))
-    if len(set(_over_ranks([tuple(answer) for part in parts for _, answer in answered(part)]))) < 2:
+    if _n_answers(parts) < 2:
         return None
     try:
         return mismatched_level(score, model, tokenizer, batches, seed)

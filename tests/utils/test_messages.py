@@ -114,9 +114,14 @@ YAML: dict[str, tuple[str, str, list[str]]] = {
         ["GradientAscent"],
     ),
     "missing constructor arguments": (
-        "data: {class_path: CustomData, init_args: {}}",
-        "data.init_args.forget, retain",
+        "data: {class_path: FaithUn, init_args: {}}",
+        "data.init_args.path",
         ["nothing"],
+    ),
+    "data without a source": (
+        "data: {class_path: CustomData, init_args: {}}",
+        "forget, retain",
+        ["nothing", "forget_ids"],
     ),
     "wrong type": ("data: {init_args: {batch_size: many}}", "data.init_args.batch_size", ["'many'", "a whole number"]),
 }
@@ -143,7 +148,7 @@ def _overlap(folder: Path) -> None:
 
 
 def _missing_column(folder: Path) -> None:
-    write_rows(folder / "forget.jsonl", [{"prompt": "SECRET", "answer": "SECRET"}] * 4)
+    write_rows(folder / "forget.jsonl", [{"said": "SECRET", "answer": "SECRET"}] * 4)
 
 
 def _missing_file(folder: Path) -> None:
@@ -168,7 +173,7 @@ def _blank_answer(folder: Path) -> None:
         (_empty_forget, "forget", ["0 examples", "at least one"]),
         (_empty_retain, "retain", ["0 examples", "at least one"]),
         (_overlap, "retain", ["2 questions that are also in forget", "disjoint"]),
-        (_missing_column, "question_column", ["'question'", "answer, prompt"]),
+        (_missing_column, "question_column", ["'question'", "answer, said"]),
         (_missing_file, "retain", ["retain.jsonl"]),
         (_broken_file, "forget", ["valid JSON", "line 1"]),
         (_long_answers, "max_length", ["128", "example ids"]),
