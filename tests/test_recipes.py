@@ -60,8 +60,11 @@ def test_every_run_directory_is_called_after_its_recipe_and_is_its_own() -> None
     names = {path: path.stem for kind in ("", "objective", "teach") for path in recipes(kind)}
     names[RECIPES / "objective" / "ssiuu.yaml"] = "objective_ssiuu"  # beside the whole recipe of that name
     found = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES.rglob("*.yaml")}
-    folders = {path: content["trainer"]["default_root_dir"] for path, content in found.items() if "trainer" in content
-               and "default_root_dir" in content["trainer"]}
+    folders = {
+        path: content["trainer"]["default_root_dir"]
+        for path, content in found.items()
+        if "trainer" in content and "default_root_dir" in content["trainer"]
+    }
     assert folders == {path: f"runs/{name}" for path, name in names.items()}
     assert len(set(folders.values())) == len(folders)
 

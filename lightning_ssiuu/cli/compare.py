@@ -11,7 +11,14 @@ from lightning_ssiuu.reports.compare.reading import check_comparable, read_runs
 from lightning_ssiuu.reports.compare.table import Comparison, compare_runs
 from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, print_comparison
 from lightning_ssiuu.utils.errors import one_line
-from lightning_ssiuu.utils.files import check_space, print_written, refuse_existing, refuse_links, write_csv, written_atomically
+from lightning_ssiuu.utils.files import (
+    check_space,
+    print_written,
+    refuse_existing,
+    refuse_links,
+    write_csv,
+    written_atomically,
+)
 from lightning_ssiuu.utils.messages import parsing
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}

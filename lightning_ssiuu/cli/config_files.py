@@ -49,7 +49,9 @@ def _with_bases(value: Any, above: Sequence[str]) -> list[Any]:
     found: list[Any] = []
     for name in _named(Path(path)):
         if not isinstance(name, str):
-            raise UserError(_KEY, Given(f"a {type(name).__name__} in {value}"), "a name under config, or a list of names")
+            raise UserError(
+                _KEY, Given(f"a {type(name).__name__} in {value}"), "a name under config, or a list of names"
+            )
         beside = os.path.join(os.path.dirname(path), os.path.expanduser(name))
         found += _with_bases(beside if os.path.isfile(beside) else config_file(name), [*above, whole])
     return [*found, value]

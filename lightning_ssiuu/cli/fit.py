@@ -53,13 +53,19 @@ from lightning_ssiuu.training.schedules import make_schedule
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
-from lightning_ssiuu.utils.files import check_space, nothing_left, print_written, refuse_links, same_place, written_atomically
+from lightning_ssiuu.utils.files import (
+    check_space,
+    nothing_left,
+    print_written,
+    refuse_links,
+    same_place,
+    written_atomically,
+)
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.messages import parsing, trainer_mistakes
 from lightning_ssiuu.utils.processes import EndTogether, end_with_parent
 from lightning_ssiuu.utils.threads import remember_threads
 from lightning_ssiuu.utils.waiting import release
-
 
 _INFLUENCE = "influence.csv"
 

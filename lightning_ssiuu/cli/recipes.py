@@ -43,7 +43,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(name: str, argument: str = "recipe") -> Path:
-    """The file of a recipe, by its name; ``lightning_ssiuu:ssiuu``, ``ssiuu.yaml`` and ``recipes/ssiuu.yaml`` will do, too.
+    """The file of a recipe, by its name; as well ``lightning_ssiuu:ssiuu``, ``ssiuu.yaml`` and ``recipes/ssiuu.yaml``.
 
     Raises:
         UserError: If there is none of that name; it says which ones are near.
@@ -119,7 +119,9 @@ def recipes(action: str = "list", name: str | None = None, dest: str | None = No
         _print_list()
         return
     if name is None:
-        raise UserError("NAME", Given("nothing"), f"the recipe to {action}, e.g. lightning-ssiuu recipes {action} ssiuu")
+        raise UserError(
+            "NAME", Given("nothing"), f"the recipe to {action}, e.g. lightning-ssiuu recipes {action} ssiuu"
+        )
     file = recipe_file(name, "NAME")
     text = file.read_text(encoding="utf-8")
     if action == "show":
@@ -140,7 +142,7 @@ def _print_list() -> None:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {_first_line(name)}")
-    print(f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: an objective, then a model, then data.")
+    print(f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: objective, model, data.")
 
 
 def _first_line(name: str) -> str:
