@@ -261,8 +261,8 @@ def _initialise(layer: Any, dtype: torch.dtype) -> None:
 
 def _lengths(layer: Any) -> Any:
     # DoRA's module with the trained length of each row, if there is one.
-    vectors = getattr(layer, "lora_magnitude_vector", {})
-    return vectors[ADAPTER] if ADAPTER in vectors else None
+    vectors = dict(getattr(layer, "lora_magnitude_vector", None) or {})
+    return vectors.get(ADAPTER)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

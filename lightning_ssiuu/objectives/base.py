@@ -53,8 +53,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     ``reference`` are set there if one is given, and otherwise go to the default backbone, gradient difference.
 
     Args:
-        checkpoint: Hub id, local directory (of a model, or of adapters in peft's format), GGUF file or ``"tiny"``; loaded
-            in ``configure_model``.
+        checkpoint: Hub id, local directory (of a model, or of adapters in peft's format), GGUF file or ``"tiny"``;
+            loaded in ``configure_model``.
         optimizer: Takes the parameters, gives the optimiser (see :mod:`~lightning_ssiuu.training.optimizers`).
         lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
             :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function (or its import path) that takes

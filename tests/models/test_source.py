@@ -183,8 +183,8 @@ def test_a_revision_goes_wherever_the_checkpoint_goes(monkeypatch: pytest.Monkey
     assert module.checkpoint == "org/name@v1.0"
     module.configure_model()
     load_tokenizer(module.checkpoint)
-    assert {name for name, *_ in asked} == {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
-    assert {(source, revision) for _, source, revision in asked} == {("org/name", "v1.0")}
+    of_the_hub = {(name, revision) for name, source, revision in asked if source == "org/name"}
+    assert of_the_hub == {(name, "v1.0") for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM")}
 
 
 def test_a_directory_may_have_an_at_sign(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_directory_may_have_an_at_sign(tmp_path: Path) -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    save_pretrained(random_model("llama", torch.float32), byte_tokenizer(), tmp_path / "base")
+    save_pretrained(random_model("llama", torch.float32, vocab_size=259), byte_tokenizer(), tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -219,8 +219,9 @@ def test_a_directory_of_adapters_is_a_checkpoint(base: Path, tmp_path: Path) -> 
     assert torch.allclose(logits(load_model(tmp_path / "second")), logits(model), atol=1e-5)
 
 
-def test_adapters_of_peft_itself(base: Path, tmp_path: Path) -> None:
+def test_adapters_of_peft_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another rank, DoRA, rsLoRA; and a base that lies beside them."""
+    monkeypatch.chdir("/")
     options = {"r": 3, "use_dora": True, "use_rslora": True, "init_lora_weights": False, "target_modules": "all-linear"}
     wrapped = peft.get_peft_model(load_model(base), peft.LoraConfig(**options))
     wrapped.peft_config["default"].base_model_name_or_path = "../base"
