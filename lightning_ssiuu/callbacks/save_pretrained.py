@@ -46,7 +46,7 @@ class SavePretrained(L.Callback):
         self.folder, self.adapter, self.merged = folder, adapter or not merged, merged
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if self.adapter and getattr(pl_module, "lora", None) is None:
+        if stage == "fit" and self.adapter and getattr(pl_module, "lora", None) is None:
             name, without = ("adapter", "false") if self.merged else ("merged", "true")
             raise UserError(f"saving.{name}", self.merged, f"{without} without lora: there are no adapters")
 

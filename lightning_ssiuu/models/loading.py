@@ -51,8 +51,8 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
     package (which is not imported), or a hub id, also ``ID@REVISION`` (a branch, tag or commit). A directory may hold
     adapters in peft's format instead of a model: they are merged into the model they name when it is loaded. A GGUF
     file is dequantised once into a cache directory (``$LIGHTNING_SSIUU_CACHE``, by default
-    ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so later loads are fast and the model can be
-    saved again.
+    ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so later loads are fast and the model can
+    be saved again.
 
     Raises:
         UserError: If it is none of those: a missing path, a directory without ``config.json``.
