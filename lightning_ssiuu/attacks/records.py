@@ -13,7 +13,7 @@ from typing import Any
 from lightning_ssiuu.attacks.base import Outcome
 from lightning_ssiuu.attacks.curves import RecoveryCurve
 from lightning_ssiuu.evaluation.results import check_attacks, described
-from lightning_ssiuu.models.loading import plain_configuration, resolve_checkpoint
+from lightning_ssiuu.models.loading import adapter_base, plain_configuration, resolve_checkpoint
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.reading import only, read_json, reading
 
@@ -172,4 +172,6 @@ def checkpoint_fingerprint(checkpoint: str) -> str:
         if file.is_file():
             with file.open("rb") as opened:
                 digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if (base := adapter_base(checkpoint)) is not None:
+        digests["base"] = checkpoint_fingerprint(base)
     return fingerprint(digests)

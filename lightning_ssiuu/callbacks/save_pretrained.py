@@ -13,16 +13,23 @@ from lightning_ssiuu.models.export import plain_bytes, save_adapter, save_pretra
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space
 
+#: What follows the folder's name in that of the adapters alone.
+ADAPTER_END = "_adapter"
+
 
 class SavePretrained(L.Callback):
     """Writes ``<trainer.default_root_dir>/<folder>``: safetensors weights, configuration and tokenizer.
 
     The directory is either complete or absent, and plain whatever the run was: shards are gathered, adapters merged,
-    quantised weights unpacked. Room on the disk for that is checked before training starts.
+    quantised weights unpacked. Room on the disk for that is checked before training starts. What is written can be the
+    ``checkpoint`` of another run and the model of an attack or an audit, the adapters alone, too: they are put on the
+    model they were trained on, which their configuration names.
 
     Args:
         folder: Name below ``trainer.default_root_dir``; None saves nothing.
-        adapter: With ``lora``, also write the adapters alone as ``<folder>_adapter``, in peft's format.
+        adapter: With ``lora``, also write the adapters alone as ``<folder>_adapter``, in peft's format, with the
+            tokenizer.
+        merged: False: the adapters alone, not the merged model.
 
     Raises:
         UserError: If ``folder`` is no plain name or that of a result, the disk has too little room or cannot be
@@ -33,23 +40,26 @@ class SavePretrained(L.Callback):
         'model'
     """
 
-    def __init__(self, folder: str | None = "model", adapter: bool = False) -> None:
+    def __init__(self, folder: str | None = "model", adapter: bool = False, merged: bool = True) -> None:
         if folder is not None:
             check_folder("saving.folder", folder)
-        self.folder, self.adapter = folder, adapter
+        self.folder, self.adapter, self.merged = folder, adapter or not merged, merged
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if self.adapter and getattr(pl_module, "lora", None) is None:
-            raise UserError("saving.adapter", True, "false without lora: there are no adapters")
+        if stage == "fit" and self.adapter and getattr(pl_module, "lora", None) is None:
+            name, without = ("adapter", "false") if self.merged else ("merged", "true")
+            raise UserError(f"saving.{name}", self.merged, f"{without} without lora: there are no adapters")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.folder is not None:
-            needed = plain_bytes(pl_module.model.hf, self.adapter)
+            needed = plain_bytes(pl_module.model.hf, self.adapter, self.merged)
             check_space("trainer.default_root_dir", run_directory(trainer), needed)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         root, hf = Path(run_directory(trainer)), pl_module.model.hf
         if self.folder is not None:
-            save_pretrained(hf, pl_module.tokenizer, root / self.folder)
+            if self.merged:
+                save_pretrained(hf, pl_module.tokenizer, root / self.folder)
             if self.adapter:
-                save_adapter(hf, root / f"{self.folder}_adapter", pl_module.checkpoint)
+                target = root / f"{self.folder}{ADAPTER_END}"
+                save_adapter(hf, target, pl_module.checkpoint, pl_module.tokenizer)

@@ -24,6 +24,7 @@ from lightning_ssiuu.callbacks import (
     RunReport,
     SavePretrained,
 )
+from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.callbacks.threads import Threads
 from lightning_ssiuu.cli.config_files import ConfigFile, config_files
 from lightning_ssiuu.cli.resume import (
@@ -46,6 +47,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_folder
 from lightning_ssiuu.models.checks import tokenizers_differ
 from lightning_ssiuu.models.loading import context_length, load_tokenizer, resolve_checkpoint
+from lightning_ssiuu.models.source import named
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
@@ -137,7 +139,8 @@ class UnlearningCLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_class_arguments(KeepCheckpoints, "checkpoints")
         parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
-        parser.link_arguments("model.init_args.checkpoint", "data.init_args.tokenizer")
+        names = ("model.init_args.checkpoint", "model.init_args.revision")
+        parser.link_arguments(names, "data.init_args.tokenizer", compute_fn=named)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -160,7 +163,8 @@ class UnlearningCLI(LightningCLI):
         # The configuration of a finished run names the model it began with; what it made is what is to be scored.
         if (model := finished_run(config)) is not None:
             config.model.init_args.checkpoint = config.data.init_args.tokenizer = str(model)
-            config.model.init_args.lora = config.model.init_args.quantization = None  # merged and unpacked
+            # Merged and unpacked, and no hub's.
+            config.model.init_args.lora = config.model.init_args.quantization = config.model.init_args.revision = None
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
@@ -255,7 +259,7 @@ class UnlearningCLI(LightningCLI):
         self._run(self.trainer.fit, kwargs)
         if self.trainer.is_global_zero:
             saved = self.config.fit.saving.folder
-            models = [] if saved is None else [saved, f"{saved}_adapter"]
+            models = [] if saved is None else [saved, f"{saved}{ADAPTER_END}"]
             print_written(self.trainer.default_root_dir, [*models, *RESULTS, _INFLUENCE])
 
     def validate(self, **kwargs: Any) -> None:
@@ -308,7 +312,7 @@ class UnlearningCLI(LightningCLI):
         taken = [log.relative_to(root).parts[0] for log in logs if log.is_relative_to(root) and log != root]
         check_folder("checkpoints.folder", config.checkpoints.folder, taken)
         if (saved := config.saving.folder) is not None:
-            for name in (saved, *([f"{saved}_adapter"] if config.saving.adapter else [])):
+            for name in (saved, f"{saved}{ADAPTER_END}"):
                 check_folder("saving.folder", name, [*taken, config.checkpoints.folder])
                 refuse_links("trainer.default_root_dir", root, [name])
             if same_place(root / saved, self.model.checkpoint):

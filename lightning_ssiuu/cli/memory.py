@@ -164,7 +164,7 @@ class _Run:
         if self.sharded and self.module.quantization is not None:
             raise UserError("quantization", self.module.quantization, FLOATS_ONLY)
         with self.trainer.precision_plugin.module_init_context():
-            module, dtype = self.module, torch.get_default_dtype()
+            module, dtype = self.module, self.module.source.torch_dtype()
             hf = blueprint(module.checkpoint, dtype, module.quantization, module.architecture)
         if self.module.lora is not None:
             self.module.lora.attach(hf)

@@ -43,7 +43,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(name: str, argument: str = "recipe") -> Path:
-    """The file of a recipe, by its name; ``lightning_ssiuu:ssiuu``, ``ssiuu.yaml`` and ``recipes/ssiuu.yaml`` will do, too.
+    """The file of a recipe, by its name; as well ``lightning_ssiuu:ssiuu``, ``ssiuu.yaml`` and ``recipes/ssiuu.yaml``.
 
     Raises:
         UserError: If there is none of that name; it says which ones are near.
@@ -142,9 +142,7 @@ def _print_list() -> None:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {_first_line(name)}")
-    print(
-        f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: an objective, then a model, then data."
-    )
+    print(f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: objective, model, data.")
 
 
 def _first_line(name: str) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
 
+from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.cli.settings import KEY, check_settings
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.checkpoints import check_checkpoint, check_states, newest_checkpoint
@@ -114,7 +115,8 @@ def refuse_to_lose(config: Any, root: str | Path, ckpt_path: Any, text: Callable
     """
     argument, folder = "trainer.default_root_dir", Path(root)
     saved = config.saving.folder or "model"
-    names = [saved, *([f"{saved}_adapter"] if config.saving.get("adapter") else []), *RESULTS]
+    alone = config.saving.get("adapter") or not config.saving.get("merged", True)
+    names = [saved, *([f"{saved}{ADAPTER_END}"] if alone else []), *RESULTS]
     if config.overwrite or (ckpt_path is not None and not (folder / _FINISHED).exists()):
         return
     if not (folder / _FINISHED).exists():

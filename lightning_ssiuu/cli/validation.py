@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lightning_ssiuu.callbacks import KeepCheckpoints
+from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.evaluation.scorer import Scorer
+from lightning_ssiuu.models.adapter_directory import is_adapter_directory
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -98,9 +100,13 @@ def finished_run(config: Any) -> Path | None:
     saved = (config.get("saving") or {}).get("folder")
     for file in map(Path, map(str, config.get("config") or ())):
         folder = file.parent
-        parts = (folder / "metrics.json", folder / str(saved) / "config.json")
-        if saved and file.name == "config.yaml" and all(part.is_file() for part in parts):
+        if not (saved and file.name == "config.yaml" and (folder / "metrics.json").is_file()):
+            continue
+        alone = folder / f"{saved}{ADAPTER_END}"
+        if (folder / saved / "config.json").is_file():
             return folder / saved
+        if is_adapter_directory(alone):
+            return alone
     return None
 
 

@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.models.lora import ADAPTER, adapted_name, adapter_parameters, is_adapted, layer_delta
+from lightning_ssiuu.models.lora import (
+    ADAPTER,
+    adapted_name,
+    adapter_parameters,
+    is_adapted,
+    layer_parameters,
+    merged_weight,
+)
 from lightning_ssiuu.models.quantization import dequantized, float_type, is_quantized
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.files import written_atomically
@@ -46,10 +53,10 @@ def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return plain
 
 
-def plain_bytes(model: PreTrainedModel, adapter: bool = False) -> int:
+def plain_bytes(model: PreTrainedModel, adapter: bool = False, merged: bool = True) -> int:
     """Size in bytes of the weights :func:`save_pretrained` (and :func:`save_adapter`) writes; nothing is computed."""
     dtype = float_type(model)
-    sizes = {id(entry.tensor): entry.plain_bytes(dtype) for entry in _entries(model)}
+    sizes = {id(entry.tensor): entry.plain_bytes(dtype) for entry in _entries(model)} if merged else {}
     alone = adapter_parameters(model).values() if adapter else ()
     return sum(sizes.values()) + sum(p.numel() * p.element_size() for p in alone)
 
@@ -72,12 +79,17 @@ def save_pretrained(
         tokenizer.save_pretrained(temporary)
 
 
-def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], base: str) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    base: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Save the adapters alone in peft's format, whole or not at all; every rank must call it.
 
     ``PeftModel.from_pretrained(base_model, directory)`` puts them on. Trained beside quantised weights they belong to
     those: put on a base loaded in another width they give a slightly different model. ``base`` is the name of the
-    checkpoint they were trained on, for the record.
+    checkpoint they were trained on, by which they are put on it again; a local directory's is made absolute.
     """
     matrices = adapter_parameters(model)
     state = {f"base_model.model.{name}": _whole(matrix).cpu() for name, matrix in matrices.items()}
@@ -85,11 +97,13 @@ def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], base
         return
     adapted: Any = model
     config = copy.deepcopy(adapted.peft_config[ADAPTER])
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = os.path.abspath(base) if base != "tiny" and os.path.exists(base) else base
     config.inference_mode = True
     with written_atomically(directory) as temporary:
         config.save_pretrained(os.fspath(temporary))
         save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 @dataclass
@@ -107,10 +121,8 @@ class _Entry:
 
     def plain(self, dtype: torch.dtype, keep: bool) -> Tensor | None:
         # All ranks take part in gathering it.
-        parts = [self.tensor]
-        if self.layer is not None:
-            parts += [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight]
-        whole, *matrices = [_whole(part) for part in parts]
+        parts = [] if self.layer is None else layer_parameters(self.layer).values()
+        whole, *matrices = [_whole(part) for part in (self.tensor, *parts)]
         if not keep:
             return None
         dtype = dtype if self._packed else whole.dtype
@@ -118,7 +130,7 @@ class _Entry:
             whole = dequantized(self.module)
         if matrices:
             wide = torch.promote_types(whole.dtype, torch.float32)
-            whole = whole.to(wide) + layer_delta(self.layer, *(matrix.to(wide) for matrix in matrices))
+            whole = merged_weight(self.layer, whole.to(wide), *(matrix.to(wide) for matrix in matrices))
         return whole.to("cpu", dtype).contiguous()
 
     def plain_bytes(self, dtype: torch.dtype) -> int:

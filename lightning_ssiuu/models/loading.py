@@ -20,6 +20,7 @@ import transformers  # whose parts are imported when they are named
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.models.adapter_directory import base_of, is_adapter_directory, with_adapters
 from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
 from lightning_ssiuu.models.quantization import check_reach, check_reading, loading_options, prepare_for_training
@@ -34,20 +35,24 @@ TINY = Path(str(files("lightning_ssiuu.models") / "tiny"))
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
 _PACKAGE = "package:"
 _INDEX = "model.safetensors.index.json"
-_OBJECTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+_TOKENIZER = "tokenizer_config.json"
+_OBJECTS = ("config.json", _TOKENIZER, "tokenizer.json", "generation_config.json")
 _ANY_LAYER = re.compile(r"\.\d+\.")
 #: Where two models may not differ whose neurons are compared.
 _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[A-Za-z0-9][\w./-]*)?")
+_MOST_BASES = 10
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
     """Turn what the user wrote as ``checkpoint`` into what ``from_pretrained`` takes: a local directory or a hub id.
 
     It is ``"tiny"``, a local directory, a ``.gguf`` file, ``"package:NAME/FILE"`` for either inside an installed Python
-    package (which is not imported), or a hub id. A GGUF file is dequantised once into a cache directory
-    (``$LIGHTNING_SSIUU_CACHE``, by default ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so
-    later loads are fast and the model can be saved again.
+    package (which is not imported), or a hub id, also ``ID@REVISION`` (a branch, tag or commit). A directory may hold
+    adapters in peft's format instead of a model: they are merged into the model they name when it is loaded. A GGUF
+    file is dequantised once into a cache directory (``$LIGHTNING_SSIUU_CACHE``, by default
+    ``~/.cache/lightning_ssiuu``) under a name made from its content's hash, so later loads are fast and the model can
+    be saved again.
 
     Raises:
         UserError: If it is none of those: a missing path, a directory without ``config.json``.
@@ -98,12 +103,19 @@ def load_model(
         >>> load_model("tiny").config.model_type
         'llama'
     """
-    source = resolve_checkpoint(checkpoint)
+    if (base := adapter_base(checkpoint)) is not None and quantization is not None:
+        allowed = "null with a directory of adapters: merged weights are those of full precision"
+        raise UserError("quantization", quantization, allowed)
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype} | kwargs
     if quantization is not None:
         options |= loading_options(quantization, dtype, device)
     plain_configuration(checkpoint)
-    model = _pretrained(source, os.fspath(checkpoint), options)
+    if base is None:
+        model = _pretrained(checkpoint, options)
+    else:
+        model = load_model(base, dtype, **kwargs)
+        if kwargs.get("device_map") != "meta":
+            model = with_adapters(model, resolve_checkpoint(checkpoint))
     check_weights(model, os.fspath(checkpoint))
     model.config.use_cache = False
     if quantization is not None:
@@ -119,19 +131,63 @@ def check_loadable(checkpoint: str | os.PathLike[str]) -> None:
     """Refuse what :func:`load_model` would, as far as names, shapes and the configuration tell; no weight is read."""
     from transformers.utils import logging as transformers_logging
 
-    source = resolve_checkpoint(checkpoint)
     plain_configuration(checkpoint)
+    if (base := adapter_base(checkpoint)) is not None:
+        check_loadable(base)
+        return
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, "device_map": "meta"}
-        _pretrained(source, os.fspath(checkpoint), options)
+        _pretrained(checkpoint, options)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
 
 
-def _pretrained(source: str, given: str, options: dict[str, Any]) -> transformers.PreTrainedModel:
+def hub_options(checkpoint: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for a checkpoint: a directory or hub id, and the revision where one was named.
+
+    Example:
+        >>> hub_options("org/model@v1")
+        ('org/model', {'revision': 'v1'})
+    """
+    source = resolve_checkpoint(checkpoint)
+    name, _, revision = ("", "", "") if os.path.isdir(source) else source.partition("@")
+    return (name, {"revision": revision}) if revision else (source, {})
+
+
+def adapter_base(checkpoint: str | os.PathLike[str]) -> str | None:
+    """The checkpoint that a directory of adapters belongs on; None for a checkpoint that is a model itself.
+
+    Raises:
+        UserError: If there is no such model, or the directory is not complete.
+    """
+    source = resolve_checkpoint(checkpoint)
+    if not os.path.isdir(source) or not is_adapter_directory(source):
+        return None
+    base = base_of(source)
+    try:
+        resolve_checkpoint(base)
+    except UserError as error:
+        allowed = f"adapters on a model that is there (adapter_config.json names {base!r}: {error.allowed})"
+        raise UserError("checkpoint", os.fspath(checkpoint), allowed) from error
+    return base
+
+
+def _model_of(checkpoint: str | os.PathLike[str]) -> str:
+    # The checkpoint itself, or what its adapters, and perhaps those below, belong on.
+    model = os.fspath(checkpoint)
+    for _ in range(_MOST_BASES):
+        if (base := adapter_base(model)) is None:
+            return model
+        model = base
+    raise UserError("checkpoint", os.fspath(checkpoint), "adapters on a model, not on each other in a circle")
+
+
+def _pretrained(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> transformers.PreTrainedModel:
+    given, (source, revision) = os.fspath(checkpoint), hub_options(checkpoint)
+    options = options | revision
     with held_back(), reading("checkpoint", given, _ALLOWED):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
@@ -149,16 +205,29 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> PreTrainedTokenizerBas
         UserError: If there is no tokenizer, it has no end-of-sequence token (answers must end somewhere), or tokens
             that the model has no embedding of.
     """
-    source = resolve_checkpoint(checkpoint)
+    source, revision = hub_options(checkpoint)
+    if (base := adapter_base(checkpoint)) is not None and not os.path.isfile(os.path.join(source, _TOKENIZER)):
+        return load_tokenizer(_model_of(base))
     with held_back(), reading("checkpoint", os.fspath(checkpoint), f"{_ALLOWED}, with a tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+    return prepared_tokenizer(tokenizer, checkpoint, embedding_rows(checkpoint))
+
+
+def prepared_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, checkpoint: str | os.PathLike[str], rows: int | None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer of a model with so many embeddings, in place: right padding, with a padding token in any case.
+
+    Raises:
+        UserError: As :func:`load_tokenizer`.
+    """
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer whose model_max_length is a number")
     if tokenizer.eos_token_id is None:
         raise UserError("checkpoint", os.fspath(checkpoint), "a tokenizer with an end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    fit_tokenizer(tokenizer, embedding_rows(checkpoint), os.fspath(checkpoint))
+    fit_tokenizer(tokenizer, rows, os.fspath(checkpoint))
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -196,6 +265,8 @@ def _inside_package(text: str) -> Path:
 
 def _check_directory(folder: Path, given: str) -> None:
     # transformers takes whatever file an index names, and unpickles those that are not safetensors.
+    if is_adapter_directory(folder):
+        return
     if not (folder / "config.json").is_file():
         raise UserError("checkpoint", given, "a directory that holds a model (no config.json there)")
     for name in _OBJECTS:
@@ -308,6 +379,6 @@ def plain_configuration(checkpoint: str | os.PathLike[str]) -> Any:
 
 
 def _configuration(checkpoint: str | os.PathLike[str]) -> Any:
-    source = resolve_checkpoint(checkpoint)
+    source, revision = hub_options(_model_of(checkpoint))
     with held_back(), reading("checkpoint", os.fspath(checkpoint), _ALLOWED):
-        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)

@@ -14,10 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_ssiuu.models.adapter_directory import without_notes
 from lightning_ssiuu.models.meta import blueprint
 from lightning_ssiuu.models.quantization import float_type, n_matrix_weights, was_conv1d
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import reading
+from lightning_ssiuu.utils.registry import nearest
 
 if TYPE_CHECKING:  # with it comes torch's compiler
     from transformers import PreTrainedModel
@@ -26,6 +28,20 @@ if TYPE_CHECKING:  # with it comes torch's compiler
 ADAPTER = "default"
 #: What the matrices of experts were called when each was a layer; peft reads these names so wherever they stand.
 _TAKEN = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+#: Arguments of peft that are given otherwise, or that are not for adapters as they are here.
+_OWN = {
+    **dict.fromkeys(("r", "target_modules"), "lora has an option of that name"),
+    "lora_alpha": "it is called lora.alpha",
+    "lora_dropout": "it is called lora.dropout",
+    **dict.fromkeys(
+        ("target_parameters", "fan_in_fan_out", "task_type", "inference_mode"), "it follows from the model"
+    ),
+    "init_lora_weights": "training starts at the original model exactly",
+}
+#: Arguments that leave out some of the projections chosen.
+_CHOOSING = {"exclude_modules", "layers_to_transform", "layers_pattern"}
+#: Kinds of adapters whose sums :func:`merged_weight` knows, by peft's names.
+_VARIANTS = {"DoraLinearVariant"}
 
 
 @dataclass
@@ -41,7 +57,10 @@ class LoRA:
     A and a B each (peft's ``target_parameters``). Their sums ``W + alpha / r · B A`` are computed in the weights' type
     in every forward pass: memory and time of a second copy of a block's experts.
 
-    In a recipe: ``lora: {r: 16, alpha: 32.0, dropout: 0.0, target_modules: null}``.
+    ``options`` are passed to peft as they are: with ``use_rslora`` the scale is ``alpha / √r`` (arXiv 2312.03732), with
+    ``use_dora`` each row of the sum is given a trained length (arXiv 2402.09353).
+
+    In a recipe: ``lora: {r: 16, alpha: 32.0, dropout: 0.0, target_modules: null, options: {use_dora: true}}``.
 
     Args:
         r: Rank, ≥ 1.
@@ -50,6 +69,8 @@ class LoRA:
         target_modules: Names, or ends of names, of the projections to adapt, e.g. ``["q_proj", "v_proj"]`` or
             ``["experts.down_proj"]``; None takes every linear layer but the head, and all experts. If this leaves
             weights out, the log says which share of them has adapters.
+        options: More arguments of ``peft.LoraConfig``, e.g. ``use_dora``, ``use_rslora``, ``rank_pattern``,
+            ``layers_to_transform``. Those that train or change other weights than the adapters' are refused.
 
     Raises:
         UserError: If an option is outside its range.
@@ -65,6 +86,7 @@ class LoRA:
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: list[str] | None = None
+    options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.r, int) and self.r >= 1):
@@ -75,6 +97,14 @@ class LoRA:
             raise UserError("lora.dropout", self.dropout, "a probability in [0, 1)")
         if self.target_modules is not None and not self.target_modules:
             raise UserError("lora.target_modules", self.target_modules, "null, or at least one projection")
+        for name, value in (self.options or {}).items():
+            if name in _OWN:
+                raise UserError(f"lora.options.{name}", value, f"none: {_OWN[name]}")
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether rows have trained lengths."""
+        return bool((self.options or {}).get("use_dora"))
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put adapters into ``model`` in place, and return it: names and class stay, only the adapters train.
@@ -113,9 +143,7 @@ class LoRA:
             if not name.endswith(".base_layer"):  # one of several around the same experts
                 parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, layer.get_base_layer())
-        for module in model.modules():
-            if hasattr(module, "peft_config"):  # peft's note that there are adapters
-                del module.peft_config
+        without_notes(model)
         model.requires_grad_(True)
 
     def _inject(self, model: PreTrainedModel) -> None:
@@ -129,23 +157,49 @@ class LoRA:
         if experts and self.dropout:
             allowed = f"0 with adapters on experts, which are added to the weights, or target_modules without {experts}"
             raise UserError("lora.dropout", self.dropout, allowed)
-        config = peft.LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
-            lora_dropout=self.dropout,
-            target_modules=modules,
-            target_parameters=experts or None,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-            task_type="CAUSAL_LM",
-        )
+        options = self.options or {}
+        given: Any = Given(f"what peft refuses: {', '.join(options)}" if options else "what peft refuses")
+        if unknown := [name for name in options if name not in peft.LoraConfig.__dataclass_fields__]:
+            allowed = (
+                f"an argument of peft.LoraConfig{_question(nearest(unknown[0], peft.LoraConfig.__dataclass_fields__))}"
+            )
+            raise UserError(f"lora.options.{unknown[0]}", options[unknown[0]], allowed)
+        with reading("lora.options", given, "values that peft.LoraConfig takes together"):
+            config = peft.LoraConfig(
+                r=self.r,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
+                lora_dropout=self.dropout,
+                target_modules=modules,
+                target_parameters=experts or None,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+                task_type="CAUSAL_LM",
+                **options,
+            )
         there = sorted({_end(name) for name in modules} - _TAKEN) + experts
         allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
-        with reading("lora.target_modules", self.target_modules, allowed), warnings.catch_warnings():
+        argument, value = ("lora.options", given) if options else ("lora.target_modules", self.target_modules)
+        with reading(argument, value, allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # on names that were taken for others
             peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
-        if {_adapted_target(name, layer) for name, layer in adapted_layers(model)} != chosen:
+        adapted = {_adapted_target(name, layer) for name, layer in adapted_layers(model)}
+        if not adapted or not (adapted < chosen if options.keys() & _CHOOSING else adapted == chosen):
             self.detach(model)
-            raise UserError("lora.target_modules", self.target_modules, allowed)
+            raise UserError(argument, value, allowed)
+        own = {id(parameter) for parameter in adapter_parameters(model).values()}
+        others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+        kinds = {
+            type(one).__name__
+            for _, layer in adapted_layers(model)
+            for one in getattr(layer, "lora_variant", {}).values()
+        }
+        if others or kinds - _VARIANTS:
+            self.detach(model)
+            more = (
+                f"other weights would train, first {others[0]}"
+                if others
+                else f"{', '.join(sorted(kinds))} is not known here"
+            )
+            raise UserError("lora.options", list(options), f"options of the adapters' own weights ({more})")
 
     def _targets(self, model: PreTrainedModel) -> tuple[set[str], list[str], list[str]]:
         head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
@@ -187,6 +241,10 @@ def _expert_weights(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3] if marked else []
 
 
+def _question(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
 def _initialise(layer: Any, dtype: torch.dtype) -> None:
     device = adapted_weight(layer).device
     for name in ("lora_A", "lora_B"):
@@ -195,6 +253,16 @@ def _initialise(layer: Any, dtype: torch.dtype) -> None:
         if name == "lora_A":
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as nn.Linear's weight, and peft's A
         getattr(layer, name)[ADAPTER].weight = nn.Parameter(matrix.to(device, dtype))
+    if (lengths := _lengths(layer)) is not None:  # of the rows as they are
+        parts = {"lora_A": layer.lora_A[ADAPTER].weight, "lora_B": layer.lora_B[ADAPTER].weight}
+        lengths.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[ADAPTER], **parts)
+        lengths.weight = nn.Parameter(lengths.weight.detach().to(device, dtype))
+
+
+def _lengths(layer: Any) -> Any:
+    # DoRA's module with the trained length of each row, if there is one.
+    vectors = dict(getattr(layer, "lora_magnitude_vector", None) or {})
+    return vectors.get(ADAPTER)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -220,20 +288,35 @@ def is_adapted(module: Any) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' matrices under peft's own names (``<projection>.lora_A.weight``), in the model's order."""
-    return {
-        f"{name}.{matrix}.weight": getattr(layer, matrix)[ADAPTER].weight
-        for name, layer in adapted_layers(model)
-        for matrix in ("lora_A", "lora_B")
-    }
+    """The adapters' weights under peft's own names (``<projection>.lora_A.weight``), in the model's order."""
+    return {f"{name}.{own}": p for name, layer in adapted_layers(model) for own, p in layer_parameters(layer).items()}
 
 
-def layer_delta(layer: Any, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> torch.Tensor:
-    """``alpha / r · B A`` of A ``[r, in]`` and B ``[out, r]``: what an adapter adds to the weight as it is stored.
+def layer_parameters(layer: Any) -> dict[str, nn.Parameter]:
+    """What of an adapted projection trains: A, B and, with DoRA, the lengths of the rows."""
+    own = {f"{name}.weight": getattr(layer, name)[ADAPTER].weight for name in ("lora_A", "lora_B")}
+    return own if (lengths := _lengths(layer)) is None else own | {"lora_magnitude_vector": lengths.weight}
 
-    For E experts A is ``[E · r, in]``, expert by expert, and B ``[out, r · E]``, rank by rank, as peft keeps them; the
-    sum is one product for each expert.
+
+def merged_weight(
+    layer: Any, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a projection computes with, as it is stored: the frozen weight with the adapter's parts in it.
+
+    Parts as in :func:`layer_parameters`; ``W + alpha / r · B A`` (√r for rsLoRA), with DoRA every row of it brought to
+    its length.
     """
+    whole = weight + _layer_delta(layer, a, b)
+    if lengths is None:
+        return whole
+    rows = whole.T if was_conv1d(layer.get_base_layer()) else whole
+    rows = rows * (lengths / torch.linalg.vector_norm(rows, dim=1)).unsqueeze(1)
+    return rows.T if was_conv1d(layer.get_base_layer()) else rows
+
+
+def _layer_delta(layer: Any, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> torch.Tensor:
+    # For E experts A is [E · r, in], expert by expert, and B [out, r · E], rank by rank, as peft keeps them; the sum is
+    # one product for each expert.
     base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
     if (n_experts := getattr(layer, "num_experts", None)) is None:
         delta = scaling * (matrix_b @ matrix_a)

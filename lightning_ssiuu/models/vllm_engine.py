@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_ssiuu.models.generation import Request
-from lightning_ssiuu.models.loading import resolve_checkpoint
+from lightning_ssiuu.models.loading import adapter_base, hub_options
 from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
 
 #: Of the memory that is free when it starts, beside the model that is loaded for everything else.
@@ -59,14 +59,20 @@ class VLLM:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             options["gpu_memory_utilization"] = _SHARE_OF_FREE * free / total
+        if adapter_base(self.checkpoint) is not None:
+            raise UserError(
+                "engine", "vllm", "transformers with a directory of adapters, which is merged when it is loaded"
+            )
+        model, revision = hub_options(self.checkpoint)
         try:
             return vllm.LLM(
-                model=resolve_checkpoint(self.checkpoint),
+                model=model,
                 dtype=str(self.dtype).removeprefix("torch."),
                 skip_tokenizer_init=True,  # prompts are token ids already
                 trust_remote_code=False,
                 seed=0,
                 **options,
+                **revision,
             )
         except Exception as error:
             allowed = f"transformers, or a model that vllm can run here ({type(error).__name__}: {error})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, Literal, Self
@@ -21,8 +20,9 @@ from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.compiling import compile_backend
-from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
+from lightning_ssiuu.models.source import Bits, ModelSource, Width
+from lightning_ssiuu.objectives.backbone import take_options
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.objectives.step_memory import StepMemory, together
@@ -39,7 +39,6 @@ from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.distributed import mean_over_ranks, rank
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
 
-Bits = Literal["8bit", "4bit"]
 Retain = Literal["nll", "kl"]
 ReferenceFrom = Literal["cached", "second_model"]
 
@@ -54,7 +53,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     ``reference`` are set there if one is given, and otherwise go to the default backbone, gradient difference.
 
     Args:
-        checkpoint: Hub id, local directory, GGUF file or ``"tiny"``; loaded in ``configure_model``.
+        checkpoint: Hub id, local directory (of a model, or of adapters in peft's format), GGUF file or ``"tiny"``;
+            loaded in ``configure_model``.
         optimizer: Takes the parameters, gives the optimiser (see :mod:`~lightning_ssiuu.training.optimizers`).
         lr_scheduler: Takes the optimiser, gives the scheduler (stepped once per optimiser step); or a name of
             :data:`~lightning_ssiuu.training.schedules.SCHEDULES`, or a function (or its import path) that takes
@@ -78,6 +78,14 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         warmup_steps: Of a schedule by name: optimiser steps, or below 1 the share of all steps.
         torch_compile: Compile the forward passes trained through: True or a backend's name. Not with a second gradient
             (a regulariser, SAM and its like), quantised or sharded weights.
+        model: A model in memory instead of ``checkpoint``, of transformers, or of peft (its adapters are merged). It is
+            copied in ``configure_model`` and stays as it is; the trained one is ``module.model.hf``. Not under FSDP2.
+        tokenizer: The tokenizer of ``model``, always copied.
+        in_place: Train ``model`` itself, without a copy: its weights, configuration and mode change.
+        revision: Branch, tag or commit of a hub id; the same as ``checkpoint`` ``ID@REVISION``.
+        attn_implementation: How transformers computes attention (``"sdpa"``, ``"eager"``, ...); None: its choice.
+            Sequences are packed into one row with ``"sdpa"`` and flash attention, padded with others.
+        dtype: Type of the loaded weights, ``"auto"`` for the checkpoint's own; None: as ``trainer.precision`` says.
 
     Raises:
         UserError: If an option is not finite or outside the range that its line gives, or contradicts another one.
@@ -116,6 +124,12 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         architecture: str | dict[str, Any] | Architecture | None = None,
         warmup_steps: float = 0.0,
         torch_compile: bool | str = False,
+        model: Any = None,
+        tokenizer: Any = None,
+        in_place: bool = False,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        dtype: Width | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self), logger=False)  # what it was made with, subclasses included
@@ -124,12 +138,12 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         check_number("retain_weight", retain_weight)
         check_choice("retain", retain, Retain)
         check_choice("reference", reference, ReferenceFrom)
-        if quantization is not None:
-            check_choice("quantization", quantization, Bits)
-        if quantization is not None and lora is None:
-            raise UserError("quantization", quantization, "null without lora: quantised weights cannot be trained")
+        self.source = ModelSource(
+            *(checkpoint, model, tokenizer, in_place, revision, attn_implementation, dtype),
+            *(lora, quantization, self.architecture),
+        )
         self.torch_compile = compile_backend(torch_compile)
-        self.checkpoint = checkpoint
+        self.checkpoint = self.source.checkpoint
         self.lora, self.quantization = lora, quantization
         self.strict_loading = lora is None  # a checkpoint then holds the adapters alone
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
@@ -216,17 +230,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         Raises:
             UserError: If it has a regulariser, cannot be a backbone, or an option of it was given to this objective.
         """
-        if backbone.regularizer is not None:
-            given = type(backbone.regularizer).__name__
-            raise UserError("backbone.regularizer", given, f"none: give it to {type(self).__name__}")
-        if not backbone.can_be_backbone:
-            raise UserError("backbone", type(backbone).__name__, "an objective that is its losses alone, such as NPO")
-        defaults = inspect.signature(UnlearningModule.__init__).parameters
-        for name in ("forget_weight", "retain_weight", "retain", "reference"):
-            value, own = getattr(self, name), getattr(backbone, name)
-            if value not in (own, defaults[name].default):
-                raise UserError(name, value, "unset beside a backbone: give it to the backbone")
-            setattr(self, name, own)
+        take_options(self, backbone, UnlearningModule)
         # In a tuple, so that torch does not register the backbone: it shares this module's parameters.
         self._backbone = (backbone,)
 
@@ -267,7 +271,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         else:
             build = partial(self.build, torch.device("cpu"))
             model = load_sharded(build, self.device_mesh, self.trainer.strategy.root_device, self.quantization)
-        self.adopt(model, load_tokenizer(self.checkpoint))
+        self.adopt(model, self.source.load_tokenizer())
         self.model.train()
 
     def adopt(self, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -387,13 +391,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         return {"objective": self} | ({} if self.regularizer is None else {"regularizer": self.regularizer})
 
     def build(self, device: torch.device, **options: Any) -> AnswerModel:
-        """Load the checkpoint again, as this module was configured, adapters included."""
-        # Lightning sets the default type here: bfloat16 under precision bf16-true, float64 under 64-true.
-        dtype, record = torch.get_default_dtype(), self.architecture
-        if self.lora is not None:
-            self.lora.check(self.checkpoint)
-        model = load_model(self.checkpoint, dtype, self.quantization, device, record, **options)
-        return AnswerModel(model if self.lora is None else self.lora.attach(model))
+        """Load or copy the model again, as this module was configured, adapters included."""
+        return self.source.build(device, **options)
 
     @cached_property
     def _scorer(self) -> Scorer:

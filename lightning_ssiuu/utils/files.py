@@ -190,9 +190,11 @@ def print_written(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
         ...     print_written(run, ["plots", "audit.json"])  # doctest: +ELLIPSIS
         Written to ...: plots/
     """
-    paths = [Path(folder) / name for name in names]
+    paths, here = [Path(folder) / name for name in names], Path.cwd()
+    shown = Path(folder).absolute()
+    shown = shown.relative_to(here) if shown.is_relative_to(here) else Path(folder)
     there = [f"{path.name}/" if path.is_dir() else path.name for path in paths if path.exists()]
-    print(one_line(f"Written to {os.fspath(folder)}: {', '.join(there)}"), flush=True)
+    print(one_line(f"Written to {shown}: {', '.join(there)}"), flush=True)
 
 
 def refuse_existing(argument: str, folder: str | os.PathLike[str], names: Iterable[str], overwrite: bool) -> None:

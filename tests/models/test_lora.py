@@ -200,7 +200,7 @@ def test_what_cannot_be_adapted_is_refused_before_anything_is_loaded(
     """One block has experts, one an ordinary feed-forward network, whose names peft takes for the experts'."""
     model = random_model("qwen3_moe", mlp_only_layers=[0])
     model.config.save_pretrained(tmp_path)
-    monkeypatch.setattr("lightning_ssiuu.objectives.base.load_model", None)
+    monkeypatch.setattr("lightning_ssiuu.models.source.load_model", None)
     state = torch.get_rng_state()
     with pytest.raises(UserError, match=message):
         SSIUU(checkpoint=str(tmp_path), lora=LoRA(r=1, **options)).configure_model()

@@ -140,7 +140,7 @@ def test_allowed(given: Any) -> None:
 
 
 def test_a_trainer_asks_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ssiuu.objectives.base.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lightning_ssiuu.models.source.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="precision: got '16-true'"):
         bare_trainer(1, precision="16-true").fit(module(regularized=True), [0])
 
