@@ -55,7 +55,8 @@ def privacy(
     devices = Devices(accelerator, 1, precision=precision)
     with Report({"model": model, "oracle": oracle}, data, devices, output, ["privacy.json"], overwrite) as report:
         data = report.data
-        others = data.splits.test if nonmembers is None else _read(nonmembers)
+        given = None if nonmembers is None else data.more(nonmembers, "nonmembers") or _read(nonmembers)
+        others = data.splits.test if given is None else given
         if not others:
             raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
         _check_nonmembers(others, data)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.chunks import Chunk
 from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
 from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, check_chat_options, text_turn
@@ -24,6 +25,8 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
 
 IGNORE = -100
+#: Key of a part of passages: how many tokens stand before the continuation that is scored, ``[B]``.
+PREFIX = "prefix"
 DEFAULT_MAX_LENGTH = 256
 #: The multiple-choice prompt in FaithUn's manner (arXiv 2502.19207), in our own words: instruction, question, options.
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
@@ -36,10 +39,19 @@ _PROBE = "What is the capital of France?", "Paris"
 
 @dataclass(frozen=True, repr=False)
 class TokenSequence:
-    """Token ids of prompt and answer; the first ``n_prompt`` carry no label."""
+    """Token ids of prompt and answer; the first ``n_prompt`` carry no label.
+
+    Of a passage of a document ``n_prefix`` stand before its continuation, and all tokens are trained on.
+    """
 
     input_ids: list[int]
     n_prompt: int
+    n_prefix: int | None = None
+
+    @property
+    def trained(self) -> TokenSequence:
+        """As it is trained on. The first token of a passage has nothing before it to follow from."""
+        return self if self.n_prefix is None else replace(self, n_prompt=1)
 
     @property
     def pair(self) -> tuple[list[int], list[int]]:
@@ -133,6 +145,14 @@ class Encoder:
 
     def sequence(self, question: str, answer: str) -> TokenSequence:
         return self._answered(self._prompt(question), [answer])[0]
+
+    def of(self, example: QAExample, wrong: Sequence[str] = ()) -> tuple[TokenSequence, ...]:
+        """The example's sequence, then one for each of the ``wrong`` answers; a :class:`~.chunks.Chunk` has none."""
+        if isinstance(example, Chunk):
+            ids = [*self._first, *example.tokens]
+            n_prefix = len(ids) - len(example.tokens) + example.n_prefix
+            return (TokenSequence(ids, n_prefix, n_prefix),)
+        return self._answered(self._prompt(example.question), [example.answer, *wrong])
 
     def _prompt(self, question: str) -> list[Piece]:
         first, *others = self._turn.parts
@@ -243,7 +263,7 @@ class Encoder:
             if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.example_id}")
                 raise UserError("distractors", given, "wrong answers only")
-            sequences = self._answered(self._prompt(example.question), [example.answer, *(wrong if options else ())])
+            sequences = self.of(example, wrong if options else ())
             listed = self.choices(example) if choices else ()
             if (length := max(map(len, (*sequences, *listed)))) > self.max_length:
                 long[example.example_id] = length
@@ -259,21 +279,26 @@ class Encoder:
             digest.update(name.encode())
             known = (each.sequence for each in encoded[name]) if name in encoded else None
             for example in examples:
-                ids = (self.sequence(example.question, example.answer) if known is None else next(known)).pair
+                ids = (self.of(example)[0] if known is None else next(known)).pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
                 others = [option.strip() for option in example.distractors], list(example.paraphrases)
                 digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of a document that fit into ``max_length``."""
+        return self.max_length - len(self._first)
+
     def fits(self, example: QAExample) -> bool:
-        return len(self.sequence(example.question, example.answer)) <= self.max_length
+        return len(self.of(example)[0]) <= self.max_length
 
 
 class EncodedDataset(Dataset[tuple[str, Encoded]]):
     """Tokenised examples of each part under the keys ``(part, index)`` that the samplers yield.
 
     ``~index`` instead of ``index`` yields the example with its answer for prompt, so that no token has a label. Without
-    ``options``, to train on, examples come with neither options nor choices.
+    ``options``, to train on, examples come with neither options nor choices, and passages with labels on all tokens.
     """
 
     def __init__(self, parts: Mapping[str, Examples], options: bool = True) -> None:
@@ -282,9 +307,11 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
     def __getitem__(self, key: Key) -> tuple[str, Encoded]:
         part, index = key
         example = self.parts[part][index if index >= 0 else ~index]
+        if not self.options:
+            example = replace(example, sequence=example.sequence.trained, options=(), choices=())
         if index < 0:
             example = replace(example, sequence=replace(example.sequence, n_prompt=len(example.sequence)))
-        return part, example if self.options else replace(example, options=(), choices=())
+        return part, example
 
     def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
         """All examples of a part, in their order, ``batch_size`` at a time; none where there is no such part."""
@@ -302,7 +329,8 @@ class Collator:
     A part has ``input_ids``, ``attention_mask`` and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. If
     all examples have options, also ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and
     ``option_of`` ``[B*K]``, the row each option belongs to; the options of a row lie next to each other, the true
-    answer first. ``choices`` likewise.
+    answer first. ``choices`` likewise. If all are passages of documents, also ``prefix`` ``[B]``: how many tokens stand
+    before the continuation.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -317,6 +345,9 @@ class Collator:
     def _part(self, encoded: list[Encoded]) -> Part:
         part: dict[str, Any] = self._pad([e.sequence for e in encoded])
         part["example_id"] = torch.tensor([e.example_id for e in encoded])
+        before = [e.sequence.n_prefix for e in encoded]
+        if None not in before:
+            part[PREFIX] = torch.tensor(before)
         for name in ("options", "choices"):
             of_each: list[tuple[TokenSequence, ...]] = [getattr(e, name) for e in encoded]
             if all(of_each):
@@ -344,13 +375,27 @@ def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str
 
 
 def answered(part: Part) -> list[tuple[list[int], list[int]]]:
-    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled."""
+    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled.
+
+    The inverse of :func:`batch_of`. What asks the prompt for another answer wants :func:`asked`.
+    """
     pairs = []
     columns = (part[name].tolist() for name in ("input_ids", "attention_mask", "labels"))
     for ids, mask, labels in zip(*columns, strict=True):
         n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), sum(mask))
         pairs.append((ids[:n_prompt], [label for label in labels if label != IGNORE]))
     return pairs
+
+
+def asked(part: Part) -> list[tuple[list[int], list[int]]]:
+    """As :func:`answered`; of passages that are trained on, prefix and continuation, though both are labelled."""
+    pairs = answered(part)
+    if PREFIX not in part:
+        return pairs
+    before = part[PREFIX].tolist()
+    whole = [[*prompt, *answer] if answer else [] for prompt, answer in pairs]
+    cut = ((ids[:n], ids[n:]) for ids, n in zip(whole, before, strict=True))
+    return [divided if divided[1] else pair for divided, pair in zip(cut, pairs, strict=True)]
 
 
 def derangement(n: int, seed: int) -> list[int]:
