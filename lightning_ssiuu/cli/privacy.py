@@ -55,8 +55,7 @@ def privacy(
     devices = Devices(accelerator, 1, precision=precision)
     with Report({"model": model, "oracle": oracle}, data, devices, output, ["privacy.json"], overwrite) as report:
         data = report.data
-        given = None if nonmembers is None else data.more(nonmembers, "nonmembers") or _read(nonmembers)
-        others = data.splits.test if given is None else given
+        others = data.splits.test if nonmembers is None else _read(nonmembers, data)
         if not others:
             raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
         _check_nonmembers(others, data)
@@ -97,7 +96,9 @@ def print_privacy(content: dict[str, Any]) -> None:
     print_table(rows, f"Membership inference, AUC in %: {sizes}", notes)
 
 
-def _read(path: str) -> list[QAExample]:
+def _read(path: str, data: UnlearningDataModule) -> Sequence[QAExample]:
+    if (found := data.more(path, "nonmembers")) is not None:
+        return found
     records = list(read_records(path, "nonmembers"))
     questions, answers = column(records, "question", "nonmembers"), column(records, "answer", "nonmembers")
     return [QAExample(n, question, answer) for n, (question, answer) in enumerate(zip(questions, answers, strict=True))]

@@ -88,7 +88,7 @@ class Documents(UnlearningDataModule):
         self.sources = {"forget": forget, "retain": retain, "test": test, "benign": benign}
         self.chunk_tokens, self.prefix_tokens, self.stride = chunk_tokens, prefix_tokens, stride
         self.text_column, self.name_column = text_column, name_column
-        self._n_documents = self._n_chunks = 0
+        self._n_documents = 0
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -106,9 +106,11 @@ class Documents(UnlearningDataModule):
         if (most := self.encoder.longest_chunk) < self.chunk_tokens:
             raise UserError("chunk_tokens", self.chunk_tokens, f"at most {most}, what the model takes (max_length)")
         seen: set[bytes] = set()
+        first_id = 0
         sets: dict[str, Sequence[QAExample]] = {}
         for name, source in self.sources.items():
-            chunks: Sequence[QAExample] = [] if source is None else self.chunks(source, name)
+            chunks: Sequence[QAExample] = [] if source is None else self.chunks(source, name, first_id)
+            first_id += len(chunks)
             # The forget set may hold a passage twice
             fresh = chunks if name == "forget" else kept(chunk for chunk in chunks if _digest(chunk) not in seen)
             if len(fresh) < len(chunks):
@@ -126,22 +128,22 @@ class Documents(UnlearningDataModule):
             is_text = path.is_dir() or path.suffix.lower() in SUFFIXES
         if not is_text and self.text_column not in next(read_records(source, argument), {}):
             return None
-        _ = self.splits  # which are numbered first
-        return self.chunks(source, argument)
+        first_id = 1 + max(example.example_id for _, examples in self.splits.items() for example in examples)
+        return self.chunks(source, argument, first_id)
 
-    def chunks(self, source: str, argument: str) -> Sequence[Chunk]:
-        """The chunks of a source (see ``forget``), numbered on from those that were read before.
+    def chunks(self, source: str, argument: str, first_id: int = 0) -> Sequence[Chunk]:
+        """The chunks of a source (see ``forget``), numbered from ``first_id`` on.
 
         Raises:
             UserError: About ``argument``, if the source cannot be read.
         """
         left_out: list[str] = []
-        chunks = kept(self._cut(source, argument, left_out))
+        chunks = kept(self._cut(source, argument, first_id, left_out))
         if left_out:
             rank_zero_info(f"data.{argument}: left out {len(left_out)} chunks or documents that are blank.")
         return chunks
 
-    def _cut(self, source: str, argument: str, left_out: list[str]) -> Iterator[Chunk]:
+    def _cut(self, source: str, argument: str, first_id: int, left_out: list[str]) -> Iterator[Chunk]:
         tokenizer, stride = self.tokenizer, self.stride or self.chunk_tokens
         options: dict[str, Any] = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         for name, text in self._read(source, argument):
@@ -156,9 +158,9 @@ class Documents(UnlearningDataModule):
                 if not (prefix.strip() and rest.strip()):
                     left_out.append(name)
                     continue
-                self._n_chunks += 1
                 where: dict[str, Any] = {"number": number, "tokens": own, "n_prefix": n_prefix, "spans": (span,)}
-                yield Chunk(self._n_chunks - 1, prefix, rest, group=name, **where)
+                yield Chunk(first_id, prefix, rest, group=name, **where)
+                first_id += 1
 
     def _read(self, source: str, argument: str) -> Iterator[tuple[str, str]]:
         # Names and texts of the documents of a source.

@@ -199,8 +199,12 @@ class HarmlessItems:
 
     @cached_property
     def items(self) -> Sequence[QAExample]:
-        own = self.source.splits.benign if self.path is None else self.source.more(self.path, "benign_path")
-        items = own or self._read(self.path or ALPACA)
+        if self.path is None:
+            items = self.source.splits.benign or self._read(ALPACA)
+        elif (found := self.source.more(self.path, "benign_path")) is not None:
+            items = found
+        else:
+            items = self._read(self.path)
         if not items:
             raise UserError("benign_path", self.path, "data with harmless items that are not blank")
         return items
