@@ -9,7 +9,6 @@ from typing import Any
 
 from torchmetrics.utilities.imports import _NLTK_AVAILABLE
 
-from lightning_ssiuu.datamodules.encoding import derangement
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.utils.errors import UserError
 
@@ -112,19 +111,6 @@ def check_stemmer(score: str, argument: str = "scores") -> None:
     """Raise a UserError where a score stems words and nltk is missing."""
     if score in ROUGE and score.endswith("_stemmed") and not _NLTK_AVAILABLE:
         raise UserError(argument, score, 'rouge_l, without nltk: pip install "lightning-ssiuu[rouge]"')
-
-
-def mismatched_rouge_l(answers: Sequence[str], seed: int = 0, score: str = "rouge_l") -> float:
-    """Mean ROUGE-L of answers paired with another question's answer, in percent: what an ignorant model scores.
-
-    The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
-    another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
-    """
-    if len(answers) < 2:
-        raise UserError("answers", len(answers), "at least 2")
-    pairs = zip(answers, derangement(len(answers), seed), strict=True)
-    scores = [ROUGE[score](answers[other], own) for own, other in pairs]
-    return 100 * sum(scores) / len(scores)
 
 
 class RougeL(Percentage):
