@@ -134,6 +134,11 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
             options += [f"--data.init_args.{name}", file]
     elif class_path == "FaithUn":
         options = ["--data.init_args.path", write_faithun(tmp_path / "data", 6)]
+    elif class_path == "Documents":
+        for name, words in (("forget", "the ferry left at noon"), ("retain", "the mill stood by the river")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "text.txt").write_text(" ".join(f"{words}, {n}." for n in range(80)), encoding="utf-8")
+            options += [f"--data.init_args.{name}", tmp_path / name]
     elif class_path not in ("Facts", "WorldFacts"):
         pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"
