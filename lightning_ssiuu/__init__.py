@@ -31,6 +31,7 @@ _EXPORTS = {
     "CIR": "objectives.cir",
     "Combined": "regularizers",
     "CustomData": "datamodules",
+    "Documents": "datamodules",
     "DPO": "objectives.dpo",
     "DualMask": "regularizers",
     "ElicitedStop": "callbacks",

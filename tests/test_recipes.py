@@ -150,6 +150,11 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
         (tmp_path / "ids.txt").write_text("100\n104\n109\n", encoding="utf-8")
         options = ["--data.init_args.data", write_rows(tmp_path / "t.jsonl", table)]
         options += ["--data.init_args.forget_ids", tmp_path / "ids.txt"]
+    elif class_path == "Documents":
+        for name, words in (("forget", "the ferry left at noon"), ("retain", "the mill stood by the river")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "text.txt").write_text(" ".join(f"{words}, {n}." for n in range(80)), encoding="utf-8")
+            options += [f"--data.init_args.{name}", tmp_path / name]
     elif class_path not in ("Facts", "WorldFacts"):
         pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"

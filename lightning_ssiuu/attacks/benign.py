@@ -19,8 +19,8 @@ class Benign(Relearning):
     """Train on harmless instruction data and score the whole forget set; other options as in ``Relearning``.
 
     Args:
-        benign_path: Instruction data (file or hub id); by default the data module's own harmless items, or where it
-            has none ``tatsu-lab/alpaca`` of the hub.
+        benign_path: Instruction data (file or hub id), for ``Documents`` also text; by default the data module's own
+            harmless items, or where it has none ``tatsu-lab/alpaca`` of the hub.
         benign_size: Number of items at most, a random choice where there are more.
 
     Raises:

@@ -63,7 +63,8 @@ class Result:
             "<tr>" + "".join(f"<td>{escape(_shown(value))}</td>" for value in row) + "</tr>" for row in self.rows
         )
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
-        return f"<table><caption>{escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{note}"
+        table = f"<caption>{escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+        return f"<table>{table}</table>{note}"
 
 
 @dataclass(frozen=True, repr=False)

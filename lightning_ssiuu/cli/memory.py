@@ -278,7 +278,8 @@ class _Run:
         # A loop that ends by what is generated cannot be gone through without values: one pass and a full cache.
         part = {name: part[name][:rows] for name in ("input_ids", "attention_mask", "labels")}
         width = part["input_ids"].shape[1]
-        longest = width + min(200, 2 * int((part["labels"] != -100).sum(1).max()))
+        n_labels = int((part["labels"] != -100).sum(1).max())
+        longest = width + max(n_labels, min(200, 2 * n_labels))  # a passage is as long as it is
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         n_tensors = 2 * self.config.num_hidden_layers + 1  # a layer's grown cache is made beside the old one

@@ -58,7 +58,7 @@ def privacy(
     devices = Devices(accelerator, 1, precision=precision)
     with Report({"model": model, "oracle": oracle}, data, devices, output, ["privacy.json"], overwrite) as report:
         data = report.data
-        others = data.splits.test if nonmembers is None else _read(nonmembers)
+        others = data.splits.test if nonmembers is None else _read(nonmembers, data)
         if not others:
             raise UserError("nonmembers", nonmembers, "at least one example: the data have no test set")
         _check_nonmembers(others, data)
@@ -100,7 +100,9 @@ def print_privacy(content: dict[str, Any]) -> None:
     print_table(rows, f"Membership inference, AUC in %: {sizes}", notes)
 
 
-def _read(path: str) -> list[QAExample]:
+def _read(path: str, data: UnlearningDataModule) -> Sequence[QAExample]:
+    if (found := data.more(path, "nonmembers")) is not None:
+        return found
     examples = read_examples(read_records(path, "nonmembers"), Columns(argument="nonmembers"))
     return [replace(example, example_id=n) for n, example in enumerate(examples)]
 

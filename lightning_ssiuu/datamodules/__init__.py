@@ -2,6 +2,7 @@
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.custom import CustomData
+from lightning_ssiuu.datamodules.documents import Documents
 from lightning_ssiuu.datamodules.facts import Facts
 from lightning_ssiuu.datamodules.faithun import FaithUn
 from lightning_ssiuu.datamodules.muse import MUSE
@@ -15,6 +16,7 @@ __all__ = [
     "TOFU",
     "WMDP",
     "CustomData",
+    "Documents",
     "Facts",
     "FaithUn",
     "QAExample",

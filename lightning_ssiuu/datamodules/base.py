@@ -189,6 +189,13 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """
         return None
 
+    def more(self, source: str, argument: str) -> Sequence[QAExample] | None:
+        """Examples of the form of the sets from another file; None where that holds questions and answers.
+
+        It is asked about the files of attacks and of ``privacy``; ``argument`` is what ``source`` was given for.
+        """
+        return None
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.chunks import Chunk
 from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
 from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, History, Turn, check_chat_options, text_turn
@@ -24,6 +25,8 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
 
 IGNORE = -100
+#: Key of a part of passages: how many tokens stand before the continuation that is scored, ``[B]``.
+PREFIX = "prefix"
 DEFAULT_MAX_LENGTH = 256
 #: The multiple-choice prompt in FaithUn's manner (arXiv 2502.19207), in our own words: instruction, question, options.
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
@@ -36,10 +39,19 @@ _PROBE = "What is the capital of France?", "Paris"
 
 @dataclass(frozen=True, repr=False)
 class TokenSequence:
-    """Token ids of prompt and answer; the first ``n_prompt`` carry no label."""
+    """Token ids of prompt and answer; the first ``n_prompt`` carry no label.
+
+    Of a passage of a document ``n_prefix`` stand before its continuation, and all tokens are trained on.
+    """
 
     input_ids: list[int]
     n_prompt: int
+    n_prefix: int | None = None
+
+    @property
+    def trained(self) -> TokenSequence:
+        """As it is trained on. The first token of a passage has nothing before it to follow from."""
+        return self if self.n_prefix is None else replace(self, n_prompt=1)
 
     @property
     def pair(self) -> tuple[list[int], list[int]]:
@@ -137,6 +149,15 @@ class Encoder:
 
     def sequence(self, question: str, answer: str, history: History = ()) -> TokenSequence:
         return self._answered(self._prompt(question, history), [answer], history)[0]
+
+    def of(self, example: QAExample, wrong: Sequence[str] = ()) -> tuple[TokenSequence, ...]:
+        """The example's sequence, then one for each of the ``wrong`` answers; a :class:`~.chunks.Chunk` has none."""
+        if isinstance(example, Chunk):
+            ids = [*self._first, *example.tokens]
+            n_prefix = len(ids) - len(example.tokens) + example.n_prefix
+            return (TokenSequence(ids, n_prefix, n_prefix),)
+        prompt = self._prompt(example.question, example.history)
+        return self._answered(prompt, [example.answer, *wrong], example.history)
 
     def _around(self, history: History) -> Turn:
         # The turn that a question is in: under a text template the same, whatever was said before.
@@ -256,8 +277,7 @@ class Encoder:
             if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.name}")
                 raise UserError("distractors", given, "wrong answers only")
-            prompt, answers = self._prompt(example.question, example.history), [example.answer]
-            sequences = self._answered(prompt, [*answers, *(wrong if options else ())], example.history)
+            sequences = self.of(example, wrong if options else ())
             listed = self.choices(example) if choices else ()
             if (length := max(map(len, (*sequences, *listed)))) > self.max_length:
                 long.append((example.name, length))
@@ -271,26 +291,28 @@ class Encoder:
         digest = hashlib.sha256()
         for name, examples in splits.items():
             digest.update(name.encode())
-            known = (each.sequence for each in encoded[name]) if name in encoded else map(self._sequence, examples)
-            for example, sequence in zip(examples, known, strict=True):
-                ids = sequence.pair
+            known = (each.sequence for each in encoded[name]) if name in encoded else None
+            for example in examples:
+                ids = (self.of(example)[0] if known is None else next(known)).pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
                 others = [option.strip() for option in example.distractors], list(example.paraphrases)
                 digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 
-    def fits(self, example: QAExample) -> bool:
-        return len(self._sequence(example)) <= self.max_length
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of a document that fit into ``max_length``."""
+        return self.max_length - len(self._first)
 
-    def _sequence(self, example: QAExample) -> TokenSequence:
-        return self.sequence(example.question, example.answer, example.history)
+    def fits(self, example: QAExample) -> bool:
+        return len(self.of(example)[0]) <= self.max_length
 
 
 class EncodedDataset(Dataset[tuple[str, Encoded]]):
     """Tokenised examples of each part under the keys ``(part, index)`` that the samplers yield.
 
     ``~index`` instead of ``index`` yields the example with its answer for prompt, so that no token has a label. Without
-    ``options``, to train on, examples come with neither options nor choices.
+    ``options``, to train on, examples come with neither options nor choices, and passages with labels on all tokens.
     """
 
     def __init__(self, parts: Mapping[str, Examples], options: bool = True) -> None:
@@ -299,9 +321,11 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
     def __getitem__(self, key: Key) -> tuple[str, Encoded]:
         part, index = key
         example = self.parts[part][index if index >= 0 else ~index]
+        if not self.options:
+            example = replace(example, sequence=example.sequence.trained, options=(), choices=())
         if index < 0:
             example = replace(example, sequence=replace(example.sequence, n_prompt=len(example.sequence)))
-        return part, example if self.options else replace(example, options=(), choices=())
+        return part, example
 
     def in_order(self, name: str, batch_size: int, collate: Callable[..., dict[str, Part]]) -> Iterator[Part]:
         """All examples of a part, in their order, ``batch_size`` at a time; none where there is no such part."""
@@ -319,7 +343,8 @@ class Collator:
     A part has ``input_ids``, ``attention_mask`` and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. If
     all examples have options, also ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and
     ``option_of`` ``[B*K]``, the row each option belongs to; the options of a row lie next to each other, the true
-    answer first. ``choices`` likewise.
+    answer first. ``choices`` likewise. If all are passages of documents, also ``prefix`` ``[B]``: how many tokens stand
+    before the continuation.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -334,6 +359,9 @@ class Collator:
     def _part(self, encoded: list[Encoded]) -> Part:
         part: dict[str, Any] = self._pad([e.sequence for e in encoded])
         part["example_id"] = torch.tensor([e.example_id for e in encoded])
+        before = [e.sequence.n_prefix for e in encoded]
+        if None not in before:
+            part[PREFIX] = torch.tensor(before)
         for name in ("options", "choices"):
             of_each: list[tuple[TokenSequence, ...]] = [getattr(e, name) for e in encoded]
             if all(of_each):
@@ -361,13 +389,27 @@ def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str
 
 
 def answered(part: Part) -> list[tuple[list[int], list[int]]]:
-    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled."""
+    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled.
+
+    The inverse of :func:`batch_of`. What asks the prompt for another answer wants :func:`asked`.
+    """
     pairs = []
     columns = (part[name].tolist() for name in ("input_ids", "attention_mask", "labels"))
     for ids, mask, labels in zip(*columns, strict=True):
         n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), sum(mask))
         pairs.append((ids[:n_prompt], [label for label in labels if label != IGNORE]))
     return pairs
+
+
+def asked(part: Part) -> list[tuple[list[int], list[int]]]:
+    """As :func:`answered`; of passages that are trained on, prefix and continuation, though both are labelled."""
+    pairs = answered(part)
+    if PREFIX not in part:
+        return pairs
+    before = part[PREFIX].tolist()
+    whole = [[*prompt, *answer] if answer else [] for prompt, answer in pairs]
+    cut = ((ids[:n], ids[n:]) for ids, n in zip(whole, before, strict=True))
+    return [divided if divided[1] else pair for divided, pair in zip(cut, pairs, strict=True)]
 
 
 def derangement(n: int, seed: int) -> list[int]:

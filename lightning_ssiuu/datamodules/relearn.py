@@ -11,10 +11,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.chunks import Chunk, divided, sharing
 from lightning_ssiuu.datamodules.columns import Columns, read_examples
 from lightning_ssiuu.datamodules.encoding import Encoder
 from lightning_ssiuu.datamodules.readers import read_records
-from lightning_ssiuu.datamodules.splits import name_ids
+from lightning_ssiuu.datamodules.splits import first_few, name_ids
 from lightning_ssiuu.datamodules.spooled import Spooled, kept
 from lightning_ssiuu.utils.errors import Given, UserError
 
@@ -121,6 +122,9 @@ class RelearnDataModule(UnlearningDataModule):
         for name, examples in (("attacked", attacked), ("scored", scored)):
             if not examples:
                 raise UserError(name, Given("0 examples"), "at least one example")
+        if isinstance(attacked[0], Chunk) and (both := [chunk.name for chunk in sharing(scored, attacked)]):
+            given = Given(f"{len(both)} chunks that share text with attacked ones ({first_few(both)})")
+            raise UserError("scored", given, "chunks disjoint from the attacked ones")
         questions = {example.folded for example in attacked}
         if both := [example.name for example in scored if example.folded in questions]:
             given = Given(f"{len(both)} questions that are also attacked ({name_ids(both)})")
@@ -168,12 +172,19 @@ def _is_selection(selected: Any) -> bool:
 def random_fraction(
     forget: Sequence[QAExample], p: float, rng: np.random.Generator
 ) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
-    """``round(p * n)`` random examples of n, and the rest without the questions of those."""
-    chosen = set(rng.permutation(len(forget))[: round(p * len(forget))].tolist())
-    attacked = kept(example for index, example in enumerate(forget) if index in chosen)
+    """``round(p * n)`` random examples of n, and the rest without the questions of those.
+
+    Chunks of documents are divided as :func:`~.chunks.divided` does.
+    """
+    count, rest = round(p * len(forget)), forget
+    if forget and isinstance(forget[0], Chunk):
+        attacked, rest = divided(forget, count, rng)
+    else:
+        chosen = set(rng.permutation(len(forget))[:count].tolist())
+        attacked = kept(example for index, example in enumerate(forget) if index in chosen)
     # By question, not only by id: a question that occurs twice would be scored after it was taught
     taught = {example.folded for example in attacked}
-    scored = kept(example for example in forget if example.folded not in taught)
+    scored = kept(example for example in rest if example.folded not in taught)
     if not attacked or not scored:
         taken = f"of {len(forget)} it takes {len(attacked)} and leaves {len(scored)}"
         raise UserError("p", p, f"a fraction that leaves attack and scored examples: {taken}")
@@ -190,8 +201,12 @@ class HarmlessItems:
 
     @cached_property
     def items(self) -> Sequence[QAExample]:
-        own = self.source.splits.benign if self.path is None else []
-        items = own or self._read(self.path or ALPACA)
+        if self.path is None:
+            items = self.source.splits.benign or self._read(ALPACA)
+        elif (found := self.source.more(self.path, "benign_path")) is not None:
+            items = found
+        else:
+            items = self._read(self.path)
         if not items:
             raise UserError("benign_path", self.path, "data with harmless items that are not blank")
         return items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from statistics import mean
 from typing import Any, TypeVar
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
-from lightning_ssiuu.evaluation.metrics.rouge import ROUGE, mismatched_rouge_l
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.evaluation.scores import SCORES
@@ -33,26 +32,42 @@ def mismatched_level(
     """What a score is worth by chance: its value on randomly re-paired questions and answers, in percent.
 
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
-    ROUGE-L compares the answers among themselves; probability, token accuracies and memorisation ask the model for
-    another example's answer, as do scores of one's own that need nothing besides. No answer keeps its own question.
-    Scores of a choice among options have no such level, nor has a set whose answers are all the same: a
-    :class:`UserError`.
+    Scores of generated text (ROUGE-L, the longest common run) compare the answers among themselves; probability, token
+    accuracies and memorisation ask the model for another example's answer, as do scores of one's own that need nothing
+    besides. No answer keeps its own question. Scores of a choice among options have no such level, nor has a set whose
+    answers are all the same: a :class:`UserError`.
     """
     parts = [part for batch in loader for part in batch.values()]
     if _n_answers(parts) < 2:
         allowed = "a number in percent: the forget set has no two answers that differ, to be mismatched"
         raise UserError("stopping.threshold", "mismatched", allowed)
-    if score in ROUGE:
-        answers = [text for part in parts for text in Predictions(model, tokenizer, part).references]
-        return mismatched_rouge_l(_over_ranks(answers), seed, score)
-    if SCORES[score].needs is not None or SCORES[score].generates:
+    if SCORES[score].needs is not None:
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
+    if SCORES[score].generates:
+        return _said_of_others(score, [Predictions(model, tokenizer, part) for part in parts], seed)
     repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
 
 
 def _n_answers(parts: Sequence[Part]) -> int:
     return len(set(_over_ranks([tuple(answer) for part in parts for _, answer in answered(part)])))
+
+
+def _said_of_others(score: str, own: Sequence[Predictions], seed: int) -> float:
+    # The score of a model that gives other examples' true answers.
+    tokens = _over_ranks([ids for each in own for ids in each.reference_tokens])
+    texts = _over_ranks([text for each in own for text in each.references])
+    if len(tokens) < 2:
+        raise UserError("answers", len(tokens), "at least 2")
+    other, places = derangement(len(tokens), seed), iter(range(rank(), len(tokens), world_size()))
+    metric = SCORES[score].metric()
+    for each in own:
+        metric = metric.to(each.part["labels"].device)
+        given = [other[place] for place in islice(places, len(each.part["labels"]))]
+        vars(each)["generated_tokens"] = [tokens[i] for i in given]
+        vars(each)["generations"] = [texts[i] for i in given]
+        metric.update(*SCORES[score].measure(each))
+    return float(metric.compute())
 
 
 def _over_ranks(items: list[T]) -> list[T]:

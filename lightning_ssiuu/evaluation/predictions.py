@@ -10,6 +10,7 @@ from weakref import ReferenceType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.encoding import PREFIX
 from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
@@ -62,18 +63,32 @@ class Predictions:
     def references(self) -> list[str]:
         return self._labelled(self.part["labels"])
 
+    @property
+    def reference_tokens(self) -> list[list[int]]:
+        """Token ids of the true answers, without what ends a turn."""
+        labels = self.part["labels"]
+        return [_spoken(row[row != -100].tolist(), self._ends(labels)) for row in labels]
+
     @cached_property
     def generations(self) -> list[str]:
-        """Greedy continuations of the prompts: each up to twice its own answer's length, at most 200 tokens.
+        """:attr:`generated_tokens` as text."""
+        return [_text(self.tokenizer, tokens) for tokens in self.generated_tokens]
 
-        So an example's text does not depend on which others share its batch, or how many ranks share the set.
+    @cached_property
+    def generated_tokens(self) -> list[list[int]]:
+        """Token ids of greedy continuations of the prompts, up to what ends a turn.
+
+        Each has up to twice its own answer's length, at most 200 tokens; a passage of a document has its own length. So
+        an example's text does not depend on which others share its batch, or how many ranks share the set.
         """
-        return self._for_all("generations", Predictions.requests)
+        return self._for_all("generated_tokens", Predictions.requests)
 
     def requests(self) -> list[Request]:
-        """What :attr:`generations` continues."""
+        """What :attr:`generated_tokens` continues."""
         labels = self.part["labels"]
-        return self._requests(self.part["input_ids"], labels, 2 * (labels != -100).sum(1))
+        lengths = (labels != -100).sum(1)
+        limits = lengths if PREFIX in self.part else (2 * lengths).clamp(max=_MOST_TOKENS)
+        return self._requests(self.part["input_ids"], labels, limits)
 
     @cached_property
     def choice_scores(self) -> Tensor:
@@ -96,21 +111,27 @@ class Predictions:
     @cached_property
     def choice_generations(self) -> list[str]:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
-        return self._for_all("choice_generations", Predictions._choice_requests)
+        return [_text(self.tokenizer, tokens) for tokens in self.choice_tokens]
+
+    @cached_property
+    def choice_tokens(self) -> list[list[int]]:
+        """Token ids of :attr:`choice_generations`."""
+        return self._for_all("choice_tokens", Predictions._choice_requests)
 
     def _choice_requests(self) -> list[Request]:
         choices = self.part["choices"]
         first = first_of_each(self.choice_of)
         lengths = (choices["labels"] != -100).sum(1)
         longest = lengths.new_zeros(int(first.sum())).scatter_reduce(0, self.choice_of, lengths, "amax")
-        return self._requests(choices["input_ids"][first], choices["labels"][first], longest + _ROOM_FOR_WORDS)
+        limits = (longest + _ROOM_FOR_WORDS).clamp(max=_MOST_TOKENS)
+        return self._requests(choices["input_ids"][first], choices["labels"][first], limits)
 
-    def _for_all(self, name: str, asked: Callable[[Predictions], list[Request]]) -> list[str]:
-        # The whole group's texts, each kept where it will be asked for.
+    def _for_all(self, name: str, asked: Callable[[Predictions], list[Request]]) -> list[list[int]]:
+        # The whole group's continuations, each kept where it will be asked for.
         group = [each for reference in self._group if (each := reference()) is not None] or [self]
         requests = [asked(each) for each in group]
         rows = max(map(len, requests))
-        found = iter(texts(self.model, self.tokenizer, [one for each in requests for one in each], rows))
+        found = iter(continuations(self.model, self.tokenizer, [one for each in requests for one in each], rows))
         for each, own in zip(group, requests, strict=True):
             vars(each)[name] = [next(found) for _ in own]
         return vars(self)[name]
@@ -122,18 +143,20 @@ class Predictions:
 
     def _labelled(self, labels: Tensor) -> list[str]:
         ends = self._ends(labels)
-        return [_decoded(self.tokenizer, row[row != -100].tolist(), ends) for row in labels]
+        return [_text(self.tokenizer, _spoken(row[row != -100].tolist(), ends)) for row in labels]
 
     def _ends(self, labels: Tensor) -> tuple[int, ...]:
-        # The tokens that end a text: the end-of-sequence token, and what ends the labelled turns.
+        # The tokens that end a text: the end-of-sequence token, and what ends the labelled turns. A passage has no end.
         eos = self.tokenizer.eos_token_id
+        if PREFIX in self.part:
+            return (eos,)
         last = {row[row != -100][-1].item() for row in labels if bool((row != -100).any())}
         return tuple(sorted({eos, *(token for token in last if is_end(token, self.tokenizer))}))
 
     def _requests(self, ids: Tensor, labels: Tensor, limits: Tensor) -> list[Request]:
         # To continue what stands before the labels.
         starts, ends = (labels != -100).int().argmax(1).tolist(), self._ends(labels)
-        rows = zip(ids.tolist(), starts, limits.clamp(max=_MOST_TOKENS).tolist(), strict=True)
+        rows = zip(ids.tolist(), starts, limits.tolist(), strict=True)
         return [Request(tuple(row[:start]), limit, ends) for row, start, limit in rows]
 
 
@@ -146,15 +169,25 @@ def grouped(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, parts: Itera
 
 
 def texts(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int) -> list[str]:
-    """The continuations as text, up to the end of the turn; ``rows`` as :func:`continued` has it.
+    """:func:`continuations` as text."""
+    return [_text(tokenizer, tokens) for tokens in continuations(model, tokenizer, requests, rows)]
+
+
+def continuations(
+    model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int
+) -> list[list[int]]:
+    """Token ids of the continuations, up to the end of the turn; ``rows`` as :func:`continued` has it.
 
     Every rank must call it where weights are sharded, with at least one request: every step gathers them.
     """
     found = continued(model, requests, tokenizer.pad_token_id, rows, is_sharded(model))
-    return [_decoded(tokenizer, ids, request.ends) for ids, request in zip(found, requests, strict=True)]
+    return [_spoken(ids, request.ends) for ids, request in zip(found, requests, strict=True)]
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Sequence[int]) -> str:
+def _spoken(tokens: list[int], ends: Sequence[int]) -> list[int]:
     # Up to the end of the turn, whose token need not be one that decoding skips.
-    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True)

@@ -15,6 +15,8 @@ from lightning_ssiuu.evaluation.metrics import (
     AnswerProbability,
     ExactMemorization,
     ExtractionStrength,
+    LongestCommonRun,
+    MemorizedShare,
     RougeL,
     TruthRatio,
 )
@@ -62,6 +64,10 @@ def _options(e: Predictions) -> tuple[Tensor, Tensor, int]:
     return e.option_scores, e.option_of, len(e.part["input_ids"])
 
 
+def _tokens(e: Predictions) -> tuple[list[list[int]], list[list[int]]]:
+    return e.generated_tokens, e.reference_tokens
+
+
 class _Scores(dict[str, Score]):
     """Scores by name; those named by an import path are found where it leads, and not listed."""
 
@@ -97,6 +103,8 @@ SCORES: dict[str, Score] = _Scores(
             name: Score(partial(RougeL, name), lambda e: (e.generations, e.references), generates=True)
             for name in ROUGE
         },
+        "longest_common_run": Score(LongestCommonRun, _tokens, generates=True),
+        "memorized_share": Score(MemorizedShare, _tokens, generates=True),
         "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
         "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
         "truth_ratio_forget": Score(partial(TruthRatio, "forget"), _options, needs="options", default=False),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_ssiuu.datamodules.encoding import answered
+from lightning_ssiuu.datamodules.encoding import asked
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.dpo import dpo
@@ -64,7 +64,7 @@ class AltPO(UnlearningModule):
 
     def alternated(self, batch: Part) -> Part:
         """The questions of a part with their alternates for answers, ``[B, L']``."""
-        pairs = zip(answered(batch), batch["example_id"].tolist(), strict=True)
+        pairs = zip(asked(batch), batch["example_id"].tolist(), strict=True)
         given = [(prompt, self.alternates[example] if answer else []) for (prompt, answer), example in pairs]
         return with_answers(batch, given, self.tokenizer)
 
@@ -97,7 +97,7 @@ class AltPO(UnlearningModule):
         return [
             _Example(example, prompt, answer, frozenset(prompt))
             for part in self.training_parts(name)
-            for (prompt, answer), example in zip(answered(part), part["example_id"].tolist(), strict=True)
+            for (prompt, answer), example in zip(asked(part), part["example_id"].tolist(), strict=True)
         ]
 
     def _likeness(self, one: _Example, other: _Example) -> tuple[float, bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
+from lightning_ssiuu.datamodules.encoding import asked, batch_of, derangement
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
@@ -120,7 +120,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         _, rest = self.divided(batch)
         if len(rest) < 2:
             return None
-        pairs, width = answered(rows_of(batch, rest)), batch["input_ids"].shape[1]
+        pairs, width = asked(rows_of(batch, rest)), batch["input_ids"].shape[1]
         other = derangement(len(pairs), self.seed + self.global_step)
         # No row gets longer than those of the batch, which the model is known to take.
         mixed = [

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
-from lightning_ssiuu.datamodules.encoding import answered, batch_of
+from lightning_ssiuu.datamodules.encoding import asked, batch_of
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, sequence_sums
 from lightning_ssiuu.models.architectures import feed_forward_sites
@@ -180,7 +180,7 @@ def knowledge_neurons(
 
 def mismatched_parts(parts: Sequence[Part], count: int, seed: int, pad_token_id: int = 0) -> Iterator[Part]:
     """Every answer after ``count`` questions of examples with other answers, drawn without replacement, or fewer."""
-    rows = [(question, answer) for part in parts for question, answer in answered(part) if answer]
+    rows = [(question, answer) for part in parts for question, answer in asked(part) if answer]
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for question, answer in rows:

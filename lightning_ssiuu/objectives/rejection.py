@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import answered, batch_of
+from lightning_ssiuu.datamodules.encoding import asked, batch_of
 from lightning_ssiuu.datamodules.tokenization import JointTokenizer, Piece, is_end
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
@@ -52,7 +52,7 @@ def rejected(
     ``name_of`` makes of its id.
     """
     pairs = []
-    for (prompt, answer), example in zip(answered(part), part["example_id"].tolist(), strict=True):
+    for (prompt, answer), example in zip(asked(part), part["example_id"].tolist(), strict=True):
         completion = []
         if answer:
             completion = _joined_like(prompt, answer, rejections[example % len(rejections)], tokenizer)

@@ -7,16 +7,19 @@ import random
 import pytest
 from torchmetrics.functional.text import rouge_score
 
+from lightning_ssiuu.datamodules.encoding import batch_of
+from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.metrics import RougeL, rouge
 from lightning_ssiuu.evaluation.metrics.rouge import (
     ROUGE,
-    mismatched_rouge_l,
+    rouge_l_f1,
     rouge_l_f1_stemmed,
     rouge_l_recall,
     rouge_l_recall_stemmed,
     words,
 )
 from lightning_ssiuu.evaluation.scores import check_score
+from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -38,15 +41,37 @@ def test_rouge_l_recall_by_hand(prediction: str, reference: str, recall: float) 
     assert rouge_l_recall(prediction, reference) == pytest.approx(recall, abs=1e-6)
 
 
+def mismatched(answers: list[str], seed: int = 0, score: str = "rouge_l") -> float:
+    """The mismatched level of these answers, which asks no model."""
+    tokenizer = load_tokenizer("tiny")
+    part = batch_of([([0], tokenizer(answer)["input_ids"]) for answer in answers], tokenizer.pad_token_id)
+    return mismatched_level(score, None, tokenizer, [{"forget": part}], seed)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "f1"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("the cat sat on the mat", "the cat sat", 2 * (3 / 6) / (3 / 6 + 1)),
+        ("a b c d e f", "b x d f", 2 * (3 / 6) * (3 / 4) / (3 / 6 + 3 / 4)),
+        ("the dog", "the cat sat", 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)),
+        ("東京", "東京都", 2 * (2 / 3) / (1 + 2 / 3)),
+        ("", "the cat", 0.0),
+    ],
+)
+def test_rouge_l_f1_by_hand(prediction: str, reference: str, f1: float) -> None:
+    assert rouge_l_f1(prediction, reference) == pytest.approx(f1, abs=1e-6)
+
+
 def test_mismatched_pairs_never_meet_their_own_answer() -> None:
     words = ["alpha", "beta", "gamma", "delta"]
-    assert all(mismatched_rouge_l(words, seed) == 0 for seed in range(20))  # an answer with itself would score 100
-    assert mismatched_rouge_l(["same"] * 3) == 100
+    assert all(mismatched(words, seed) == 0 for seed in range(20))  # an answer with itself would score 100
+    assert mismatched(["same"] * 3) == 100
     answers = ["a", "a", "b", "b"]
-    assert mismatched_rouge_l(answers, 1) == mismatched_rouge_l(answers, 1)
-    assert len({mismatched_rouge_l(answers, seed) for seed in range(20)}) > 1
+    assert mismatched(answers, 1) == mismatched(answers, 1)
+    assert len({mismatched(answers, seed) for seed in range(20)}) > 1
     with pytest.raises(UserError, match="answers: got 1, allowed: at least 2"):
-        mismatched_rouge_l(["SECRET"])
+        mismatched(["SECRET"])
 
 
 @pytest.mark.parametrize(
@@ -116,12 +141,12 @@ def test_stemmed_forms_are_the_reference_implementations(
 
 
 def test_each_name_is_a_score() -> None:
-    for name, expected in zip(ROUGE, (0.0, 50.0, 200 / 3), strict=True):
+    for name, expected in zip(ROUGE, (0.0, 0.0, 50.0, 200 / 3), strict=True):
         check_score(name)
         metric = RougeL(name)
         metric.update(["running"], ["runs fast"])
         assert metric.compute().item() == pytest.approx(expected)
-        assert mismatched_rouge_l(["same"] * 3, score=name) == 100
+        assert mismatched(["same"] * 3, score=name) == 100
 
 
 def test_without_a_stemmer(monkeypatch: pytest.MonkeyPatch) -> None:

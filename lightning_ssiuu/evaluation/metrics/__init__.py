@@ -5,6 +5,7 @@ from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLea
 from lightning_ssiuu.evaluation.metrics.memorization import ExactMemorization, ExtractionStrength
 from lightning_ssiuu.evaluation.metrics.rouge import RougeL
 from lightning_ssiuu.evaluation.metrics.truth_ratio import ForgetQuality, ModelUtility, TruthRatio
+from lightning_ssiuu.evaluation.metrics.verbatim import LongestCommonRun, MemorizedShare
 
 __all__ = [
     "AnswerAccuracy",
@@ -12,7 +13,9 @@ __all__ = [
     "ExactMemorization",
     "ExtractionStrength",
     "ForgetQuality",
+    "LongestCommonRun",
     "MembershipAUC",
+    "MemorizedShare",
     "ModelUtility",
     "PrivLeak",
     "RougeL",

@@ -1,4 +1,4 @@
-"""ROUGE-L of generated answers: recall in any script, and the stemmed English forms of TOFU and MUSE."""
+"""ROUGE-L of generated answers: recall and F-measure in any script, and the stemmed English forms of TOFU and MUSE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from torchmetrics.utilities.imports import _NLTK_AVAILABLE
 
-from lightning_ssiuu.datamodules.encoding import derangement
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.utils.errors import UserError
 
@@ -69,6 +68,16 @@ def rouge_l_recall(prediction: str, reference: str) -> float:
     return _rouge(prediction, reference, "rougeL_recall", use_stemmer=False, normalizer=str, tokenizer=words)
 
 
+def rouge_l_f1(prediction: str, reference: str) -> float:
+    """The F-measure beside :func:`rouge_l_recall`: it falls, too, where the prediction says more than the reference.
+
+    Example:
+        >>> rouge_l_f1("the cat sat on a mat", "the cat sat")
+        0.6666666865348816
+    """
+    return _rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=False, normalizer=str, tokenizer=words)
+
+
 def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
     """ROUGE-L recall of English texts, in [0, 1], as TOFU (arXiv 2401.06121) has it.
 
@@ -86,6 +95,7 @@ def rouge_l_f1_stemmed(prediction: str, reference: str) -> float:
 #: By name of the score.
 ROUGE: dict[str, Callable[[str, str], float]] = {
     "rouge_l": rouge_l_recall,
+    "rouge_l_f1": rouge_l_f1,
     "rouge_l_recall_stemmed": rouge_l_recall_stemmed,
     "rouge_l_f1_stemmed": rouge_l_f1_stemmed,
 }
@@ -99,29 +109,16 @@ def _rouge(prediction: str, reference: str, figure: str, **options: Any) -> floa
 
 def check_stemmer(score: str, argument: str = "scores") -> None:
     """Raise a UserError where a score stems words and nltk is missing."""
-    if score in ROUGE and score != "rouge_l" and not _NLTK_AVAILABLE:
+    if score in ROUGE and score.endswith("_stemmed") and not _NLTK_AVAILABLE:
         raise UserError(argument, score, 'rouge_l, without nltk: pip install "lightning-ssiuu[rouge]"')
-
-
-def mismatched_rouge_l(answers: Sequence[str], seed: int = 0, score: str = "rouge_l") -> float:
-    """Mean ROUGE-L of answers paired with another question's answer, in percent: what an ignorant model scores.
-
-    The threshold at which unlearning stops on TOFU (arXiv 2509.22263; there 19.71). Each answer is scored against
-    another one, never its own (:func:`~lightning_ssiuu.datamodules.encoding.derangement`).
-    """
-    if len(answers) < 2:
-        raise UserError("answers", len(answers), "at least 2")
-    pairs = zip(answers, derangement(len(answers), seed), strict=True)
-    scores = [ROUGE[score](answers[other], own) for own, other in pairs]
-    return 100 * sum(scores) / len(scores)
 
 
 class RougeL(Percentage):
     """Mean ROUGE-L of generated answers against the true ones, in percent; keeps sums only, never text.
 
     Args:
-        score: ``"rouge_l"``, :func:`rouge_l_recall`, in any script; or, for English alone, ``"rouge_l_recall_stemmed"``
-            or ``"rouge_l_f1_stemmed"``.
+        score: ``"rouge_l"``, :func:`rouge_l_recall`, or ``"rouge_l_f1"``, in any script; for English alone
+            ``"rouge_l_recall_stemmed"`` or ``"rouge_l_f1_stemmed"``.
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Raises:
