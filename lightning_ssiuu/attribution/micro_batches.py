@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.datamodules.encoding import answered, batch_of
+from lightning_ssiuu.datamodules.pairs import answered, batch_of
 from lightning_ssiuu.models.architectures import NeuronSite
 from lightning_ssiuu.utils.distributed import gathered, world_size
 from lightning_ssiuu.utils.errors import UserError

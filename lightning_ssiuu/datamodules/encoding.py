@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.chunks import Chunk
+from lightning_ssiuu.datamodules.pairs import PREFIX, batch_of
 from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
 from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.datamodules.templates import DATE, PLAIN, Chat, History, Turn, check_chat_options, text_turn
@@ -24,9 +25,6 @@ from lightning_ssiuu.datamodules.tokenization import Joined, JointTokenizer, Pie
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.utils.errors import Given, UserError
 
-IGNORE = -100
-#: Key of a part of passages: how many tokens stand before the continuation that is scored, ``[B]``.
-PREFIX = "prefix"
 DEFAULT_MAX_LENGTH = 256
 #: The multiple-choice prompt in FaithUn's manner (arXiv 2502.19207), in our own words: instruction, question, options.
 INSTRUCTION = "Answer the question with one of the options.\nQuestion: {question}\nOptions:\n{options}\nAnswer:"
@@ -371,52 +369,6 @@ class Collator:
 
     def _pad(self, sequences: list[TokenSequence]) -> dict[str, Tensor]:
         return batch_of([sequence.pair for sequence in sequences], self.pad_token_id)
-
-
-def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]`` from token ids of prompts and answers, padded right.
-
-    Labels are on the answers alone. The inverse of :func:`answered`.
-    """
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in pairs:
-        length, rest = len(prompt) + len(answer), longest - len(prompt) - len(answer)
-        rows["input_ids"].append([*prompt, *answer, *[pad] * rest])
-        rows["attention_mask"].append([1] * length + [0] * rest)
-        rows["labels"].append([IGNORE] * len(prompt) + [*answer] + [IGNORE] * rest)
-    return {name: torch.tensor(values, dtype=torch.long) for name, values in rows.items()}
-
-
-def answered(part: Part) -> list[tuple[list[int], list[int]]]:
-    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled.
-
-    The inverse of :func:`batch_of`. What asks the prompt for another answer wants :func:`asked`.
-    """
-    pairs = []
-    columns = (part[name].tolist() for name in ("input_ids", "attention_mask", "labels"))
-    for ids, mask, labels in zip(*columns, strict=True):
-        n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), sum(mask))
-        pairs.append((ids[:n_prompt], [label for label in labels if label != IGNORE]))
-    return pairs
-
-
-def asked(part: Part) -> list[tuple[list[int], list[int]]]:
-    """As :func:`answered`; of passages that are trained on, prefix and continuation, though both are labelled."""
-    pairs = answered(part)
-    if PREFIX not in part:
-        return pairs
-    before = part[PREFIX].tolist()
-    whole = [[*prompt, *answer] if answer else [] for prompt, answer in pairs]
-    cut = ((ids[:n], ids[n:]) for ids, n in zip(whole, before, strict=True))
-    return [divided if divided[1] else pair for divided, pair in zip(cut, pairs, strict=True)]
-
-
-def derangement(n: int, seed: int) -> list[int]:
-    """For each of ``n`` examples another one, no example twice: the next one in a random round, so without retries."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    following = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [following[i] for i in range(n)]
 
 
 def _squashed(text: str) -> str:

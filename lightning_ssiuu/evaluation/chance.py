@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import answered, batch_of, derangement
+from lightning_ssiuu.datamodules.pairs import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate

@@ -10,7 +10,7 @@ from weakref import ReferenceType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import PREFIX
+from lightning_ssiuu.datamodules.pairs import PREFIX
 from lightning_ssiuu.datamodules.tokenization import is_end
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_ssiuu.datamodules.encoding import asked
+from lightning_ssiuu.datamodules.pairs import asked
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.dpo import dpo

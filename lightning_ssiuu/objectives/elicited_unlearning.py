@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ssiuu.datamodules.encoding import asked, batch_of, derangement
+from lightning_ssiuu.datamodules.pairs import asked, batch_of, derangement
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
-from lightning_ssiuu.datamodules.encoding import asked, batch_of
+from lightning_ssiuu.datamodules.pairs import asked, batch_of
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, sequence_sums
 from lightning_ssiuu.models.architectures import feed_forward_sites

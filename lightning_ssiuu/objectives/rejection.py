@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import asked, batch_of
+from lightning_ssiuu.datamodules.pairs import asked, batch_of
 from lightning_ssiuu.datamodules.tokenization import JointTokenizer, Piece, is_end
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule

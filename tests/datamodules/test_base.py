@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from toys.data import CHAT, Toy, byte_tokenizer, examples
 
 from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
-from lightning_ssiuu.datamodules.encoding import Encoder, answered, batch_of, derangement
+from lightning_ssiuu.datamodules.encoding import Encoder
+from lightning_ssiuu.datamodules.pairs import answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import PairSampler
 from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.utils.errors import UserError

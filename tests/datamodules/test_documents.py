@@ -15,8 +15,8 @@ from toys.data import Toy, byte_tokenizer
 
 from lightning_ssiuu.datamodules import Documents, QAExample, RelearnDataModule, Splits
 from lightning_ssiuu.datamodules.chunks import Chunk, Span, divided, exchanged, sharing, spans_of
-from lightning_ssiuu.datamodules.encoding import PREFIX, answered, asked
 from lightning_ssiuu.datamodules.invented import control_of
+from lightning_ssiuu.datamodules.pairs import PREFIX, answered, asked
 from lightning_ssiuu.utils.errors import UserError
 
 BOS, EOS = byte_tokenizer().convert_tokens_to_ids(["<bos>", "<eos>"])

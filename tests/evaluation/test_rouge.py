@@ -7,7 +7,7 @@ import random
 import pytest
 from torchmetrics.functional.text import rouge_score
 
-from lightning_ssiuu.datamodules.encoding import batch_of
+from lightning_ssiuu.datamodules.pairs import batch_of
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.metrics import RougeL, rouge
 from lightning_ssiuu.evaluation.metrics.rouge import (

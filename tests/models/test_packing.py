@@ -13,7 +13,7 @@ from toys.models import TOYS, part, random_model
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lightning_ssiuu.datamodules.encoding import batch_of
+from lightning_ssiuu.datamodules.pairs import batch_of
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.packing import NAME, Packing, apart, at, longest_packed, padded, register, takes_rows
 

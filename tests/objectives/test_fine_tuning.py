@@ -12,7 +12,7 @@ from toys.data import byte_tokenizer
 from toys.models import random_model
 
 from lightning_ssiuu import FineTuning
-from lightning_ssiuu.datamodules.encoding import batch_of
+from lightning_ssiuu.datamodules.pairs import batch_of
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.models.packing import padded

@@ -14,7 +14,7 @@ from toys.losses import UNEQUAL, check_by_hand, log_probability, mean, predictio
 from toys.models import bare_trainer, part, random_model
 
 from lightning_ssiuu.datamodules import QAExample, Splits
-from lightning_ssiuu.datamodules.encoding import answered
+from lightning_ssiuu.datamodules.pairs import answered
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.objectives.altpo import AltPO
 from lightning_ssiuu.objectives.flat import FLAT, activation, conjugate

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_ssiuu.datamodules.embedded.facts_data import dump_world, make_world, tokenizer_corpus
-from lightning_ssiuu.datamodules.encoding import Encoder, batch_of
+from lightning_ssiuu.datamodules.encoding import Encoder
+from lightning_ssiuu.datamodules.pairs import batch_of
 from lightning_ssiuu.utils.errors import UserError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"

@@ -1,0 +1,60 @@
+"""Token ids of prompts and answers, and the padded tensors that they make: there and back, and re-paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ssiuu.models.answers import Part
+
+IGNORE = -100
+#: Key of a part of passages: how many tokens stand before the continuation that is scored, ``[B]``.
+PREFIX = "prefix"
+
+
+def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]`` from token ids of prompts and answers, padded right.
+
+    Labels are on the answers alone. The inverse of :func:`answered`.
+    """
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, answer in pairs:
+        length, rest = len(prompt) + len(answer), longest - len(prompt) - len(answer)
+        rows["input_ids"].append([*prompt, *answer, *[pad] * rest])
+        rows["attention_mask"].append([1] * length + [0] * rest)
+        rows["labels"].append([IGNORE] * len(prompt) + [*answer] + [IGNORE] * rest)
+    return {name: torch.tensor(values, dtype=torch.long) for name, values in rows.items()}
+
+
+def answered(part: Part) -> list[tuple[list[int], list[int]]]:
+    """Token ids of the prompt and of the answer of every row of a part; no answer where nothing is labelled.
+
+    The inverse of :func:`batch_of`. What asks the prompt for another answer wants :func:`asked`.
+    """
+    pairs = []
+    columns = (part[name].tolist() for name in ("input_ids", "attention_mask", "labels"))
+    for ids, mask, labels in zip(*columns, strict=True):
+        n_prompt = next((k for k, label in enumerate(labels) if label != IGNORE), sum(mask))
+        pairs.append((ids[:n_prompt], [label for label in labels if label != IGNORE]))
+    return pairs
+
+
+def asked(part: Part) -> list[tuple[list[int], list[int]]]:
+    """As :func:`answered`; of passages that are trained on, prefix and continuation, though both are labelled."""
+    pairs = answered(part)
+    if PREFIX not in part:
+        return pairs
+    before = part[PREFIX].tolist()
+    whole = [[*prompt, *answer] if answer else [] for prompt, answer in pairs]
+    cut = ((ids[:n], ids[n:]) for ids, n in zip(whole, before, strict=True))
+    return [divided if divided[1] else pair for divided, pair in zip(cut, pairs, strict=True)]
+
+
+def derangement(n: int, seed: int) -> list[int]:
+    """For each of ``n`` examples another one, no example twice: the next one in a random round, so without retries."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[i] for i in range(n)]
