@@ -169,8 +169,9 @@ def turns_of(cell: Any, number: int, name: str, argument: str) -> Turns:
         UserError: Anything else; names record and column, never text.
     """
     said = from_json(cell)
-    if isinstance(said, Mapping):  # a column of lists of structs, as some data sets of the hub keep it
-        said = [dict(zip(said, turn, strict=True)) for turn in zip(*said.values(), strict=True)]
+    if isinstance(said, Mapping) and all(isinstance(texts, list) for texts in said.values()):
+        # as some data sets of the hub keep lists of structs
+        said = [dict(zip(said, turn, strict=True)) for turn in zip(*said.values(), strict=False)]
     if not (isinstance(said, Sequence) and said and all(isinstance(turn, Mapping) for turn in said)):
         given = Given(f"record {number} of {name!r}")
         raise UserError(argument, given, "a list of messages with role and content, or one written as JSON")

@@ -21,7 +21,7 @@ from lightning_ssiuu.utils.errors import Given, UserError, check_choice
 class CustomData(UnlearningDataModule):
     r"""Forget, retain and test set from data of one's own: a file for each, or one table and what of it to forget.
 
-    Sources are JSON, JSON Lines, CSV, TSV, Parquet and Arrow files, and data sets of the hub
+    Sources are JSON, JSON Lines, CSV, TSV and Parquet files, and data sets of the hub
     (:func:`~.readers.read_records`). Columns have their usual names or are given (:class:`~.columns.Columns`). Where
     there is a column of ids, messages and reports call the examples by them.
 

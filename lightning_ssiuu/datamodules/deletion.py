@@ -123,6 +123,8 @@ class Deletion:
         Raises:
             UserError: Ids that no row has; no row is chosen, or every row is.
         """
+        if self.n_rows == 0:
+            raise UserError("data", Given("0 rows"), "a table with some rows to forget and some to retain")
         if self._missing:
             raise UserError("forget_ids", Given(self.names.few(list(self._missing))), "ids that rows of the table have")
         argument = "forget_ids" if self.where is None else "forget_where"

@@ -19,13 +19,13 @@ from lightning_ssiuu.utils.registry import nearest
 Record = dict[str, Any]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_BY_DATASETS = {".parquet": "parquet", ".arrow": "arrow"}  # the library's names for them
-SUFFIXES = (".json", ".jsonl", *_DELIMITERS, *_BY_DATASETS)
+SUFFIXES = (".json", ".jsonl", *_DELIMITERS, ".parquet")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+(@[\w./-]+)?)(:(?P<config>[\w.-]*))?(:(?P<split>[^:/]+))?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")  # what a column is called, and answers seldom are
 _MOST_NAMES = 40
+_ROWS = 1024  # of a Parquet file that are in memory at a time
 _LONGEST_CELL = 2**31 - 1  # characters
-_FILE = "an existing .json, .jsonl, .csv, .tsv, .parquet or .arrow file"
+_FILE = "an existing .json, .jsonl, .csv, .tsv or .parquet file"
 _ALLOWED = f"{_FILE}, or a data set of the hub (owner/name@revision:config:split)"
 FOLDER_OR_HUB = "an existing directory, or a data set of the hub (owner/name)"
 
@@ -35,7 +35,7 @@ def read_records(source: str, argument: str) -> Iterator[Record]:
 
     The source is a ``.json`` or ``.jsonl`` file (JSON, a list or an object whose ``"data"`` is one, or JSON Lines: its
     content tells), a ``.csv`` or ``.tsv`` file with a header (without a comma in it, semicolons or tabs may be between
-    cells), a ``.parquet`` or ``.arrow`` file, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
+    cells), a ``.parquet`` file, or a data set of the hub as ``owner/name``, ``owner/name:config`` or
     ``owner/name:config:split`` (split ``train`` unless given), each with ``@revision`` after the name where that is not
     to be the newest. Only JSON that is a single value is read at once, and of files no copy is left in a cache.
     """
@@ -117,13 +117,16 @@ def _read_file(path: Path, source: str, argument: str) -> Iterator[Record]:
 def _records(path: Path, suffix: str) -> Iterator[Any]:
     if suffix in _DELIMITERS:
         return _csv_rows(path, _DELIMITERS[suffix])
-    if suffix not in _BY_DATASETS:
-        return _json_values(path, suffix)
-    import datasets  # slow to import and not needed for most files
+    return _parquet_rows(path) if suffix == ".parquet" else _json_values(path, suffix)
 
-    # Streamed: the library copies what it reads at once into its cache, where a forget set would stay.
-    rows = datasets.load_dataset(_BY_DATASETS[suffix], data_files=str(path), split="train", streaming=True)
-    return map(dict, rows)
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    # Not by the library datasets, which copies what it reads into its cache, where a forget set would stay.
+    import pyarrow.parquet  # not needed for most files
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS):
+            yield from batch.to_pylist()
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Any]:

@@ -42,16 +42,9 @@ def write(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> str:
     elif path.suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
-        import pyarrow
+        import pyarrow.parquet
 
-        table = pyarrow.Table.from_pylist(rows)
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(table, path)
-        else:
-            with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
-                stream.write_table(table)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return str(path)
 
 
@@ -62,9 +55,8 @@ def ids_of(data: CustomData, split: str = "forget") -> list[str]:
 FORMATS = {"t.csv": ",", "semicolons.csv": ";", "tabs.csv": "\t", "t.tsv": "\t", "t.json": "", "t.jsonl": ""}
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "t.parquet", "t.arrow"])
-def test_a_table_and_ids_are_what_two_files_are(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+@pytest.mark.parametrize("name", [*FORMATS, "t.parquet"])
+def test_a_table_and_ids_are_what_two_files_are(tmp_path: Path, name: str) -> None:
     table = write(tmp_path / name, records(), FORMATS.get(name, ""))
     sets = {"forget": records()[::2], "retain": records()[1::2]}
     files = [write(tmp_path / f"{part}.jsonl", rows) for part, rows in sets.items()]
@@ -75,7 +67,6 @@ def test_a_table_and_ids_are_what_two_files_are(tmp_path: Path, name: str, monke
         assert (ids_of(data), ids_of(data, "retain")) == (["A0"] * 3, ["B1", "B3", "B5"])
         assert data.splits == expected.splits
         assert data.content_sha256() == expected.content_sha256()
-    assert not list((tmp_path / "hub").rglob("*.arrow"))  # no copy of the table
 
 
 def test_a_column_of_numbers_is_of_ids_too(tmp_path: Path) -> None:
@@ -230,6 +221,12 @@ def test_columns_are_given() -> None:
         ({"id": 1, "prompt": "SECRET"}, "answer_column", "got 'answer', allowed: id, prompt; found .* completion,"),
         ({"prompt": "SECRET", "answer": None}, "answer_column", "NoneType in record 0 of 'answer'"),
         ({"messages": "SECRET"}, "messages_column", "record 0 of 'messages', allowed: a list of messages"),
+        (
+            {"messages": {"role": 7, "content": ["SECRET"]}},
+            "messages_column",
+            "record 0 of 'messages', allowed: a list",
+        ),
+        ({"prompt": {"SECRET": 1}, "answer": "SECRET"}, "question_column", "record 0 of 'prompt', allowed: a list"),
         ({"messages": []}, "messages_column", "record 0 of 'messages', allowed: a list of messages"),
         ({"messages": [{"role": "SECRET", "content": "SECRET"}]}, "messages_column", "another role in record 0"),
         ({"messages": [{"role": "user", "content": None}]}, "messages_column", "NoneType in record 0 of 'messages'"),
