@@ -20,6 +20,7 @@ import argparse
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import lightning as L
 import torch
 from penalty_arms import ARMS, COMPARED, OPTIMIZERS, Arm, orthogonal
 from penalty_tables import place_of, report
+from robustness.matching import met
 from timing import markdown
 from torch import Tensor
 
@@ -38,7 +40,6 @@ from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.regularizers import AttributionRegularizer, Regularizer
 from lightning_ssiuu.training.devices import Devices, quiet_lightning
-from lightning_ssiuu.training.perturbation import place
 from lightning_ssiuu.training.shards import snapshot
 from lightning_ssiuu.utils.files import write_json
 
@@ -65,14 +66,8 @@ class Matched(L.Callback):
         if probability > self.level:
             return
         self.passed, parameters = probability, list(pl_module.model.parameters())
-        after, low, high = snapshot(parameters), 0.0, 1.0
-        for _ in range(20):
-            if abs(probability - self.level) <= self.tolerance:
-                break
-            middle = (low + high) / 2
-            place(parameters, torch._foreach_lerp(self.before, after, middle))
-            probability = self._probability(trainer, pl_module)
-            low, high = (middle, high) if probability > self.level else (low, middle)
+        score = partial(self._probability, trainer, pl_module)
+        met(parameters, self.before, snapshot(parameters), score, self.level, self.tolerance)
         trainer.should_stop = True
 
     @staticmethod

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from scipy.optimize import brentq
+from torch import Tensor
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping
 from lightning_ssiuu.evaluation.loaders import run_directory, split_loader
@@ -33,7 +35,7 @@ class MatchForgetScore(L.Callback):
 
     def __init__(self, tolerance: float = 0.1) -> None:
         self.tolerance = tolerance
-        self._before: dict[str, torch.Tensor] = {}
+        self._before: dict[str, Tensor] = {}
         self._step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -49,26 +51,14 @@ class MatchForgetScore(L.Callback):
         stopping = _stopping(trainer)
         if not stopping.stopped:
             return
-        after, loader, looks = _trained(pl_module), split_loader(trainer, "forget"), dict[float, float]()
+        after, loader = _trained(pl_module), split_loader(trainer, "forget")
+        trained = {name: p for name, p in pl_module.named_parameters() if name in after}
+        sides = [[weights[name] for name in trained] for weights in (self._before, after)]
 
-        def put(alpha: float) -> None:
-            for name, parameter in pl_module.named_parameters():
-                if name in after:
-                    parameter.data.copy_(torch.lerp(self._before[name], after[name], alpha))
+        def score() -> float:
+            return evaluate(pl_module.model, pl_module.tokenizer, [loader], [stopping.score])["forget"][stopping.score]
 
-        def above(alpha: float) -> float:
-            if alpha not in looks:
-                put(alpha)
-                scores = evaluate(pl_module.model, pl_module.tokenizer, [loader], [stopping.score])
-                looks[alpha] = scores["forget"][stopping.score]
-            difference = looks[alpha] - stopping.level
-            return 0.0 if abs(difference) <= self.tolerance else difference
-
-        alpha = 1.0
-        if above(1.0) < 0.0 < above(0.0):
-            brentq(above, 0.0, 1.0, xtol=1e-4)
-            alpha = min(looks, key=lambda each: abs(looks[each] - stopping.level))
-        put(alpha)
+        alpha, looks = met(list(trained.values()), *sides, score, stopping.level, self.tolerance)
         stopping.value = looks[alpha]
         content = {"alpha": alpha, "score": looks[alpha], "level": stopping.level, "looks": len(looks)}
         if trainer.is_global_zero:
@@ -76,10 +66,43 @@ class MatchForgetScore(L.Callback):
             write_json(Path(run_directory(trainer)) / "matched.json", content | more)
 
 
+@torch.no_grad()
+def met(
+    parameters: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    score: Callable[[], float],
+    level: float,
+    tolerance: float,
+) -> tuple[float, dict[float, float]]:
+    """Puts the parameters on the line from ``before`` to ``after`` to where the score is met; where, and all looks.
+
+    Where the score is not on either side of the level, they are put to ``after``.
+    """
+    looks: dict[float, float] = {}
+
+    def put(alpha: float) -> None:
+        torch._foreach_copy_(parameters, torch._foreach_lerp(before, after, alpha))
+
+    def above(alpha: float) -> float:
+        if alpha not in looks:
+            put(alpha)
+            looks[alpha] = score()
+        difference = looks[alpha] - level
+        return 0.0 if abs(difference) <= tolerance else difference
+
+    alpha = 1.0
+    if above(1.0) < 0.0 < above(0.0):
+        brentq(above, 0.0, 1.0, xtol=1e-4)
+        alpha = min(looks, key=lambda each: abs(looks[each] - level))
+    put(alpha)
+    return alpha, looks
+
+
 def _stopping(trainer: Any) -> ForgetThresholdStopping:
     return next(callback for callback in trainer.callbacks if isinstance(callback, ForgetThresholdStopping))
 
 
 @torch.no_grad()
-def _trained(pl_module: Any) -> dict[str, torch.Tensor]:
+def _trained(pl_module: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
 RETAIN_WEIGHT = "model.init_args.retain_weight"
 TABLE = Path(__file__).parent / "objectives.yaml"
-_KEYS = {"recipes", "then", "options", "strength", "match"}
+_KEYS = {"like", "recipes", "then", "options", "strength", "match"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Objective:
     name: str
     recipes: tuple[str, ...]
     then: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     strength: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     matched: bool = True
 
@@ -87,6 +87,10 @@ def objectives(names: Sequence[str], model: str) -> list[Objective]:
             raise SystemExit(
                 f"{TABLE.name}: {name}: {unknown[0]!r} is neither one of {sorted(_KEYS)} nor a model's recipe"
             )
+        if "like" in entry:
+            (other,) = objectives([entry["like"]], model)
+            found.append(replace(other, name=name, options=other.options | options))
+            continue
         found.append(Objective(name, recipes, then, options, strength, entry.get("match", True)))
     return found
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from benchmarks.timing import markdown as table
+
 from .collect import retained
 from .comparison import BASELINE, Estimate, Record, attacked, by_label, cells, gap, over, paired
 
@@ -122,12 +124,6 @@ def _choices(choices: Mapping[str, Any]) -> str:
         else:
             lines.append(f"- {name}: {choice['name']}, as declared: nothing was tuned")
     return "## Settings, chosen on the tune data\n\n" + "\n".join(lines) if lines else ""
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _text(estimate: Estimate | None) -> str:
