@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -291,12 +292,9 @@ def _check_all_used(model: nn.Module, unexpected: Iterable[str], given: str) -> 
 
 
 def _converted_gguf(path: Path) -> Path:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    status = path.stat()
     root = cache_directory()
-    target = root / f"{path.stem}-{digest.hexdigest()[:16]}"
+    target = root / f"{path.stem}-{_digest(path, status.st_size, status.st_mtime_ns)[:16]}"
     if (target / "config.json").is_file():
         return target
     needed = "" if importlib.util.find_spec("gguf") else "; needs the extra [gguf]"
@@ -330,6 +328,13 @@ def _converted_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    # Of a file of that size, last changed then: asked for whenever its checkpoint is named.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:

@@ -157,49 +157,44 @@ class LoRA:
         if experts and self.dropout:
             allowed = f"0 with adapters on experts, which are added to the weights, or target_modules without {experts}"
             raise UserError("lora.dropout", self.dropout, allowed)
-        options = self.options or {}
-        given: Any = Given(f"what peft refuses: {', '.join(options)}" if options else "what peft refuses")
-        if unknown := [name for name in options if name not in peft.LoraConfig.__dataclass_fields__]:
-            allowed = (
-                f"an argument of peft.LoraConfig{_question(nearest(unknown[0], peft.LoraConfig.__dataclass_fields__))}"
-            )
-            raise UserError(f"lora.options.{unknown[0]}", options[unknown[0]], allowed)
-        with reading("lora.options", given, "values that peft.LoraConfig takes together"):
-            config = peft.LoraConfig(
+        config = self._config(modules, experts, any(isinstance(module, Conv1D) for module in model.modules()))
+        there = sorted({_end(name) for name in modules} - _TAKEN) + experts
+        argument, value = "lora.target_modules", self.target_modules
+        allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
+        if self.options:
+            argument, value, allowed = "lora.options", self._given(), f"options that fit a {model.config.model_type}"
+        with reading(argument, value, allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # on names that were taken for others
+            peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
+        adapted = {_adapted_target(name, layer) for name, layer in adapted_layers(model)}
+        leaves_out = bool((self.options or {}).keys() & _CHOOSING)
+        more = _beyond_adapters(model)
+        if more or not (adapted and adapted <= chosen if leaves_out else adapted == chosen):
+            self.detach(model)
+            raise UserError(argument, value, f"options that train the adapters alone ({more})" if more else allowed)
+
+    def _config(self, modules: list[str], experts: list[str], transposed: bool) -> Any:
+        import peft
+
+        known = peft.LoraConfig.__dataclass_fields__
+        for name, value in (self.options or {}).items():
+            if name not in known:
+                meant = f" ({text})" if (text := nearest(name, known)) else ""
+                raise UserError(f"lora.options.{name}", value, f"an argument of peft.LoraConfig{meant}")
+        with reading("lora.options", self._given(), "values that peft.LoraConfig takes together"):
+            return peft.LoraConfig(
                 r=self.r,
                 lora_alpha=self.alpha,  # type: ignore[arg-type]  # any float will do
                 lora_dropout=self.dropout,
                 target_modules=modules,
                 target_parameters=experts or None,
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+                fan_in_fan_out=transposed,
                 task_type="CAUSAL_LM",
-                **options,
+                **(self.options or {}),
             )
-        there = sorted({_end(name) for name in modules} - _TAKEN) + experts
-        allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
-        argument, value = ("lora.options", given) if options else ("lora.target_modules", self.target_modules)
-        with reading(argument, value, allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # on names that were taken for others
-            peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
-        adapted = {_adapted_target(name, layer) for name, layer in adapted_layers(model)}
-        if not adapted or not (adapted < chosen if options.keys() & _CHOOSING else adapted == chosen):
-            self.detach(model)
-            raise UserError(argument, value, allowed)
-        own = {id(parameter) for parameter in adapter_parameters(model).values()}
-        others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-        kinds = {
-            type(one).__name__
-            for _, layer in adapted_layers(model)
-            for one in getattr(layer, "lora_variant", {}).values()
-        }
-        if others or kinds - _VARIANTS:
-            self.detach(model)
-            more = (
-                f"other weights would train, first {others[0]}"
-                if others
-                else f"{', '.join(sorted(kinds))} is not known here"
-            )
-            raise UserError("lora.options", list(options), f"options of the adapters' own weights ({more})")
+
+    def _given(self) -> Given:
+        return Given(", ".join(f"{name}={value!r}" for name, value in (self.options or {}).items()) or "none")
 
     def _targets(self, model: PreTrainedModel) -> tuple[set[str], list[str], list[str]]:
         head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
@@ -241,8 +236,14 @@ def _expert_weights(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3] if marked else []
 
 
-def _question(text: str) -> str:
-    return f" ({text})" if text else ""
+def _beyond_adapters(model: nn.Module) -> str:
+    # What would train beside adapters, or be summed otherwise than here; empty where nothing is.
+    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
+        return f"other weights would train, first {others[0]}"
+    layers = [layer for _, layer in adapted_layers(model)]
+    kinds = {type(kind).__name__ for layer in layers for kind in getattr(layer, "lora_variant", {}).values()}
+    return f"{' and '.join(sorted(kinds - _VARIANTS))} is not known here" if kinds - _VARIANTS else ""
 
 
 def _initialise(layer: Any, dtype: torch.dtype) -> None:
@@ -253,10 +254,14 @@ def _initialise(layer: Any, dtype: torch.dtype) -> None:
         if name == "lora_A":
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))  # as nn.Linear's weight, and peft's A
         getattr(layer, name)[ADAPTER].weight = nn.Parameter(matrix.to(device, dtype))
-    if (lengths := _lengths(layer)) is not None:  # of the rows as they are
+    if (lengths := _lengths(layer)) is None:
+        return
+    values = torch.empty(layer.out_features, device="meta")
+    if device.type != "meta":  # of the rows as they are
         parts = {"lora_A": layer.lora_A[ADAPTER].weight, "lora_B": layer.lora_B[ADAPTER].weight}
         lengths.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[ADAPTER], **parts)
-        lengths.weight = nn.Parameter(lengths.weight.detach().to(device, dtype))
+        values = lengths.weight.detach()
+    lengths.weight = nn.Parameter(values.to(device, dtype))
 
 
 def _lengths(layer: Any) -> Any:

@@ -318,6 +318,19 @@ def test_options_of_peft_are_merged_as_they_compute(name: str, options: dict[str
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_dora_beside_quantised_weights(quantization: str, tmp_path: Path) -> None:
+    model = adapted(load_model("tiny", quantization=quantization), noise=0.02, options={"use_dora": True}).train()
+    assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        expected = model(IDS).logits
+    save_pretrained(model, load_tokenizer("tiny"), tmp_path / "model")
+    assert torch.allclose(logits(load_model(tmp_path / "model")), expected, atol=1e-4)
+    LoRA(r=2, options={"use_dora": True}).attach(
+        blueprint("tiny", torch.float32, quantization)
+    )  # for the memory it takes
+
+
 def test_the_scale_of_rslora() -> None:
     model = LoRA(r=4, alpha=8.0, options={"use_rslora": True}).attach(random_model())
     assert model.model.layers[0].self_attn.q_proj.scaling == {"default": 4.0}
@@ -341,8 +354,9 @@ def test_some_layers_and_ranks() -> None:
         ({"bias": "all"}, "lora.options", "other weights would train"),
         ({"modules_to_save": ["lm_head"]}, "lora.options", "other weights would train"),
         ({"lora_bias": True}, "lora.options", "other weights would train"),
-        ({"layers_to_transform": [77]}, "lora.options", "peft refuses"),
-        ({"bias": "some"}, "lora.options", "peft refuses"),
+        ({"layers_to_transform": [77]}, "lora.options", "options that fit a qwen2"),
+        ({"bias": "some"}, "lora.options", "got bias='some'"),
+        ({"use_dora": True, "use_kasa": 3}, "lora.options.use_kasa", "an argument of peft.LoraConfig"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], argument: str, said: str) -> None:

@@ -293,9 +293,10 @@ def test_differing_attacks_and_missing_seeds_are_told(tmp_path: Path) -> None:
 def test_options_that_only_one_version_has_do_not_differ(tmp_path: Path) -> None:
     row = {"attack": "quantization", "kind": "quantization", "p": None, "variant": "8bit", "score": "probability"}
     row |= {"unlearned": {"before": spread(9.0), "forget_score": spread(10.0, 0.0, 1)}}
-    earlier = {"lora": None, "seeds": [0, 1, 2], "quantization": ["8bit", "4bit"]}
+    earlier = {"lora": {"r": 8}, "seeds": [0, 1, 2], "quantization": ["8bit", "4bit"]}
+    now = {"lora": {"r": 8, "options": None}, "widths": ["8bit", "4bit"]}
     runs = []
-    for name, own in (("earlier", earlier), ("now", {"widths": ["8bit", "4bit"]}), ("one", {"widths": ["8bit"]})):
+    for name, own in (("earlier", earlier), ("now", now), ("one", {"widths": ["8bit"]})):
         runs.append(write_run(tmp_path / name, objective=name, attacks=[row]))
         edit(runs[-1] / "attack.json", settings={"quantization": {"score": "probability", **own}})
     assert compare(runs[:2]).notes == []

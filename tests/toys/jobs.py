@@ -23,10 +23,11 @@ from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttribution
 from lightning_ssiuu.callbacks.elicited import ElicitedStop
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.loaders import evaluation_loaders
+from lightning_ssiuu.models import source
 from lightning_ssiuu.models.export import _whole
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives import base, objectives
+from lightning_ssiuu.objectives import objectives
 from lightning_ssiuu.utils.errors import UserError
 
 OPTIMIZERS: dict[str, Any] = {
@@ -179,8 +180,8 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
         default_root_dir=folder / "run",
         **job.trainer,
     )
-    model = patch.object(base, "load_model", _unreadable if job.broken else _load_model)
-    with model, patch.object(base, "load_tokenizer", _tokenizer):
+    model = patch.object(source, "load_model", _unreadable if job.broken else _load_model)
+    with model, patch.object(source, "load_tokenizer", _tokenizer):
         data = Toy(tokenizer=_tokenizer(checkpoint), **{"batch_size": 4, "eval_batch_size": 1, **job.data})
         resume = None if job.resume is None else str(folder / f"{job.resume}-step=2.ckpt")
         try:

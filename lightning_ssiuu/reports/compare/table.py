@@ -228,7 +228,7 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for attack, settings in (run.attack.get("settings") or {}).items():
-            own = {key: value for key, value in settings.items() if key not in ("provenance", "collapsed")}
+            own = {key: _set(value) for key, value in settings.items() if key not in ("provenance", "collapsed")}
             if attack == "quantization" and "quantization" in own:
                 own["widths"] = own.pop("quantization")  # as earlier versions called it
             # The digests of earlier versions are of the text.
@@ -241,6 +241,11 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
         if unlike := [key for key in keys if any(value != values[key][0] for value in values[key])]:
             notes.append(f"{attack}: the runs were attacked with different {', '.join(unlike)}")
     return notes
+
+
+def _set(value: Any) -> Any:
+    # Without options that are not set: an earlier version may not have had them.
+    return {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else value
 
 
 def front_of(row: Row, attacks: Sequence[str]) -> tuple[float, float] | None:
