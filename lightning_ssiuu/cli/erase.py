@@ -78,8 +78,9 @@ def erase(
     Args:
         output: Directory for everything.
         model: The model before unlearning: a directory, a hub id, or ``tiny``.
-        forget: File of what is to be forgotten. Without it and ``data``: the embedded facts, or what ``fit`` has.
-        retain: File of what must stay.
+        forget: File of what is to be forgotten, or text: a ``.txt`` file, or a folder. Without it and ``data``: the
+            embedded facts, or what ``fit`` has.
+        retain: The same of what must stay.
         test: File of bystanders, scored and never trained on.
         data: One table instead of ``forget`` and ``retain``; what is not forgotten is retained.
         forget_ids: File with the ids of the table's rows to forget, one a line.

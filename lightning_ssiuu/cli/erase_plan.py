@@ -13,7 +13,7 @@ import yaml
 from lightning_ssiuu.attacks.records import read_attacks
 from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
-from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules import Documents, UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -34,6 +34,8 @@ _EVERY = 10  # steps from one checkpoint to the next
 _SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
 _FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8, "until_saturated": True}
 _ATTACKED_AT = (1.0, 2.0)  # of the rate of the search's attack; larger ones where it is not saturated
+_SOMETHING = 1.0  # points above chance below which nothing is known
+_TEXTS = (".txt", ".md")
 _FEW = 20  # below so many items a tenth is hardly anything
 
 
@@ -94,7 +96,7 @@ class Plan:
         if (given := self._data_section()) is not None:
             sizes = merged.get("data", {}).get("init_args", {})
             kept = {name: sizes[name] for name in ("batch_size", "retain_batch_size") if name in sizes}
-            merged["data"] = {"class_path": "CustomData", "init_args": kept | given}
+            merged["data"] = {"class_path": _data_class(given), "init_args": kept | given}
         merged.setdefault("model", {}).setdefault("init_args", {})["checkpoint"] = self.model
         merged["seed_everything"] = self.seed
         stopping: dict[str, Any] = {"score": SCORE}
@@ -207,12 +209,16 @@ class Plan:
         devices = Devices(self.accelerator, 1, precision="bf16-true" if self.precision == "bf16-true" else "32-true")  # type: ignore[arg-type]
         with devices.launched():
             model = devices.load(self.model)
-            names = [self.template] if self.template else [None, *other_templates(data)]
+            others = [] if isinstance(data, Documents) else other_templates(data)
+            names = [self.template] if self.template else [None, *others]
             found = [known_under(name, SCORE, model, data.tokenizer, data) for name in names]
         known = max(filter(None, found), key=lambda one: one.above, default=None)
         if known is None:
             allowed = "questions with at least two different answers, that the model's context takes"
             raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
+        if known.above < _SOMETHING:
+            given = Given("one that does not know the forget set")
+            raise UserError("model", given, f"a model that knows it: there is nothing to forget ({known})")
         sizes = {"n_forget": len(data.splits.forget), "n_retain": len(data.splits.retain)}
         return {"template": known.template, "probability": known.value, "chance": known.chance} | sizes
 
@@ -239,6 +245,12 @@ def with_attack(trial: Trial, folder: Path) -> Trial:
         return trial
     rows = read_attacks(folder)["attacks"]
     return replace(trial, recovered=max(row["unlearned"]["forget_score"]["mean"] for row in rows))
+
+
+def _data_class(given: Mapping[str, Any]) -> str:
+    sources = [Path(value).expanduser() for name, value in given.items() if name in ("forget", "retain", "test")]
+    is_text = any(path.is_dir() or path.suffix.lower() in _TEXTS for path in sources)
+    return "Documents" if is_text else "CustomData"
 
 
 def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -131,6 +131,14 @@ def test_mistakes_write_nothing(given: dict[str, Any], argument: str, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_knows_nothing_is_told(tmp_path: Path) -> None:
+    for name, words in (("forget", "the ferry left at noon"), ("retain", "the mill stood by the river")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(" ".join(f"{words}, {n}." for n in range(80)), encoding="utf-8")
+    with pytest.raises(UserError, match="does not know the forget set"):
+        erase(str(tmp_path / "out"), forget=str(tmp_path / "forget"), retain=str(tmp_path / "retain"))
+
+
 def test_an_adversary_moves_with_the_learning_rate(tmp_path: Path) -> None:
     plan = erase_plan.Plan(
         *(str(tmp_path), "tiny", *[None] * 7, (), None, None, None, 3, "auto", 1, "32-true"),
