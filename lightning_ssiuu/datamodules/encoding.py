@@ -138,6 +138,11 @@ class Encoder:
     def sequence(self, question: str, answer: str, history: History = ()) -> TokenSequence:
         return self._answered(self._prompt(question, history), [answer], history)[0]
 
+    def of(self, example: QAExample, wrong: Sequence[str] = ()) -> tuple[TokenSequence, ...]:
+        """The example's sequence, then one for each of the ``wrong`` answers."""
+        prompt = self._prompt(example.question, example.history)
+        return self._answered(prompt, [example.answer, *wrong], example.history)
+
     def _around(self, history: History) -> Turn:
         # The turn that a question is in: under a text template the same, whatever was said before.
         if self._chat is None:
@@ -256,8 +261,7 @@ class Encoder:
             if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.name}")
                 raise UserError("distractors", given, "wrong answers only")
-            prompt, answers = self._prompt(example.question, example.history), [example.answer]
-            sequences = self._answered(prompt, [*answers, *(wrong if options else ())], example.history)
+            sequences = self.of(example, wrong if options else ())
             listed = self.choices(example) if choices else ()
             if (length := max(map(len, (*sequences, *listed)))) > self.max_length:
                 long.append((example.name, length))
@@ -271,19 +275,16 @@ class Encoder:
         digest = hashlib.sha256()
         for name, examples in splits.items():
             digest.update(name.encode())
-            known = (each.sequence for each in encoded[name]) if name in encoded else map(self._sequence, examples)
-            for example, sequence in zip(examples, known, strict=True):
-                ids = sequence.pair
+            known = (each.sequence for each in encoded[name]) if name in encoded else None
+            for example in examples:
+                ids = (self.of(example)[0] if known is None else next(known)).pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
                 others = [option.strip() for option in example.distractors], list(example.paraphrases)
                 digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 
     def fits(self, example: QAExample) -> bool:
-        return len(self._sequence(example)) <= self.max_length
-
-    def _sequence(self, example: QAExample) -> TokenSequence:
-        return self.sequence(example.question, example.answer, example.history)
+        return len(self.of(example)[0]) <= self.max_length
 
 
 class EncodedDataset(Dataset[tuple[str, Encoded]]):

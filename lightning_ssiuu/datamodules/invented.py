@@ -60,14 +60,17 @@ def control_of(data: UnlearningDataModule, given: str = "auto") -> Control | Non
         kind, examples = own if (own := data.invented()) is not None else invented(data.splits.forget)
         examples = kept(example for example in examples if data.encoder.fits(example))
         return Control(data.with_forget(examples), kind) if examples else None
+    facts, wanted = _read(given), len(data.splits.forget)
+    if len(facts) < wanted:
+        allowed = f"a file of at least {wanted} facts, as many as the forget set has"
+        raise UserError("control", Given(f"{len(facts)} facts"), allowed)
+    return Control(data.with_forget(facts[:wanted], "control"), "the first facts of the given file")
+
+
+def _read(given: str) -> Sequence[QAExample]:
     records = list(read_records(given, "control"))
     wrong = "distractors" if records and "distractors" in records[0] else None
-    examples = kept(read_examples(records, Columns(distractors=wrong, argument="control")))
-    wanted = len(data.splits.forget)
-    if len(examples) < wanted:
-        allowed = f"a file of at least {wanted} facts, as many as the forget set has"
-        raise UserError("control", Given(f"{len(examples)} facts"), allowed)
-    return Control(data.with_forget(examples[:wanted], "control"), "the first facts of the given file")
+    return kept(read_examples(records, Columns(distractors=wrong, argument="control")))
 
 
 def invented(forget: Sequence[QAExample]) -> tuple[str, Iterator[QAExample]]:
