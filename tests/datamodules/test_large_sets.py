@@ -157,8 +157,8 @@ def test_nothing_is_tokenised_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     before = data.content_sha256()
     data.setup("fit")
     asked: list[str] = []
-    sequence = Encoder.sequence
-    monkeypatch.setattr(Encoder, "sequence", lambda self, *text: asked.append(text[0]) or sequence(self, *text))
+    of = Encoder.of
+    monkeypatch.setattr(Encoder, "of", lambda self, one, *more: asked.append(one.question) or of(self, one, *more))
     assert data.content_sha256() == before
     assert asked == [example.question for example in data.splits.benign]
 
