@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.models.adapter_directory import without_notes
 from lightning_ssiuu.models.meta import blueprint
-from lightning_ssiuu.models.quantization import float_type, n_matrix_weights, was_conv1d
+from lightning_ssiuu.models.quantization import float_type, is_quantized, n_matrix_weights, was_conv1d
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import reading
 from lightning_ssiuu.utils.registry import nearest
@@ -40,6 +40,7 @@ _OWN = {
 }
 #: Arguments that leave out some of the projections chosen.
 _CHOOSING = {"exclude_modules", "layers_to_transform", "layers_pattern"}
+PLAIN_ROWS = "false beside quantised weights, whose rows bitsandbytes does not give peft to measure on every machine"
 #: Kinds of adapters whose sums :func:`merged_weight` knows, by peft's names.
 _VARIANTS = {"DoraLinearVariant"}
 
@@ -163,6 +164,8 @@ class LoRA:
         allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
         if self.options:
             argument, value, allowed = "lora.options", self._given(), f"options that fit a {model.config.model_type}"
+        if self.is_dora and any(map(is_quantized, model.modules())):
+            raise UserError("lora.options.use_dora", True, PLAIN_ROWS)
         with reading(argument, value, allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # on names that were taken for others
             peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)

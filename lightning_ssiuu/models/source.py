@@ -20,7 +20,7 @@ from lightning_ssiuu.models.loading import (
     plain_configuration,
     prepared_tokenizer,
 )
-from lightning_ssiuu.models.lora import LoRA
+from lightning_ssiuu.models.lora import PLAIN_ROWS, LoRA
 from lightning_ssiuu.utils.errors import Given, UserError, check_choice, naming
 
 if TYPE_CHECKING:  # with it comes torch's compiler
@@ -55,6 +55,8 @@ class ModelSource:
             if self.lora is None:
                 allowed = "null without lora: quantised weights cannot be trained"
                 raise UserError("quantization", self.quantization, allowed)
+            if self.lora.is_dora:
+                raise UserError("lora.options.use_dora", True, PLAIN_ROWS)
         if self.dtype is not None:
             check_choice("dtype", self.dtype, Width)
         if self.model is None:

@@ -318,17 +318,12 @@ def test_options_of_peft_are_merged_as_they_compute(name: str, options: dict[str
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_dora_beside_quantised_weights(quantization: str, tmp_path: Path) -> None:
-    model = adapted(load_model("tiny", quantization=quantization), noise=0.02, options={"use_dora": True}).train()
-    assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
-    with torch.no_grad():
-        expected = model(IDS).logits
-    save_pretrained(model, load_tokenizer("tiny"), tmp_path / "model")
-    assert torch.allclose(logits(load_model(tmp_path / "model")), expected, atol=1e-4)
-    LoRA(r=2, options={"use_dora": True}).attach(
-        blueprint("tiny", torch.float32, quantization)
-    )  # for the memory it takes
+def test_dora_is_not_for_quantised_weights() -> None:
+    with pytest.raises(UserError, match=r"lora\.options\.use_dora: got True, allowed: false beside quantised weights"):
+        NPO(quantization="8bit", lora=LoRA(r=2, options={"use_dora": True}))
+    model = load_model("tiny", quantization="8bit")
+    with pytest.raises(UserError, match=r"lora\.options\.use_dora"):
+        LoRA(r=2, options={"use_dora": True}).attach(model)
 
 
 def test_the_scale_of_rslora() -> None:
