@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_ssiuu.cli.parsing import positional, run_function
 from lightning_ssiuu.cli.report import print_table
+from lightning_ssiuu.datamodules.deletion import IdNames, read_key
 from lightning_ssiuu.evaluation.runs import run_data
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.models.digest import weights_sha256
@@ -24,6 +25,7 @@ def verify(
     model: str | None = None,
     key: str | None = None,
     ids: str | None = None,
+    id_key: str | None = None,
     repeat: bool = False,
     devices: Devices | None = None,
 ) -> bool:
@@ -34,6 +36,7 @@ def verify(
         model: A saved model, whose weights are compared bit for bit.
         key: The file with the certificate's secret key, for ``ids``.
         ids: File with ids, one a line: each is said to be among the forgotten rows or not.
+        id_key: The key under which the run's data hashed its ids (``ids: hashed``); None: they were not hashed.
         repeat: Score the forget set again with the data of the model's run, and compare within a tenth of a point.
         devices: Where to run.
 
@@ -58,7 +61,7 @@ def verify(
         said = f"is the {' and '.join(found)} model" if found else "is none of the models"
         print(f"{model} {said} of this certificate (weights, SHA-256 {digest})")
     if ids is not None and key is not None:
-        agreed &= _among(content, Path(key), Path(ids))
+        agreed &= _among(content, Path(key), Path(ids), IdNames(None if id_key is None else read_key(id_key)))
     if repeat and model is not None:
         agreed &= _repeated(content, model, devices if devices is not None else Devices())
     return agreed
@@ -70,13 +73,13 @@ def _check(content: Any) -> None:
     content["weights_sha256"]["unlearned"], content["forget"]["ids_hmac"]
 
 
-def _among(content: dict[str, Any], key: Path, ids: Path) -> bool:
+def _among(content: dict[str, Any], key: Path, ids: Path, called: IdNames) -> bool:
     with reading("key", str(key), f"the {KEY} that lay beside the certificate"):
         secret = key.read_bytes().strip()
     with reading("ids", str(ids), "a text file with one id a line"):
         names = [line.strip() for line in ids.read_text(encoding="utf-8").splitlines() if line.strip()]
     known = set(content["forget"]["ids_hmac"])
-    rows = [[name, "forgotten" if keyed(secret, "id", name) in known else "not among them"] for name in names]
+    rows = [[name, "forgotten" if keyed(secret, "id", called(name)) in known else "not among them"] for name in names]
     print_table([["id", ""], *rows], right=False)
     return all(row[1] == "forgotten" for row in rows)
 
