@@ -85,7 +85,7 @@ class Plan:
     def _base(self) -> dict[str, Any]:
         # The recipe, what `fit` adds, and the data; all that no trial changes.
         names = [self.recipe] if self.recipe else ["erase", *([] if self.model == "tiny" else ["model/smollm2_erase"])]
-        merged: dict[str, Any] = {}
+        merged: dict[str, Any] = {"attribution": {"probe_examples": 0}}  # the audit looks at neurons, of one run
         for argument, source in [*(("recipe", name) for name in names), *(("fit", name) for name in self.fit)]:
             for path in config_files(source):
                 content = read_yaml(path, argument)

@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     data, ids = table(folder)
     quick = folder / "quick.yaml"
     quick.write_text(
-        yaml.safe_dump({"attribution": {"probe_examples": 0}, "data": {"init_args": {"retain_batch_size": 12}}})
+        yaml.safe_dump({"data": {"init_args": {"retain_batch_size": 12}}})
     )
     given = {"data": str(data), "forget_ids": str(ids), "threshold": 40.0, "trials": 1, "fit": [str(quick)]}
     ran: list[str] = []
