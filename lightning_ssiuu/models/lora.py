@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -160,7 +160,7 @@ class LoRA:
             raise UserError("lora.dropout", self.dropout, allowed)
         config = self._config(modules, experts, any(isinstance(module, Conv1D) for module in model.modules()))
         there = sorted({_end(name) for name in modules} - _TAKEN) + experts
-        argument, value = "lora.target_modules", self.target_modules
+        argument, value = "lora.target_modules", cast("object", self.target_modules)
         allowed = f"names that peft does not take for the experts' of {model.config.model_type}: {there}"
         if self.options:
             argument, value, allowed = "lora.options", self._given(), f"options that fit a {model.config.model_type}"
