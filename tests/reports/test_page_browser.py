@@ -122,9 +122,6 @@ def test_no_table_is_cut(browser: Any, pages: dict[str, Path], name: str, size: 
     cut = browser.execute_script(CUT)
     assert "Table of attacks" not in cut
     assert size == "phone" or cut == []  # on a phone the widest ones scroll in a box of their own
-    if folder := os.environ.get("LIGHTNING_SSIUU_SCREENSHOTS"):
-        taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
-        Path(folder, f"tables_{name}_{size}.png").write_bytes(base64.b64decode(taken["data"]))
 
 
 def test_print(browser: Any, pages: dict[str, Path]) -> None:
