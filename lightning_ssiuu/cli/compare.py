@@ -107,7 +107,9 @@ def run(args: list[str]) -> None:
     """Parse and run ``compare``."""
     from jsonargparse import ArgumentParser
 
-    text = "Put finished runs side by side: a table on the screen, on a page, as CSV, Markdown and LaTeX, and two plots."
+    text = (
+        "Put finished runs side by side: a table on the screen, on a page, as CSV, Markdown and LaTeX, and two plots."
+    )
     parser = ArgumentParser(prog="lightning-ssiuu compare", description=text, exit_on_error=False)
     parser.add_argument("runs", nargs="+", type=str, help="run directories; those of several seeds become one row")
     text = "directory for the results (default: compare/ in the directory that all runs lie in)"
@@ -120,5 +122,5 @@ def run(args: list[str]) -> None:
     parser.add_argument("--label", nargs="+", type=str, metavar="RUN=NAME", help=text)
     with parsing():
         config = parser.parse_args(args)
-    labels = dict(map(_label, config.label or []))
+    labels: dict[_Path, str] = dict(map(_label, config.label or []))
     compare(config.runs, config.output, config.score, config.overwrite, config.columns, labels)

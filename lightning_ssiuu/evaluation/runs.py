@@ -78,8 +78,10 @@ def oracle_retention(model: str, oracle: str) -> Retention | None:
         return None
     score = contents[0]["score"]
     both = contents[0]["before"]["scores"].get("retain", {}), contents[1]["after"]["scores"].get("retain", {})
-    scores = [retain.get(score) for retain in both]
-    return None if None in scores else Retention(score, *scores, contents[0].get("retain_chance") or 0.0, None)
+    before, after = (retain.get(score) for retain in both)
+    if before is None or after is None:
+        return None
+    return Retention(score, before, after, contents[0].get("retain_chance") or 0.0, None)
 
 
 def run_data(model: str, data: UnlearningDataModule | None, argument: str = "model") -> UnlearningDataModule:

@@ -93,7 +93,7 @@ def labels(groups: Sequence[Sequence[Run]], given: Mapping[Path, str] | None = N
     configs = [without_seeds(group[0].config, _root(group[0].config), []) for group in groups]
     places = _places(groups)
     found = []
-    for index, (objective, place) in enumerate(zip(names, places, strict=True)):
+    for index, objective in enumerate(names):
         alike = [i for i, name in enumerate(names) if name == objective]
         settings = differences([configs[i] for i in alike])[alike.index(index)]
         shown = [objective]

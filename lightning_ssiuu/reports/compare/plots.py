@@ -84,7 +84,9 @@ def recovery_figure(comparison: Comparison) -> Figure | None:
             (y for of in lines.values() for line in of for _, *_, y in (*line.band, *line.points)), default=1.0
         )
         for row in grid:
-            row[0].set(ylabel=f"forget score: {fitted(attack_scores(comparison), 20)}, %", ylim=(0, max(highest, 1.0) * 1.04))
+            row[0].set(
+                ylabel=f"forget score: {fitted(attack_scores(comparison), 20)}, %", ylim=(0, max(highest, 1.0) * 1.04)
+            )
         for empty in list(grid.flat)[len(lines) :]:
             empty.set_visible(False)
         legend(figure, [handles[name] for name in dict.fromkeys(names) if name in handles])

@@ -136,6 +136,6 @@ def _check_utility(content: Mapping[str, Any]) -> None:
 
 
 def _check_audit(content: Mapping[str, Any]) -> None:
-    only(dict, content["scores"], *content["influence"].values())
+    only(dict, content["scores"], *content["influence"].values(), content.get("verdict") or {})
     for scores in content["scores"].values():
         only(dict, *scores.values())

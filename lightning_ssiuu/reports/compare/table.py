@@ -176,7 +176,9 @@ def _attacked(run: Run, model: str) -> dict[str, Figure]:
 def _utility_columns(runs: Sequence[Run]) -> dict[str, Column]:
     # By suite: scores of different ones are not compared.
     suites = sorted({run.suite for run in runs if run.utility}) or [""]
-    keys = ["_".join(["utility_score", *(suite.replace(",", "").split() if len(suites) > 1 else ())]) for suite in suites]
+    keys = [
+        "_".join(["utility_score", *(suite.replace(",", "").split() if len(suites) > 1 else ())]) for suite in suites
+    ]
     return {s: Column(key, f"US ({s})" if s else "US") for s, key in zip(suites, keys, strict=True)}
 
 
@@ -265,7 +267,11 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for attack, settings in (run.attack.get("settings") or {}).items():
-            own = {key: value for key, value in settings.items() if key not in ("provenance", "collapsed", "oracle_retains")}
+            own = {
+                key: value
+                for key, value in settings.items()
+                if key not in ("provenance", "collapsed", "oracle_retains")
+            }
             if attack == "quantization" and "quantization" in own:
                 own["widths"] = own.pop("quantization")  # as earlier versions called it
             # The digests of earlier versions are of the text.

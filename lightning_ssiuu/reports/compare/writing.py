@@ -67,7 +67,10 @@ def caption(comparison: Comparison) -> str:
     found = "found at the largest learning rate or in the last epoch"
     sentences = (
         (True, f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."),
-        (any(key.startswith("utility_score") for key in keys), "US: utility score, mean over the tasks of the suite named."),
+        (
+            any(key.startswith("utility_score") for key in keys),
+            "US: utility score, mean over the tasks of the suite named.",
+        ),
         (attacked and not taught, "Attacks: the highest forget score; gap: minus the oracle's, seed by seed."),
         (taught, "Attacks: the highest forget score; gap: minus the oracle's, else the control's, seed by seed."),
         (attacked, "±: standard deviation over training seeds, of a single run over the attack's seeds."),
@@ -134,7 +137,14 @@ def csv_rows(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
         header += [f"{column.key}_attack_std"] if column.attacked else []
         header += [f"{column.key}_inside_grid"] if column.relearned else []
     return [csv_text(name) for name in [*header, "score", "settings", "runs"]], [
-        [csv_text(row.label), row.n, *_csv_cells(row, columns), csv_text(comparison.score), _settings(comparison, row), _paths(row)]
+        [
+            csv_text(row.label),
+            row.n,
+            *_csv_cells(row, columns),
+            csv_text(comparison.score),
+            _settings(comparison, row),
+            _paths(row),
+        ]
         for row in comparison.rows
     ]
 
