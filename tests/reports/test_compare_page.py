@@ -10,6 +10,7 @@ from toys.cli import command
 from toys.compare import attacked, curves, edit, table, write_json, write_run
 
 from lightning_ssiuu.cli.compare import compare
+from lightning_ssiuu.evaluation.runs import oracle_retention
 from lightning_ssiuu.reports.compare.page import comparison_html
 from lightning_ssiuu.utils.errors import UserError
 
@@ -98,6 +99,18 @@ def test_an_oracle_that_does_not_retain_is_told(tmp_path: Path, retain: float, t
     notes = compare([*runs(tmp_path), oracle]).notes
     text = f"that of the table (retain probability {retain} % instead of 92.0 %)"
     assert notes == [f"an oracle does not retain, and is no floor: {text}"] * told
+
+
+def test_an_oracle_beside_a_run_is_asked_by_both_metrics(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")  # of an original with a retain score of 92
+    for retain, lost in ((91.0, False), (40.0, True)):
+        oracle = write_run(tmp_path / f"oracle_{lost}", (1.0, 60.0, retain), objective="FineTuning")
+        found = oracle_retention(str(run / "model"), str(oracle / "model"))
+        assert found is not None
+        assert found.lost is lost
+    other = write_run(tmp_path / "other", (1.0, 60.0, 40.0), data="other")
+    assert oracle_retention(str(run / "model"), str(other / "model")) is None
+    assert oracle_retention(str(run / "model"), str(tmp_path / "elsewhere" / "model")) is None
 
 
 def test_what_attack_and_audit_say_of_their_oracle_is_told(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def settings_of_each(groups: Sequence[Sequence[Run]]) -> list[dict[str, str]]:
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict):
             config = config | {"model": model["init_args"]}
         configs.append(config)
-    return differences(configs)
+    return differences(configs, deep=True)
 
 
 def _places(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -144,24 +144,34 @@ def _places(groups: Sequence[Sequence[Run]]) -> list[str]:
     return places
 
 
-def differences(configs: Sequence[Any], name: str = "") -> list[dict[str, str]]:
+def differences(configs: Sequence[Any], name: str = "", deep: bool = False) -> list[dict[str, str]]:
     """What each configuration has that not all have: ``{key: "key=value"}``, of classes their names.
 
-    ``configs`` may be the same part of each, ``name`` its key; a class is ``{class_path, init_args}``.
+    ``configs`` may be the same part of each, ``name`` its key; a class is ``{class_path, init_args}``. With
+    ``deep`` the options of different classes count, too.
     """
-    if len({_text(config) for config in configs}) == 1:
+    if len({_text(config) for config in configs}) <= 1:
         return [{} for _ in configs]
     if any(config is _ABSENT for config in configs):
-        there = iter(differences([config for config in configs if config is not _ABSENT], name))
+        there = iter(differences([config for config in configs if config is not _ABSENT], name, deep))
         return [{} if config is _ABSENT else next(there) or {name: _named(name, config)} for config in configs]
     classes = [_class(config) for config in configs]
     if any(classes) and len(set(classes)) > 1:
-        return [{name: kind} if kind else {} for kind in classes]
+        found = [{name: kind} if kind else {} for kind in classes]
+        options = [
+            (config.get("init_args") or _ABSENT) if kind else _ABSENT
+            for kind, config in zip(classes, configs, strict=True)
+        ]
+        return (
+            [own | more for own, more in zip(found, differences(options, name, deep), strict=True)] if deep else found
+        )
     if not all(isinstance(config, dict) for config in configs):
         return [{name: _named(name, config)} for config in configs]
     found: list[dict[str, str]] = [{} for _ in configs]
     for key in dict.fromkeys(key for config in configs for key in config):
-        inner = differences([config.get(key, _ABSENT) for config in configs], name if key == "init_args" else str(key))
+        inner = differences(
+            [config.get(key, _ABSENT) for config in configs], name if key == "init_args" else str(key), deep
+        )
         for settings, more in zip(found, inner, strict=True):
             settings |= {f"{name}.{part}" if part in settings else part: text for part, text in more.items()}
     return found
