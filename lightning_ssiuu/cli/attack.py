@@ -25,7 +25,8 @@ from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import found_by
-from lightning_ssiuu.evaluation.runs import run_collapsed, run_score
+from lightning_ssiuu.evaluation.retention import Retention
+from lightning_ssiuu.evaluation.runs import oracle_retention, run_collapsed, run_score
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError
@@ -112,10 +113,13 @@ def attack(
                 settings["provenance"] = report.provenance(settings)
                 if (collapsed := run_collapsed(model)) is not None:
                     settings["collapsed"] = collapsed
+                retention = None if oracle is None else oracle_retention(model, oracle)
+                if retention is not None:
+                    settings["oracle_retains"] = not retention.lost
                 try:
                     merge_attacks(report.folder, method.name, rows, settings, results)
                 finally:  # also where the disk refuses
-                    print_attacks(rows, rows[0]["score"], collapsed, beside.kind if beside else None)
+                    print_attacks(rows, rows[0]["score"], collapsed, beside.kind if beside else None, retention)
                 if log is not None:
                     log.remove()
                 print_written(report.folder, [REPORT, *([_beside(method)[1]] if save_attacked else [])])
@@ -172,11 +176,15 @@ def run(args: list[str]) -> None:
 
 
 def print_attacks(
-    rows: Sequence[Mapping[str, Any]], score: str, collapsed: bool | None = None, control: str | None = None
+    rows: Sequence[Mapping[str, Any]],
+    score: str,
+    collapsed: bool | None = None,
+    control: str | None = None,
+    oracle: Retention | None = None,
 ) -> None:
     """Print rows of ``attack.json``, all of one score, as a table, and that the model had ``collapsed``.
 
-    ``control`` is what the control of relearning attacks is made of.
+    ``control`` is what the control of relearning attacks is made of, ``oracle`` what the oracle has of the retain set.
     """
     swept = any("inside_grid" in row.get("unlearned", {}) for row in rows)
     others = list(dict.fromkeys(split for row in rows for split in row.get("unlearned", {}).get("utility", ())))
@@ -200,6 +208,8 @@ def print_attacks(
             lines.append((label, "gap", "", _shown(row["gap"]), *empty))
     if control is not None:
         found.append(f"control: the unlearned model, taught what nobody ever knew ({control}) in the same way.")
+    if oracle is not None and oracle.lost:
+        found.append(f"The oracle does not retain ({oracle.change}): the gap to it says little.")
     notes = [*found, *["The unlearned model has collapsed: what comes back says nothing of erasing."] * bool(collapsed)]
     print_table(lines, f"{'Highest forget' if swept else 'Forget'} {score} under attack, %", notes, right=False)
 

@@ -156,7 +156,9 @@ def audit(
                 ablation = undo_neurons(original, unlearned, sites, flags, data, forced, as_it_is, devices)
                 evidence += neuron_evidence(ablation, examined["original"].scores["forget"][forced])
             content: dict[str, Any] = {
-                "verdict": decide(forgetting, evidence, measured.retention(data)).content(),
+                "verdict": decide(
+                    forgetting, evidence, measured.retention(data), measured.retention(data, "oracle")
+                ).content(),
                 "scores": {name: model.scores for name, model in examined.items()},
                 "influence": {name: diagnosis.figures() for name, diagnosis in diagnoses.items()},
                 "flagged": [asdict(neuron) for neuron in diagnoses["unlearned"].table[:SHOWN_NEURONS]],
@@ -215,6 +217,8 @@ def print_audit(content: dict[str, Any]) -> None:
     for figure in next(iter(influence.values())):
         rows.append([figure, *(f"{influence[m][figure]:.3g}" if m in influence else "" for m in models), ""])
     notes: list[str | Text] = [Text(content["verdict"]["sentence"])]  # Text: brackets are no markup
+    if content["verdict"]["oracle_retains"] is False:
+        notes.append("The oracle does not retain: what is measured beside it says little.")
     if "attribution_correlation" in content:
         notes.insert(0, f"attribution correlation before/after attack: {content['attribution_correlation']:.3f}")
     print_table(rows, notes=notes)

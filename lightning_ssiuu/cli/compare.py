@@ -1,16 +1,16 @@
-"""``lightning-ssiuu compare``: one table and two pictures from finished runs."""
+"""``lightning-ssiuu compare``: one table, one page and two pictures from finished runs."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_ssiuu.reports.compare.reading import check_comparable, read_runs
+from lightning_ssiuu.reports.compare.reading import Run, check_comparable, read_runs
 from lightning_ssiuu.reports.compare.table import Comparison, compare_runs
 from lightning_ssiuu.reports.compare.writing import csv_rows, latex, markdown, print_comparison
-from lightning_ssiuu.utils.errors import one_line
+from lightning_ssiuu.utils.errors import UserError, one_line
 from lightning_ssiuu.utils.files import (
     check_space,
     print_written,
@@ -22,29 +22,37 @@ from lightning_ssiuu.utils.files import (
 from lightning_ssiuu.utils.messages import parsing
 
 _TEXTS = {"compare.md": markdown, "compare.tex": latex}
-_PLOTS = ("plots/recovery_curves.png", "plots/pareto.png")
-_OUTPUTS = ("compare.csv", *_TEXTS, *_PLOTS)
+_PLOTS = ("plots/recovery_curves.pdf", "plots/pareto.pdf")
+_OUTPUTS = ("compare.html", "compare.csv", *_TEXTS, *_PLOTS)
 _Path = str | os.PathLike[str]
 
 
 def compare(
-    runs: Sequence[_Path], output: _Path | None = None, score: str | None = None, overwrite: bool = False
+    runs: Sequence[_Path],
+    output: _Path | None = None,
+    score: str | None = None,
+    overwrite: bool = False,
+    columns: Sequence[str] | None = None,
+    labels: Mapping[_Path, str] | None = None,
 ) -> Comparison:
-    """Put finished runs side by side; print the table and write it as CSV, Markdown, LaTeX and plots.
+    """Put finished runs side by side; print the table and write it as a page, CSV, Markdown, LaTeX and plots.
 
     Args:
         runs: Run directories. Of several, those that exist and are no finished run are passed over with a note.
-        output: Directory for ``compare.csv``, ``compare.md``, ``compare.tex`` and ``plots/``; by default ``compare/``
-            in the directory that all runs lie in.
+        output: Directory for ``compare.html``, ``compare.csv``, ``compare.md``, ``compare.tex`` and ``plots/``; by
+            default ``compare/`` in the directory that all runs lie in.
         score: To compare by before an attack; by default the one the runs were stopped by.
         overwrite: Replace an earlier comparison.
+        columns: Columns of the table, in their order, by their names in ``compare.csv`` (``harmful_*``: all such) or
+            in print; by default all that are not empty.
+        labels: Names of rows, each by one of its runs; by default what differs between the runs.
 
     Returns:
         The table.
 
     Raises:
         UserError: If a path is missing or cannot be read, or the runs do not belong in one table: other data, another
-            score, the same configuration and seed twice.
+            score, the same configuration and seed twice; if there is no such column, or no such run to name.
     """
     finished, skipped = read_runs(runs)
     score = check_comparable(finished, score)
@@ -53,7 +61,9 @@ def compare(
     refuse_links("output", folder, ["plots"])
     refuse_existing("output", folder, _OUTPUTS, overwrite)
     check_space("output", folder, 1 << 20)
-    comparison = compare_runs(finished, score)
+    comparison = compare_runs(finished, score, _named(finished, labels or {}))
+    if columns is not None:
+        comparison.choose(columns)
     try:
         _write(folder, comparison)
     finally:  # also where the disk refuses
@@ -67,15 +77,37 @@ def compare(
     return comparison
 
 
+def _named(runs: Sequence[Run], labels: Mapping[_Path, str]) -> dict[Path, str]:
+    methods = {run.path.resolve() for run in runs if not run.is_oracle}
+    for path in labels:
+        if Path(path).resolve() not in methods:
+            raise UserError("label", os.fspath(path), "RUN=NAME with one of the runs that is no oracle")
+    return {Path(path).resolve(): name for path, name in labels.items()}
+
+
+def _label(text: str) -> tuple[str, str]:
+    # A path may hold the sign, too: the first part that exists counts.
+    parts = text.split("=")
+    for end in range(1, len(parts)):
+        if (path := "=".join(parts[:end])) and Path(path).exists() and (name := "=".join(parts[end:]).strip()):
+            return path, name
+    raise UserError("label", text, "RUN=NAME, with a run directory that exists")
+
+
 def _write(folder: Path, comparison: Comparison) -> None:
-    from lightning_ssiuu.reports.compare.plots import save_pareto, save_recovery_curves  # matplotlib takes a while
+    # matplotlib takes a while
+    from lightning_ssiuu.reports.compare.page import comparison_html
+    from lightning_ssiuu.reports.compare.plots import pareto_figure, recovery_figure
+    from lightning_ssiuu.utils.figures import save_pdf
 
     write_csv(folder / "compare.csv", *csv_rows(comparison))
-    for name, text in _TEXTS.items():
+    for name, text in {"compare.html": comparison_html, **_TEXTS}.items():
         with written_atomically(folder / name) as temporary:
             temporary.write_text(text(comparison), encoding="utf-8")
-    for name, save in zip(_PLOTS, (save_recovery_curves, save_pareto), strict=True):
-        if not save(folder / name, comparison):
+    for name, figure in zip(_PLOTS, (recovery_figure(comparison), pareto_figure(comparison)), strict=True):
+        if figure is not None:
+            save_pdf(figure, folder / name)
+        else:
             (folder / name).unlink(missing_ok=True)  # of an earlier comparison
 
 
@@ -83,13 +115,20 @@ def run(args: list[str]) -> None:
     """Parse and run ``compare``."""
     from jsonargparse import ArgumentParser
 
-    text = "Put finished runs side by side: a table on the screen, as CSV, Markdown and LaTeX, and two plots."
+    text = (
+        "Put finished runs side by side: a table on the screen, on a page, as CSV, Markdown and LaTeX, and two plots."
+    )
     parser = ArgumentParser(prog="lightning-ssiuu compare", description=text, exit_on_error=False)
     parser.add_argument("runs", nargs="+", type=str, help="run directories; those of several seeds become one row")
     text = "directory for the results (default: compare/ in the directory that all runs lie in)"
     parser.add_argument("--output", type=str, help=text)
     parser.add_argument("--score", type=str, help="score to compare by (default: the one the runs were stopped by)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison")
+    text = "columns of the table, by their names in compare.csv (harmful_*: all such) or in print (default: all)"
+    parser.add_argument("--columns", nargs="+", type=str, metavar="COLUMN", help=text)
+    text = "names of rows, each by one of its runs (default: what differs between the runs)"
+    parser.add_argument("--label", nargs="+", type=str, metavar="RUN=NAME", help=text)
     with parsing():
         config = parser.parse_args(args)
-    compare(config.runs, config.output, config.score, config.overwrite)
+    labels: dict[_Path, str] = dict(map(_label, config.label or []))
+    compare(config.runs, config.output, config.score, config.overwrite, config.columns, labels)

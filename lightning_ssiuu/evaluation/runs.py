@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules import Facts, UnlearningDataModule
 from lightning_ssiuu.evaluation.results import check_metrics, read_config, read_result
+from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.checks import tokenizers_differ
 from lightning_ssiuu.models.loading import check_loadable, load_tokenizer, resolve_checkpoint
@@ -64,6 +65,23 @@ def run_collapsed(model: str) -> bool | None:
     """Whether a run's model collapsed, as written in its ``metrics.json``; None where nobody knows."""
     run = run_of(model)
     return read_result(run / "metrics.json", "model", check_metrics).get("collapsed") if run else None
+
+
+def oracle_retention(model: str, oracle: str) -> Retention | None:
+    """What an oracle's retain score is beside the original's, as their runs' ``metrics.json`` have it.
+
+    None unless both are models of runs on the same data, with the same score.
+    """
+    runs = [run_of(checkpoint) for checkpoint in (model, oracle)]
+    contents = [read_result(run / "metrics.json", "oracle", check_metrics) for run in runs if run is not None]
+    if len({(content.get("provenance") or {}).get("data_sha256") for content in contents}) != 1 or len(contents) != 2:
+        return None
+    score = contents[0]["score"]
+    both = contents[0]["before"]["scores"].get("retain", {}), contents[1]["after"]["scores"].get("retain", {})
+    before, after = (retain.get(score) for retain in both)
+    if before is None or after is None:
+        return None
+    return Retention(score, before, after, contents[0].get("retain_chance") or 0.0, None)
 
 
 def run_data(model: str, data: UnlearningDataModule | None, argument: str = "model") -> UnlearningDataModule:

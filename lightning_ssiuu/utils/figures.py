@@ -1,4 +1,4 @@
-"""Every picture of this package, drawn once with matplotlib, for PNG files and for ``report.html``.
+"""Every picture of this package, drawn once with matplotlib, for files and for pages.
 
 Each panel is 340 units wide: a phone shows it at about its size, a desktop two beside each other.
 """
@@ -41,6 +41,10 @@ PALETTE = {
     "erased": ("#12756c", "#4cc2b5"),
     "hidden": ("#b3402f", "#ff8a75"),
     "undecided": ("#8a5a00", "#e0aa4a"),
+    # Methods side by side: Okabe and Ito's, told apart by the colour-blind too.
+    **{"method_0": ("#0072b2", "#4db1ea"), "method_1": ("#d55e00", "#ff8f4d"), "method_2": ("#009e73", "#3ccfa0")},
+    **{"method_3": ("#cc79a7", "#e6a3c8"), "method_4": ("#e69f00", "#ffc04d"), "method_5": ("#56b4e9", "#8fd0f5")},
+    **{"method_6": ("#8a6d00", "#cdb04a"), "method_7": ("#7f4fc9", "#b58cf0")},
 }
 COLOURS = {name: light for name, (light, _) in PALETTE.items()}
 #: Before an artist's id that a page shows as text under the pointer.
@@ -51,7 +55,7 @@ _GUIDE: Any = {"color": COLOURS["soft"], "linestyle": DASHED, "linewidth": 1.2}
 _STYLE: Any = {
     **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "axes.titlesize": 11},
     **{"text.usetex": False, "text.parse_math": False, "path.simplify": False},
-    **{"svg.fonttype": "none", "svg.hashsalt": "lightning-ssiuu", "axes.titlelocation": "left"},
+    **{"svg.fonttype": "none", "svg.hashsalt": "lightning-ssiuu", "pdf.fonttype": 42, "axes.titlelocation": "left"},
     **{"axes.grid": True, "axes.axisbelow": True, "axes.edgecolor": COLOURS["soft"], "grid.color": COLOURS["rule"]},
     **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
     **{f"{axis}tick.{key}": value for axis in "xy" for key, value in (("color", COLOURS["soft"]), ("major.size", 0))},
@@ -114,13 +118,14 @@ def line_chart(
     series: Sequence[Series], x_label: str, y_label: str, low: float = 0.0, high: float | None = None
 ) -> Figure:
     """Lines over a common axis from ``low``, or the lowest value, to ``high``, or a round number above the data."""
-    figure, axes = _panel(216, x_label, y_label)
+    handles = [handle(line.name, line.colour, linestyle=line.dash) for line in series if line.name]
+    figure, axes = _panel(216 + 15 * max(0, len(handles) - 4), x_label, y_label)
     draw_lines(axes, series)
     ys = [low, *(y for line in series for _, y in line.points if math.isfinite(y))]
     ys += [edge for line in series for _, *edges in line.band for edge in edges if math.isfinite(edge)]
     top = max(ys) if max(ys) > min(ys) else min(ys) + 1.0
     axes.set_ylim(min(ys), MaxNLocator(5, steps=_STEPS).tick_values(min(ys), top)[-1] if high is None else high)
-    legend(figure, [handle(line.name, line.colour, linestyle=line.dash) for line in series if line.name])
+    legend(figure, handles)
     return figure
 
 
@@ -252,6 +257,12 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure whole or not at all; the same figure gives the same bytes."""
     with style(), written_atomically(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def save_pdf(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as vectors, whole or not at all; the same figure gives the same bytes."""
+    with style(), written_atomically(path) as temporary:
+        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
 
 
 @style()

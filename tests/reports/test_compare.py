@@ -51,8 +51,8 @@ def test_writes_the_tables_and_plots(compared: tuple[Path, Any]) -> None:
     output, result = compared
     assert result.status == 0, result.err
     assert files(output) == OUTPUTS
-    for name in OUTPUTS - set(TABLES):
-        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    for name in OUTPUTS - {*TABLES, "compare.html"}:
+        assert (output / name).read_bytes().startswith(b"%PDF")
 
 
 def test_seeds_are_one_row_with_mean_and_spread(compared: tuple[Path, Any], runs: Path) -> None:
@@ -127,14 +127,14 @@ def test_the_same_runs_give_the_same_bytes(compared: tuple[Path, Any], runs: Pat
 
 def test_existing_outputs_are_kept_without_overwrite(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
-    stale = tmp_path / "plots" / "pareto.png"
+    stale = tmp_path / "plots" / "pareto.pdf"
     stale.write_bytes(b"old")
     arguments = ("compare", write_run(tmp_path / "run"), "--output", tmp_path)
     refused = command(*arguments)
     assert refused.status == 2
     assert refused.err == (
         f"lightning-ssiuu: error: output: got {str(tmp_path)!r}, "
-        "allowed: a directory without plots/pareto.png, or --overwrite\n"
+        "allowed: a directory without plots/pareto.pdf, or --overwrite\n"
     )
     assert stale.read_bytes() == b"old"
     assert not (tmp_path / "compare.csv").exists()
@@ -320,7 +320,7 @@ def test_a_diverged_run_leaves_its_cells_empty(tmp_path: Path) -> None:
     comparison = compare([run])
     assert "test_score" not in comparison.rows[1].cells
     assert comparison.rows[1].cells["forget_score"].mean == 10.0
-    assert not (tmp_path / "compare" / "plots" / "pareto.png").exists()
+    assert not (tmp_path / "compare" / "plots" / "pareto.pdf").exists()
 
 
 def test_curves_of_the_strongest_rate_of_each_run(runs: Path) -> None:

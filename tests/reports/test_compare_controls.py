@@ -29,4 +29,4 @@ def test_controls_of_relearning_are_columns_and_no_lines(tmp_path: Path) -> None
     assert "random neurons" not in text
     (lines,) = panels(compare_runs(read_runs([run])[0], "probability").rows[1:2]).values()
     assert {key: [curve["model"] for curve in of] for key, of in lines.items()} == {0: ["unlearned"]}
-    assert (tmp_path / "out" / "plots" / "recovery_curves.png").exists()
+    assert (tmp_path / "out" / "plots" / "recovery_curves.pdf").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys.reports import report
+from toys.reports import report, report_without_oracle
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: it is in the extra [test]")
 
@@ -46,6 +46,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, hostile in (("plain", False), ("hostile", True)):
         written[name] = folder / f"{name}.html"
         written[name].write_text(report(hostile), encoding="utf-8")
+    for name, control in (("alone", False), ("control", True)):
+        written[name] = folder / f"{name}.html"
+        written[name].write_text(report_without_oracle(control), encoding="utf-8")
     return written
 
 
@@ -104,6 +107,21 @@ def test_page(browser: Any, pages: dict[str, Path], name: str, size: str, scheme
     if folder := os.environ.get("LIGHTNING_SSIUU_SCREENSHOTS"):
         taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
         Path(folder, f"report_{name}_{size}_{scheme}.png").write_bytes(base64.b64decode(taken["data"]))
+
+
+CUT = """
+return [...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth)
+  .map(one => one.getAttribute('aria-label'));
+"""
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["plain", "alone", "control"])
+def test_no_table_is_cut(browser: Any, pages: dict[str, Path], name: str, size: str) -> None:
+    show(browser, pages[name], size, "light")
+    cut = browser.execute_script(CUT)
+    assert "Table of attacks" not in cut
+    assert size == "phone" or cut == []  # on a phone the widest ones scroll in a box of their own
 
 
 def test_print(browser: Any, pages: dict[str, Path]) -> None:

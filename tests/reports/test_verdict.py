@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.reports.audit.evidence import neuron_evidence, relearning_evidence
 from lightning_ssiuu.reports.audit.verdict import (
     Evidence,
@@ -131,3 +132,29 @@ def test_bounds() -> None:
     assert more.high - more.value == pytest.approx(6.314 * 0.1 * math.sqrt(3), rel=1e-3)
     assert math.isinf(share_of_seeds([0.2]).high)
     assert [percent(value) for value in (0.126, -0.001, math.nan)] == ["13", "0", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n", "lost"),
+    [
+        (95.0, 94.0, 108, False),
+        (95.0, 60.0, 108, True),
+        (92.4, 88.5, 1000, False),  # less than 5 points
+        (60.0, 50.0, 20, False),  # two standard errors of 20 examples are 31 points
+        (60.0, 50.0, 2000, True),
+        (95.0, 90.0, None, True),
+    ],
+)
+def test_an_oracle_that_lost_the_retain_set_is_told(before: float, after: float, n: int | None, lost: bool) -> None:
+    oracle = Retention("probability", before, after, 1.0, n)
+    evidence = [attack(0.02, -0.02, 0.06)]
+    verdict = decide(fallen(12.0), evidence, None, oracle)
+    assert verdict.oracle_retains is not lost
+    assert ("The oracle does not retain" in verdict.uncertainty) is lost
+    assert verdict.label == decide(fallen(12.0), evidence).label == "erased"
+
+
+def test_without_an_oracle_nothing_is_said_of_one() -> None:
+    verdict = decide(fallen(12.0), [attack(0.02, -0.02, 0.06)])
+    assert verdict.oracle_retains is None
+    assert "retain" not in verdict.uncertainty

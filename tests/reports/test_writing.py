@@ -14,7 +14,7 @@ from lightning_ssiuu.reports.compare.writing import latex, markdown
 def test_markdown_and_latex_of_a_small_table(tmp_path: Path) -> None:
     comparison = compare_runs([read_run(write_run(tmp_path / "run", utility=50.0))], "probability")
     assert markdown(comparison).splitlines()[:4] == [
-        "| method | n | steps | FS | RS | retain | US |",
+        "| method | n | steps | FS | RS | retain | US (embedded) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| original |  |  | 90.0 | 91.0 | 92.0 |  |",
         "| SSIUU | 1 | 20 | 10.0 | 70.0 | 95.0 | 50.0 |",
@@ -22,7 +22,7 @@ def test_markdown_and_latex_of_a_small_table(tmp_path: Path) -> None:
     assert latex(comparison).splitlines()[2:] == [
         r"\begin{tabular}{lrrrrrr}",
         r"\toprule",
-        r"method & n & steps & FS & RS & retain & US \\",
+        r"method & n & steps & FS & RS & retain & US (embedded) \\",
         r"\midrule",
         r"original &  &  & 90.0 & 91.0 & 92.0 &  \\",
         r"SSIUU & 1 & 20 & 10.0 & 70.0 & 95.0 & 50.0 \\",

@@ -90,7 +90,7 @@ def edit(path: Path, **changes: Any) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
 
 
-OUTPUTS = {"compare.csv", "compare.md", "compare.tex", "plots/recovery_curves.png", "plots/pareto.png"}
+OUTPUTS = {"compare.html", "compare.csv", "compare.md", "compare.tex", "plots/recovery_curves.pdf", "plots/pareto.pdf"}
 
 
 TABLES = ("compare.csv", "compare.md", "compare.tex")

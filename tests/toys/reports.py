@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,10 +38,11 @@ def variation(seed: int) -> InfluenceVariation:
     return InfluenceVariation(plus * 1e-3, minus * 3e-3, attribution, attribution)
 
 
-def curves(top: float, name: str) -> list[RecoveryCurve]:
+def curves(top: float, name: str, fractions: Sequence[float] = (0.1, 0.3), **more: Any) -> list[RecoveryCurve]:
+    scores = [[9.0, 9 + top / 2 + seed, 9 + top + seed] for seed in range(3)]
     return [
-        RecoveryCurve(name, "harmful", p, rate, seed, 4, 32, [0, 1, 2], [9.0, 9 + top / 2 + seed, 9 + top + seed])
-        for p in (0.1, 0.3)
+        RecoveryCurve(name, "harmful", p, rate, seed, 4, 32, [0, 1, 2], scores[seed], **more)
+        for p in fractions
         for rate in (1e-4, 3e-4)
         for seed in range(3)
     ]
@@ -105,3 +107,16 @@ def report(hostile: bool = True, examples: bool = True) -> str:
     variations = {name: variation(seed) for seed, name in enumerate(("unlearned", "oracle"))}
     measured = Measured(models, f"audit {' '.join(texts)}", variations, influences, 60, shown if examples else [])
     return report_html(audit_content(hostile), measured)
+
+
+def report_without_oracle(control: bool) -> str:
+    """The page of an audit whose one attack also scored the rest, with a control or with nothing beside it."""
+    content = audit_content(hostile=False)
+    utility = {"retain": [90.0, 80.0, 70.0], "test": [80.0, 70.0, 60.0]}
+    found = curves(40.0, "unlearned", [0.2], utility=utility)
+    found += curves(4.0, "control", [0.2], utility=utility) if control else []
+    content["relearning"]["attacks"] = [{"attack": "harmful", "score": "probability", **row} for row in table(found)]
+    content["relearning"]["curves"] = [{"attack": "harmful", **asdict(curve)} for curve in found]
+    for name in ("scores", "influence"):
+        del content[name]["oracle"]
+    return report_html(content, Measured({"original": "o", "unlearned": "u"}, "audit", {"unlearned": variation(0)}))

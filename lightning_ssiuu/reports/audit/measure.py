@@ -63,12 +63,12 @@ class Findings:
         floor = (scores["oracle"], "the oracle's") if "oracle" in scores else (self.chance, "chance")
         return Forgetting(score, scores["original"], scores["unlearned"], *floor, self.doubt)
 
-    def retention(self, data: UnlearningDataModule) -> Retention | None:
-        """What happened to a score of the retain set; None where no level by chance is known."""
-        if self.retain_chance is None:
+    def retention(self, data: UnlearningDataModule, model: str = "unlearned") -> Retention | None:
+        """What a score of the retain set is with a model; None without one, or where no level by chance is known."""
+        if self.retain_chance is None or model not in self.examined:
             return None
         score, chance = self.retain_chance
-        before, after = (self.examined[name].scores["retain"][score] for name in ("original", "unlearned"))
+        before, after = (self.examined[name].scores["retain"][score] for name in ("original", model))
         return Retention(score, before, after, chance, data.n_scored("retain"))
 
     def examples(self, data: UnlearningDataModule) -> list[dict[str, Any]]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from statistics import mean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
@@ -19,8 +16,9 @@ from lightning_ssiuu.attribution.plots import cumulative_figure, heat_maps
 from lightning_ssiuu.evaluation.results import found_by
 from lightning_ssiuu.reports.audit.verdict import THRESHOLD
 from lightning_ssiuu.reports.curves import Curve, by_epoch, settings_of, strongest
+from lightning_ssiuu.reports.pages import attack_title, page
 from lightning_ssiuu.utils import figures
-from lightning_ssiuu.utils.figures import COLOURS, DASHED, DOTTED, Interval, Series, clean
+from lightning_ssiuu.utils.figures import COLOURS, DASHED, DOTTED, Interval, Series
 from lightning_ssiuu.utils.svg import svg
 
 #: Flagged neurons and scatter points that are shown.
@@ -72,31 +70,8 @@ def report_html(content: Mapping[str, Any], measured: Measured) -> str:
         "models": {"oracle": None, **measured.models},
     }
     given = {"command": measured.command, "n_flagged": measured.n_flagged, "examples": measured.examples}
-    page = _environment().get_template("report.html")
-    return page.render({**content, **pictures, **tables, **given, "palette": figures.PALETTE, "labels": _FIGURES})
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("lightning_ssiuu.reports.audit"),
-        autoescape=True,
-        finalize=lambda value: clean(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"attack_title": _attack_title, "found_by": found_by}
-    environment.filters["words"] = lambda text: clean(str(text)).replace("_", " ")
-    environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\d) %", "\u00a0%", clean(text))
-    environment.filters["says"] = lambda says: _SAYS.get(says, says)
-    environment.filters["one_decimal"] = lambda value: "–" if _missing(value) else f"{value:.1f}"
-    environment.filters["three_digits"] = lambda value: "–" if _missing(value) else f"{value:.3g}".replace("inf", "∞")
-    return environment
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    words = {"labels": _FIGURES, "says": _SAYS, "found_by": found_by}
+    return page("report.html", **{**content, **pictures, **tables, **given, **words})
 
 
 def _intervals(grounds: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -148,7 +123,7 @@ def _recovery(relearning: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     shown = []
     for (attack, p), models in panels.items():
         lines = [line for name, curves in models.items() for line in _recovery_lines(name, strongest(curves))]
-        title = _attack_title(attack, p)
+        title = attack_title(attack, p)
         ends = ", ".join(f"{line.name} ends at {line.points[-1][1]:.1f} %" for line in lines if line.points)
         chart = figures.line_chart(lines, "epochs of the attack", f"forget {score}, %")
         shown.append({"title": title, "picture": svg(chart, f"Forget {score} during the {title}: {ends}")})
@@ -170,11 +145,6 @@ def _recovery_lines(name: str, curves: Sequence[Curve]) -> list[Series]:
 
 def _line(model: str, name: str, points: Sequence[tuple[float, float]], band: Sequence[Any] = ()) -> Series:
     return Series(name, points, COLOURS.get(model, COLOURS["after_attack"]), _DASHES.get(model, "-"), band)
-
-
-def _attack_title(attack: str, p: float | None) -> str:
-    name = attack.replace("_", " ")
-    return f"{name} attack" if p is None else f"{name} attack with {100 * p:g} % of the forget set"
 
 
 def _lens(lens: Mapping[str, Mapping[str, Sequence[float]]] | None) -> list[dict[str, Any]]:

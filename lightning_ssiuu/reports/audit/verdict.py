@@ -137,7 +137,7 @@ class Verdict:
     A ground has ``what`` (``"forgetting"``, ``"relearning"``, ``"neurons"``), ``name``, ``text``, ``share`` with its
     bounds ``low`` and ``high`` (None: not known), and ``says``: ``"hidden"``, ``"erased"`` or ``"undecided"``; of the
     forgetting ``"unlearned"``, ``"partly unlearned"`` or ``"not unlearned"``. ``collapsed`` says whether the model lost
-    what it was to keep, None where that was not measured.
+    what it was to keep, ``oracle_retains`` whether the oracle has it; None where that was not measured.
     """
 
     label: Label
@@ -145,14 +145,20 @@ class Verdict:
     grounds: list[dict[str, Any]]
     uncertainty: str
     collapsed: bool | None = None
+    oracle_retains: bool | None = None
 
     def content(self) -> dict[str, Any]:
         """The ``verdict`` block of ``audit.json``."""
         return asdict(self)
 
 
-def decide(forgetting: Forgetting, evidence: Sequence[Evidence] = (), retention: Retention | None = None) -> Verdict:
-    """Judge by the rules of ``docs/audit.md``.
+def decide(
+    forgetting: Forgetting,
+    evidence: Sequence[Evidence] = (),
+    retention: Retention | None = None,
+    oracle: Retention | None = None,
+) -> Verdict:
+    """Judge by the rules of ``docs/audit.md``; ``oracle`` is what the oracle has of the retain set.
 
     1. Less than half of the way to the floor: *not unlearned*.
     2. Any piece of evidence clearly above the threshold: *hidden*.
@@ -183,7 +189,11 @@ of what was lost, beyond the oracle.
         sentence += f" The model has collapsed, too: {retention}."
     if forgetting.swapped:
         sentence += " The unlearned model knows the forget set better than the original: are the two swapped?"
-    return Verdict(label, sentence, grounds, _uncertainty(label, forgetting, evidence), collapsed)
+    uncertainty = _uncertainty(label, forgetting, evidence)
+    if oracle is not None and oracle.lost:
+        told = f"The oracle does not retain ({oracle.change}): what is measured beside it says little."
+        uncertainty = f"{told} {uncertainty}"
+    return Verdict(label, sentence, grounds, uncertainty, collapsed, None if oracle is None else not oracle.lost)
 
 
 def _label(forgetting: Forgetting, evidence: Sequence[Evidence], collapsed: bool) -> Label:

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from lightning_ssiuu.reports.pages import page
+from lightning_ssiuu.utils.figures import COLOURS
 
-from lightning_ssiuu.utils.figures import COLOURS, clean
-
-_TONES = {"erased": "erased", "hidden": "hidden"}
+_TONES = ("erased", "hidden")
 
 
 def certificate_html(content: Mapping[str, Any]) -> str:
     """The page of a ``certificate.json``. Whatever stands in names and ids is text on it, never markup."""
-    rows = {
-        (split, score): None
-        for by_split in content["scores"].values()
-        for split in by_split
-        for score in by_split[split]
-    }
-    tone = COLOURS[_TONES.get(content["verdict"]["label"], "undecided")]
-    return _environment().get_template("certificate.html").render({**content, "score_rows": list(rows), "tone": tone})
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("lightning_ssiuu.reports.certificate"),
-        autoescape=True,
-        finalize=lambda value: clean(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"one_decimal": lambda value: "" if value is None else f"{value:.1f}", "how": _how}
-    return environment
+    scores = content["scores"].values()
+    rows = list(dict.fromkeys((split, score) for by_split in scores for split in by_split for score in by_split[split]))
+    label = content["verdict"]["label"]
+    tone = COLOURS[label if label in _TONES else "undecided"]
+    return page("certificate.html", **content, score_rows=rows, tone=tone, how=_how)
 
 
 def _how(row: Mapping[str, Any]) -> str:

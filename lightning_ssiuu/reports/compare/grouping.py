@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from lightning_ssiuu.utils.errors import UserError
 
 _SEEDS = ("seed", "seed_everything")
 _LONGEST, _MOST = 44, 3  # of a label, in characters and settings
+_ROWS = ("original", "oracle")  # what other rows are called
+_ABSENT = object()
 _DEEPEST = 5  # runs that begin where another ended
 
 
@@ -78,25 +80,55 @@ def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+def labels(groups: Sequence[Sequence[Run]], given: Mapping[Path, str] | None = None) -> list[str]:
     """A name for each group: its objective and, among several with the same one, the settings that tell them apart.
 
-    Where these would be long, the name of the run directory takes their place.
+    Of many settings the first are shown; where these do not tell groups apart, the run directories do. A name ``given``
+    to a run (by its resolved path) is its group's.
+
+    Raises:
+        UserError: If two names are given for one group, or one for two.
     """
     names = [str(group[0].metrics["objective"]) for group in groups]
     configs = [without_seeds(group[0].config, _root(group[0].config), []) for group in groups]
     places = _places(groups)
     found = []
-    for index, (objective, place) in enumerate(zip(names, places, strict=True)):
+    for index, objective in enumerate(names):
         alike = [i for i, name in enumerate(names) if name == objective]
         settings = differences([configs[i] for i in alike])[alike.index(index)]
-        label = ", ".join([objective, *settings.values()])
-        is_long = len(settings) > _MOST or (len(alike) > 1 and len(label) > _LONGEST)
-        found.append(f"{objective} ({place})" if is_long else label)
-    return [
+        shown = [objective]
+        for setting in list(settings.values())[:_MOST]:
+            if len(", ".join([*shown, setting])) > _LONGEST:
+                break
+            shown.append(setting)
+        found.append(", ".join([*shown, *(["…"] if len(shown) <= len(settings) else [])]))
+    found = [
         f"{label} ({place})" if found.count(label) > 1 and not label.endswith(f"({place})") else label
         for label, place in zip(found, places, strict=True)
     ]
+    for index, group in enumerate(groups):
+        own = {name for run in group if (name := (given or {}).get(run.path.resolve())) is not None}
+        if len(own) > 1:
+            raise UserError("label", " and ".join(sorted(own)), "one name for runs that differ in nothing but the seed")
+        found[index] = next(iter(own), found[index])
+    if given and (twice := [label for label in found if found.count(label) > 1 or label in _ROWS]):
+        raise UserError("label", twice[0], "a name that no other row has")
+    return found
+
+
+def settings_of_each(groups: Sequence[Sequence[Run]]) -> list[dict[str, str]]:
+    """All options that are not the same in all groups' ``config.yaml``, seeds and run directories aside.
+
+    Of different objectives, whatever options they have.
+    """
+    configs = []
+    for group in groups:
+        config = without_seeds(group[0].config, _root(group[0].config), [])
+        model = config.get("model")
+        if isinstance(model, dict) and isinstance(model.get("init_args"), dict):
+            config = config | {"model": model["init_args"]}
+        configs.append(config)
+    return differences(configs, deep=True)
 
 
 def _places(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -112,21 +144,34 @@ def _places(groups: Sequence[Sequence[Run]]) -> list[str]:
     return places
 
 
-def differences(configs: Sequence[Any], name: str = "") -> list[dict[str, str]]:
+def differences(configs: Sequence[Any], name: str = "", deep: bool = False) -> list[dict[str, str]]:
     """What each configuration has that not all have: ``{key: "key=value"}``, of classes their names.
 
-    ``configs`` may be the same part of each, ``name`` its key; a class is ``{class_path, init_args}``.
+    ``configs`` may be the same part of each, ``name`` its key; a class is ``{class_path, init_args}``. With
+    ``deep`` the options of different classes count, too.
     """
-    if len({_text(config) for config in configs}) == 1:
+    if len({_text(config) for config in configs}) <= 1:
         return [{} for _ in configs]
+    if any(config is _ABSENT for config in configs):
+        there = iter(differences([config for config in configs if config is not _ABSENT], name, deep))
+        return [{} if config is _ABSENT else next(there) or {name: _named(name, config)} for config in configs]
     classes = [_class(config) for config in configs]
     if any(classes) and len(set(classes)) > 1:
-        return [{name: kind} if kind else {} for kind in classes]
+        found = [{name: kind} if kind else {} for kind in classes]
+        options = [
+            (config.get("init_args") or _ABSENT) if kind else _ABSENT
+            for kind, config in zip(classes, configs, strict=True)
+        ]
+        return (
+            [own | more for own, more in zip(found, differences(options, name, deep), strict=True)] if deep else found
+        )
     if not all(isinstance(config, dict) for config in configs):
-        return [{name: f"{name}={_short(config)}"} for config in configs]
+        return [{name: _named(name, config)} for config in configs]
     found: list[dict[str, str]] = [{} for _ in configs]
     for key in dict.fromkeys(key for config in configs for key in config):
-        inner = differences([config.get(key) for config in configs], name if key == "init_args" else str(key))
+        inner = differences(
+            [config.get(key, _ABSENT) for config in configs], name if key == "init_args" else str(key), deep
+        )
         for settings, more in zip(found, inner, strict=True):
             settings |= {f"{name}.{part}" if part in settings else part: text for part, text in more.items()}
     return found
@@ -134,6 +179,10 @@ def differences(configs: Sequence[Any], name: str = "") -> list[dict[str, str]]:
 
 def _class(config: Any) -> str:
     return str(config.get("class_path", "")).rpartition(".")[2] if isinstance(config, dict) else ""
+
+
+def _named(name: str, value: Any) -> str:
+    return _class(value) or f"{name}={_short(value)}"
 
 
 def _short(value: Any) -> str:

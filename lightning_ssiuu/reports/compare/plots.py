@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from statistics import mean, stdev
 from textwrap import fill
@@ -15,15 +14,14 @@ from matplotlib.lines import Line2D
 
 from lightning_ssiuu.reports.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
 from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
-from lightning_ssiuu.utils.figures import COLOURS, DOTTED, Series, draw_lines, fitted, handle, legend, save_png, style
+from lightning_ssiuu.utils.figures import COLOURS, DOTTED, WIDTH, Series, draw_lines, fitted, handle, legend, style
 
-# Okabe and Ito's, told apart by the colour-blind too; after eight the line style and the marker change.
-_METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#7f4fc9")
+# After eight the line style and the marker change.
+_METHODS = [COLOURS[f"method_{number}"] for number in range(8)]
 _DASHES = ("-", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_ORACLE = "#333333"
+_ORACLE = COLOURS["ink"]
 _KEPT = "test set during the attack"
-_PARETO = 8.0  # inches across
 
 
 def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | None, list[Curve]]]:
@@ -43,28 +41,37 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | Non
     return dict(sorted(drawn.items(), key=lambda item: (order.get(item[0][0], len(order)), *map(str, item[0]))))
 
 
-def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -> bool:
-    """Draw the forget score by epoch, a panel per attack and p, a line per method, the oracle dashed.
+def recovery_lines(comparison: Comparison) -> dict[tuple[str, float | None], list[Series]]:
+    """The forget score by epoch, per attack and p: a line per method, the oracle dashed.
 
     Lines are means over training and attack seeds of each run's strongest attacker and learning rate, bands ± one
-    standard deviation; dotted ones are the test set's score meanwhile, where the attack took it. Returns whether there
-    was anything to draw.
+    standard deviation; dotted ones are the test set's score meanwhile, where the attack took it.
     """
     rows = _methods(comparison)
-    drawn = panels(rows)
-    if not drawn:
-        return False
-    lines = {
+    return {
         attack: [line for item in panel.items() for line in (_mean_line(rows, *item), *_kept_line(rows, *item))]
-        for attack, panel in drawn.items()
+        for attack, panel in panels(rows).items()
     }
+
+
+def attack_scores(comparison: Comparison) -> str:
+    """The scores that the drawn attacks were scored by."""
+    runs = [run for row in _methods(comparison) for run in row.runs]
+    curves = {(curve["attack"], curve["p"]) for run in runs for curve in run.attack["curves"]}
+    rows = [row for run in runs for row in run.attack["attacks"]]
+    return ", ".join(sorted({row["score"] for row in rows if (row["attack"], row["p"]) in curves}))
+
+
+def recovery_figure(comparison: Comparison) -> Figure | None:
+    """A panel of :func:`recovery_lines` for each attack and p beside the others; None if there is nothing to draw."""
+    lines = recovery_lines(comparison)
+    if not lines:
+        return None
     handles = {line.name: handle(line.name, line.colour, linestyle=line.dash) for of in lines.values() for line in of}
     handles |= {_KEPT: handle(_KEPT, _ORACLE, linestyle=DOTTED)} if _KEPT in handles else {}
-    names = [_name(row) for row in rows] + ["oracle", _KEPT]
-    attacks = [row for method in rows for run in method.runs for row in run.attack["attacks"]]
-    scores = sorted({row["score"] for row in attacks if (row["attack"], row["p"]) in drawn})
-    n_columns = 2 if len(drawn) == 4 else min(3, len(drawn))
-    n_rows = math.ceil(len(drawn) / n_columns)
+    names = [_name(row) for row in _methods(comparison)] + ["oracle", _KEPT]
+    n_columns = 2 if len(lines) == 4 else min(3, len(lines))
+    n_rows = math.ceil(len(lines) / n_columns)
     with style():
         figure = Figure(figsize=(1.0 + 3.6 * n_columns, 3.1 * n_rows), layout="constrained")
         grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
@@ -77,12 +84,13 @@ def save_recovery_curves(path: str | os.PathLike[str], comparison: Comparison) -
             (y for of in lines.values() for line in of for _, *_, y in (*line.band, *line.points)), default=1.0
         )
         for row in grid:
-            row[0].set(ylabel=f"forget score: {fitted(', '.join(scores), 20)}, %", ylim=(0, max(highest, 1.0) * 1.04))
-        for empty in list(grid.flat)[len(drawn) :]:
+            row[0].set(
+                ylabel=f"forget score: {fitted(attack_scores(comparison), 20)}, %", ylim=(0, max(highest, 1.0) * 1.04)
+            )
+        for empty in list(grid.flat)[len(lines) :]:
             empty.set_visible(False)
         legend(figure, [handles[name] for name in dict.fromkeys(names) if name in handles])
-    save_png(figure, path)
-    return True
+    return figure
 
 
 def _mean_line(rows: Sequence[Row], index: int | None, curves: Sequence[Curve]) -> Series:
@@ -103,21 +111,21 @@ def _kept_line(rows: Sequence[Row], index: int | None, curves: Sequence[Curve]) 
     return [Series(_KEPT, points, _METHODS[(index or 0) % len(_METHODS)], DOTTED)] if points else []
 
 
-def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
+def pareto_figure(comparison: Comparison) -> Figure | None:
     """Draw retention (test score) against recovery (highest forget score under the attacks).
 
     Only relearning attacks that all methods, and the oracle, have been put under count. The step line is the Pareto
-    front of the methods; the oracle is the star, or a dashed line where its test score is not known. Returns whether
-    there was anything to draw.
+    front of the methods; the oracle is the star, or a dashed line where its test score is not known. None if
+    there is nothing to draw.
     """
     attacks = common_attacks(comparison)
     rows = _methods(comparison)
     points = {i: point for i, row in enumerate(rows) if (point := front_of(row, attacks))}
     if not points:
-        return False
+        return None
     titles = ", ".join(column.title for column in comparison.columns if column.key in attacks)
     with style():
-        figure = Figure(figsize=(_PARETO, 4.8 + 0.1 * len(points)), layout="constrained")
+        figure = Figure(figsize=(WIDTH / 72, 4.2 + 0.21 * len(points)), layout="constrained")
         axes = figure.subplots()
         axes.margins(0.08)
         handles = []
@@ -131,12 +139,11 @@ def save_pareto(path: str | os.PathLike[str], comparison: Comparison) -> bool:
         handles.append(handle("Pareto front", COLOURS["original"], linewidth=1.2))
         handles += _oracle_point(axes, comparison.rows, attacks)
         _front(axes, list(points.values()))
-        axes.set_xlabel(f"retention: test {fitted(comparison.score, 30)}, %  (right is better)")
-        axes.set_ylabel("recovery: highest forget score, %  (down is better)")
-        axes.set_title(fill(f"recovery under {fitted(titles, 160)}", 80))
+        axes.set_xlabel(f"retention: test {fitted(comparison.score, 16)}, % (right is better)")
+        axes.set_ylabel("recovery: highest forget score, %")
+        axes.set_title(fill(f"recovery (down is better) under {fitted(titles, 160)}", 46))
         legend(figure, handles)
-    save_png(figure, path)
-    return True
+    return figure
 
 
 def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:

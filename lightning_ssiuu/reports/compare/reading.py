@@ -48,6 +48,12 @@ class Run:
         return self.metrics["after"]["scores"]
 
     @property
+    def suite(self) -> str:
+        """What its utility was measured on: a suite, or tasks of lm-eval; empty where nobody knows."""
+        suite = str(self.utility.get("suite") or "")
+        return ", ".join(self.utility.get("tasks") or {}) if suite == "lm_eval" else suite
+
+    @property
     def is_oracle(self) -> bool:
         """Whether it was fine-tuned on the retain set alone."""
         data = self.config.get("data")
@@ -126,9 +132,10 @@ def _json(path: Path, check: Callable[[Any], object]) -> dict[str, Any]:
 
 def _check_utility(content: Mapping[str, Any]) -> None:
     only((int, float, type(None)), content["utility_score"])
+    only(dict, content.get("tasks") or {}, content.get("n_items") or {})
 
 
 def _check_audit(content: Mapping[str, Any]) -> None:
-    only(dict, content["scores"], *content["influence"].values())
+    only(dict, content["scores"], *content["influence"].values(), content.get("verdict") or {})
     for scores in content["scores"].values():
         only(dict, *scores.values())

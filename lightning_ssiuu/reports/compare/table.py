@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels
+from lightning_ssiuu.evaluation.retention import Retention
+from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels, settings_of_each
 from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.reports.curves import number
+from lightning_ssiuu.utils.errors import UserError
 
 #: Attacks in the order of the table; others come after them by name.
 ATTACKS = ("harmful", "harmful_lora", "benign", "benign_lora", "quantization", "sampling", "paraphrase", "ablation")
@@ -71,12 +75,32 @@ class Row:
 
 @dataclass
 class Comparison:
-    """A finished table: ``score`` is that of FS and RS, ``notes`` what a reader should know of it."""
+    """A finished table: ``score`` is that of FS and RS, ``notes`` what a reader should know of it.
+
+    ``chosen`` are the columns to show, in their order (None: all that are not empty); ``settings`` has for each method,
+    by its label, the options that are not the same in all of them.
+    """
 
     score: str
     columns: list[Column]
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    chosen: list[Column] | None = None
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Show these columns alone, by their keys (``harmful_*``: all such) or titles.
+
+        Raises:
+            UserError: If there is no such column.
+        """
+        chosen: dict[str, Column] = {}
+        for name in names:
+            found = [c for c in self.columns if fnmatchcase(c.key, name) or (c.title == name and not c.is_gap)]
+            if not found:
+                raise UserError("columns", name, f"some of {', '.join(column.key for column in self.columns)}")
+            chosen |= {column.key: column for column in found}
+        self.chosen = list(chosen.values())
 
 
 def pool(figures: Iterable[Figure]) -> Figure:
@@ -115,13 +139,16 @@ def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
     return columns
 
 
-def run_figures(run: Run, score: str) -> dict[str, Figure]:
-    """The figures of one run by column key; what is missing, or null because the run diverged, is left out."""
+def run_figures(run: Run, score: str, utility: str = "utility_score") -> dict[str, Figure]:
+    """The figures of one run by column key; what is missing, or null because the run diverged, is left out.
+
+    ``utility`` is the key of its utility score.
+    """
     influence = run.metrics["after"].get("influence") or run.audit.get("influence", {}).get("unlearned", {})
     values = {
         "steps": run.metrics.get("steps"),
         **{f"{split}_score": run.scores.get(split, {}).get(score) for split in _SPLITS},
-        "utility_score": run.utility.get("utility_score"),
+        utility: run.utility.get("utility_score"),
         **{key: influence.get(key) for key in _INFLUENCE},
         "attribution_correlation": run.audit.get("attribution_correlation"),
     }
@@ -146,33 +173,46 @@ def _attacked(run: Run, model: str) -> dict[str, Figure]:
     return figures
 
 
-def compare_runs(runs: Sequence[Run], score: str) -> Comparison:
+def _utility_columns(runs: Sequence[Run]) -> dict[str, Column]:
+    # By suite: scores of different ones are not compared.
+    suites = sorted({run.suite for run in runs if run.utility}) or [""]
+    keys = [
+        "_".join(["utility_score", *(suite.replace(",", "").split() if len(suites) > 1 else ())]) for suite in suites
+    ]
+    return {s: Column(key, f"US ({s})" if s else "US") for s, key in zip(suites, keys, strict=True)}
+
+
+def compare_runs(runs: Sequence[Run], score: str, given: Mapping[Path, str] | None = None) -> Comparison:
     """Make the table of runs that :func:`.reading.check_comparable` has passed.
 
     The first row is the original model's, where all methods began with the same one; the last is the oracle's: its
     figures under attack from ``attack.json``, its scores from a run on the retain set alone if there is one among
-    ``runs``, else from ``audit.json``.
+    ``runs``, else from ``audit.json``. ``given`` are names of runs by their resolved paths.
     """
-    groups = group_by_seed(runs)
+    groups, utilities = group_by_seed(runs), _utility_columns(runs)
+    figures = {id(run): run_figures(run, score, utilities[run.suite].key if run.utility else "") for run in runs}
     oracles = [group for group in groups if group[0].is_oracle]
     oracle_runs = oracles[0] if len(oracles) == 1 else []
     groups = [group for group in groups if group is not oracle_runs]
+    names = labels(groups, given) if groups else []
     rows = []
-    for label, group in zip(labels(groups) if groups else [], groups, strict=True):
-        rows.append(_row(label, group, [run_figures(run, score) for run in group]))
+    for label, group in zip(names, groups, strict=True):
+        rows.append(_row(label, group, [figures[id(run)] for run in group]))
     columns = [
         *(Column("steps", "steps", "count"), Column("forget_score", "FS"), Column("test_score", "RS")),
-        *(Column("retain_score", "retain"), Column("utility_score", "US")),
+        *(Column("retain_score", "retain"), *utilities.values()),
         *attack_columns(runs, score),
         *(Column("d_plus_total", "D⁺", "influence"), Column("d_minus_total", "D⁻", "influence")),
         *(Column("n_spurious", "spurious", "count"), Column("attribution_correlation", "corr.", "influence")),
     ]
     methods = [run for group in groups for run in group]
     original = _original([run for run in methods if run.metrics["objective"] != "FineTuning"], score)
-    oracle = _oracle(oracle_runs, methods, score)
+    oracle = _oracle(_row("oracle", oracle_runs, [figures[id(run)] for run in oracle_runs], "oracle"), methods, score)
     table = [*([original] if original else []), *rows, *([oracle] if oracle else [])]
     notes = [note for row in rows for note in _gaps_in(row, columns)] + _collapsed(runs) + _unlike(runs)
-    return Comparison(score, columns, table, notes)
+    notes += _unlike_utility(runs) + _oracles(runs, original, oracle, score)
+    settings = dict(zip(names, settings_of_each(groups), strict=True)) if groups else {}
+    return Comparison(score, columns, table, notes, settings=settings)
 
 
 def _row(label: str, runs: list[Run], figures: Sequence[Mapping[str, Figure]], kind: str = "method") -> Row:
@@ -193,7 +233,7 @@ def _original(runs: Sequence[Run], score: str) -> Row | None:
     return Row("original", None, cells, kind="original") if cells else None
 
 
-def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row | None:
+def _oracle(own: Row, methods: Sequence[Run], score: str) -> Row | None:
     beside = []
     for run in methods:
         scores = run.audit.get("scores", {}).get("oracle", {})
@@ -206,11 +246,10 @@ def _oracle(oracle_runs: list[Run], methods: Sequence[Run], score: str) -> Row |
         figures = [given[key] for given in beside if key in given]
         # One oracle, put beside several runs, is one figure.
         cells[key] = figures[0] if len(set(figures)) == 1 else pool(figures)
-    own = _row("oracle", oracle_runs, [run_figures(run, score) for run in oracle_runs], "oracle")
     # A run's own influence is against the model its fine-tuning began with.
     known = {*_INFLUENCE, *(key for key in cells if not key.endswith("_score"))}
     cells |= {key: figure for key, figure in own.cells.items() if key not in known and not key.endswith("_gap")}
-    return Row("oracle", own.n or None, cells, oracle_runs, "oracle") if cells else None
+    return Row("oracle", own.n or None, cells, own.runs, "oracle") if cells else None
 
 
 def _gaps_in(row: Row, columns: Sequence[Column]) -> list[str]:
@@ -228,7 +267,11 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for attack, settings in (run.attack.get("settings") or {}).items():
-            own = {key: _set(value) for key, value in settings.items() if key not in ("provenance", "collapsed")}
+            own = {
+                key: _set(value)
+                for key, value in settings.items()
+                if key not in ("provenance", "collapsed", "oracle_retains")
+            }
             if attack == "quantization" and "quantization" in own:
                 own["widths"] = own.pop("quantization")  # as earlier versions called it
             # The digests of earlier versions are of the text.
@@ -246,6 +289,32 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
 def _set(value: Any) -> Any:
     # Without options that are not set: an earlier version may not have had them.
     return {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+
+
+def _unlike_utility(runs: Sequence[Run]) -> list[str]:
+    counts: dict[str, list[Any]] = {}
+    for run in runs:
+        if run.utility.get("n_items"):
+            counts.setdefault(run.suite, []).append(run.utility["n_items"])
+    return [
+        f"utility: the runs were measured on different numbers of items of {suite}"
+        for suite, given in counts.items()
+        if any(items != given[0] for items in given)
+    ]
+
+
+def _oracles(runs: Sequence[Run], original: Row | None, oracle: Row | None, score: str) -> list[str]:
+    # An oracle that lost what it was to keep is no floor, and no gap to it tells anything.
+    told = []
+    for run in runs:
+        settings = (run.attack.get("settings") or {}).values()
+        told += [f"that beside {run.path}"] * any(row.get("oracle_retains") is False for row in settings)
+        told += [f"that of the audit of {run.path}"] * ((run.audit.get("verdict") or {}).get("oracle_retains") is False)
+    if original and oracle and all("retain_score" in row.cells for row in (original, oracle)):
+        before, after = (row.cells["retain_score"].mean for row in (original, oracle))
+        kept = Retention(score, before, after, 0.0, n=None)
+        told += [f"that of the table ({kept.change})"] * kept.lost
+    return [f"an oracle does not retain, and is no floor: {one}" for one in dict.fromkeys(told)]
 
 
 def front_of(row: Row, attacks: Sequence[str]) -> tuple[float, float] | None:

@@ -51,7 +51,9 @@ def shown(column: Column, figure: Figure | None) -> str:
 
 
 def columns_with_figures(comparison: Comparison) -> list[Column]:
-    """The columns that are not empty."""
+    """The columns that were chosen, else those that are not empty."""
+    if comparison.chosen is not None:
+        return comparison.chosen
     return [column for column in comparison.columns if any(column.key in row.cells for row in comparison.rows)]
 
 
@@ -65,7 +67,10 @@ def caption(comparison: Comparison) -> str:
     found = "found at the largest learning rate or in the last epoch"
     sentences = (
         (True, f"Per cent; FS, RS and retain: {comparison.score} on the forget, test and retain set."),
-        ("utility_score" in keys, "US: utility score."),
+        (
+            any(key.startswith("utility_score") for key in keys),
+            "US: utility score, mean over the tasks of the suite named.",
+        ),
         (attacked and not taught, "Attacks: the highest forget score; gap: minus the oracle's, seed by seed."),
         (taught, "Attacks: the highest forget score; gap: minus the oracle's, else the control's, seed by seed."),
         (attacked, "±: standard deviation over training seeds, of a single run over the attack's seeds."),
@@ -124,14 +129,22 @@ def _width(comparison: Comparison, column: Column) -> int:
 
 def csv_rows(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
     """Header and rows of ``compare.csv``: full precision, spreads in columns of their own, all scores' columns."""
-    columns = [c for c in comparison.columns if not c.attacked or c in columns_with_figures(comparison)]
+    shown = columns_with_figures(comparison)
+    columns = shown if comparison.chosen else [c for c in comparison.columns if not c.attacked or c in shown]
     header = ["method", "n"]
     for column in columns:
         header += [column.key, f"{column.key}_std"]
         header += [f"{column.key}_attack_std"] if column.attacked else []
         header += [f"{column.key}_inside_grid"] if column.relearned else []
-    return [csv_text(name) for name in [*header, "score", "runs"]], [
-        [csv_text(row.label), row.n, *_csv_cells(row, columns), csv_text(comparison.score), _paths(row)]
+    return [csv_text(name) for name in [*header, "score", "settings", "runs"]], [
+        [
+            csv_text(row.label),
+            row.n,
+            *_csv_cells(row, columns),
+            csv_text(comparison.score),
+            _settings(comparison, row),
+            _paths(row),
+        ]
         for row in comparison.rows
     ]
 
@@ -146,6 +159,10 @@ def _csv_cells(row: Row, columns: Sequence[Column]) -> list[object]:
         if column.relearned:
             cells.append(str(not figure.edge).lower() if figure else None)
     return cells
+
+
+def _settings(comparison: Comparison, row: Row) -> str:
+    return csv_text("; ".join(comparison.settings.get(row.label, {}).values()) if row.kind == "method" else "")
 
 
 def _paths(row: Row) -> str:
