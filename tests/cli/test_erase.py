@@ -38,9 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("erase")
     data, ids = table(folder)
     quick = folder / "quick.yaml"
-    quick.write_text(
-        yaml.safe_dump({"data": {"init_args": {"retain_batch_size": 12}}})
-    )
+    quick.write_text(yaml.safe_dump({"data": {"init_args": {"retain_batch_size": 12}}}))
     given = {"data": str(data), "forget_ids": str(ids), "threshold": 40.0, "trials": 1, "fit": [str(quick)]}
     ran: list[str] = []
     run = Steps.run
