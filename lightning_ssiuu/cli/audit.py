@@ -217,7 +217,7 @@ def print_audit(content: dict[str, Any]) -> None:
     for figure in next(iter(influence.values())):
         rows.append([figure, *(f"{influence[m][figure]:.3g}" if m in influence else "" for m in models), ""])
     notes: list[str | Text] = [Text(content["verdict"]["sentence"])]  # Text: brackets are no markup
-    if content["verdict"]["oracle_retains"] is False:
+    if content["verdict"].get("oracle_retains") is False:
         notes.append("The oracle does not retain: what is measured beside it says little.")
     if "attribution_correlation" in content:
         notes.insert(0, f"attribution correlation before/after attack: {content['attribution_correlation']:.3f}")

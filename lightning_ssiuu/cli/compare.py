@@ -33,7 +33,7 @@ def compare(
     score: str | None = None,
     overwrite: bool = False,
     columns: Sequence[str] | None = None,
-    labels: Mapping[_Path, str] | None = None,
+    labels: Mapping[str, str] | Mapping[Path, str] | None = None,
 ) -> Comparison:
     """Put finished runs side by side; print the table and write it as a page, CSV, Markdown, LaTeX and plots.
 
@@ -77,7 +77,7 @@ def compare(
     return comparison
 
 
-def _named(runs: Sequence[Run], labels: Mapping[_Path, str]) -> dict[Path, str]:
+def _named(runs: Sequence[Run], labels: Mapping[str, str] | Mapping[Path, str]) -> dict[Path, str]:
     methods = {run.path.resolve() for run in runs if not run.is_oracle}
     for path in labels:
         if Path(path).resolve() not in methods:
@@ -130,5 +130,5 @@ def run(args: list[str]) -> None:
     parser.add_argument("--label", nargs="+", type=str, metavar="RUN=NAME", help=text)
     with parsing():
         config = parser.parse_args(args)
-    labels: dict[_Path, str] = dict(map(_label, config.label or []))
+    labels = dict(map(_label, config.label or []))
     compare(config.runs, config.output, config.score, config.overwrite, config.columns, labels)

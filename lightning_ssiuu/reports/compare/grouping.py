@@ -157,13 +157,13 @@ def differences(configs: Sequence[Any], name: str = "", deep: bool = False) -> l
         return [{} if config is _ABSENT else next(there) or {name: _named(name, config)} for config in configs]
     classes = [_class(config) for config in configs]
     if any(classes) and len(set(classes)) > 1:
-        found = [{name: kind} if kind else {} for kind in classes]
+        kinds = [{name: kind} if kind else {} for kind in classes]
         options = [
             (config.get("init_args") or _ABSENT) if kind else _ABSENT
             for kind, config in zip(classes, configs, strict=True)
         ]
         return (
-            [own | more for own, more in zip(found, differences(options, name, deep), strict=True)] if deep else found
+            [own | more for own, more in zip(kinds, differences(options, name, deep), strict=True)] if deep else kinds
         )
     if not all(isinstance(config, dict) for config in configs):
         return [{name: _named(name, config)} for config in configs]
