@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,9 +117,10 @@ def test_options_of_shown_commands_exist(
     monkeypatch.setattr(UnlearningCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(UnlearningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.syspath_prepend(workplace)
-    for name in ("attack", "audit", "compare", "oracle", "privacy", "recipes", "utility"):
+    well = SimpleNamespace(erased=True)  # what a command returns from which its exit status is made
+    for name in ("attack", "audit", "certify", "compare", "erase", "oracle", "privacy", "recipes", "utility", "verify"):
         function = getattr(importlib.import_module(f"lightning_ssiuu.cli.{name}"), name)
-        monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: None))
+        monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: well))
     for words in shown_commands(text):
         if words[0] == "lightning-ssiuu":
             result = command(*words[1:])

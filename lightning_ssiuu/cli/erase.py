@@ -106,6 +106,12 @@ def erase(
 
     Raises:
         UserError: If an argument is outside its range, or no trial reached the threshold.
+
+    Example:
+        >>> erase("runs/request_17", trials=0)
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: trials: got 0, allowed: at least 1
     """
     check_at_least("trials", trials, 1)
     if budget is not None:

@@ -69,7 +69,12 @@ class Result:
 
 @dataclass(frozen=True, repr=False)
 class Verdict(Result):
-    """An audit: ``label`` is erased, hidden, mixed, collapsed or not unlearned."""
+    """An audit: ``label`` is erased, hidden, mixed, collapsed or not unlearned.
+
+    Example:
+        >>> Verdict("Scores, %", (), (), {"verdict": {"label": "erased"}}).label
+        'erased'
+    """
 
     @property
     def label(self) -> str:
@@ -89,6 +94,12 @@ def attack(model: Any, oracle: Any = None, tokenizer: Any = None, output: str | 
 
     Raises:
         UserError: As the command.
+
+    Example:
+        >>> from lightning_ssiuu import Facts, Harmful
+        >>> weak = Harmful(p=[0.3], learning_rates=[1e-4], seeds=[0], epochs=1)
+        >>> attack("tiny", attack=weak, data=Facts(), control="none").to_pandas()["model"].tolist()
+        ['unlearned']
     """
     from lightning_ssiuu.cli.attack import attack as command
 
@@ -132,6 +143,10 @@ def audit(
 
     Raises:
         UserError: As the command.
+
+    Example:
+        >>> audit("tiny", "tiny", relearning_probe=False, own_change=False, probe_examples=4).label
+        'not unlearned'
     """
     from lightning_ssiuu.cli.audit import audit as command
 
@@ -159,6 +174,10 @@ def utility(model: Any, tokenizer: Any = None, output: str | None = None, **opti
 
     Raises:
         UserError: As the command.
+
+    Example:
+        >>> utility("tiny", limit=4).columns
+        ('task', 'items', 'score')
     """
     from lightning_ssiuu.cli.utility import utility as command
 
@@ -181,6 +200,10 @@ def privacy(model: Any, oracle: Any = None, tokenizer: Any = None, output: str |
 
     Raises:
         UserError: As the command.
+
+    Example:
+        >>> privacy("tiny", gradient_norm=False).columns
+        ('attack', 'model')
     """
     from lightning_ssiuu.cli.privacy import privacy as command
 
@@ -201,6 +224,12 @@ def compare(runs: Sequence[Any], output: str | None = None, **options: Any) -> R
 
     Raises:
         UserError: As the command.
+
+    Example:
+        >>> compare(["nowhere"])
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: runs: got 'nowhere', allowed: directories that exist
     """
     from lightning_ssiuu.cli.compare import compare as command
     from lightning_ssiuu.reports.compare.writing import csv_rows

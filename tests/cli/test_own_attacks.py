@@ -198,7 +198,7 @@ def test_both_are_compared(beside: Path) -> None:
         assert float(row[column]) == pytest.approx(given["unlearned"]["forget_score"]["mean"])
     assert row["shortest_first_0.3_inside_grid"] in ("true", "false")  # it has a grid, and the noise has none
     assert "noise_inside_grid" not in row
-    assert files(beside / "compared") >= {"plots/recovery_curves.png"}
+    assert files(beside / "compared") >= {"plots/recovery_curves.pdf"}
 
 
 def test_audit_counts_the_relearning_one_as_evidence(beside: Path) -> None:

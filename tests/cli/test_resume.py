@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("few_facts")
 def test_what_a_new_run_may_replace(tmp_path: Path) -> None:
     config = SimpleNamespace(
         overwrite=False,
-        saving=SimpleNamespace(folder="model", get=lambda _: None),
+        saving=SimpleNamespace(folder="model", get=lambda *_: None),
         checkpoints=SimpleNamespace(folder="checkpoints"),
     )
 
