@@ -111,7 +111,7 @@ def erase(
         >>> erase("runs/request_17", trials=0)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.UserError: trials: got 0, allowed: at least 1
+        lightning_ssiuu.UserError: trials: got 0, allowed: a number ≥ 1
     """
     check_at_least("trials", trials, 1)
     if budget is not None:
