@@ -6,18 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_ssiuu.reports.pages import page
-from lightning_ssiuu.utils.figures import COLOURS
-
-_TONES = ("erased", "hidden")
 
 
 def certificate_html(content: Mapping[str, Any]) -> str:
     """The page of a ``certificate.json``. Whatever stands in names and ids is text on it, never markup."""
     scores = content["scores"].values()
     rows = list(dict.fromkeys((split, score) for by_split in scores for split in by_split for score in by_split[split]))
-    label = content["verdict"]["label"]
-    tone = COLOURS[label if label in _TONES else "undecided"]
-    return page("certificate.html", **content, score_rows=rows, tone=tone, how=_how)
+    return page("certificate.html", **content, score_rows=rows, how=_how)
 
 
 def _how(row: Mapping[str, Any]) -> str:
