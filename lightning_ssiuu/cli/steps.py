@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from lightning_ssiuu.utils.processes import MISTAKE
+from lightning_ssiuu.utils.processes import MISTAKE, STARTED_BY
 
 
 class CommandRefused(Exception):  # noqa: N818 (as UserError, it says what is wrong)
@@ -27,7 +28,7 @@ class Steps:
         self.seconds = {kind: list(times) for kind, times in (seconds or {}).items()}
 
     def run(self, kind: str, words: Sequence[str]) -> None:
-        """Run ``lightning-ssiuu`` with these words; it dies with this process, but for SIGKILL.
+        """Run ``lightning-ssiuu`` with these words; it dies with this process.
 
         Raises:
             CommandRefused: If the command ends with a mistake.
@@ -35,9 +36,8 @@ class Steps:
         """
         begin, log = time.monotonic(), self.folder / "log.txt"
         with log.open("a", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lightning_ssiuu", *words], stdout=file, stderr=subprocess.STDOUT
-            )
+            command, environment = [sys.executable, "-m", "lightning_ssiuu", *words], os.environ | {STARTED_BY: "erase"}
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             try:
                 status = process.wait()
             except BaseException:

@@ -25,10 +25,14 @@ MISTAKE = 2  # exit status of a command whose user made a mistake
 _NOTICING, _DYING = 5.0, 3.0
 
 
+#: In the environment of a command that another one started and waits for.
+STARTED_BY = "LIGHTNING_SSIUU_STARTED_BY"
+
+
 def end_with_parent() -> None:
-    """In a process that a launcher started: end when the launcher has ended, however that came about."""
+    """In a process that a launcher or another command started: end when that has ended, however that came about."""
     # A rank that waits for others would wait until the process group's timeout, on devices that the next run needs.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0" and STARTED_BY not in os.environ:
         return
     parent = os.getppid()
 
