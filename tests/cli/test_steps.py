@@ -16,7 +16,7 @@ from lightning_ssiuu.cli.steps import CommandRefused, Steps
 
 def test_a_mistake_is_the_line_that_the_command_prints(tmp_path: Path) -> None:
     steps = Steps(tmp_path)
-    with pytest.raises(CommandRefused, match="^COMMAND: got 'nothing'"):
+    with pytest.raises(CommandRefused, match=r"^COMMAND: got 'nothing'"):
         steps.run("nothing", ["nothing"])
     assert steps.left({"nothing": 1}) is None
     steps.run("version", ["--version"])
