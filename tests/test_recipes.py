@@ -19,8 +19,8 @@ from lightning_ssiuu.models.loading import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_facts")
 
-#: Attribution has tests of its own.
-BLIND = ("--attribution.probe_examples", "0")
+#: Attribution and the other scores have tests of their own.
+BLIND = ("--attribution.probe_examples", "0", "--model.init_args.scores", "[probability]")
 KINDS = ("objective", "model", "data", "teach", "optimizer", "regularizer", "scale", "attack")
 
 
