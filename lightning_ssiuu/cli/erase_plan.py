@@ -14,7 +14,9 @@ from lightning_ssiuu.attacks.records import read_attacks
 from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.datamodules import Documents, UnlearningDataModule
+from lightning_ssiuu.datamodules.documents import SUFFIXES
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
+from lightning_ssiuu.evaluation.runs import data_of
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import read_yaml
@@ -34,8 +36,6 @@ _EVERY = 10  # steps from one checkpoint to the next
 _SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
 _FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8, "until_saturated": True}
 _ATTACKED_AT = (1.0, 2.0)  # of the rate of the search's attack; larger ones where it is not saturated
-_SOMETHING = 1.0  # points above chance below which nothing is known
-_TEXTS = (".txt", ".md")
 _FEW = 20  # below so many items a tenth is hardly anything
 
 
@@ -189,20 +189,16 @@ class Plan:
 
     @cached_property
     def _data(self) -> UnlearningDataModule:
-        from jsonargparse import ArgumentParser
-
         from lightning_ssiuu.utils.messages import parsing
 
         section = self._base.get("data") or {"class_path": "Facts"}
         section = section | {"init_args": section.get("init_args", {}) | {"tokenizer": self.model}}
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(UnlearningDataModule, "data")
         with parsing():
-            return parser.instantiate_classes(parser.parse_object({"data": section})).data
+            return data_of(section)
 
     def measure(self) -> dict[str, Any]:
         """The template under which the model knows most, what it knows, and how many items there are."""
-        from lightning_ssiuu.evaluation.knowledge import known_under, other_templates
+        from lightning_ssiuu.evaluation.knowledge import SOMETHING, known_under, other_templates
 
         data = self._data
         data.setup("validate")
@@ -216,7 +212,7 @@ class Plan:
         if known is None:
             allowed = "questions with at least two different answers, that the model's context takes"
             raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
-        if known.above < _SOMETHING:
+        if known.above < SOMETHING:
             given = Given("one that does not know the forget set")
             raise UserError("model", given, f"a model that knows it: there is nothing to forget ({known})")
         sizes = {"n_forget": len(data.splits.forget), "n_retain": len(data.splits.retain)}
@@ -249,7 +245,7 @@ def with_attack(trial: Trial, folder: Path) -> Trial:
 
 def _data_class(given: Mapping[str, Any]) -> str:
     sources = [Path(value).expanduser() for name, value in given.items() if name in ("forget", "retain", "test")]
-    is_text = any(path.is_dir() or path.suffix.lower() in _TEXTS for path in sources)
+    is_text = any(path.is_dir() or path.suffix.lower() in SUFFIXES for path in sources)
     return "Documents" if is_text else "CustomData"
 
 

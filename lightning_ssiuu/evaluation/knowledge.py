@@ -16,7 +16,7 @@ from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
 #: So many points above chance are more than half of what any template could give.
 _ENOUGH = 50.0
 #: Fewer points above chance are chance: a model that knows nothing may be on either side of it.
-_SOMETHING = 1.0
+SOMETHING = 1.0
 _ASKED = "probability"
 
 
@@ -61,7 +61,7 @@ class Knowledge:
     @property
     def nothing(self) -> bool:
         """Whether what it knows is less than a point above chance, by the score and by probability."""
-        return max(self.own.above, self.here.above) < _SOMETHING
+        return max(self.own.above, self.here.above) < SOMETHING
 
     def mistake(self, argument: str) -> UserError:
         """The error for a model that knows nothing; ``argument`` is the one that names it."""

@@ -110,14 +110,19 @@ def run_architecture(
         return find_architecture(options.get("architecture") if isinstance(options, dict) else None)
 
 
-def _from_config(run: Path, argument: str) -> UnlearningDataModule:
+def data_of(section: Any) -> UnlearningDataModule:
+    """The data module of a configuration's ``data`` section; raises what jsonargparse does."""
     from jsonargparse import ArgumentParser
 
-    section = read_config(run, argument).get("data")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(UnlearningDataModule, "data")
+    return parser.instantiate_classes(parser.parse_object({"data": section})).data
+
+
+def _from_config(run: Path, argument: str) -> UnlearningDataModule:
+    section = read_config(run, argument).get("data")
     try:
-        return parser.instantiate_classes(parser.parse_object({"data": section})).data
+        return data_of(section)
     except UserError:
         raise
     except Exception as error:
