@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from lightning_ssiuu.models.digest import weights_sha256
-from lightning_ssiuu.models.loading import resolve_checkpoint
 from lightning_ssiuu.reports.certificate.content import certificate, key_of, keyed
 from lightning_ssiuu.reports.certificate.page import certificate_html
 from lightning_ssiuu.utils.errors import UserError
@@ -112,27 +108,6 @@ def test_a_run_that_was_not_audited_is_refused(run: Path) -> None:
     (run / "audit.json").unlink()
     with pytest.raises(UserError, match=r"a directory with audit\.json"):
         made(run)
-
-
-def test_weights_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
-    source = Path(resolve_checkpoint("tiny"))
-    whole = weights_sha256("tiny")
-    copy = tmp_path / "copy"
-    shutil.copytree(source, copy)
-    (file,) = copy.glob("*.safetensors")
-    tensors = load_file(file)
-    names = sorted(tensors)
-    file.unlink()
-    for number, part in enumerate((names[::2], names[1::2])):  # other files, other metadata
-        save_file({name: tensors[name] for name in part}, copy / f"model-{number}.safetensors", {"by": "me"})
-    assert weights_sha256(str(copy)) == whole
-    changed = {name: tensors[name].clone() for name in names[::2]}
-    flat = changed[names[0]].view(-1)
-    flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf, dtype=flat.dtype))
-    save_file(changed, copy / "model-0.safetensors")
-    assert weights_sha256(str(copy)) != whole
-    with pytest.raises(UserError, match="holds a model"):
-        weights_sha256(str(tmp_path))
 
 
 @pytest.mark.skipif(
