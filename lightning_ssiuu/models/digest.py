@@ -70,28 +70,26 @@ def _folder(source: str, revision: dict[str, str], given: str) -> Path:
 
 def _files(folder: Path, given: str) -> list[Path]:
     # Those that transformers loads: what else lies there is another model's, or somebody wants it to be taken for this.
-    if read_json(folder / "config.json", "checkpoint").get("transformers_weights") is not None:
-        raise UserError("checkpoint", given, f"a model whose weights are in {_WHOLE}, or where {INDEX} names them")
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
-    if not (folder / INDEX).is_file():
+    name = read_json(folder / "config.json", "checkpoint").get("transformers_weights")
+    if name is None:
+        name = _WHOLE if (folder / _WHOLE).is_file() else INDEX
+    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
         raise UserError("checkpoint", given, "a model with safetensors weights")
-    return [folder / name for name in sorted(set(read_json(folder / INDEX, "checkpoint")["weight_map"].values()))]
+    if not name.endswith(".json"):
+        return [folder / name]
+    return [folder / part for part in sorted(set(read_json(folder / name, "checkpoint")["weight_map"].values()))]
 
 
 def _add(digest: Any, files: Iterable[Path], given: str) -> None:
     from safetensors import safe_open
 
-    places: dict[str, Path] = {}
+    places: list[tuple[str, Path]] = []
     with reading("checkpoint", given, "safetensors files that can be read"):
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                names = set(opened.keys())
-            if twice := sorted(names & set(places)):
-                raise UserError("checkpoint", given, f"every weight in one file alone ({twice[0]} is in two)")
-            places |= dict.fromkeys(names, file)
-        for name in progress(sorted(places), "hashing"):
-            with safe_open(places[name], framework="pt") as opened:
+                places += [(name, file) for name in opened.keys()]  # noqa: SIM118 (it is no dict)
+        for name, file in progress(sorted(places), "hashing"):
+            with safe_open(file, framework="pt") as opened:
                 values = opened.get_tensor(name)
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
             digest.update(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
