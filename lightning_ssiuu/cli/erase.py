@@ -175,7 +175,7 @@ class _Erasing:
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]
         self._save(verdict=verdict["label"], sentence=verdict["sentence"])
-        certify(str(self.folder), self.plan.model, self.plan.oracle, overwrite=True)
+        certify(str(self.folder), overwrite=True)
         report = self.folder / "report.html"
         print(
             f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"

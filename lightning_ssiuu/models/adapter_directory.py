@@ -33,9 +33,7 @@ def base_of(folder: str | os.PathLike[str]) -> str:
     content = read_json(Path(folder) / CONFIG, "checkpoint")
     base, revision = content.get("base_model_name_or_path"), content.get("revision")
     if not isinstance(base, str) or not base:
-        raise UserError(
-            "checkpoint", os.fspath(folder), f"adapters whose {CONFIG} names their base_model_name_or_path"
-        )
+        raise UserError("checkpoint", os.fspath(folder), f"adapters whose {CONFIG} names their base_model_name_or_path")
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError("checkpoint", os.fspath(folder), f"adapters with their weights in {WEIGHTS}")
     beside = Path(folder) / base

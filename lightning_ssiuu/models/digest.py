@@ -43,7 +43,7 @@ def weights_sha256(checkpoint: str, argument: str = "model") -> str:
             digest.update(f"{weights_sha256(base, 'checkpoint')} {_options(Path(source))}\n".encode())
             files = [Path(source) / WEIGHTS]
         else:
-            files = _files(_folder(source, revision, checkpoint), checkpoint)
+            files = _files(_folder(source, revision.get("revision"), checkpoint), checkpoint)
         _add(digest, files, checkpoint)
     return digest.hexdigest()
 
@@ -58,14 +58,14 @@ def _options(folder: Path) -> str:
     )
 
 
-def _folder(source: str, revision: dict[str, str], given: str) -> Path:
+def _folder(source: str, revision: str | None, given: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", INDEX, "model*.safetensors"]
     with reading("checkpoint", given, "a hub id with safetensors weights, in the cache where there is no network"):
-        return Path(snapshot_download(source, allow_patterns=patterns, **revision))
+        return Path(str(snapshot_download(source, allow_patterns=patterns, revision=revision)))
 
 
 def _files(folder: Path, given: str) -> list[Path]:
