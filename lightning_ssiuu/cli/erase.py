@@ -12,30 +12,39 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_ssiuu.cli.certify import certify
+from lightning_ssiuu.cli.certify import HTML, certify
 from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
 from lightning_ssiuu.cli.functions import Result
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
 from lightning_ssiuu.cli.trials import Trial, best, candidates, following
+from lightning_ssiuu.reports.certificate.content import FILE
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.reading import read_json
 
 STATE = "erase.json"
+#: What it writes, beside ``trials/`` and ``certificate.key``, which stays.
+_OURS = (
+    *(STATE, "model", "config.yaml", "metrics.json", "attack.json", "audit.json", "report.html", "trials.csv"),
+    *(FILE, HTML, "log.txt"),
+)
 _NOT_ERASED = 3  # exit status
 _SPARE = 1.5  # so many times as long as the trial's attack on one seed takes the final one for each of its own
 
 
 @dataclass(frozen=True, repr=False)
 class Erased(Result):
-    """What ``erase`` made: the trials as a table, the audit's label and sentence, where model and report are."""
+    """What ``erase`` made: the trials as a table, the audit's label and sentence, where model and report are.
+
+    Where no trial reached the threshold the label is ``not unlearned``, and there is neither.
+    """
 
     verdict: str = ""
     sentence: str = ""
-    model: Path = Path()
-    report: Path = Path()
+    model: Path | None = None
+    report: Path | None = None
     trials: tuple[Trial, ...] = ()
 
     @property
@@ -92,7 +101,8 @@ def erase(
         threshold: Forget probability in percent that ends a run; ``mismatched``: that of questions and answers
             re-paired at random. None: that, but for the embedded facts, whose recipe has one.
         trials: How many settings to try, ≥ 1.
-        budget: Minutes; no trial is begun that would not end in time with what comes after it. None: no limit.
+        budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
+            limit.
         retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
         oracle: A model retrained without the forget set, for attack and audit; None: their control.
         seed: Of everything.
@@ -102,10 +112,11 @@ def erase(
         overwrite: Begin anew, and replace what is in ``output``.
 
     Returns:
-        The verdict, and where everything is. As a command the exit status is 0 if erased, and 3 if not.
+        The verdict, and where everything is. As a command the exit status is 0 if erased, and 3 if not, also where no
+        trial reached the threshold.
 
     Raises:
-        UserError: If an argument is outside its range, or no trial reached the threshold.
+        UserError: If an argument is outside its range, the data or a model cannot be used, or every trial failed.
 
     Example:
         >>> erase("runs/request_17", trials=0)
@@ -139,11 +150,10 @@ class _Erasing:
                     "output", plan.output, "what was asked there before, or another directory, or --overwrite"
                 )
         else:
-            refuse_existing("output", self.folder, [STATE, "model", "metrics.json"], overwrite)
-            for path in (*(self.folder / "trials").iterdir(), self.folder / "model"):
-                shutil.rmtree(path, ignore_errors=True)
-            for name in (STATE, "attack.json", "audit.json", "metrics.json", "config.yaml"):
-                (self.folder / name).unlink(missing_ok=True)
+            tried = [f"trials/{path.name}" for path in (self.folder / "trials").iterdir()]
+            refuse_existing("output", self.folder, [*_OURS, *tried], overwrite)
+            for path in (self.folder / name for name in (*_OURS, *tried)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.state = state or {"asked": plan.asked(), "trials": [], "seconds": {}}
         self.steps = Steps(self.folder, self.state["seconds"])
 
@@ -157,13 +167,12 @@ class _Erasing:
         self._say_known()
         while (setting := self._next()) is not None:
             self._try(setting)
-        chosen = best(self.done, self.retain_at_least)
+        taken = [trial for trial in self.done if trial.setting.name == self.state.get("chosen")]
+        chosen = taken[0] if taken else best(self.done, self.retain_at_least)
         table = self._table()
         print(table)
         if chosen is None:
-            failed = [trial.failed for trial in self.done if trial.failed]
-            why = failed[0] if failed else "no trial reached it: more trials, or a higher threshold"
-            raise UserError("threshold", self.plan.threshold, why)
+            return self._not_reached(table)
         self._take(chosen)
         for kind, words in self.plan.judging(chosen).items():
             if not (self.folder / f"{kind}.json").exists():
@@ -175,7 +184,8 @@ class _Erasing:
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]
         self._save(verdict=verdict["label"], sentence=verdict["sentence"])
-        certify(str(self.folder), overwrite=True)
+        if not (self.folder / FILE).exists():
+            certify(str(self.folder), overwrite=True)
         report = self.folder / "report.html"
         print(
             f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"
@@ -184,6 +194,20 @@ class _Erasing:
         return Erased(
             *shown, verdict["label"], verdict["sentence"], self.folder / "model", report, trials=tuple(self.done)
         )
+
+    def _not_reached(self, table: Result) -> Erased:
+        failed = [trial.failed for trial in self.done if trial.failed]
+        if len(failed) == len(self.done):
+            raise UserError("fit", Given("options with which every trial fails"), str(failed[0]))
+        least = min(trial.forget for trial in self.done if trial.forget is not None)
+        sentence = (
+            f"Not unlearned: no trial reached the threshold, the least forget probability is {least:.1f} %. "
+            "More trials, a higher threshold, or another recipe."
+        )
+        self._save(verdict="not unlearned", sentence=sentence)
+        print(sentence)
+        shown = (table.title, table.columns, table.rows, self.state, sentence)
+        return Erased(*shown, "not unlearned", sentence, trials=tuple(self.done))
 
     def _next(self) -> Any:
         if "chosen" in self.state:

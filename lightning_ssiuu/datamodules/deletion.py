@@ -20,6 +20,7 @@ from lightning_ssiuu.utils.reading import reading
 Ids = Literal["shown", "hashed"]
 
 _SHORTEST_KEY = 16  # bytes
+_NAMED = 20  # in a message
 _DIGITS = 16  # hexadecimal ones of a hash: 64 bits
 _KEY = f"a file with a secret of at least {_SHORTEST_KEY} bytes, such as `openssl rand -hex 32` writes"
 
@@ -48,8 +49,9 @@ class IdNames:
         return hmac.digest(self.key, name.encode(errors="surrogatepass"), "sha256").hex()[:_DIGITS]
 
     def few(self, names: Sequence[str]) -> str:
-        """How many ids there are, and what the first few are called."""
-        return f"{len(names)} ids ({first_few([self(name) for name in names[:5]] + [''] * (len(names) - 5))})"
+        """How many ids there are, and what the first twenty are called."""
+        called = [self(name) for name in names[:_NAMED]] + [""] * (len(names) - _NAMED)
+        return f"{len(names)} ids ({first_few(called, _NAMED)})"
 
 
 def read_key(path: str | None, argument: str = "id_key") -> bytes:
