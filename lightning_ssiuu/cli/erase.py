@@ -63,7 +63,7 @@ def erase(
     forget_ids: str | None = None,
     forget_where: str | None = None,
     recipe: str | None = None,
-    fit: Sequence[str] = (),
+    fit: Sequence[str] | str = (),
     template: str | None = None,
     threshold: float | Literal["mismatched"] | None = None,
     trials: int = 3,
@@ -96,7 +96,8 @@ def erase(
         forget_where: Or a condition on its columns, e.g. ``customer_id == 17``.
         recipe: Of the objective and its settings; by default ``erase`` for the embedded model and
             ``model/smollm2_erase`` after it for others.
-        fit: YAML files with options of ``fit``, read after the recipe.
+        fit: YAML file (or a list of them) with options of ``fit``, read after the recipe: columns of the data, hashed
+            ids, more steps.
         template: How questions are asked; None: the one under which the model knows most.
         threshold: Forget probability in percent that ends a run; ``mismatched``: that of questions and answers
             re-paired at random. None: that, but for the embedded facts, whose recipe has one.
@@ -127,8 +128,9 @@ def erase(
     check_at_least("trials", trials, 1)
     if budget is not None:
         check_at_least("budget", budget, 0)
+    files = (fit,) if isinstance(fit, str) else tuple(fit)
     plan = Plan(
-        *(output, model, forget, retain, test, data, forget_ids, forget_where, recipe, tuple(fit), template, threshold),
+        *(output, model, forget, retain, test, data, forget_ids, forget_where, recipe, files, template, threshold),
         *(oracle, seed, accelerator, devices, precision),
     )
     plan.check()
