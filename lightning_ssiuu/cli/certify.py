@@ -84,7 +84,9 @@ def _sources(config: dict[str, Any]) -> Sequence[Path]:
     # Local files that the forget set was read from; hub data sets have a revision.
     options = (config.get("data") or {}).get("init_args") or {}
     given = [options.get(name) for name in ("forget", "data", "forget_ids")]
-    return [path for source in given if isinstance(source, str) and (path := Path(source).expanduser()).is_file()]
+    places = [Path(source).expanduser() for source in given if isinstance(source, str)]
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
+    return [file for file in files if file.is_file()]
 
 
 def run(args: list[str]) -> None:

@@ -200,6 +200,7 @@ class _Erasing:
     def _not_reached(self, table: Result) -> Erased:
         failed = [trial.failed for trial in self.done if trial.failed]
         if len(failed) == len(self.done):
+            self._save(trials=[])  # what was wrong may be mended: a full disk, a library
             raise UserError("fit", Given("options with which every trial fails"), str(failed[0]))
         least = min(trial.forget for trial in self.done if trial.forget is not None)
         sentence = (

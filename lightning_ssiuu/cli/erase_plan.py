@@ -17,8 +17,9 @@ from lightning_ssiuu.datamodules import Documents, UnlearningDataModule
 from lightning_ssiuu.datamodules.documents import SUFFIXES
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
 from lightning_ssiuu.evaluation.runs import check_tokenizers, data_of, resolve_models
-from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.models.loading import check_same_shape
+from lightning_ssiuu.training.devices import Devices, Precision
+from lightning_ssiuu.utils.errors import Given, UserError, check_choice
 from lightning_ssiuu.utils.reading import read_yaml
 
 SCORE = "probability"
@@ -74,9 +75,12 @@ class Plan:
         """
         models = {"model": self.model} | ({"oracle": self.oracle} if self.oracle else {})
         resolve_models(models)
+        check_same_shape(models)
         self.config(Setting(), self.template, Path(self.output))
         self._data.splits  # noqa: B018 (which is read now)
         check_tokenizers(models, self._data)
+        check_choice("precision", self.precision, Precision)
+        Devices(self.accelerator, self.devices)
 
     @cached_property
     def _base(self) -> dict[str, Any]:
@@ -155,7 +159,7 @@ class Plan:
         beside = ["--oracle", self.oracle] if self.oracle else []
         return {
             "attack": self._attack(folder, options, self.oracle, control=True),
-            "audit": ["audit", *models, *beside, *self._where(), "--overwrite"],
+            "audit": ["audit", *models, *beside, *self._where(self._scoring), "--overwrite"],
         }
 
     @property
@@ -171,10 +175,24 @@ class Plan:
             for word in (f"--attack.{name}", yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
         ]
         beside = ["--oracle", oracle] if oracle else [] if control else ["--control", "none"]
-        return ["attack", "--model", str(folder / "model"), *given, "--score", SCORE, *beside, *self._where()]
+        return [
+            "attack",
+            "--model",
+            str(folder / "model"),
+            *given,
+            "--score",
+            SCORE,
+            *beside,
+            *self._where(self.precision),
+        ]
 
-    def _where(self) -> list[str]:
-        return ["--accelerator", self.accelerator, "--devices", str(self.devices), "--precision", self.precision]
+    def _where(self, precision: str) -> list[str]:
+        return ["--accelerator", self.accelerator, "--devices", str(self.devices), "--precision", precision]
+
+    @property
+    def _scoring(self) -> Literal["32-true", "bf16-true"]:
+        # Where nothing is trained there is no mixed precision.
+        return "bf16-true" if self.precision == "bf16-true" else "32-true"
 
     @cached_property
     def _data(self) -> UnlearningDataModule:
@@ -192,7 +210,7 @@ class Plan:
 
         data = self._data
         data.setup("validate")
-        devices = Devices(self.accelerator, 1, precision="bf16-true" if self.precision == "bf16-true" else "32-true")  # type: ignore[arg-type]
+        devices = Devices(self.accelerator, 1, precision=self._scoring)
         with devices.launched():
             model = devices.load(self.model)
             others = [] if isinstance(data, Documents) else other_templates(data)

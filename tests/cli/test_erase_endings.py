@@ -15,6 +15,7 @@ from lightning_ssiuu.cli import erase as module
 from lightning_ssiuu.cli.erase import erase
 from lightning_ssiuu.cli.erase_plan import Plan
 from lightning_ssiuu.cli.steps import CommandRefused, Steps
+from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.utils.errors import UserError
 
 ROWS = {
@@ -138,6 +139,9 @@ def test_where_every_trial_is_refused_the_mistake_is_told(
     commands.forget = ["stopping.score: got 7, allowed: a score"] * 2
     assert main(words(asked, tmp_path / "out", "--trials", "2")) == 2
     assert "stopping.score: got 7" in capsys.readouterr().err
+    commands.ran.clear()
+    commands.forget = [10.0]  # it was the disk, which has room now
+    assert main(words(asked, tmp_path / "out", "--trials", "1")) == 0
 
 
 def test_one_that_diverged_is_no_mistake(asked: dict[str, Any], commands: Commands, tmp_path: Path) -> None:
@@ -218,7 +222,9 @@ def test_what_lies_in_output_is_not_touched(
 
 def test_a_mistake_with_overwrite_costs_nothing(asked: dict[str, Any], commands: Commands, tmp_path: Path) -> None:
     erase(str(tmp_path / "out"), **asked, trials=1)
-    for wrong in ({"forget_ids": str(tmp_path / "none.txt")}, {"model": str(tmp_path / "none")}, {"template": "none"}):
+    wrongs: list[dict[str, Any]] = [{"forget_ids": str(tmp_path / "none.txt")}, {"model": str(tmp_path / "none")}]
+    wrongs += [{"template": "none"}, {"precision": "16"}, {"accelerator": "none"}, {"oracle": str(tmp_path / "none")}]
+    for wrong in wrongs:
         with pytest.raises(UserError):
             erase(str(tmp_path / "out"), **asked | wrong, overwrite=True)
     assert (tmp_path / "out" / "model" / "number").exists()
@@ -297,6 +303,16 @@ def test_columns_and_hashed_ids_are_options_of_fit(tmp_path: Path) -> None:
     (name,) = chosen(tmp_path, **given)
     assert name not in ROWS
     assert len(name) == 16
+
+
+def test_the_audit_trains_nothing(asked: dict[str, Any], tmp_path: Path) -> None:
+    given = {"model": "tiny", "oracle": None, "seed": 0, "accelerator": "cpu", "devices": 1, "precision": "bf16-mixed"}
+    given |= dict.fromkeys(("forget", "retain", "test", "forget_where", "recipe", "template", "threshold"))
+    judging = Plan(str(tmp_path / "out"), fit=(), **given, **asked).judging(Trial(Setting(), 1e-3))
+    assert {name: words[words.index("--precision") + 1] for name, words in judging.items()} == {
+        "attack": "bf16-mixed",
+        "audit": "32-true",
+    }
 
 
 def test_output_that_cannot_be_written(asked: dict[str, Any], tmp_path: Path) -> None:
