@@ -186,12 +186,12 @@ class _Erasing:
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]
         self._save(verdict=verdict["label"], sentence=verdict["sentence"])
-        if not (self.folder / FILE).exists():
-            certify(str(self.folder), overwrite=True)
+        if (self.folder / FILE).exists():
+            print(verdict["sentence"])
+        else:
+            certify(str(self.folder), overwrite=True)  # which says it, too
         report = self.folder / "report.html"
-        print(
-            f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"
-        )
+        print(f"model: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}")
         shown = (table.title, table.columns, table.rows, self.state, verdict["sentence"])
         return Erased(
             *shown, verdict["label"], verdict["sentence"], self.folder / "model", report, trials=tuple(self.done)
