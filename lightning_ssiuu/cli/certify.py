@@ -64,9 +64,10 @@ def _check_evidence(folder: Path, model: str, data: UnlearningDataModule) -> Non
     # What is certified is what was attacked and audited: this model, these rows, all of these attacks.
     metrics, audit, attacks = records(folder)
     weights, rows = weights_sha256(model, "run"), data.content_sha256()
-    made = {f"attack.json ({name})": settings["provenance"] for name, settings in attacks["settings"].items()}
-    for name, provenance in {"metrics.json": metrics["provenance"], **made, "audit.json": audit["provenance"]}.items():
-        if provenance["data_sha256"] != rows:
+    made = {f"attack.json ({name})": settings for name, settings in attacks["settings"].items()}
+    for name, content in {"metrics.json": metrics, **made, "audit.json": audit}.items():
+        provenance = content.get("provenance") or {}
+        if provenance.get("data_sha256") != rows:
             allowed = f"a directory whose {name} is of the data that its config.yaml names now"
             raise UserError("run", str(folder), allowed)
         digests = provenance.get("weights_sha256", {})
