@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.reports.certificate.content import FILE, SCHEMA, keyed, sealed
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.reading import only, read_json
+from lightning_ssiuu.utils.reading import only, read_json, reading
 
 _ANOTHER = 3  # exit status: not the model, or not what the certificate says
 
@@ -69,12 +68,15 @@ def verify(
     secret = None if key is None else read_key(key, "key")
     listed = [] if ids is None else read_ids(ids, "ids")
     called = IdNames(None if id_key is None else read_key(id_key))
-    again = None if repeat is None or repeat == SCORES else AttackAgain(content, repeat, p, seed)
+    again = None
+    if repeat is not None and repeat != SCORES:
+        with reading("certificate", certificate, "a certificate as it was made", quote=False):
+            again = AttackAgain(content, repeat, p, seed)
     if repeat is not None and data is None and run_of(str(model)) is None:
         raise UserError("data", None, "the data the model was unlearned with: it does not lie in its run's directory")
     agreed = True
     if secret is not None:
-        agreed = hmac.compare_digest(sealed(content, secret)["seal"], content["seal"])
+        agreed = sealed(content, secret)["seal"] == content["seal"]
         said = "is as it was made" if agreed else "was edited, or this is another certificate's key"
         print(f"{certificate} {said}")
         if agreed and listed:
@@ -100,7 +102,8 @@ def _check(content: Any) -> None:
         only(str, row["attack"])
         for found in row["unlearned"].get("by_seed", ()):
             only((int, float), found["seed"], found["learning_rate"], found["epochs"])
-        only((int, float), row["unlearned"]["highest"]["mean"], *row["unlearned"]["highest"]["per_seed"])
+        highest = row["unlearned"]["highest"]
+        only((int, float), highest["mean"], highest["std"], *highest["per_seed"])
 
 
 def _is_model(content: Mapping[str, Any], model: str) -> bool:

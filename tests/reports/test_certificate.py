@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lightning_ssiuu.cli.verify import verify
 from lightning_ssiuu.reports.certificate.content import certificate, key_of, keyed, sealed
 from lightning_ssiuu.reports.certificate.page import certificate_html
 from lightning_ssiuu.utils.errors import UserError
@@ -207,3 +208,32 @@ def test_an_audit_that_does_not_say_of_which_weights_is_refused(run: Path) -> No
     (run / "audit.json").write_text(json.dumps(audit))
     with pytest.raises(UserError, match="run audit again"):
         made(run)
+
+
+def passes(certificate: Path, key: Path) -> bool:
+    try:
+        return verify(str(certificate), key=str(key))
+    except UserError as refused:
+        return refused.argument != "certificate"
+
+
+@pytest.mark.parametrize("value", [None, "é", 7, [], "gone"])
+def test_an_edited_certificate_is_told_in_a_line_whatever_was_edited(run: Path, value: Any) -> None:
+    content = made(run)
+    key_of(run)
+    file = run / "edited.json"
+    for place in fields_of(content):
+        edited = json.loads(json.dumps(content))
+        holder = edited
+        for part in place[:-1]:
+            holder = holder[part]
+        if value == "gone":
+            del holder[place[-1]]
+        else:
+            holder[place[-1]] = value
+        if edited == content:
+            continue
+        file.write_text(json.dumps(edited))
+        assert passes(file, run / "certificate.key") is False, place
+        with pytest.raises(UserError):  # there is no data to repeat it with
+            verify(str(file), model="tiny", repeat="harmful", p=0.3)
