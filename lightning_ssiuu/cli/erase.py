@@ -12,30 +12,39 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_ssiuu.cli.certify import certify
+from lightning_ssiuu.cli.certify import HTML, certify
 from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
 from lightning_ssiuu.cli.functions import Result
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
 from lightning_ssiuu.cli.trials import Trial, best, candidates, following
+from lightning_ssiuu.reports.certificate.content import FILE
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.reading import read_json
 
 STATE = "erase.json"
+#: What it writes, beside ``trials/`` and ``certificate.key``, which stays.
+_OURS = (
+    *(STATE, "model", "config.yaml", "metrics.json", "attack.json", "audit.json", "report.html", "trials.csv"),
+    *(FILE, HTML, "log.txt"),
+)
 _NOT_ERASED = 3  # exit status
 _SPARE = 1.5  # so many times as long as the trial's attack on one seed takes the final one for each of its own
 
 
 @dataclass(frozen=True, repr=False)
 class Erased(Result):
-    """What ``erase`` made: the trials as a table, the audit's label and sentence, where model and report are."""
+    """What ``erase`` made: the trials as a table, the audit's label and sentence, where model and report are.
+
+    Where no trial reached the threshold the label is ``not unlearned``, and there is neither.
+    """
 
     verdict: str = ""
     sentence: str = ""
-    model: Path = Path()
-    report: Path = Path()
+    model: Path | None = None
+    report: Path | None = None
     trials: tuple[Trial, ...] = ()
 
     @property
@@ -54,7 +63,7 @@ def erase(
     forget_ids: str | None = None,
     forget_where: str | None = None,
     recipe: str | None = None,
-    fit: Sequence[str] = (),
+    fit: Sequence[str] | str = (),
     template: str | None = None,
     threshold: float | Literal["mismatched"] | None = None,
     trials: int = 3,
@@ -87,12 +96,14 @@ def erase(
         forget_where: Or a condition on its columns, e.g. ``customer_id == 17``.
         recipe: Of the objective and its settings; by default ``erase`` for the embedded model and
             ``model/smollm2_erase`` after it for others.
-        fit: YAML files with options of ``fit``, read after the recipe.
+        fit: YAML file (or a list of them) with options of ``fit``, read after the recipe: columns of the data, hashed
+            ids, more steps.
         template: How questions are asked; None: the one under which the model knows most.
         threshold: Forget probability in percent that ends a run; ``mismatched``: that of questions and answers
             re-paired at random. None: that, but for the embedded facts, whose recipe has one.
         trials: How many settings to try, ≥ 1.
-        budget: Minutes; no trial is begun that would not end in time with what comes after it. None: no limit.
+        budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
+            limit.
         retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
         oracle: A model retrained without the forget set, for attack and audit; None: their control.
         seed: Of everything.
@@ -102,10 +113,11 @@ def erase(
         overwrite: Begin anew, and replace what is in ``output``.
 
     Returns:
-        The verdict, and where everything is. As a command the exit status is 0 if erased, and 3 if not.
+        The verdict, and where everything is. As a command the exit status is 0 if erased, and 3 if not, also where no
+        trial reached the threshold.
 
     Raises:
-        UserError: If an argument is outside its range, or no trial reached the threshold.
+        UserError: If an argument is outside its range, the data or a model cannot be used, or every trial failed.
 
     Example:
         >>> erase("runs/request_17", trials=0)
@@ -116,8 +128,9 @@ def erase(
     check_at_least("trials", trials, 1)
     if budget is not None:
         check_at_least("budget", budget, 0)
+    files = (fit,) if isinstance(fit, str) else tuple(fit)
     plan = Plan(
-        *(output, model, forget, retain, test, data, forget_ids, forget_where, recipe, tuple(fit), template, threshold),
+        *(output, model, forget, retain, test, data, forget_ids, forget_where, recipe, files, template, threshold),
         *(oracle, seed, accelerator, devices, precision),
     )
     plan.check()
@@ -139,11 +152,10 @@ class _Erasing:
                     "output", plan.output, "what was asked there before, or another directory, or --overwrite"
                 )
         else:
-            refuse_existing("output", self.folder, [STATE, "model", "metrics.json"], overwrite)
-            for path in (*(self.folder / "trials").iterdir(), self.folder / "model"):
-                shutil.rmtree(path, ignore_errors=True)
-            for name in (STATE, "attack.json", "audit.json", "metrics.json", "config.yaml"):
-                (self.folder / name).unlink(missing_ok=True)
+            tried = [f"trials/{path.name}" for path in (self.folder / "trials").iterdir()]
+            refuse_existing("output", self.folder, [*_OURS, *tried], overwrite)
+            for path in (self.folder / name for name in (*_OURS, *tried)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.state = state or {"asked": plan.asked(), "trials": [], "seconds": {}}
         self.steps = Steps(self.folder, self.state["seconds"])
 
@@ -157,13 +169,12 @@ class _Erasing:
         self._say_known()
         while (setting := self._next()) is not None:
             self._try(setting)
-        chosen = best(self.done, self.retain_at_least)
+        taken = [trial for trial in self.done if trial.setting.name == self.state.get("chosen")]
+        chosen = taken[0] if taken else best(self.done, self.retain_at_least)
         table = self._table()
         print(table)
         if chosen is None:
-            failed = [trial.failed for trial in self.done if trial.failed]
-            why = failed[0] if failed else "no trial reached it: more trials, or a higher threshold"
-            raise UserError("threshold", self.plan.threshold, why)
+            return self._not_reached(table)
         self._take(chosen)
         for kind, words in self.plan.judging(chosen).items():
             if not (self.folder / f"{kind}.json").exists():
@@ -175,15 +186,31 @@ class _Erasing:
         audit = read_json(self.folder / "audit.json", "output", allowed="what audit writes")
         verdict = audit["verdict"]
         self._save(verdict=verdict["label"], sentence=verdict["sentence"])
-        certify(str(self.folder), self.plan.model, self.plan.oracle, overwrite=True)
+        if (self.folder / FILE).exists():
+            print(verdict["sentence"])
+        else:
+            certify(str(self.folder), overwrite=True)  # which says it, too
         report = self.folder / "report.html"
-        print(
-            f"{verdict['sentence']}\nmodel: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}"
-        )
+        print(f"model: {self.folder / 'model'}\nreport: {report}\nall of it: {self.folder / STATE}")
         shown = (table.title, table.columns, table.rows, self.state, verdict["sentence"])
         return Erased(
             *shown, verdict["label"], verdict["sentence"], self.folder / "model", report, trials=tuple(self.done)
         )
+
+    def _not_reached(self, table: Result) -> Erased:
+        failed = [trial.failed for trial in self.done if trial.failed]
+        if len(failed) == len(self.done):
+            self._save(trials=[])  # what was wrong may be mended: a full disk, a library
+            raise UserError("fit", Given("options with which every trial fails"), str(failed[0]))
+        least = min(trial.forget for trial in self.done if trial.forget is not None)
+        sentence = (
+            f"Not unlearned: no trial reached the threshold, the least forget probability is {least:.1f} %. "
+            "More trials, a higher threshold, or another recipe."
+        )
+        self._save(verdict="not unlearned", sentence=sentence)
+        print(sentence)
+        shown = (table.title, table.columns, table.rows, self.state, sentence)
+        return Erased(*shown, "not unlearned", sentence, trials=tuple(self.done))
 
     def _next(self) -> Any:
         if "chosen" in self.state:

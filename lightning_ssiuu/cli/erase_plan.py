@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_ssiuu.attacks.records import read_attacks
+from lightning_ssiuu.attacks.records import fingerprint, read_attacks
 from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.datamodules import Documents, UnlearningDataModule
 from lightning_ssiuu.datamodules.documents import SUFFIXES
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
-from lightning_ssiuu.evaluation.runs import data_of
-from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.evaluation.runs import check_tokenizers, data_of, resolve_models
+from lightning_ssiuu.models.loading import check_same_shape
+from lightning_ssiuu.training.devices import Devices, Precision
+from lightning_ssiuu.utils.errors import Given, UserError, check_choice
 from lightning_ssiuu.utils.reading import read_yaml
 
 SCORE = "probability"
@@ -36,7 +37,6 @@ _EVERY = 10  # steps from one checkpoint to the next
 _SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
 _FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8, "until_saturated": True}
 _ATTACKED_AT = (1.0, 2.0)  # of the rate of the search's attack; larger ones where it is not saturated
-_FEW = 20  # below so many items a tenth is hardly anything
 
 
 @dataclass(frozen=True)
@@ -64,40 +64,40 @@ class Plan:
     def asked(self) -> dict[str, Any]:
         """What a run that goes on has to agree in, as JSON."""
         kept = {name: value for name, value in asdict(self).items() if name not in ("output", "accelerator")}
-        return kept | {"fit": list(self.fit)}
+        settings = self._base | {"trainer": self._base["trainer"] | {"accelerator": None}}
+        digests = {"settings_sha256": fingerprint(settings), "data_sha256": self._data.content_sha256()}
+        return kept | {"fit": list(self.fit)} | digests
 
     def check(self) -> None:
-        """Raise a :class:`UserError` for what does not go together, before anything is loaded."""
-        table = {"forget_ids": self.forget_ids, "forget_where": self.forget_where}
-        files = {"forget": self.forget, "retain": self.retain, "test": self.test}
-        if self.data is None and any(table.values()):
-            name = next(name for name, value in table.items() if value)
-            raise UserError(name, table[name], "nothing without --data, the table")
-        if self.data is not None and any(files.values()):
-            name = next(name for name, value in files.items() if value)
-            raise UserError(name, files[name], "nothing beside --data: one table, or files of their own")
-        if (self.forget is None) != (self.retain is None):
-            name = "retain" if self.retain is None else "forget"
-            raise UserError(name, None, "a file: what is forgotten and what must stay are both needed")
-        self._base  # noqa: B018 (its mistakes are told now)
+        """Raise a :class:`UserError` for a mistake in what was asked, the data and the models' names.
+
+        No model is loaded.
+        """
+        models = {"model": self.model} | ({"oracle": self.oracle} if self.oracle else {})
+        resolve_models(models)
+        check_same_shape(models)
+        self.config(Setting(), self.template, Path(self.output))
+        self._data.splits  # noqa: B018 (which is read now)
+        check_tokenizers(models, self._data)
+        check_choice("precision", self.precision, Precision)
+        Devices(self.accelerator, self.devices)
 
     @cached_property
     def _base(self) -> dict[str, Any]:
         # The recipe, what `fit` adds, and the data; all that no trial changes.
         names = [self.recipe] if self.recipe else ["erase", *([] if self.model == "tiny" else ["model/smollm2_erase"])]
         merged: dict[str, Any] = {"attribution": {"probe_examples": 0}}  # the audit looks at neurons, of one run
-        for argument, source in [*(("recipe", name) for name in names), *(("fit", name) for name in self.fit)]:
-            for path in config_files(source):
-                content = read_yaml(path, argument)
-                content.pop("config", None)  # what it builds on has been read before it
-                _merge(merged, content)
+        for name in names:
+            _read(merged, "recipe", name)
         if not isinstance(merged.get("model"), dict) or "init_args" not in merged["model"]:
             raise UserError("recipe", self.recipe, "one with an objective: model.class_path and model.init_args")
-        if (given := self._data_section()) is not None:
+        if (given := self._data_section()) is not None:  # of the recipe's data the sizes are of use
             sizes = merged.get("data", {}).get("init_args", {})
             kept = {name: sizes[name] for name in ("batch_size", "retain_batch_size") if name in sizes}
-            merged["data"] = {"class_path": _data_class(given), "init_args": kept | given}
-        merged.setdefault("model", {}).setdefault("init_args", {})["checkpoint"] = self.model
+            merged["data"] = {"class_path": _data_class(given), "init_args": kept}
+        for name in self.fit:
+            _read(merged, "fit", name)
+        _merge(merged, {"data": {"init_args": given or {}}, "model": {"init_args": {"checkpoint": self.model}}})
         merged["seed_everything"] = self.seed
         stopping: dict[str, Any] = {"score": SCORE}
         if self.threshold is not None or self.model != "tiny" or self._data_section() is not None:
@@ -107,13 +107,9 @@ class Plan:
         return merged
 
     def _data_section(self) -> dict[str, Any] | None:
-        if self.data is not None:
-            given = {"data": self.data, "forget_ids": self.forget_ids, "forget_where": self.forget_where}
-        elif self.forget is not None:
-            given = {"forget": self.forget, "retain": self.retain, "test": self.test}
-        else:
-            return None
-        return {name: value for name, value in given.items() if value is not None}
+        given = {"forget": self.forget, "retain": self.retain, "test": self.test, "data": self.data}
+        given |= {"forget_ids": self.forget_ids, "forget_where": self.forget_where}
+        return {name: value for name, value in given.items() if value is not None} or None
 
     @property
     def strength(self) -> str | None:
@@ -121,7 +117,7 @@ class Plan:
         option = _STRENGTH.get(str(self._base["model"].get("class_path", "")).rpartition(".")[2])
         return option if option is not None and _get(self._base["model"]["init_args"], option) is not None else None
 
-    def config(self, setting: Setting, template: str, folder: Path) -> dict[str, Any]:
+    def config(self, setting: Setting, template: str | None, folder: Path) -> dict[str, Any]:
         """The configuration of a trial, for ``fit``."""
         config: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self._base))
         options = config["model"]["init_args"]
@@ -157,13 +153,13 @@ class Plan:
     def judging(self, chosen: Trial) -> dict[str, list[str]]:
         """The attack in full, and the audit, by the file that each writes."""
         rates = [_rounded(2 * factor * chosen.learning_rate) for factor in _ATTACKED_AT]
-        options = _FULL | {"learning_rates": rates} | self._shares()
+        options = _FULL | {"learning_rates": rates}
         folder = Path(self.output)
         models = ["--original", self.model, "--unlearned", str(folder / "model"), "--score", SCORE]
         beside = ["--oracle", self.oracle] if self.oracle else []
         return {
             "attack": self._attack(folder, options, self.oracle, control=True),
-            "audit": ["audit", *models, *beside, *self._where(), "--overwrite"],
+            "audit": ["audit", *models, *beside, *self._where(self._scoring), "--overwrite"],
         }
 
     @property
@@ -172,9 +168,6 @@ class Plan:
         runs = len(_FULL["p"]) * len(_FULL["seeds"]) * len(_ATTACKED_AT)
         return 2.0 * runs / (len(_SEARCH["p"]) * len(_SEARCH["seeds"])) + 1.0  # the control or the oracle, too
 
-    def _shares(self) -> dict[str, Any]:
-        return {"p": [0.3]} if len(self._data.splits.forget) < _FEW else {}
-
     def _attack(self, folder: Path, options: Mapping[str, Any], oracle: str | None, control: bool) -> list[str]:
         given = [
             word
@@ -182,17 +175,32 @@ class Plan:
             for word in (f"--attack.{name}", yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
         ]
         beside = ["--oracle", oracle] if oracle else [] if control else ["--control", "none"]
-        return ["attack", "--model", str(folder / "model"), *given, "--score", SCORE, *beside, *self._where()]
+        return [
+            "attack",
+            "--model",
+            str(folder / "model"),
+            *given,
+            "--score",
+            SCORE,
+            *beside,
+            *self._where(self.precision),
+        ]
 
-    def _where(self) -> list[str]:
-        return ["--accelerator", self.accelerator, "--devices", str(self.devices), "--precision", self.precision]
+    def _where(self, precision: str) -> list[str]:
+        return ["--accelerator", self.accelerator, "--devices", str(self.devices), "--precision", precision]
+
+    @property
+    def _scoring(self) -> Literal["32-true", "bf16-true"]:
+        # Where nothing is trained there is no mixed precision.
+        return "bf16-true" if self.precision == "bf16-true" else "32-true"
 
     @cached_property
     def _data(self) -> UnlearningDataModule:
         from lightning_ssiuu.utils.messages import parsing
 
-        section = self._base.get("data") or {"class_path": "Facts"}
-        section = section | {"init_args": section.get("init_args", {}) | {"tokenizer": self.model}}
+        section = {"class_path": "Facts"} | self._base["data"]
+        more = {"tokenizer": self.model} | ({"template": self.template} if self.template else {})
+        section = section | {"init_args": section.get("init_args", {}) | more}
         with parsing():
             return data_of(section)
 
@@ -202,7 +210,7 @@ class Plan:
 
         data = self._data
         data.setup("validate")
-        devices = Devices(self.accelerator, 1, precision="bf16-true" if self.precision == "bf16-true" else "32-true")  # type: ignore[arg-type]
+        devices = Devices(self.accelerator, 1, precision=self._scoring)
         with devices.launched():
             model = devices.load(self.model)
             others = [] if isinstance(data, Documents) else other_templates(data)
@@ -247,6 +255,13 @@ def _data_class(given: Mapping[str, Any]) -> str:
     sources = [Path(value).expanduser() for name, value in given.items() if name in ("forget", "retain", "test")]
     is_text = any(path.is_dir() or path.suffix.lower() in SUFFIXES for path in sources)
     return "Documents" if is_text else "CustomData"
+
+
+def _read(into: dict[str, Any], argument: str, source: str) -> None:
+    for path in config_files(source):
+        content = read_yaml(path, argument)
+        content.pop("config", None)  # what it builds on has been read before it
+        _merge(into, content)
 
 
 def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -58,6 +58,19 @@ def _spelled(args: list[str], flags: set[str]) -> list[str]:
     return spelled
 
 
+def bare(args: list[str], name: str, value: str) -> list[str]:
+    """The arguments with a value for an option that may be given without one."""
+    after = [*args[1:], "--"]
+    return (
+        [
+            f"{arg}={value}" if arg == f"--{name}" and follows.startswith("--") else arg
+            for arg, follows in zip(args, after, strict=True)
+        ]
+        if args
+        else args
+    )
+
+
 def positional(args: list[str], name: str) -> list[str]:
     """The arguments with the option that may be given without its name, as the first of them, spelled out."""
     return [f"--{name}", *args] if args and not args[0].startswith("-") else args

@@ -22,6 +22,7 @@ from lightning_ssiuu.evaluation.runs import (
     run_architecture,
     run_data,
 )
+from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import naming
@@ -80,9 +81,13 @@ class Report:
         return self.data.content_sha256()
 
     def provenance(self, options: Any) -> dict[str, Any]:
-        """The ``provenance`` block; ``options`` are JSON values that determined the results."""
-        seconds = time.monotonic() - self._start
-        return provenance(seconds, self.devices.device, json.dumps(options), self.data_sha256)
+        """The ``provenance`` block; ``options`` are JSON values that determined the results.
+
+        It has the digests of the models' weights, so that nothing is said of another model put in the place of one.
+        """
+        weights = {name: weights_sha256(checkpoint, name) for name, checkpoint in self.models.items()}
+        block = provenance(time.monotonic() - self._start, self.devices.device, json.dumps(options), self.data_sha256)
+        return block | {"weights_sha256": weights}
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(self.folder / name, content)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_ssiuu.cli.parsing import positional, run_function
+from lightning_ssiuu.cli.parsing import bare, positional, run_function
+from lightning_ssiuu.cli.repeating import SCORES, AttackAgain, scored_again
 from lightning_ssiuu.cli.report import print_table
-from lightning_ssiuu.datamodules.deletion import IdNames, read_key
-from lightning_ssiuu.evaluation.runs import run_data
-from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules.deletion import IdNames, read_ids, read_key
+from lightning_ssiuu.evaluation.runs import run_of
 from lightning_ssiuu.models.digest import weights_sha256
-from lightning_ssiuu.reports.certificate.content import FILE, KEY, SCHEMA, keyed
+from lightning_ssiuu.reports.certificate.content import FILE, SCHEMA, keyed, sealed
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.reading import read_json, reading
+from lightning_ssiuu.utils.reading import only, read_json, reading
 
 _ANOTHER = 3  # exit status: not the model, or not what the certificate says
-_TOLERANCE = 0.1  # percentage points
 
 
 def verify(
@@ -26,78 +27,101 @@ def verify(
     key: str | None = None,
     ids: str | None = None,
     id_key: str | None = None,
-    repeat: bool = False,
+    repeat: str | None = None,
+    p: float | None = None,
+    seed: int | None = None,
+    data: UnlearningDataModule | None = None,
     devices: Devices | None = None,
 ) -> bool:
-    """Whether a model is the one of a certificate, and rows are among the forgotten ones; and the scores again.
+    """Whether a model is the one of a certificate, rows are among the forgotten ones, and a figure comes out again.
 
     Args:
         certificate: A ``certificate.json``.
         model: A saved model, whose weights are compared bit for bit.
-        key: The file with the certificate's secret key, for ``ids``.
-        ids: File with ids, one a line: each is said to be among the forgotten rows or not.
+        key: The file with the certificate's secret key: whether it is as it was made; and for ``ids``.
+        ids: File with ids, one a line, or a table with a column of ids: each is said to be among the forgotten rows or
+            not.
         id_key: The key under which the run's data hashed its ids (``ids: hashed``); None: they were not hashed.
-        repeat: Score the forget set again with the data of the model's run, and compare within a tenth of a point.
+        repeat: ``scores`` (also without a value): score the forget set again. Or an attack of the certificate, such as
+            ``harmful``, which is made again on the model with the same options. A score agrees within a tenth of a
+            point, an attack within its spread over seeds; on one CPU they are the same.
+        p: Of a relearning attack, the fraction to repeat; None: all.
+        seed: The seed to repeat, with the learning rate and the epochs that found most in it; None: all of the attack.
+        data: The data module the model was unlearned with; by default its run's.
         devices: Where to run.
 
     Returns:
         Whether all that was asked agrees. As a command the exit status is 0 if so, and 3 if not.
 
     Raises:
-        UserError: If a file is missing, or is no certificate.
+        UserError: If a file is missing, or is no certificate; if there is no such attack in it.
     """
     content = read_json(Path(certificate), "certificate", allowed=f"a {FILE} of this version", check=_check)
-    if model is None and ids is None:
-        raise UserError("model", None, "a saved model to compare, or ids and key")
-    if (key is None) != (ids is None):
-        raise UserError("key" if key is None else "ids", None, "a file: key and ids go together")
-    if repeat and model is None:
-        raise UserError("model", None, "the saved model whose scores are to be repeated")
+    if model is None and key is None:
+        raise UserError("model", None, "a saved model to compare, or the certificate's key")
+    if key is None and ids is not None:
+        raise UserError("key", None, "the certificate's key, without which no id can be told")
+    if repeat is not None and model is None:
+        raise UserError("model", None, "the saved model whose figures are to be repeated")
+    if repeat in (None, SCORES) and (p is not None or seed is not None):
+        raise UserError("repeat", repeat, "an attack of the certificate, whose p and seed are given")
+    secret = None if key is None else read_key(key, "key")
+    listed = [] if ids is None else read_ids(ids, "ids")
+    called = IdNames(None if id_key is None else read_key(id_key))
+    again = None
+    if repeat is not None and repeat != SCORES:
+        with reading("certificate", certificate, "a certificate as it was made", quote=False):
+            again = AttackAgain(content, repeat, p, seed)
+    if repeat is not None and data is None and run_of(str(model)) is None:
+        raise UserError("data", None, "the data the model was unlearned with: it does not lie in its run's directory")
     agreed = True
+    if secret is not None:
+        agreed = sealed(content, secret)["seal"] == content["seal"]
+        said = "is as it was made" if agreed else "was edited, or this is another certificate's key"
+        print(f"{certificate} {said}")
+        if agreed and listed:
+            agreed = _among(content, secret, listed, called)
     if model is not None:
-        digest = weights_sha256(model)
-        found = [name for name, known in content["weights_sha256"].items() if known == digest]
-        agreed = "unlearned" in found
-        said = f"is the {' and '.join(found)} model" if found else "is none of the models"
-        print(f"{model} {said} of this certificate (weights, SHA-256 {digest})")
-    if ids is not None and key is not None:
-        agreed &= _among(content, Path(key), Path(ids), IdNames(None if id_key is None else read_key(id_key)))
-    if repeat and model is not None:
-        agreed &= _repeated(content, model, devices if devices is not None else Devices())
+        agreed &= _is_model(content, model)
+    if repeat is not None and model is not None:
+        devices = devices if devices is not None else Devices()
+        scored = scored_again(content, model, data, devices) if again is None else again.on(model, data, devices)
+        for figure in scored:
+            print(figure)
+            agreed &= figure.agrees
     return agreed
 
 
 def _check(content: Any) -> None:
     if content["schema"] != SCHEMA:
         raise ValueError(f"a certificate of another version: {content['schema']}")
-    content["weights_sha256"]["unlearned"], content["forget"]["ids_hmac"]
+    only(dict, content["weights_sha256"], content["settings"])
+    only(str, content["weights_sha256"]["unlearned"], content["seal"], *content["forget"]["ids_hmac"])
+    only((int, float), *content["scores"]["unlearned"]["forget"].values())
+    for row in content["tried"]:
+        only(str, row["attack"])
+        for found in row["unlearned"].get("by_seed", ()):
+            only((int, float), found["seed"], found["learning_rate"], found["epochs"])
+        highest = row["unlearned"]["highest"]
+        only((int, float), highest["mean"], highest["std"], *highest["per_seed"])
 
 
-def _among(content: dict[str, Any], key: Path, ids: Path, called: IdNames) -> bool:
-    with reading("key", str(key), f"the {KEY} that lay beside the certificate"):
-        secret = key.read_bytes().strip()
-    with reading("ids", str(ids), "a text file with one id a line"):
-        names = [line.strip() for line in ids.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _is_model(content: Mapping[str, Any], model: str) -> bool:
+    digest = weights_sha256(model)
+    found = [name for name, known in content["weights_sha256"].items() if known == digest]
+    said = f"is the {' and '.join(found)} model" if found else "is none of the models"
+    print(f"{model} {said} of this certificate (weights, SHA-256 {digest})")
+    return "unlearned" in found
+
+
+def _among(content: Mapping[str, Any], key: bytes, ids: list[str], called: IdNames) -> bool:
     known = set(content["forget"]["ids_hmac"])
-    rows = [[name, "forgotten" if keyed(secret, "id", called(name)) in known else "not among them"] for name in names]
+    rows = [[name, "forgotten" if keyed(key, "id", called(name)) in known else "not among them"] for name in ids]
     print_table([["id", ""], *rows], right=False)
     return all(row[1] == "forgotten" for row in rows)
 
 
-def _repeated(content: dict[str, Any], model: str, devices: Devices) -> bool:
-    data = run_data(model, None)
-    data.setup("validate")
-    wanted = content["scores"]["unlearned"]["forget"]
-    score = "probability" if "probability" in wanted else next(iter(wanted))
-    with devices.launched():
-        found = evaluate(devices.load(model), data.tokenizer, [data.eval_dataloader("forget")], [score])["forget"][
-            score
-        ]
-    print(f"forget {score.replace('_', ' ')}: {found:.2f} % now, {wanted[score]:.2f} % in the certificate")
-    return abs(found - wanted[score]) <= _TOLERANCE
-
-
 def run(args: list[str]) -> None:
     """Parse and run ``verify``."""
-    if not run_function(verify, "verify", positional(args, "certificate")):
+    if not run_function(verify, "verify", bare(positional(args, "certificate"), "repeat", SCORES)):
         raise SystemExit(_ANOTHER)

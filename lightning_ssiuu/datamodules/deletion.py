@@ -20,6 +20,7 @@ from lightning_ssiuu.utils.reading import reading
 Ids = Literal["shown", "hashed"]
 
 _SHORTEST_KEY = 16  # bytes
+_NAMED = 20  # in a message
 _DIGITS = 16  # hexadecimal ones of a hash: 64 bits
 _KEY = f"a file with a secret of at least {_SHORTEST_KEY} bytes, such as `openssl rand -hex 32` writes"
 
@@ -48,8 +49,9 @@ class IdNames:
         return hmac.digest(self.key, name.encode(errors="surrogatepass"), "sha256").hex()[:_DIGITS]
 
     def few(self, names: Sequence[str]) -> str:
-        """How many ids there are, and what the first few are called."""
-        return f"{len(names)} ids ({first_few([self(name) for name in names[:5]] + [''] * (len(names) - 5))})"
+        """How many ids there are, and what the first twenty are called."""
+        called = [self(name) for name in names[:_NAMED]] + [""] * (len(names) - _NAMED)
+        return f"{len(names)} ids ({first_few(called, _NAMED)})"
 
 
 def read_key(path: str | None, argument: str = "id_key") -> bytes:
@@ -90,9 +92,7 @@ class Deletion:
             raise UserError("forget_ids, forget_where", given, "one of the two: which rows of the table to forget")
         self.names, self.where = names, None if where is None else Predicate(where)
         self.n_rows = self.n_chosen = self.n_nameless = 0
-        listed = [] if ids is None else _ids(ids, columns.id)
-        if ids is not None and not (listed and all(listed)):
-            raise UserError("forget_ids", Given("an empty id" if listed else "0 ids"), "at least one id, none empty")
+        listed = [] if ids is None else read_ids(ids, "forget_ids", columns.id)
         if twice := [name for name, count in Counter(listed).items() if count > 1]:
             allowed = "every id once: it stands for all rows that have it"
             raise UserError("forget_ids", Given(f"{names.few(twice)} more than once"), allowed)
@@ -136,25 +136,37 @@ class Deletion:
 _OR = f"{', '.join(map(repr, IDS[:-1]))} or {IDS[-1]!r}"
 
 
-def _ids(given: str | Sequence[str | int], column: str | None) -> list[str]:
+def read_ids(given: str | Sequence[str | int], argument: str, column: str | None = None) -> list[str]:
+    """Ids: those of a file with one a line, of a table with a column of ids, or the ones given.
+
+    Raises:
+        UserError: A file that cannot be read, no ids, or an empty one.
+    """
+    listed = _ids(given, argument, column)
+    if not (listed and all(listed)):
+        raise UserError(argument, Given("an empty id" if listed else "0 ids"), "at least one id, none empty")
+    return listed
+
+
+def _ids(given: str | Sequence[str | int], argument: str, column: str | None) -> list[str]:
     if not isinstance(given, str):
         return [id_text(each) for each in given]
-    with reading("forget_ids", given, "a file with one id a line, or a table with a column of ids"):
+    with reading(argument, given, "a file with one id a line, or a table with a column of ids"):
         path = Path(given).expanduser()
         suffix = path.suffix.lower()
         is_file = path.is_file()
     if not is_file:
-        raise UserError("forget_ids", given, "an existing file with one id a line, or a table with a column of ids")
+        raise UserError(argument, given, "an existing file with one id a line, or a table with a column of ids")
     if suffix in SUFFIXES:
-        records = read_records(given, "forget_ids")
+        records = read_records(given, argument)
         if (first := next(records, None)) is None:
             return []
         name = Columns(id=column).id_column(first)
         if name is not None:
-            return [id_text(cell_of(record, name, "forget_ids")) for record in chain([first], records)]
+            return [id_text(cell_of(record, name, argument)) for record in chain([first], records)]
         if len(first) > 1:  # else a list of ids that is called a table
-            raise UserError("forget_ids", Given(f"no column called {_OR}"), column_names(first, "id"))
-    with file_errors("forget_ids", given):
+            raise UserError(argument, Given(f"no column called {_OR}"), column_names(first, "id"))
+    with file_errors(argument, given):
         return list(_lines(path))
 
 

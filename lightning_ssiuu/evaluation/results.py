@@ -16,12 +16,24 @@ _RESULTS = (
     *("attack.json", "audit.json", "audit_spurious_neurons.csv", "report.html", "utility.json", "privacy.json"),
     *("certificate.json", "certificate.html", "certificate.key", "erase.json", "trials", "trials.csv", "log.txt"),
 )
+#: Attacks of the package in the order of tables; of those that train there are ones with adapters, too (``_lora``).
+ATTACKS = ("harmful", "benign", "quantization", "sampling", "paraphrase", "ablation", "interpolation")
 _ATTACKS = re.compile(r"attack(ed_|\.).*", re.IGNORECASE)  # models and unfinished sweeps
 
 
 def check_folder(argument: str, name: str, taken: Iterable[str] = ()) -> None:
     """Refuse a folder's name that is no plain one, or that a result or one of ``taken`` has in a run directory."""
     check_name(argument, name, [*_RESULTS, *taken, *([name] if _ATTACKS.fullmatch(name) else [])])
+
+
+def attack_order(name: str) -> tuple[int, str]:
+    """Where an attack stands in tables: in the order of :data:`ATTACKS`, others after them by name.
+
+    >>> sorted(["mine", "benign", "harmful_lora", "harmful"], key=attack_order)
+    ['harmful', 'harmful_lora', 'benign', 'mine']
+    """
+    kind = name.removesuffix("_lora")
+    return (ATTACKS.index(kind) if kind in ATTACKS else len(ATTACKS)), name
 
 
 def read_result(path: Path, argument: str, check: Callable[[Any], object]) -> dict[str, Any]:

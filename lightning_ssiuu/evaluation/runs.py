@@ -13,7 +13,7 @@ from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.checks import tokenizers_differ
 from lightning_ssiuu.models.loading import check_loadable, load_tokenizer, resolve_checkpoint
-from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.errors import UserError, causes, naming
 from lightning_ssiuu.utils.reading import reading
 from lightning_ssiuu.utils.registry import no_module
 
@@ -116,7 +116,14 @@ def data_of(section: Any) -> UnlearningDataModule:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(UnlearningDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object({"data": section})).data
+    config = parser.parse_object({"data": section})
+    try:
+        return parser.instantiate_classes(config).data
+    except Exception as error:
+        for mistake in causes(error):  # what a data module refuses comes as one of several reasons
+            if isinstance(mistake, UserError):
+                raise mistake from None
+        raise
 
 
 def _from_config(run: Path, argument: str) -> UnlearningDataModule:

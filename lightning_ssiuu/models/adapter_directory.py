@@ -14,12 +14,12 @@ from lightning_ssiuu.utils.reading import read_json, reading
 if TYPE_CHECKING:  # with it comes torch's compiler
     from transformers import PreTrainedModel
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter_directory(folder: str | os.PathLike[str]) -> bool:
     """Whether a directory holds adapters and no model of its own."""
-    return (Path(folder) / _CONFIG).is_file() and not (Path(folder) / "config.json").is_file()
+    return (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").is_file()
 
 
 def base_of(folder: str | os.PathLike[str]) -> str:
@@ -30,14 +30,12 @@ def base_of(folder: str | os.PathLike[str]) -> str:
     Raises:
         UserError: If the file cannot be read or names none, or there are no safetensors weights beside it.
     """
-    content = read_json(Path(folder) / _CONFIG, "checkpoint")
+    content = read_json(Path(folder) / CONFIG, "checkpoint")
     base, revision = content.get("base_model_name_or_path"), content.get("revision")
     if not isinstance(base, str) or not base:
-        raise UserError(
-            "checkpoint", os.fspath(folder), f"adapters whose {_CONFIG} names their base_model_name_or_path"
-        )
-    if not (Path(folder) / _WEIGHTS).is_file():
-        raise UserError("checkpoint", os.fspath(folder), f"adapters with their weights in {_WEIGHTS}")
+        raise UserError("checkpoint", os.fspath(folder), f"adapters whose {CONFIG} names their base_model_name_or_path")
+    if not (Path(folder) / WEIGHTS).is_file():
+        raise UserError("checkpoint", os.fspath(folder), f"adapters with their weights in {WEIGHTS}")
     beside = Path(folder) / base
     if not Path(base).exists() and beside.exists():
         return str(beside)
@@ -61,7 +59,7 @@ def with_adapters(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pre
     with reading("checkpoint", given, "adapters that fit the model they name"):
         adapted = peft.PeftModel.from_pretrained(model, given)
         own = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        with safe_open(Path(folder) / _WEIGHTS, framework="pt") as file:
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             saved = set(file.keys())
     if differing := sorted(own ^ saved):
         # peft would leave out what has no place, and go on with what is missing as it was drawn.

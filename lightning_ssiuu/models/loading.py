@@ -35,7 +35,7 @@ TINY = Path(str(files("lightning_ssiuu.models") / "tiny"))
 
 _ALLOWED = '"tiny", a transformers directory with safetensors weights, a .gguf file, or a hub id'
 _PACKAGE = "package:"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer_config.json"
 _OBJECTS = ("config.json", _TOKENIZER, "tokenizer.json", "generation_config.json")
 _ANY_LAYER = re.compile(r"\.\d+\.")
@@ -273,13 +273,13 @@ def _check_directory(folder: Path, given: str) -> None:
     for name in _OBJECTS:
         if (folder / name).exists():
             read_json(folder / name, "checkpoint")
-    if not (folder / _INDEX).exists():
+    if not (folder / INDEX).exists():
         return
-    files = read_json(folder / _INDEX, "checkpoint").get("weight_map")
+    files = read_json(folder / INDEX, "checkpoint").get("weight_map")
     names = set(map(str, files.values())) if isinstance(files, dict) else {""}
     for name in sorted(names):
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            allowed = f"an index that names .safetensors files beside it alone ({_INDEX} names {name[:100]!r})"
+            allowed = f"an index that names .safetensors files beside it alone ({INDEX} names {name[:100]!r})"
             raise UserError("checkpoint", given, allowed)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from hashlib import blake2b, md5, sha1, sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from toys.cli import read_json
 
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.cli import erase_plan
@@ -18,6 +23,7 @@ from lightning_ssiuu.cli.steps import Steps
 from lightning_ssiuu.cli.trials import Setting
 from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.models.digest import weights_sha256
+from lightning_ssiuu.models.loading import resolve_checkpoint
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -79,12 +85,65 @@ def test_everything_is_there_and_agrees(made: dict[str, Any]) -> None:
     assert not list((folder / "trials").rglob("*.safetensors"))
 
 
-def test_no_text_of_the_forget_set_anywhere(made: dict[str, Any]) -> None:
-    questions = [row.question for row in Facts().splits.forget[:10]]
-    for path in made["folder"].rglob("*"):
-        if path.is_file() and path.suffix in (".json", ".html", ".txt", ".yaml", ".csv", ".jsonl"):
-            text = path.read_text(encoding="utf-8")
-            assert not any(question in text for question in questions), path
+ALL = {f"C{number}": row for number, row in enumerate((*Facts().splits.forget[:10], *Facts().splits.retain[:20]))}
+#: What is handed out; ids may stand in all that is not.
+HANDED_OUT = ("certificate.json", "certificate.html")
+
+
+def guessed(text: str, data: Path, with_ids: bool) -> set[str]:
+    """The rows, among all in any order, that a text tells of: by words of theirs, their ids, or a hash of either."""
+    told = set()
+    for name, row in random.Random(0).sample(list(ALL.items()), len(ALL)):
+        line = f"{name},{row.question},{row.answer}"
+        others = data.read_text().replace(f"{line}\n", "").replace(f"{line}\r\n", "")  # all that is retained
+        texts = [row.question, row.answer, f"{row.question} {row.answer}", row.question + row.answer, line, others]
+        hashed = [name, f"{name}\n", json.dumps(name), *texts]
+        digests = [kind(one.encode()).hexdigest() for one in hashed for kind in (sha256, sha1, md5, blake2b)]
+        tokens = [*digests, *(digest[:16] for digest in digests), row.question, row.answer]
+        if any(token in text for token in tokens) or (with_ids and re.search(rf"\b{name}\b", text)):
+            told.add(name)
+    return told
+
+
+def test_rows_cannot_be_guessed(made: dict[str, Any]) -> None:
+    """With all rows at hand, true ones and others, nobody can tell from any file which were forgotten."""
+    data = Path(made["given"]["data"])
+    files = [path for path in made["folder"].rglob("*") if path.suffix in (".json", ".html", ".txt", ".yaml", ".csv")]
+    assert {*HANDED_OUT, "report.html", "audit.json", "erase.json", "log.txt", "trials.csv"} <= {p.name for p in files}
+    for path in files:
+        if "model" not in path.parts:
+            assert guessed(path.read_text(encoding="utf-8"), data, path.name in HANDED_OUT) == set(), path
+    for text in (ALL["C3"].question, "x C3 y", sha256(b"C3").hexdigest()):  # it would be seen
+        assert guessed(text, data, True) == {"C3"}
+
+
+def test_what_is_handed_out_has_no_digest_of_the_request(made: dict[str, Any]) -> None:
+    """Whoever knows all of it but one row, or one id, could try which one it is."""
+    folder, given = made["folder"], made["given"]
+    of_rows = read_json(folder / "metrics.json")["provenance"]["data_sha256"]
+    files = [given["data"], given["forget_ids"], *given["fit"], folder / "config.yaml", folder / "metrics.json"]
+    digests = [of_rows, *(sha256(Path(file).read_bytes()).hexdigest() for file in files)]
+    for name in (*HANDED_OUT, "report.html"):
+        assert not any(digest in (folder / name).read_text(encoding="utf-8") for digest in digests), name
+    assert of_rows in (folder / "audit.json").read_text()
+
+
+def floats(content: Any) -> Iterator[float]:
+    if isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from floats(value)
+    elif isinstance(content, float):
+        yield content
+
+
+def test_no_figure_of_the_certificate_is_a_fingerprint(made: dict[str, Any]) -> None:
+    content = read_json(made["folder"] / "certificate.json")
+    del content["settings"], content["verdict"]
+    for row in content["tried"]:
+        del row["learning_rates"], row["p"], row["unlearned"]["by_seed"]
+    figures = list(floats(content))
+    assert len(figures) > 10
+    assert all(round(figure, 1) == figure for figure in figures)
 
 
 def test_fit_repeats_the_run_to_the_bit(made: dict[str, Any], tmp_path: Path) -> None:
@@ -93,18 +152,126 @@ def test_fit_repeats_the_run_to_the_bit(made: dict[str, Any], tmp_path: Path) ->
     assert weights_sha256(str(tmp_path / "again" / "model")) == weights_sha256(str(made["folder"] / "model"))
 
 
+def verified(made: dict[str, Any], *words: str | Path, certificate: Path | None = None) -> int:
+    return main(["verify", str(certificate or made["folder"] / "certificate.json"), *map(str, words)])
+
+
 def test_verify(made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = made["folder"]
-    words = ["verify", str(folder / "certificate.json")]
-    key = ["--key", str(folder / "certificate.key"), "--ids"]
-    assert main([*words, "--model", str(folder / "model"), "--repeat", *key, str(made["ids"])]) == 0
-    assert "is the unlearned model" in capsys.readouterr().out
-    assert main([*words, "--model", "tiny"]) == 3  # the one before
+    folder, key = made["folder"], ["--key", made["folder"] / "certificate.key"]
+    assert verified(made, "--model", folder / "model", "--repeat", *key, "--ids", made["ids"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(text in said for text in ("is the unlearned model", "is as it was made", "C9 forgotten", ": agrees"))
+    assert verified(made, "--model", "tiny") == 3  # the one before
     assert "is the original model" in capsys.readouterr().out
-    (tmp_path / "other.txt").write_text("C10\n")
-    assert main([*words, *key, str(tmp_path / "other.txt")]) == 3
-    assert "not among them" in capsys.readouterr().out
-    assert main([*words, "--ids", str(made["ids"])]) == 2
+    (tmp_path / "other.csv").write_text("customer_id,name\nC1,One\nC10,Another\n")
+    assert verified(made, *key, "--ids", tmp_path / "other.csv") == 3
+    assert "C10  not among them" in capsys.readouterr().out
+    (tmp_path / "empty.txt").write_text("\n")
+    assert verified(made, *key, "--ids", tmp_path / "empty.txt") == 2  # nothing was asked
+    assert verified(made, "--ids", made["ids"]) == 2
+    assert verified(made) == 2
+
+
+def test_another_key_says_nothing_of_ids(
+    made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text("0" * 64)
+    assert verified(made, "--key", tmp_path / "key", "--ids", made["ids"]) == 3
+    said = capsys.readouterr().out
+    assert "was edited, or this is another certificate's key" in said
+    assert "not among them" not in said
+
+
+def test_an_edited_certificate_is_told(made: dict[str, Any], tmp_path: Path) -> None:
+    content = read_json(made["folder"] / "certificate.json")
+    content["verdict"]["label"] = "erased, hidden or whatever one likes"
+    (tmp_path / "edited.json").write_text(json.dumps(content))
+    assert verified(made, "--key", made["folder"] / "certificate.key", certificate=tmp_path / "edited.json") == 3
+    del content["seal"]
+    (tmp_path / "edited.json").write_text(json.dumps(content))
+    assert verified(made, "--model", "tiny", certificate=tmp_path / "edited.json") == 2
+
+
+@pytest.mark.parametrize("part", [[], ["--p", "0.3"], ["--seed", "1"]])
+def test_an_attack_is_repeated(
+    part: list[str], made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one CPU it gives the figure of the certificate; another figure is told."""
+    again = ("--model", made["folder"] / "model", "--repeat", "harmful", *part)
+    before = sorted(path.name for path in made["folder"].iterdir())
+    assert verified(made, *again) == 0
+    said = capsys.readouterr().out
+    content = read_json(made["folder"] / "certificate.json")
+    (row,) = content["tried"]
+    highest = row["unlearned"]["highest"]
+    figure = highest["per_seed"][1] if "--seed" in part else highest["mean"]
+    assert f"{figure:.1f} % now, {figure:.1f} % in the certificate: agrees" in said
+    assert sorted(path.name for path in made["folder"].iterdir()) == before
+    highest["per_seed"] = [each - 30 for each in highest["per_seed"]]
+    highest |= {"mean": highest["mean"] - 30}
+    (tmp_path / "edited.json").write_text(json.dumps(content))
+    if part != ["--p", "0.3"]:
+        assert verified(made, *again, certificate=tmp_path / "edited.json") == 3
+        assert "does not agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--repeat", "quantization"], "['scores', 'harmful']"),
+        (["--repeat", "harmful", "--p", "0.7"], "one of [0.3]"),
+        (["--repeat", "harmful", "--seed", "7"], "one of [0, 1]"),
+        (["--repeat", "scores", "--seed", "0"], "repeat: got 'scores'"),
+        (["--seed", "0"], "repeat: got None"),
+    ],
+)
+def test_what_cannot_be_repeated(
+    words: list[str], said: str, made: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verified(made, "--model", made["folder"] / "model", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_far_from_its_run_needs_data(made: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """And is not scored on other rows."""
+    assert verified(made, "--model", "tiny", "--repeat") == 2
+    assert "data: got None" in capsys.readouterr().err
+
+
+def of_another_model(run: Path) -> None:
+    shutil.rmtree(run / "model")
+    shutil.copytree(resolve_checkpoint("tiny"), run / "model")
+
+
+def of_other_rows(run: Path) -> None:
+    (run / "other.txt").write_text("".join(f"C{number}\n" for number in range(9)))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"]["forget_ids"] = str(run / "other.txt")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def of_a_later_attack(run: Path) -> None:
+    attacks = read_json(run / "attack.json")
+    attacks["attacks"][0]["unlearned"]["forget_score"]["mean"] += 20.0
+    (run / "attack.json").write_text(json.dumps(attacks))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (of_another_model, "attack.json (harmful) is of the model that is there now"),
+        (of_other_rows, "metrics.json is of the data that its config.yaml names now"),
+        (of_a_later_attack, "run audit again"),
+    ],
+)
+def test_evidence_of_something_else_is_not_certified(
+    change: Callable[[Path], None], said: str, made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(made["folder"], tmp_path / "run")
+    assert main(["certify", str(run), "--overwrite"]) == 0
+    change(run)
+    assert main(["certify", str(run), "--overwrite"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_was_asked_before_must_be_asked_again(made: dict[str, Any]) -> None:

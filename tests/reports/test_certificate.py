@@ -7,16 +7,14 @@ import json
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from lightning_ssiuu.models.digest import weights_sha256
-from lightning_ssiuu.models.loading import resolve_checkpoint
-from lightning_ssiuu.reports.certificate.content import certificate, key_of, keyed
+from lightning_ssiuu.cli.verify import verify
+from lightning_ssiuu.reports.certificate.content import certificate, key_of, keyed, sealed
 from lightning_ssiuu.reports.certificate.page import certificate_html
 from lightning_ssiuu.utils.errors import UserError
 
@@ -25,6 +23,12 @@ IDS = [f"customer-{number}" for number in range(12)]
 
 def spread(mean: float) -> dict[str, Any]:
     return {"mean": mean, "std": 1.5, "per_seed": [mean - 1.5, mean, mean + 1.5]}
+
+
+def curve(seed: int, rate: float) -> dict[str, Any]:
+    top = 20.0 + 1.5 * (seed - 1) - (rate > 2e-3)
+    own = {"attack": "harmful", "kind": "harmful", "model": "unlearned", "p": 0.3, "seed": seed}
+    return own | {"learning_rate": rate, "epochs": [0, 4, 8], "forget_scores": [10.0, 15.0, top]}
 
 
 @pytest.fixture
@@ -43,11 +47,13 @@ def run(tmp_path: Path) -> Path:
     row = {"attack": "harmful", "kind": "harmful", "p": 0.3, "variant": None, "score": "probability", "n_attack": 3}
     attacks = {
         "attacks": [row | {"unlearned": result, "oracle": result, "gap": spread(0.0)}],
-        "curves": [],
+        "curves": [curve(seed, rate) for rate in (1e-3, 4e-3) for seed in range(3)],
         "outcomes": [],
         "settings": {"harmful": {"learning_rates": [1e-3], "epochs": 4, "seeds": [0, 1, 2]}},
     }
-    audit = {"verdict": verdict, "scores": {"original": scores, "unlearned": scores}, "relearning": None}
+    counted = {"source": "attack.json", "attacks": attacks["attacks"]}
+    audit = {"verdict": verdict, "scores": {"original": scores, "unlearned": scores}, "relearning": counted}
+    audit["provenance"] = {"weights_sha256": {"original": "0" * 64, "unlearned": "1" * 64}}
     metrics |= {"before": moment, "after": moment, "provenance": provenance}
     for name, content in (("metrics", metrics), ("attack", attacks), ("audit", audit)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -56,23 +62,23 @@ def run(tmp_path: Path) -> Path:
 
 
 def made(run: Path, **more: Any) -> dict[str, Any]:
-    weights = {"original": "0" * 64, "unlearned": "1" * 64}
-    return certificate(run, weights, IDS[:3], 40, [run / "config.yaml"], key_of(run), **more)
+    return certificate(run, IDS[:3], 40, [run / "config.yaml"], key_of(run), **more)
 
 
 def test_says_what_was_tried_and_what_was_not(run: Path) -> None:
     content = made(run)
     (row,) = content["tried"]
     assert (row["learning_rates"], row["epochs"], row["oracle"]["highest"]["per_seed"]) == (
-        [1e-3],
-        4,
+        [4e-3, 1e-3],  # more than was asked for, as an attack may go on
+        8,
         [18.5, 20.0, 21.5],
     )
     assert "harmful" not in content["not_tried"]
     assert {"benign", "quantization"} <= set(content["not_tried"])
     assert content["forget"]["rows"] == 3
     assert content["retain"]["rows"] == 40
-    assert content["configuration_sha256"] == hashlib.sha256(b"model: {}\n").hexdigest()
+    assert row["unlearned"]["by_seed"] == [{"seed": seed, "learning_rate": 1e-3, "epochs": 8} for seed in range(3)]
+    assert content["settings"]["harmful"] == {"learning_rates": [1e-3], "epochs": 4, "seeds": [0, 1, 2]}
 
 
 def test_page_escapes_and_has_everything(run: Path) -> None:
@@ -93,8 +99,9 @@ def test_rows_cannot_be_guessed(run: Path) -> None:
                 assert digest(given.encode()).hexdigest()[:16] not in text
         assert keyed(b"", "id", name) not in text
         assert keyed(bytes(32), "id", name) not in text
-    rest = content["forget"]["files_hmac"][0]
-    assert rest != content["configuration_sha256"]  # the same file, without and with the key
+    for number in range(100):  # a condition in the configuration is short, too
+        for given in (f"forget_where: customer_id == {number}\n".encode(), (run / "config.yaml").read_bytes()):
+            assert hashlib.sha256(given).hexdigest() not in text
     key = (run / "certificate.key").read_bytes().strip()
     found = [name for name in shuffled if keyed(key, "id", name) in content["forget"]["ids_hmac"]]
     assert sorted(found) == IDS[:3]  # with it one can
@@ -114,27 +121,6 @@ def test_a_run_that_was_not_audited_is_refused(run: Path) -> None:
         made(run)
 
 
-def test_weights_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
-    source = Path(resolve_checkpoint("tiny"))
-    whole = weights_sha256("tiny")
-    copy = tmp_path / "copy"
-    shutil.copytree(source, copy)
-    (file,) = copy.glob("*.safetensors")
-    tensors = load_file(file)
-    names = sorted(tensors)
-    file.unlink()
-    for number, part in enumerate((names[::2], names[1::2])):  # other files, other metadata
-        save_file({name: tensors[name] for name in part}, copy / f"model-{number}.safetensors", {"by": "me"})
-    assert weights_sha256(str(copy)) == whole
-    changed = {name: tensors[name].clone() for name in names[::2]}
-    flat = changed[names[0]].view(-1)
-    flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf, dtype=flat.dtype))
-    save_file(changed, copy / "model-0.safetensors")
-    assert weights_sha256(str(copy)) != whole
-    with pytest.raises(UserError, match="holds a model"):
-        weights_sha256(str(tmp_path))
-
-
 @pytest.mark.skipif(
     shutil.which("chromium") is None or shutil.which("pdftotext") is None, reason="needs chromium and poppler"
 )
@@ -150,3 +136,104 @@ def test_prints_to_a_pdf_with_all_of_it(run: Path, tmp_path: Path) -> None:
     assert "Certificate of unlearning" in text
     assert "18.5, 20.0, 21.5" in " ".join(text.split())
     assert "1" * 64 in "".join(text.split())
+
+
+def test_figures_are_no_fingerprints(run: Path) -> None:
+    """A mean to its last digit tells whoever has the model which rows it is of."""
+    audit = json.loads((run / "audit.json").read_text())
+    audit["scores"]["unlearned"]["forget"]["probability"] = 9.87123456
+    audit["verdict"]["grounds"][0] |= {"share": 0.0123456789, "low": None, "high": 1 / 3}
+    (run / "audit.json").write_text(json.dumps(audit))
+    attacks = json.loads((run / "attack.json").read_text())
+    attacks["attacks"][0]["unlearned"] = {"before": spread(9.87123456), "forget_score": spread(21.123456)}
+    (run / "attack.json").write_text(json.dumps(attacks))
+    content = made(run)
+    assert content["scores"]["unlearned"]["forget"]["probability"] == 9.9
+    assert content["verdict"]["grounds"][0] == {"text": "A ground", "share": 0.012, "low": None, "high": 0.333}
+    (row,) = content["tried"]
+    assert (row["unlearned"]["before"], row["unlearned"]["highest"]["mean"]) == (9.9, 21.1)
+
+
+def test_what_the_verdict_does_not_count_stands_beside_it(run: Path) -> None:
+    assert made(run)["not_counted"] == []
+    attacks = json.loads((run / "attack.json").read_text())
+    row = {"attack": "quantization", "kind": "quantization", "p": None, "variant": "4bit", "score": "probability"}
+    audit = json.loads((run / "audit.json").read_text())
+    audit["scores"]["original"]["forget"]["probability"] = 90.0
+    (run / "audit.json").write_text(json.dumps(audit))
+    for highest, n in ((17.0, 0), (25.0, 1)):  # a tenth of 80 points is 8
+        found = {"before": spread(10.0), "forget_score": spread(highest)}
+        more = row | {"n_attack": None, "n_scored": 3, "unlearned": found}
+        (run / "attack.json").write_text(json.dumps(attacks | {"attacks": [*attacks["attacks"], more]}))
+        content = made(run)
+        assert len(content["not_counted"]) == n
+    (text,) = content["not_counted"]
+    assert "quantization 4bit attack" in text
+    assert "from 10.0 % to 25.0 %" in text
+    assert text in certificate_html(content)
+
+
+def fields_of(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(content, (dict, list)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from fields_of(value, (*place, key))
+    else:
+        yield place
+
+
+def test_whatever_is_edited_breaks_the_seal(run: Path) -> None:
+    content, key = made(run), key_of(run)
+    assert sealed(content, key) == content == json.loads(json.dumps(content))
+    places = list(fields_of(content))
+    assert len(places) > 50
+    for place in places:
+        edited = json.loads(json.dumps(content))
+        holder = edited
+        for part in place[:-1]:
+            holder = holder[part]
+        holder[place[-1]] = "another"
+        assert sealed(edited, key)["seal"] != edited["seal"], place
+    assert sealed(content, b"another key of the same kind")["seal"] != content["seal"]
+
+
+def test_a_key_that_can_be_guessed_is_refused(run: Path) -> None:
+    (run / "certificate.key").write_text("\n")
+    with pytest.raises(UserError, match="at least 16 bytes"):
+        made(run)
+
+
+def test_an_audit_that_does_not_say_of_which_weights_is_refused(run: Path) -> None:
+    audit = json.loads((run / "audit.json").read_text())
+    del audit["provenance"]
+    (run / "audit.json").write_text(json.dumps(audit))
+    with pytest.raises(UserError, match="run audit again"):
+        made(run)
+
+
+def passes(certificate: Path, key: Path) -> bool:
+    try:
+        return verify(str(certificate), key=str(key))
+    except UserError as refused:
+        return refused.argument != "certificate"
+
+
+@pytest.mark.parametrize("value", [None, "é", 7, [], "gone"])
+def test_an_edited_certificate_is_told_in_a_line_whatever_was_edited(run: Path, value: Any) -> None:
+    content = made(run)
+    key_of(run)
+    file = run / "edited.json"
+    for place in fields_of(content):
+        edited = json.loads(json.dumps(content))
+        holder = edited
+        for part in place[:-1]:
+            holder = holder[part]
+        if value == "gone":
+            del holder[place[-1]]
+        else:
+            holder[place[-1]] = value
+        if edited == content:
+            continue
+        file.write_text(json.dumps(edited))
+        assert passes(file, run / "certificate.key") is False, place
+        with pytest.raises(UserError):  # there is no data to repeat it with
+            verify(str(file), model="tiny", repeat="harmful", p=0.3)

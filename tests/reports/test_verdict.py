@@ -97,6 +97,28 @@ def test_relearning_is_measured_against_the_oracle_seed_by_seed() -> None:
     assert one.name == "relearning, harmful lora 10 %"
 
 
+def test_one_run_twice_is_no_spread() -> None:
+    """Of ten rows, a tenth is one: seeds may choose the same one, and nothing is left to chance after that."""
+    same = [row([10.0, 10.0, 10.0], [11.0, 11.0, 11.0], [10.0, 9.0, 10.0])]
+    few = [{**one, "n_attack": 1} for one in same]
+    assert relearning_evidence(same, fallen(10.0))[0].share.says == "erased"
+    (once,) = relearning_evidence(few, fallen(10.0))
+    assert (once.share.n, once.share.says) == (1, "undecided")
+    (twice,) = relearning_evidence(
+        [{**row([10.0, 12.0, 10.0], [11.0, 30.0, 11.0], [9.0, 10.0, 10.0]), "n_attack": 1}], fallen(10.0)
+    )
+    assert twice.share.n == 2
+    assert twice.share.value == pytest.approx((1 / 80 + 18 / 78) / 2)
+
+
+def test_an_attack_at_the_edge_of_its_grid_is_told_with_the_verdict() -> None:
+    (edge,) = relearning_evidence([row([10.0, 10.0], [10.5, 10.4], [10.0, 10.0])], fallen(10.0))
+    verdict = decide(fallen(10.0), [edge])
+    assert verdict.label == "erased"
+    assert "More may come back by relearning, harmful lora 10 %" in verdict.uncertainty
+    assert "More may" not in decide(fallen(10.0), [attack(0.02, -0.02, 0.06)]).uncertainty
+
+
 def test_what_was_not_lost_cannot_return() -> None:
     """An oracle below the score before the attack is no reference: nothing came back here."""
     (one,) = relearning_evidence([row([30.0, 30.0], [30.0, 30.0], [10.0, 10.0])], fallen(30.0))

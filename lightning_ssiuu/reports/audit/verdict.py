@@ -246,8 +246,13 @@ def _uncertainty(label: Label, forgetting: Forgetting, evidence: Sequence[Eviden
     relearned = [piece.beyond for piece in evidence if piece.kind == "relearning"]
     guessed = forgetting.floor_is.startswith("chance") and not all("invented" in beyond for beyond in relearned)
     invented = any("invented" in beyond for beyond in relearned)
+    at_the_edge = [piece.name for piece in evidence if piece.note and piece.kind == "relearning"]
     sentences = (
         (seeds, f"Bounds of relearning are 95 % (one-sided, Student's t) over {seeds} attack seeds."),
+        (
+            at_the_edge,
+            f"More may come back by {', '.join(at_the_edge)}: the highest score lies at the edge of the grid.",
+        ),
         (seeds == 1, "One seed shows no spread: attack with more."),
         (not seeds, "The model was not attacked: what an attack would find is unknown."),
         (draws, f"Bounds of the neurons are those of one more draw of random ones, after {draws}."),

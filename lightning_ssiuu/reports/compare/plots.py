@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lightning_ssiuu.reports.compare.table import ATTACKS, Comparison, Row, common_attacks, front_of, pareto_front
+from lightning_ssiuu.evaluation.results import attack_order
+from lightning_ssiuu.reports.compare.table import Comparison, Row, common_attacks, front_of, pareto_front
 from lightning_ssiuu.reports.curves import Curve, by_epoch, strongest
 from lightning_ssiuu.utils.figures import COLOURS, DOTTED, WIDTH, Series, draw_lines, fitted, handle, legend, style
 
@@ -37,8 +38,7 @@ def panels(rows: Sequence[Row]) -> dict[tuple[str, float | None], dict[int | Non
             for (attack, p, model), curves in by_attack.items():
                 panel = drawn.setdefault((attack, p), {})
                 panel.setdefault(None if model == "oracle" else index, []).extend(strongest(curves))
-    order = {name: index for index, name in enumerate(ATTACKS)}
-    return dict(sorted(drawn.items(), key=lambda item: (order.get(item[0][0], len(order)), *map(str, item[0]))))
+    return dict(sorted(drawn.items(), key=lambda item: (attack_order(item[0][0]), str(item[0][1]))))
 
 
 def recovery_lines(comparison: Comparison) -> dict[tuple[str, float | None], list[Series]]:

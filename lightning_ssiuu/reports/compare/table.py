@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lightning_ssiuu.evaluation.results import attack_order
 from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.reports.compare.grouping import group_by_seed, labels, settings_of_each
 from lightning_ssiuu.reports.compare.reading import Run
 from lightning_ssiuu.reports.curves import number
 from lightning_ssiuu.utils.errors import UserError
 
-#: Attacks in the order of the table; others come after them by name.
-ATTACKS = ("harmful", "harmful_lora", "benign", "benign_lora", "quantization", "sampling", "paraphrase", "ablation")
 _SPLITS = ("forget", "test", "retain")
 _INFLUENCE = ("d_plus_total", "d_minus_total", "n_spurious")
 _SAME = 0.05  # per cent; scores of one model on two machines differ by rounding
@@ -126,9 +125,8 @@ def attack_columns(runs: Sequence[Run], score: str) -> list[Column]:
     """
     rows = [row for run in runs for row in run.attack["attacks"]]
     names = {(row["attack"], row["p"], row["variant"]) for row in rows}
-    order = {name: index for index, name in enumerate(ATTACKS)}
     columns = []
-    for attack, p, variant in sorted(names, key=lambda n: (order.get(n[0], len(order)), n[0], n[1] or 0.0, n[2] or "")):
+    for attack, p, variant in sorted(names, key=lambda n: (attack_order(n[0]), n[1] or 0.0, n[2] or "")):
         same = [row for row in rows if (row["attack"], row["p"], row["variant"]) == (attack, p, variant)]
         parts = [part for part in ("control", "gap") if any(row.get(part) for row in same)]
         other = "" if same[0]["score"] == score else f" ({same[0]['score']})"
