@@ -70,7 +70,9 @@ def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     seen: dict[str, Path] = {}
     for run in runs:
         seeds: list[Any] = []
-        key = run.metrics["objective"] + _text(without_seeds(run.config, _root(run.config), seeds))
+        # Without a configuration nobody knows what it has in common with others.
+        config = without_seeds(run.config, _root(run.config), seeds) if run.config else str(run.path.resolve())
+        key = run.metrics["objective"] + _text(config)
         groups.setdefault(key, []).append(run)
         seed = run.config.get("seed_everything")
         if seed is None or seed is False:
