@@ -54,7 +54,7 @@ def certify(
         if oracle is not None:
             models["oracle"] = oracle
         weights = {name: weights_sha256(checkpoint, name) for name, checkpoint in models.items()}
-        names = [example.name for example in data.splits.forget]
+        names = [example.source_id or example.name for example in data.splits.forget]  # of chunks: the documents'
         content = certificate(
             folder, weights, names, len(data.splits.retain), _sources(config), key_of(folder), show_ids
         )

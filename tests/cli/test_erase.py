@@ -130,11 +130,19 @@ def test_mistakes_write_nothing(given: dict[str, Any], argument: str, tmp_path: 
 
 
 def test_a_model_that_knows_nothing_is_told(tmp_path: Path) -> None:
-    for name, words in (("forget", "the ferry left at noon"), ("retain", "the mill stood by the river")):
+    """Of texts: in folders, and in one table with ids, whose columns say that there are no questions."""
+    texts = {"forget": "the ferry left at noon", "retain": "the mill stood by the river"}
+    for name, words in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(" ".join(f"{words}, {n}." for n in range(80)), encoding="utf-8")
     with pytest.raises(UserError, match="does not know the forget set"):
         erase(str(tmp_path / "out"), forget=str(tmp_path / "forget"), retain=str(tmp_path / "retain"))
+    with (tmp_path / "passages.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [("id", "text"), *((name, (tmp_path / name / "text.txt").read_text()) for name in texts)]
+        )
+    with pytest.raises(UserError, match="does not know the forget set"):
+        erase(str(tmp_path / "one"), data=str(tmp_path / "passages.csv"), forget_where="id == 'forget'")
 
 
 def test_an_adversary_moves_with_the_learning_rate(tmp_path: Path) -> None:

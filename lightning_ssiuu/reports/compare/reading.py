@@ -19,8 +19,8 @@ _FINISHED, _CONFIG = "metrics.json", "config.yaml"
 class Run:
     """A finished run: its directory as it was given, and the contents of its files.
 
-    Where there is no such file ``attack`` is ``{"attacks": [], "curves": []}``, ``utility`` and ``audit`` are ``{}``, and
-    so is ``config``: a Trainer of one's own, with ``RunReport`` among its callbacks, writes none.
+    Where there is no such file ``attack`` is ``{"attacks": [], "curves": []}``, ``utility`` and ``audit`` are ``{}``.
+    ``config`` is ``{}`` for the run of a Trainer of one's own, which with ``RunReport`` writes ``metrics.json`` alone.
     """
 
     path: Path
