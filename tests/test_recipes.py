@@ -191,13 +191,14 @@ def test_regularizers(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["init_args"]["regularizer"]
     path = "--model.init_args.regularizer.init_args.n_examples"
     few = (path, "8") if content["class_path"].endswith("DualMask") else ()
-    for base in (RECIPES / "objective" / "gradient_difference.yaml", DEFAULT):
-        folder = tmp_path / base.stem
-        result = fit(folder, "--config", recipe, *few, *SMALL, recipe=base)
-        assert result.status == 0, result.err
-        finished(folder)
-        resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        chosen = resolved["model"]["init_args"]["regularizer"]
+    bare = RECIPES / "objective" / "gradient_difference.yaml"
+    result = fit(tmp_path / "run", "--config", recipe, *few, *SMALL, recipe=bare)
+    assert result.status == 0, result.err
+    finished(tmp_path / "run")
+    printed = command("fit", "--config", DEFAULT, "--config", recipe, *few, "--print_config")
+    assert printed.status == 0, printed.err
+    for resolved in ((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"), printed.out):
+        chosen = yaml.safe_load(resolved)["model"]["init_args"]["regularizer"]
         assert chosen["class_path"] == content["class_path"]
         assert {name: chosen["init_args"][name] for name in content["init_args"]} == content["init_args"]
 
