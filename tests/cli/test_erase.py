@@ -6,10 +6,12 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from toys.cli import Forked
 
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.cli import erase_plan
@@ -55,6 +57,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         patch.setattr(erase_plan, "_FULL", {"p": [0.3], "seeds": [0, 1], "epochs": 1})
         patch.setattr(erase_plan, "_ATTACKED_AT", (1.0,))
         patch.setattr(Steps, "run", once)
+        # tests/test_wheel.py has processes of their own
+        patch.setattr("lightning_ssiuu.cli.steps.subprocess", SimpleNamespace(Popen=Forked, STDOUT=None))
         with pytest.raises(KeyboardInterrupt):
             erase(str(folder / "out"), **given)
         erased = erase(str(folder / "out"), **given)
