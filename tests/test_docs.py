@@ -9,7 +9,6 @@ import inspect
 import pkgutil
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +17,13 @@ from typing import Any
 
 import pytest
 from toys.cli import DRAWN, RECIPES, ROOT, command
+from toys.docs import PAGES, WALKS, blocks_of, shown_commands
 
 import lightning_ssiuu
 from lightning_ssiuu.cli.fit import UnlearningCLI
 from lightning_ssiuu.models.loading import TINY
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = [name for name in lightning_ssiuu.__all__ if not name.startswith("__")]
-BASH = shutil.which("bash") or "bash"
-_BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Options that make a shown command quick; they change how much is done, not how it is asked for.
 QUICKER = {
     "fit": DRAWN,
@@ -40,31 +37,17 @@ QUICKER = {
 
 def blocks(language: str, marked: str | None = None) -> list[Any]:
     """(marker, text) of the fenced blocks in one language (all, or those with a mark), named by page and line."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in _BLOCK.finditer(text):
-            if match[2] == language and marked in (None, match[1]):
-                line = text.count("\n", 0, match.start(3))
-                found.append(pytest.param(match[1], match[3], id=f"{page.name}:{line}"))
-    return found
-
-
-def shown_commands(text: str) -> list[list[str]]:
-    """The commands of a bash block as bash would start them: loops and variables expanded, nothing started."""
-    script = """
-    lightning-ssiuu() { printf '%s\\0' lightning-ssiuu "$@"; echo; }
-    python() { printf '%s\\0' python "$@"; echo; }
-    """
-    # Without a PATH there is nothing else that could be started.
-    options: Any = {"env": {"PATH": ""}, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run([BASH, "-c", script + text.replace("<name>", "npo")], **options)
-    return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+    return [
+        pytest.param(block.marker, block.text, id=f"{block.page}:{block.line}")
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.language == language and marked in (None, block.marker)
+    ]
 
 
 @pytest.mark.parametrize(("marker", "text"), blocks("python"))
 def test_python_blocks_run(marker: str | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if marker == "not-run":
+    if marker == "not-run" or marker in WALKS:
         pytest.skip("marked as not to be run here")
     from lightning_ssiuu.evaluation.scores import SCORES
 

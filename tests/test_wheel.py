@@ -1,8 +1,10 @@
-"""The package as pip installs it: what the wheel holds, and a walk with nothing of the checkout in sight."""
+"""The package as pip installs it: what the wheel holds, and three walks with nothing of the checkout in sight."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from toys.cli import FAST, RECIPES, ROOT, attacking
+from toys.cli import FAST, RECIPES, ROOT, attacking, files
+from toys.docs import blocks_of, shown_commands
 
 _SOURCES = ("lightning_ssiuu", "recipes", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 _QUICK = (*FAST, "--trainer.max_steps", "2", "--attribution.write", "false", "--stopping.threshold", "null")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 #: Each is a documented command, and what makes it quick.
 WALK = [
     ["fit", "--config", "ssiuu", *_QUICK],
@@ -56,24 +60,74 @@ def test_the_wheel_holds_all_files_of_the_package_and_every_recipe_once(wheel: P
     assert not any(path.is_symlink() for path in RECIPES.rglob("*"))
 
 
-def test_a_wheel_is_all_one_needs(wheel: Path, tmp_path: Path) -> None:
-    """Installed beside its requirements, used from an empty directory."""
-    place, here = tmp_path / "site", tmp_path / "here"
-    here.mkdir()
+@pytest.fixture(scope="module")
+def place(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the wheel is installed, beside its requirements."""
+    folder = tmp_path_factory.mktemp("installed")
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index")
-    run(tmp_path, *pip, "--no-deps", "--no-compile", "--target", place, wheel)
-    listed = run(here, sys.executable, place / "bin" / "lightning-ssiuu", "recipes", PYTHONPATH=str(place))
-    assert "objective/npo " in listed
+    run(folder, *pip, "--no-deps", "--no-compile", "--target", folder / "site", wheel)
+    return folder / "site"
+
+
+def walked(place: Path, here: Path, steps: str) -> str:
+    """What a program prints that has ``main``, the commands, at hand; it finds the package where it is installed."""
     script = (
-        "import sys, lightning_ssiuu\nfrom lightning_ssiuu.__main__ import main\n"
-        f"assert lightning_ssiuu.__file__.startswith({str(place)!r}), lightning_ssiuu.__file__\n"
-        f"for words in {WALK!r}:\n    if main(words): sys.exit(1)\n"
+        "import lightning_ssiuu\nfrom lightning_ssiuu.__main__ import main\n"
+        f"assert lightning_ssiuu.__file__.startswith({str(place)!r}), lightning_ssiuu.__file__\n{steps}"
     )
-    shown = run(here, sys.executable, "-c", script, PYTHONPATH=str(place))
+    return run(here, sys.executable, "-c", script, PYTHONPATH=str(place))
+
+
+def test_a_wheel_is_all_one_needs(place: Path, tmp_path: Path) -> None:
+    """Used from an empty directory."""
+    listed = run(tmp_path, sys.executable, place / "bin" / "lightning-ssiuu", "recipes", PYTHONPATH=str(place))
+    assert "objective/npo " in listed
+    shown = walked(place, tmp_path, "".join(f"assert main({words!r}) == 0\n" for words in WALK))
     told = [line for line in shown.splitlines() if line.startswith("Written to ")]
     assert told == [
         "Written to runs/ssiuu: model/, metrics.json, config.yaml",
         "Written to .: mine.yaml",
         "Written to runs/ssiuu: attack.json",
     ]
-    assert {path.name for path in here.iterdir()} == {"runs", "mine.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "mine.yaml"}
+
+
+def shown_by(place: Path, here: Path, walk: str) -> str:
+    """What a walk of docs/walks.md prints, and after each command its exit status; all that the page promises is in it.
+
+    Numbers are within 5 of the page's, or a quarter: other processors round otherwise.
+    """
+    page = [block for block in blocks_of(ROOT / "docs" / "walks.md") if block.marker == walk]
+    steps = {"python": lambda text: text, "bash": as_calls, "": lambda _: ""}
+    shown = walked(place, here, "".join(steps[block.language](block.text) for block in page))
+    lines = {_NUMBER.sub("#", line): line for line in map(_words, shown.splitlines())}
+    for line in (_words(line) for block in page if not block.language for line in block.text.splitlines()):
+        found = lines[_NUMBER.sub("#", line)]
+        told, wanted = ([float(number) for number in _NUMBER.findall(text)] for text in (found, line))
+        assert told == pytest.approx(wanted, abs=5, rel=0.25), found
+    return shown
+
+
+def as_calls(text: str) -> str:
+    return "".join(f"print('exit status', main({words[1:]!r}))\n" for words in shown_commands(text))
+
+
+def _words(line: str) -> str:
+    return " ".join(line.split())
+
+
+def test_the_walk_of_a_deletion_request(place: Path, tmp_path: Path) -> None:
+    shown = shown_by(place, tmp_path, "privacy-engineer")
+    assert re.findall(r"exit status (.*)", shown) == ["3", "0", "0", "0"]  # not erased, as the page says
+    assert "runs/request_17/model is the unlearned model of this certificate" in shown
+    assert re.findall(r"(C\d+) +forgotten", shown) == ["C01", "C02", "C03", "C04"]
+    certificate = json.loads((tmp_path / "runs" / "request_17" / "certificate.json").read_text(encoding="utf-8"))
+    assert certificate["verdict"]["label"] == "hidden"
+    assert certificate["forget"]["ids"] == ["C01", "C02", "C03", "C04"]
+    assert {path.name for path in tmp_path.iterdir()} == {"customers.csv", "delete.txt", "runs"}
+
+
+def test_the_walk_of_a_researcher(place: Path, tmp_path: Path) -> None:
+    shown_by(place, tmp_path, "researcher")
+    run_files = {"metrics.json", "attack.json"}
+    assert files(tmp_path) == {f"runs/{name}/{file}" for name in ("with", "without") for file in run_files}

@@ -50,7 +50,7 @@ def certify(run: str, show_ids: bool = False, overwrite: bool = False) -> dict[s
         refuse_existing("run", folder, [FILE, HTML], overwrite)
         data = run_data(model, None, "run")
         _check_evidence(folder, model, data)
-        names = [example.name for example in data.splits.forget]
+        names = [example.source_id or example.name for example in data.splits.forget]  # of chunks: the documents'
         content = certificate(folder, names, len(data.splits.retain), _sources(config), key_of(folder), show_ids)
         with written_atomically(folder / HTML) as temporary:
             temporary.write_text(certificate_html(content), encoding="utf-8")

@@ -14,7 +14,9 @@ from lightning_ssiuu.attacks.records import fingerprint, read_attacks
 from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.datamodules import Documents, UnlearningDataModule
+from lightning_ssiuu.datamodules.columns import is_text
 from lightning_ssiuu.datamodules.documents import SUFFIXES
+from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
 from lightning_ssiuu.evaluation.runs import check_tokenizers, data_of, resolve_models
 from lightning_ssiuu.models.loading import check_same_shape
@@ -252,9 +254,11 @@ def with_attack(trial: Trial, folder: Path) -> Trial:
 
 
 def _data_class(given: Mapping[str, Any]) -> str:
-    sources = [Path(value).expanduser() for name, value in given.items() if name in ("forget", "retain", "test")]
-    is_text = any(path.is_dir() or path.suffix.lower() in SUFFIXES for path in sources)
-    return "Documents" if is_text else "CustomData"
+    sources = [value for name, value in given.items() if name in ("data", "forget", "retain", "test")]
+    files = [Path(source).expanduser() for source in sources]
+    is_plain = any(path.is_dir() or path.suffix.lower() in SUFFIXES for path in files)
+    argument = "data" if "data" in given else "forget"
+    return "Documents" if is_plain or is_text(next(read_records(given[argument], argument), {})) else "CustomData"
 
 
 def _read(into: dict[str, Any], argument: str, source: str) -> None:

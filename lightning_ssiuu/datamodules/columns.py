@@ -151,6 +151,20 @@ class Columns:
         return UserError(self._argument(kind), usual[0], allowed)
 
 
+def is_text(record: Record) -> bool:
+    """Whether a table with such a record has texts (a column ``text``), and neither questions with answers nor talks.
+
+    Example:
+        >>> is_text({"id": 1, "text": "Once."}), is_text({"text": "Who? Me.", "question": "Who?", "answer": "Me."})
+        (True, False)
+    """
+    try:
+        Columns().found(record)
+    except UserError:
+        return "text" in record
+    return False
+
+
 def read_examples(records: Iterable[Record], columns: Columns) -> Iterator[QAExample]:
     """The examples of a table's records; the columns are found on the first one, the same for all."""
     found = None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import compress
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.columns import Answers, Columns
-from lightning_ssiuu.datamodules.deletion import Deletion, IdNames, Ids, read_key
+from lightning_ssiuu.datamodules.deletion import Deletion, IdNames, Ids, check_sources, read_key
 from lightning_ssiuu.datamodules.readers import Record, read_records
 from lightning_ssiuu.datamodules.spooled import kept
-from lightning_ssiuu.utils.errors import Given, UserError, check_choice
+from lightning_ssiuu.utils.errors import check_choice
 
 
 class CustomData(UnlearningDataModule):
@@ -95,25 +93,11 @@ class CustomData(UnlearningDataModule):
         check_choice("ids", ids, Ids)
         self.sources = {"forget": forget, "retain": retain, "test": test}
         self.data, self.forget_ids, self.forget_where = data, forget_ids, forget_where
-        self._check_sources()
+        check_sources(self.sources, data, forget_ids, forget_where)
         self.columns = Columns(
             *(question_column, answer_column, input_column, messages_column, distractors_column, id_column), answers
         )
         self.id_names = IdNames(read_key(id_key) if ids == "hashed" else None)
-
-    def _check_sources(self) -> None:
-        files = {name: source for name, source in self.sources.items() if name != "test"}
-        table = {"forget_ids": self.forget_ids, "forget_where": self.forget_where}
-        if self.data is None:
-            for name, value in table.items():
-                if value is not None:
-                    raise UserError(name, value, "null, or a table (data) whose rows it chooses")
-            if missing := [name for name, source in files.items() if source is None]:
-                allowed = "a file or hub data set for each; or one table (data) with forget_ids or forget_where"
-                raise UserError(", ".join(missing), Given("nothing"), allowed)
-        for name, source in files.items():
-            if self.data is not None and source is not None:
-                raise UserError(name, source, "null, beside a table (data) that is divided by what is to be forgotten")
 
     def load_splits(self) -> Splits:
         if self.data is not None:
@@ -134,21 +118,14 @@ class CustomData(UnlearningDataModule):
         for columns, number, record in self._records(str(self.sources[name]), name):
             yield from columns.examples(record, number)
 
-    def _divided(self) -> list[Iterator[QAExample]]:
+    def _divided(self) -> tuple[Iterator[QAExample], Iterator[QAExample]]:
         chosen = Deletion(self.forget_ids, self.forget_where, self.columns, self.id_names)
-        forgotten = array("b")  # whether each example is
-        examples = kept(self._chosen(chosen, forgotten))
-        chosen.check()
-        if chosen.n_nameless:
-            rank_zero_info(f"data: {chosen.n_nameless} of {chosen.n_rows} rows have no id; they are in the retain set.")
-        return [compress(examples, forgotten), compress(examples, (not each for each in forgotten))]
+        return chosen.divided(self._records(str(self.data), "data"), self._numbered)
 
-    def _chosen(self, chosen: Deletion, forgotten: array[int]) -> Iterator[QAExample]:
-        for columns, number, record in self._records(str(self.data), "data"):
-            forget = chosen(record, columns)
-            for example in columns.examples(record, number):
-                forgotten.append(forget)
-                yield example if example.source_id else replace(example, source_id=f"record {number}")
+    @staticmethod
+    def _numbered(columns: Columns, number: int, record: Record) -> Iterator[QAExample]:
+        for example in columns.examples(record, number):
+            yield example if example.source_id else replace(example, source_id=f"record {number}")
 
     def _records(self, source: str, argument: str) -> Iterator[tuple[Columns, int, Record]]:
         columns = None

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hmac
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_ssiuu.datamodules.columns import IDS, Columns, id_text
 from lightning_ssiuu.datamodules.predicate import Predicate
 from lightning_ssiuu.datamodules.readers import SUFFIXES, Record, cell_of, column_names, file_errors, read_records
 from lightning_ssiuu.datamodules.splits import first_few
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import reading
 
 Ids = Literal["shown", "hashed"]
+T = TypeVar("T")
 
 _SHORTEST_KEY = 16  # bytes
 _NAMED = 20  # in a message
@@ -69,6 +74,36 @@ def read_key(path: str | None, argument: str = "id_key") -> bytes:
     return key
 
 
+def check_sources(
+    sources: Mapping[str, str | None],
+    data: str | None,
+    forget_ids: str | Sequence[str | int] | None,
+    forget_where: str | None,
+) -> None:
+    """Check that there are either files for the forget and the retain set, or one table and what of it to forget.
+
+    Args:
+        sources: ``forget`` and ``retain``; others are passed over.
+        data: The table.
+        forget_ids: Ids of its rows (:class:`Deletion`).
+        forget_where: A condition instead.
+
+    Raises:
+        UserError: About the first argument that does not go with the others.
+    """
+    files = {name: sources[name] for name in ("forget", "retain")}
+    if data is None:
+        for name, value in {"forget_ids": forget_ids, "forget_where": forget_where}.items():
+            if value is not None:
+                raise UserError(name, value, "null, or a table (data) whose rows it chooses")
+        if missing := [name for name, source in files.items() if source is None]:
+            allowed = "a file or hub data set for each; or one table (data) with forget_ids or forget_where"
+            raise UserError(", ".join(missing), Given("nothing"), allowed)
+    for name, source in files.items():
+        if data is not None and source is not None:
+            raise UserError(name, source, "null, beside a table (data) that is divided by what is to be forgotten")
+
+
 class Deletion:
     """Tells the rows of a table that are to be forgotten: those with these ids, or for which a condition holds.
 
@@ -109,13 +144,41 @@ class Deletion:
             chosen = self.where(record, number)
         else:
             if columns.id is None:
-                raise UserError("id_column", Given(f"no column called {_OR}"), column_names(record, "id"))
+                argument = columns.argument or "id_column"
+                raise UserError(argument, Given(f"no column called {_OR}"), column_names(record, "id"))
             name = columns.id_of(record)
             self.n_nameless += not name
             self._missing.pop(name, None)
             chosen = name in self._listed
         self.n_chosen += chosen
         return chosen
+
+    def divided(
+        self,
+        rows: Iterable[tuple[Columns, int, Record]],
+        items: Callable[[Columns, int, Record], Iterable[T]],
+    ) -> tuple[Iterator[T], Iterator[T]]:
+        """The ``items`` of the rows that are to be forgotten, and of the others, each in the table's order.
+
+        The table is read once, and its items are kept.
+
+        Raises:
+            UserError: As calling and :meth:`check` do.
+        """
+        forgotten = array("b")  # whether each item is
+
+        def every() -> Iterator[T]:
+            for columns, number, record in rows:
+                forget = self(record, columns)
+                for item in items(columns, number, record):
+                    forgotten.append(forget)
+                    yield item
+
+        every_item = kept(every())
+        self.check()
+        if self.n_nameless:
+            rank_zero_info(f"data: {self.n_nameless} of {self.n_rows} rows have no id; they are in the retain set.")
+        return compress(every_item, forgotten), compress(every_item, (not each for each in forgotten))
 
     def check(self) -> None:
         """Check what was chosen once all rows have been seen.

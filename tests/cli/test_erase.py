@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from hashlib import blake2b, md5, sha1, sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from toys.cli import read_json
+from toys.cli import Forked, read_json
 
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.cli import erase_plan
@@ -61,6 +62,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         patch.setattr(erase_plan, "_FULL", {"p": [0.3], "seeds": [0, 1], "epochs": 1})
         patch.setattr(erase_plan, "_ATTACKED_AT", (1.0,))
         patch.setattr(Steps, "run", once)
+        # tests/test_wheel.py has processes of their own
+        patch.setattr("lightning_ssiuu.cli.steps.subprocess", SimpleNamespace(Popen=Forked, STDOUT=None))
         with pytest.raises(KeyboardInterrupt):
             erase(str(folder / "out"), **given)
         erased = erase(str(folder / "out"), **given)
@@ -297,11 +300,19 @@ def test_mistakes_write_nothing(given: dict[str, Any], argument: str, tmp_path: 
 
 
 def test_a_model_that_knows_nothing_is_told(tmp_path: Path) -> None:
-    for name, words in (("forget", "the ferry left at noon"), ("retain", "the mill stood by the river")):
+    """Of texts: in folders, and in one table with ids, whose columns say that there are no questions."""
+    texts = {"forget": "the ferry left at noon", "retain": "the mill stood by the river"}
+    for name, words in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(" ".join(f"{words}, {n}." for n in range(80)), encoding="utf-8")
     with pytest.raises(UserError, match="does not know the forget set"):
         erase(str(tmp_path / "out"), forget=str(tmp_path / "forget"), retain=str(tmp_path / "retain"))
+    with (tmp_path / "passages.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [("id", "text"), *((name, (tmp_path / name / "text.txt").read_text()) for name in texts)]
+        )
+    with pytest.raises(UserError, match="does not know the forget set"):
+        erase(str(tmp_path / "one"), data=str(tmp_path / "passages.csv"), forget_where="id == 'forget'")
 
 
 def test_an_adversary_moves_with_the_learning_rate(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from toys.data import Toy, byte_tokenizer
 
 from lightning_ssiuu.datamodules import Documents, QAExample, RelearnDataModule, Splits
 from lightning_ssiuu.datamodules.chunks import Chunk, Span, divided, exchanged, sharing, spans_of
+from lightning_ssiuu.datamodules.deletion import IdNames
 from lightning_ssiuu.datamodules.invented import control_of
 from lightning_ssiuu.datamodules.pairs import PREFIX, answered, asked
 from lightning_ssiuu.utils.errors import UserError
@@ -133,6 +134,55 @@ def test_sources(tmp_path: Path) -> None:
     unnamed = Documents(*sources, text_column="body", tokenizer=byte_tokenizer())
     assert [chunk.name for chunk in chunks_of(unnamed.splits.forget)] == ["1#1", "2#1"]
     assert len({e.example_id for _, examples in unnamed.splits.items() for e in examples}) == 4
+
+
+def passages(path: Path, name: str = "customer_id") -> str:
+    """A table of five texts of one to three chunks, the last without an id."""
+    rows = [{name: number or None, "text": text_of(f"t{number}", 25 * number + 15)} for number in (1, 2, 1, 3, 0)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_one_table_and_what_of_it_to_forget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"chunk_tokens": 20, "prefix_tokens": 8, "tokenizer": byte_tokenizer()}
+    table, ids = passages(tmp_path / "passages.jsonl"), tmp_path / "ids.txt"
+    ids.write_text("1\n3\n", encoding="utf-8")
+    with caplog.at_level(logging.INFO):
+        data = Documents(data=table, forget_ids=str(ids), **options)
+        names = [chunk.name for chunk in chunks_of(data.splits.forget)]
+    assert names == ["1#1", "1#2", "1#1", "1#2", *(f"3#{n}" for n in range(1, 6))]
+    assert {chunk.source_id for chunk in chunks_of(data.splits.forget)} == {"1", "3"}
+    assert {chunk.group for chunk in chunks_of(data.splits.retain)} == {"2", "5"}
+    assert "data: 1 of 5 rows have no id; they are in the retain set" in caplog.text
+    where = Documents(data=table, forget_where="customer_id in (1, 3)", **options)
+    assert where.content_sha256() == data.content_sha256()
+    (tmp_path / "key").write_text("0123456789abcdef", encoding="utf-8")
+    hashed = Documents(data=table, forget_ids=[1, 3], ids="hashed", id_key=str(tmp_path / "key"), **options)
+    assert [chunk.group for chunk in chunks_of(hashed.splits.forget)] == [
+        IdNames(b"0123456789abcdef")(name) for name in ["1"] * 4 + ["3"] * 5
+    ]
+    assert hashed.content_sha256() == data.content_sha256()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forget_ids": [1, 8, 9]}, r"forget_ids: got 2 ids \(8, 9\), allowed: ids that rows of the table have"),
+        ({"forget_ids": [1, 2, 3], "forget_where": "customer_id == 1"}, "forget_ids, forget_where: got "),
+        ({"forget_where": "customer_id > 7"}, "forget_where: got no row of 5, allowed: some rows to forget and some"),
+        ({"forget_ids": [1], "name_column": "name"}, "name_column: got no column called 'id', .*customer_id, text"),
+        ({"forget_ids": [1], "text_column": "body"}, "text_column: got 'body', allowed: customer_id, text"),
+        ({"forget_ids": [1], "forget": "a.txt"}, "forget: got 'a.txt', allowed: null, beside a table"),
+        ({"forget_ids": [1], "ids": "hashed"}, "id_key: got None, allowed: a file with a secret"),
+        ({"data": None, "forget_ids": [1]}, r"forget_ids: got \[1\], allowed: null, or a table"),
+        ({"data": None}, "forget, retain: got nothing, allowed: a file or hub data set for each; or one table"),
+    ],
+)
+def test_mistakes_about_a_table(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    given = {"data": passages(tmp_path / "passages.jsonl"), "tokenizer": byte_tokenizer()}
+    with pytest.raises(UserError, match=message) as error:
+        _ = Documents(**(given | options)).splits
+    assert "SECRET" not in str(error.value)
 
 
 @pytest.mark.parametrize(

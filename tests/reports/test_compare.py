@@ -155,7 +155,10 @@ def test_default_output_is_beside_the_runs(tmp_path: Path) -> None:
     ("change", "told"),
     [
         (lambda run: run / "absent", "allowed: directories that exist"),
-        (lambda run: run.parent, "allowed: run directories written by fit (with metrics.json and config.yaml)"),
+        (
+            lambda run: run.parent,
+            "allowed: run directories written by fit, or by a Trainer with RunReport (with metrics.json)",
+        ),
         (lambda run: broken(run / "metrics.json", "{"), "allowed: the metrics.json that this version writes"),
         (lambda run: broken(run / "metrics.json", '{"objective": "A"}'), "the metrics.json that this version writes"),
         (lambda run: broken(run / "config.yaml", "a: ["), "allowed: valid YAML, as fit writes it"),

@@ -33,6 +33,17 @@ def test_objectives_that_differ_in_their_options_and_in_the_rest(tmp_path: Path)
     ]
 
 
+def test_runs_without_a_configuration_are_rows_of_their_own(tmp_path: Path) -> None:
+    """As a Trainer in Python leaves them: nobody knows whether they differ in more than the seed."""
+    paths = [write_run(tmp_path / name) for name in ("wide", "narrow", "fitted")]
+    for path in paths[:2]:
+        (path / "config.yaml").unlink()
+    groups = group_by_seed(read_runs(paths)[0])
+    assert labels(groups) == ["SSIUU (wide)", "SSIUU (narrow)", "SSIUU (fitted)"]
+    assert settings_of_each(groups) == [{}, {}, {}]
+    assert [run.rendered for (run,) in groups] == [True, True, False]
+
+
 def test_a_class_differs_by_its_name_or_by_its_options() -> None:
     plain = {"model": {"class_path": "NPO", "init_args": {"beta": 0.1, "regularizer": None}}}
     other = {"model": {"class_path": "NPO", "init_args": {"beta": 0.5, "regularizer": {"class_path": "a.L2"}}}}

@@ -70,7 +70,9 @@ def group_by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     seen: dict[str, Path] = {}
     for run in runs:
         seeds: list[Any] = []
-        key = run.metrics["objective"] + _text(without_seeds(run.config, _root(run.config), seeds))
+        # Without a configuration nobody knows what it has in common with others.
+        config = without_seeds(run.config, _root(run.config), seeds) if run.config else str(run.path.resolve())
+        key = run.metrics["objective"] + _text(config)
         groups.setdefault(key, []).append(run)
         seed = run.config.get("seed_everything")
         if seed is None or seed is False:
@@ -94,7 +96,7 @@ def labels(groups: Sequence[Sequence[Run]], given: Mapping[Path, str] | None = N
     places = _places(groups)
     found = []
     for index, objective in enumerate(names):
-        alike = [i for i, name in enumerate(names) if name == objective]
+        alike = [i for i, name in enumerate(names) if (name, not configs[i]) == (objective, not configs[index])]
         settings = differences([configs[i] for i in alike])[alike.index(index)]
         shown = [objective]
         for setting in list(settings.values())[:_MOST]:
@@ -128,7 +130,8 @@ def settings_of_each(groups: Sequence[Sequence[Run]]) -> list[dict[str, str]]:
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict):
             config = config | {"model": model["init_args"]}
         configs.append(config)
-    return differences(configs, deep=True)
+    known = iter(differences([config for config in configs if config], deep=True))
+    return [next(known) if config else {} for config in configs]
 
 
 def _places(groups: Sequence[Sequence[Run]]) -> list[str]:

@@ -12,7 +12,7 @@ from lightning_ssiuu.evaluation.results import check_attacks, check_metrics, rea
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.reading import only
 
-_PIECES = ("metrics.json", "config.yaml")
+_FINISHED, _CONFIG = "metrics.json", "config.yaml"
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Run:
     """A finished run: its directory as it was given, and the contents of its files.
 
     Where there is no such file ``attack`` is ``{"attacks": [], "curves": []}``, ``utility`` and ``audit`` are ``{}``.
+    ``config`` is ``{}`` for the run of a Trainer of one's own, which with ``RunReport`` writes ``metrics.json`` alone.
     """
 
     path: Path
@@ -40,7 +41,7 @@ class Run:
         the digest of the text.
         """
         data = self.config.get("data")
-        return isinstance(data, dict) and "date" in (data.get("init_args") or {})
+        return not self.config or (isinstance(data, dict) and "date" in (data.get("init_args") or {}))
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
@@ -71,20 +72,21 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[
     for given in map(Path, paths):
         if not given.exists():
             raise UserError("runs", str(given), "directories that exist")
-        if all((given / name).is_file() for name in _PIECES):
+        if (given / _FINISHED).is_file():
             if given.resolve() not in runs:
                 runs[given.resolve()] = read_run(given)
         else:
             skipped.append(str(given))
     if not runs:
-        allowed = "run directories written by fit (with metrics.json and config.yaml)"
+        allowed = f"run directories written by fit, or by a Trainer with RunReport (with {_FINISHED})"
         raise UserError("runs", skipped[0] if len(skipped) == 1 else skipped, allowed)
     return list(runs.values()), skipped
 
 
 def read_run(path: Path) -> Run:
     """Read one run directory; a :class:`UserError` names the file that is not what it should be."""
-    metrics, config = _json(path / "metrics.json", check_metrics), read_config(path, "runs")
+    metrics = _json(path / _FINISHED, check_metrics)
+    config = read_config(path, "runs") if os.path.lexists(path / _CONFIG) else {}
     attack = {"attacks": [], "curves": []} | _json(path / "attack.json", check_attacks)
     utility, audit = _json(path / "utility.json", _check_utility), _json(path / "audit.json", _check_audit)
     return Run(path, metrics, config, attack, utility, audit)
