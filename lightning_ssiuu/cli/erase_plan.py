@@ -15,6 +15,7 @@ from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
 from lightning_ssiuu.datamodules import Documents, UnlearningDataModule
 from lightning_ssiuu.datamodules.columns import is_text
+from lightning_ssiuu.datamodules.deletion import check_sources
 from lightning_ssiuu.datamodules.documents import SUFFIXES
 from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
@@ -75,6 +76,9 @@ class Plan:
 
         No model is loaded.
         """
+        if self._data_section():  # before one of them is looked for
+            files = {"forget": self.forget, "retain": self.retain}
+            check_sources(files, self.data, self.forget_ids, self.forget_where)
         models = {"model": self.model} | ({"oracle": self.oracle} if self.oracle else {})
         resolve_models(models)
         check_same_shape(models)
