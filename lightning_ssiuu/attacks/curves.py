@@ -141,15 +141,32 @@ def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
     return rows
 
 
+def highest_beside(row: Mapping[str, Any]) -> list[float] | None:
+    """Highest scores beside the unlearned model's, seed by seed: the oracle's, else the control's; None: there is none.
+
+    What the control tells is what the attack taught. One that begins above the unlearned model, as wrong answers may
+    that an objective holds up, is lowered by as much: it would hide what comes back.
+    """
+    name = next((name for name in ("oracle", "control") if name in row), None)
+    if name is None:
+        return None
+    highest: list[float] = row[name]["forget_score"]["per_seed"]
+    if name == "oracle":
+        return highest
+    begun = zip(row[name]["before"]["per_seed"], row["unlearned"]["before"]["per_seed"], strict=True)
+    ahead = [max(0.0, control - own) for control, own in begun]
+    return [high - more for high, more in zip(highest, ahead, strict=True)]
+
+
 def by_model(results: Sequence[Any], summary: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
     """The summary of each model, by its name, and the ``gap``: the unlearned one minus the oracle, seed by seed.
 
-    Without an oracle the gap is to the ``control``, the unlearned model under the same attack on invented facts.
+    Without an oracle the gap is to the ``control``, the unlearned model under the same attack on invented facts
+    (:func:`highest_beside`).
     """
     names = dict.fromkeys(result.model for result in results)
     row = {name: summary([result for result in results if result.model == name]) for name in names}
-    beside = next((name for name in ("oracle", "control") if name in row), None)
-    if beside is not None and "unlearned" in row:
-        pairs = zip(*(row[name]["forget_score"]["per_seed"] for name in ("unlearned", beside)), strict=True)
+    if "unlearned" in row and (beside := highest_beside(row)) is not None:
+        pairs = zip(row["unlearned"]["forget_score"]["per_seed"], beside, strict=True)
         row["gap"] = spread([unlearned - other for unlearned, other in pairs])
     return row

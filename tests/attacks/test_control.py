@@ -30,8 +30,10 @@ def test_the_gap_is_to_the_control_where_there_is_no_oracle(
 ) -> None:
     (row,) = alone["attacks"]
     assert {curve["model"] for curve in alone["curves"]} == {"unlearned", "control"}
-    pairs = zip(*(row[name]["forget_score"]["per_seed"] for name in ("unlearned", "control")), strict=True)
-    assert row["gap"]["per_seed"] == [own - other for own, other in pairs]
+    own, other = row["unlearned"], row["control"]
+    ahead = [max(0.0, b - a) for a, b in zip(own["before"]["per_seed"], other["before"]["per_seed"], strict=True)]
+    pairs = zip(own["forget_score"]["per_seed"], other["forget_score"]["per_seed"], ahead, strict=True)
+    assert row["gap"]["per_seed"] == pytest.approx([high - (control - more) for high, control, more in pairs])
     sizes = {(curve["n_attack"], curve["n_scored"]) for curve in alone["curves"]}
     assert len(sizes) == 1
     assert alone["settings"]["harmful"]["control"] == "forget questions with each other's answers"
@@ -76,8 +78,8 @@ def test_mistakes(models: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def curves(model: str, *highest: float) -> list[RecoveryCurve]:
-    scores = [[10.0, value] for value in highest]
+def curves(model: str, *highest: float, before: float = 10.0) -> list[RecoveryCurve]:
+    scores = [[before, value] for value in highest]
     return [RecoveryCurve(model, "harmful", 0.1, 1e-3, n, 4, 32, [0, 1], one) for n, one in enumerate(scores)]
 
 
@@ -95,6 +97,11 @@ def test_the_verdict_is_that_beyond_the_control() -> None:
     assert "told by invented facts" in controlled.uncertainty
     assert "may be what any model" not in controlled.uncertainty
     assert judged(*curves("control", 12.0, 13.0, 13.0)).label == "hidden"
+    # wrong answers that were held up hide nothing: the attack taught 1 point
+    held = curves("control", 33.0, 34.0, 34.0, before=33.0)
+    assert judged(*held).label == "hidden"
+    (row,) = table([*curves("unlearned", 30.0, 31.0, 32.0), *held])
+    assert row["gap"]["per_seed"] == [20.0, 20.0, 21.0]
     both = judged(*curves("control", 12.0, 13.0, 13.0), *curves("oracle", 29.0, 30.0, 31.0))
     assert both.label == "erased"
     assert "beyond the oracle" in both.sentence

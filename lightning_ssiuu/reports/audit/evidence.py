@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons, output_columns, patched
 from lightning_ssiuu.attacks.base import Target, forget_score
-from lightning_ssiuu.attacks.curves import spread
+from lightning_ssiuu.attacks.curves import highest_beside, spread
 from lightning_ssiuu.attacks.harmful import Harmful
 from lightning_ssiuu.attacks.records import read_attacks
 from lightning_ssiuu.attribution.influence import SpuriousNeuron
@@ -136,14 +136,14 @@ def relearning_evidence(rows: Sequence[Mapping[str, Any]], forgetting: Forgettin
     """The share of what was lost that each attack brings back, seed by seed.
 
     ``(highest − reference) / (original − reference)``, where the reference is the oracle's highest score under the same
-    attack, else the control's on facts that nobody was ever taught, else the floor, and in any case no less than the
-    score before the attack: what was not lost cannot return.
+    attack, else the control's on facts that nobody was ever taught (:func:`~.attacks.curves.highest_beside`), else the
+    floor, and in any case no less than the score before the attack: what was not lost cannot return.
     """
     evidence = []
     for row in rows:
-        unlearned, beside = row["unlearned"], row.get("oracle") or row.get("control")
+        unlearned, beside = row["unlearned"], highest_beside(row)
         highest, before = unlearned["forget_score"]["per_seed"], unlearned["before"]["per_seed"]
-        others = beside["forget_score"]["per_seed"] if beside else [forgetting.floor] * len(highest)
+        others = beside or [forgetting.floor] * len(highest)
         if row.get("n_attack") == 1:  # of few items two seeds may choose the same one: the same run twice is no spread
             runs: dict[tuple[float, float], float] = {}
             for high, low, other in zip(highest, before, others, strict=True):
