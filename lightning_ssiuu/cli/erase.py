@@ -167,6 +167,11 @@ class _Erasing:
         if "known" not in self.state:
             self._save(known=self.plan.measure())
         self._say_known()
+        if not self.plan.attackable:
+            print(
+                "no relearning attack: it trains on some rows and scores others. Without one nothing is called erased",
+                flush=True,
+            )
         while (setting := self._next()) is not None:
             self._try(setting)
         taken = [trial for trial in self.done if trial.setting.name == self.state.get("chosen")]
@@ -240,7 +245,7 @@ class _Erasing:
             if not (folder / "metrics.json").exists():
                 self.steps.run("fit", plan.fit_words(self.folder / "trials" / f"{setting.name}.yaml"))
             trial = trial_of(setting, rate, folder)
-            if trial.reached and not (folder / "attack.json").exists():
+            if trial.reached and plan.attackable and not (folder / "attack.json").exists():
                 self.steps.run("search", plan.searching(folder, rate))
             trial = with_attack(trial, folder)
         except CommandRefused as refusal:
