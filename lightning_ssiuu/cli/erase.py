@@ -147,10 +147,11 @@ class _Erasing:
         state: dict[str, Any] = {}
         if (self.folder / STATE).exists() and not overwrite:
             state = read_json(self.folder / STATE, "output", allowed=f"a directory whose {STATE} this version writes")
-            if state["asked"] != plan.asked():
-                raise UserError(
-                    "output", plan.output, "what was asked there before, or another directory, or --overwrite"
-                )
+            now = plan.asked()
+            if other := [name for name in now | state["asked"] if state["asked"].get(name) != now.get(name)]:
+                differs = ", ".join(dict.fromkeys(name.removesuffix("_sha256") for name in other))
+                allowed = f"what was asked there before (other {differs}), or another directory, or --overwrite"
+                raise UserError("output", plan.output, allowed)
         else:
             tried = [f"trials/{path.name}" for path in (self.folder / "trials").iterdir()]
             refuse_existing("output", self.folder, [*_OURS, *tried], overwrite)
@@ -183,7 +184,7 @@ class _Erasing:
         self._take(chosen)
         for kind, words in self.plan.judging(chosen).items():
             if not (self.folder / f"{kind}.json").exists():
-                print(f"{kind} of the chosen run ({minutes(self._judging_seconds())})", flush=True)
+                print(f"{kind} of the chosen run ({minutes(self._judging_seconds() or None)})", flush=True)
                 try:
                     self.steps.run(kind, words)
                 except CommandRefused as refusal:

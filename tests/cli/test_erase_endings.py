@@ -201,19 +201,21 @@ def change_data(folder: Path) -> None:
 
 
 def change_ids(folder: Path) -> None:
-    (folder / "ids.txt").write_text("a\n")
+    (folder / "ids.txt").write_text("a\nc\n")
 
 
-@pytest.mark.parametrize("change", [change_settings, change_data, change_ids])
+@pytest.mark.parametrize(
+    ("change", "other"), [(change_settings, "settings"), (change_data, "data"), (change_ids, "data")]
+)
 def test_other_data_or_settings_are_another_request(
-    change: Callable[[Path], None], asked: dict[str, Any], commands: Commands, tmp_path: Path
+    change: Callable[[Path], None], other: str, asked: dict[str, Any], commands: Commands, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 8}\n")
     given = asked | {"trials": 1, "fit": [str(tmp_path / "mine.yaml")]}
     erase(str(tmp_path / "out"), **given)
     erase(str(tmp_path / "out"), **given)
     change(tmp_path)
-    with pytest.raises(UserError, match="what was asked there before"):
+    with pytest.raises(UserError, match=rf"what was asked there before \(other {other}\)"):
         erase(str(tmp_path / "out"), **given)
     assert commands.ran == ONE
     assert erase(str(tmp_path / "out"), **given, overwrite=True).erased
