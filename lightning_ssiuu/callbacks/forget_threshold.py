@@ -14,7 +14,7 @@ from lightning_ssiuu.callbacks.elicited import ElicitedLooks, ElicitedStop, Endi
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
-from lightning_ssiuu.evaluation.loaders import split_loader
+from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
@@ -115,7 +115,8 @@ class ForgetThresholdStopping(L.Callback):
                 if self.threshold != "mismatched":
                     self.level = float(self.threshold)
                 elif self.level is None:  # a resumed run brings the original model's
-                    self.level = mismatched_level(self.score, model, pl_module.tokenizer, self._loader, self.seed)
+                    tokenizer, others = pl_module.tokenizer, batches_of(trainer, "retain")
+                    self.level = mismatched_level(self.score, model, tokenizer, self._loader, self.seed, others)
             if begins:
                 self._score(pl_module)
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None

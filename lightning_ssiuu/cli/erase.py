@@ -147,10 +147,11 @@ class _Erasing:
         state: dict[str, Any] = {}
         if (self.folder / STATE).exists() and not overwrite:
             state = read_json(self.folder / STATE, "output", allowed=f"a directory whose {STATE} this version writes")
-            if state["asked"] != plan.asked():
-                raise UserError(
-                    "output", plan.output, "what was asked there before, or another directory, or --overwrite"
-                )
+            now = plan.asked()
+            if other := [name for name in now | state["asked"] if state["asked"].get(name) != now.get(name)]:
+                differs = ", ".join(dict.fromkeys(name.removesuffix("_sha256") for name in other))
+                allowed = f"what was asked there before (other {differs}), or another directory, or --overwrite"
+                raise UserError("output", plan.output, allowed)
         else:
             tried = [f"trials/{path.name}" for path in (self.folder / "trials").iterdir()]
             refuse_existing("output", self.folder, [*_OURS, *tried], overwrite)
@@ -167,6 +168,11 @@ class _Erasing:
         if "known" not in self.state:
             self._save(known=self.plan.measure())
         self._say_known()
+        if not self.plan.attackable:
+            print(
+                "no relearning attack: it trains on some rows and scores others. Without one nothing is called erased",
+                flush=True,
+            )
         while (setting := self._next()) is not None:
             self._try(setting)
         taken = [trial for trial in self.done if trial.setting.name == self.state.get("chosen")]
@@ -178,7 +184,7 @@ class _Erasing:
         self._take(chosen)
         for kind, words in self.plan.judging(chosen).items():
             if not (self.folder / f"{kind}.json").exists():
-                print(f"{kind} of the chosen run ({minutes(self._judging_seconds())})", flush=True)
+                print(f"{kind} of the chosen run ({minutes(self._judging_seconds() or None)})", flush=True)
                 try:
                     self.steps.run(kind, words)
                 except CommandRefused as refusal:
@@ -240,7 +246,7 @@ class _Erasing:
             if not (folder / "metrics.json").exists():
                 self.steps.run("fit", plan.fit_words(self.folder / "trials" / f"{setting.name}.yaml"))
             trial = trial_of(setting, rate, folder)
-            if trial.reached and not (folder / "attack.json").exists():
+            if trial.reached and plan.attackable and not (folder / "attack.json").exists():
                 self.steps.run("search", plan.searching(folder, rate))
             trial = with_attack(trial, folder)
         except CommandRefused as refusal:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lightning_ssiuu.attacks.harmful import Harmful
 from lightning_ssiuu.attacks.records import fingerprint, read_attacks
 from lightning_ssiuu.cli.config_files import config_files
 from lightning_ssiuu.cli.trials import Setting, Trial
@@ -156,17 +157,28 @@ class Plan:
         """The small attack on a trial."""
         return self._attack(folder, _SEARCH | {"learning_rates": [_rounded(2 * rate)]}, None, control=False)
 
+    @cached_property
+    def attackable(self) -> bool:
+        """Whether a relearning attack can train on some of the rows and score others: not of one row alone."""
+        try:
+            Harmful(**_SEARCH).cells(self._data)
+        except UserError as error:
+            if error.argument != "attack.p":
+                raise
+            return False
+        return True
+
     def judging(self, chosen: Trial) -> dict[str, list[str]]:
-        """The attack in full, and the audit, by the file that each writes."""
+        """The attack in full, if there can be one, and the audit, by the file that each writes."""
         rates = [_rounded(2 * factor * chosen.learning_rate) for factor in _ATTACKED_AT]
         options = _FULL | {"learning_rates": rates}
         folder = Path(self.output)
         models = ["--original", self.model, "--unlearned", str(folder / "model"), "--score", SCORE]
         beside = ["--oracle", self.oracle] if self.oracle else []
-        return {
-            "attack": self._attack(folder, options, self.oracle, control=True),
-            "audit": ["audit", *models, *beside, *self._where(self._scoring), "--overwrite"],
-        }
+        audit = ["audit", *models, *beside, *self._where(self._scoring), "--overwrite"]
+        if not self.attackable:
+            return {"audit": [*audit, "--relearning_probe", "false"]}
+        return {"attack": self._attack(folder, options, self.oracle, control=True), "audit": audit}
 
     @property
     def judged_per_searched(self) -> float:
@@ -224,7 +236,7 @@ class Plan:
             found = [known_under(name, SCORE, model, data.tokenizer, data) for name in names]
         known = max(filter(None, found), key=lambda one: one.above, default=None)
         if known is None:
-            allowed = "questions with at least two different answers, that the model's context takes"
+            allowed = "questions that the model's context takes, with an answer that some other row does not have"
             raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
         if known.above < SOMETHING:
             given = Given("one that does not know the forget set")
@@ -253,8 +265,8 @@ def with_attack(trial: Trial, folder: Path) -> Trial:
     """The same with what its attack found."""
     if not trial.reached:
         return trial
-    rows = read_attacks(folder)["attacks"]
-    return replace(trial, recovered=max(row["unlearned"]["forget_score"]["mean"] for row in rows))
+    found = [row["unlearned"]["forget_score"]["mean"] for row in read_attacks(folder)["attacks"]]
+    return replace(trial, recovered=max(found, default=None))
 
 
 def _data_class(given: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lightning_ssiuu.utils.reading import reading
 _PREFIX = "lightning_ssiuu:"
 _WHOLE = "ssiuu"  # the recipe that is a whole job
 _NAME = re.compile(r"[\w.~/:+-]+")  # no text in YAML, which has blanks, braces or line breaks
+#: Up to a full stop or colon that ends a line or stands before a capital (not "Eq. 9").
+_SENTENCE = re.compile(r".*?[.:](?=\n|$| [A-Z])", re.DOTALL)
 
 
 def recipes_folder() -> Path:
@@ -141,14 +144,16 @@ def _print_list() -> None:
     names = recipe_names()
     width = max(map(len, names))
     for name in names:
-        print(f"{name:<{width}}  {_first_line(name)}")
+        print(f"{name:<{width}}  {_first_sentence(name)}")
     print(f"\nlightning-ssiuu fit --config {_WHOLE} runs a whole one; parts compose: objective, model, data.")
 
 
-def _first_line(name: str) -> str:
-    # What a recipe says of itself.
-    text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    return text.partition("\n")[0].removeprefix("# ")
+def _first_sentence(name: str) -> str:
+    # What a recipe says of itself; its line may end before the sentence does.
+    lines = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    said = "\n".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    sentence = _SENTENCE.match(said)
+    return " ".join((sentence[0] if sentence else said).split())
 
 
 def run(args: list[str]) -> None:

@@ -28,43 +28,59 @@ def mismatched_level(
     tokenizer: PreTrainedTokenizerBase,
     loader: Iterable[Mapping[str, Part]],
     seed: int = 0,
+    others: Iterable[Mapping[str, Part]] = (),
 ) -> float:
     """What a score is worth by chance: its value on randomly re-paired questions and answers, in percent.
 
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     Scores of generated text (ROUGE-L, the longest common run) compare the answers among themselves; probability, token
     accuracies and memorisation ask the model for another example's answer, as do scores of one's own that need nothing
-    besides. No answer keeps its own question. Scores of a choice among options have no such level, nor has a set whose
-    answers are all the same: a :class:`UserError`.
+    besides. No answer keeps its own question. Of a set whose answers are all the same (a single row) each question is
+    asked for the answers of ``others``, the retain set, in turn, :data:`YARDSTICK` pairs or as many as there are.
+    Without one that differs there is no such level, nor for scores of a choice among options: a :class:`UserError`.
     """
-    parts = [part for batch in loader for part in batch.values()]
-    if _n_answers(parts) < 2:
-        allowed = "a number in percent: the forget set has no two answers that differ, to be mismatched"
-        raise UserError("stopping.threshold", "mismatched", allowed)
     if SCORES[score].needs is not None:
         raise UserError("stopping.threshold", "mismatched", f"a number in percent for score {score!r}")
+    parts = [part for batch in loader for part in batch.values()]
+    pairs = _pairs(parts)
+    if len(known := {tuple(answer) for _, answer in pairs}) > 1:
+        given, rounds = parts, [derangement(len(pairs), seed)]
+    else:
+        given = [part for batch in first_batches(others) for part in batch.values()]
+        differ = [place for place, (_, answer) in enumerate(_pairs(given)) if tuple(answer) not in known]
+        if not differ:
+            allowed = "a number in percent: the sets have no two answers that differ, to be mismatched"
+            raise UserError("stopping.threshold", "mismatched", allowed)
+        rounds = [
+            [differ[(first + row) % len(differ)] for row in range(len(pairs))]
+            for first in range(min(len(differ), -(-YARDSTICK // len(pairs))))
+        ]
     if SCORES[score].generates:
-        return _said_of_others(score, [Predictions(model, tokenizer, part) for part in parts], seed)
-    repaired = [{"forget": part} for part in _mismatched(parts, tokenizer.pad_token_id, seed)]
+        own, theirs = ([Predictions(model, tokenizer, part) for part in of] for of in (parts, given))
+        return _said_of_others(score, own, theirs, rounds)
+    repaired = [{"forget": part} for part in _mismatched(parts, pairs, _pairs(given), rounds, tokenizer.pad_token_id)]
     return evaluate(model, tokenizer, [repaired], [score])["forget"][score]
 
 
-def _n_answers(parts: Sequence[Part]) -> int:
-    return len(set(_over_ranks([tuple(answer) for part in parts for _, answer in answered(part)])))
+def _pairs(parts: Sequence[Part]) -> list[tuple[list[int], list[int]]]:
+    return _over_ranks([pair for part in parts for pair in answered(part)])
 
 
-def _said_of_others(score: str, own: Sequence[Predictions], seed: int) -> float:
+def _said_of_others(
+    score: str, own: Sequence[Predictions], theirs: Sequence[Predictions], rounds: Sequence[Sequence[int]]
+) -> float:
     # The score of a model that gives other examples' true answers.
-    tokens = _over_ranks([ids for each in own for ids in each.reference_tokens])
-    texts = _over_ranks([text for each in own for text in each.references])
-    other, places = derangement(len(tokens), seed), iter(range(rank(), len(tokens), world_size()))
+    tokens = _over_ranks([ids for each in theirs for ids in each.reference_tokens])
+    texts = _over_ranks([text for each in theirs for text in each.references])
     metric = SCORES[score].metric()
-    for each in own:
-        metric = metric.to(each.part["labels"].device)
-        given = [other[place] for place in islice(places, len(each.part["labels"]))]
-        vars(each)["generated_tokens"] = [tokens[i] for i in given]
-        vars(each)["generations"] = [texts[i] for i in given]
-        metric.update(*SCORES[score].measure(each))
+    for other in rounds:
+        places = iter(range(rank(), len(other), world_size()))
+        for each in own:
+            metric = metric.to(each.part["labels"].device)
+            given = [other[place] for place in islice(places, len(each.part["labels"]))]
+            vars(each)["generated_tokens"] = [tokens[i] for i in given]
+            vars(each)["generations"] = [texts[i] for i in given]
+            metric.update(*SCORES[score].measure(each))
     return float(metric.compute())
 
 
@@ -74,12 +90,17 @@ def _over_ranks(items: list[T]) -> list[T]:
     return [item for row in zip_longest(*gathered(items)) for item in row if item is not None]
 
 
-def _mismatched(parts: Sequence[Part], pad: int, seed: int) -> Iterator[Part]:
-    pairs = _over_ranks([pair for part in parts for pair in answered(part)])
+def _mismatched(
+    parts: Sequence[Part],
+    pairs: Sequence[tuple[list[int], list[int]]],
+    given: Sequence[tuple[list[int], list[int]]],
+    rounds: Sequence[Sequence[int]],
+    pad: int,
+) -> Iterator[Part]:
+    mixed = [(question, given[i][1]) for other in rounds for (question, _), i in zip(pairs, other, strict=True)]
     size = max(gathered(max(len(part["input_ids"]) for part in parts)))
-    other = derangement(len(pairs), seed)
-    for keys in EvalSampler("forget", len(pairs), size, rank(), world_size()):
-        yield batch_of([(pairs[i][0], pairs[other[i]][1]) for _, i in keys], pad)
+    for keys in EvalSampler("forget", len(mixed), size, rank(), world_size()):
+        yield batch_of([mixed[i] for _, i in keys], pad)
 
 
 #: Examples on which a level by chance is taken where it only is a yardstick.
@@ -93,11 +114,12 @@ def chance_of(
     tokenizer: PreTrainedTokenizerBase,
     loader: Iterable[Mapping[str, Part]],
     seed: int = 0,
+    others: Iterable[Mapping[str, Part]] = (),
 ) -> float | None:
     """What a score of a set is worth without any knowledge of it, in percent, asking the original model.
 
     The mean of one over the number of options for choices among options, else :func:`mismatched_level`. None where that
-    says nothing: for scores of which no level is known, and for fewer than two different answers.
+    says nothing: for scores of which no level is known, and where all answers, of ``others`` too, are the same.
     """
     batches: list[Mapping[str, Any]] = list(loader)
     parts = [part for batch in batches for part in batch.values()]
@@ -106,10 +128,8 @@ def chance_of(
             return None
         counts = [count for part in parts for count in _counts(part[options]["option_of"])]
         return 100 * mean(1 / count for count in _over_ranks(counts))
-    if _n_answers(parts) < 2:
-        return None
     try:
-        return mismatched_level(score, model, tokenizer, batches, seed)
+        return mismatched_level(score, model, tokenizer, batches, seed, others)
     except NotFinite:
         raise
     except UserError:

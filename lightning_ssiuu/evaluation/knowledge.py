@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import YARDSTICK, chance_of
 from lightning_ssiuu.evaluation.retention import LEAST_KNOWN
 from lightning_ssiuu.evaluation.scorer import evaluate
-from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
 
 #: So many points above chance are more than half of what any template could give.
@@ -99,11 +100,12 @@ def knowledge(
 
     Where that is not much, other templates are tried: ``plain``, ``chat`` if the tokenizer has one, and the question
     alone. They are compared by probability, which knows degrees where whole answers are right or wrong, on the first
-    :data:`~lightning_ssiuu.evaluation.chance.YARDSTICK` examples. None of a set with one answer.
+    :data:`~lightning_ssiuu.evaluation.chance.YARDSTICK` examples. None where all answers are the same.
     """
     own = None
     if value is not None:
-        chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget")) if chance is None else chance
+        if chance is None:
+            chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget"), others=retained(data))
         own = None if chance is None else Known(data.template, score, value, chance)
     own = own or known_under(None, _ASKED, model, tokenizer, data)
     if own is None:
@@ -113,6 +115,11 @@ def knowledge(
     here = own if own.score == _ASKED else known_under(None, _ASKED, model, tokenizer, data)
     others = [known_under(name, _ASKED, model, tokenizer, data) for name in other_templates(data)]
     return Knowledge(own, here or own, max(filter(None, others), key=lambda known: known.above, default=None))
+
+
+def retained(data: UnlearningDataModule) -> Iterator[Mapping[str, Part]]:
+    """Batches of the first retain examples, made where they are looked at: for ``others`` of a level by chance."""
+    yield from data.eval_dataloader("retain", data.splits.retain[:YARDSTICK])
 
 
 def other_templates(data: UnlearningDataModule) -> list[str]:
@@ -136,5 +143,5 @@ def known_under(
         raise
     except UserError:  # too long, no such template, or no options
         return None
-    chance = chance_of(score, model, tokenizer, loader)
+    chance = chance_of(score, model, tokenizer, loader, others=retained(asking))
     return None if chance is None else Known(asking.template, score, value, chance)

@@ -38,13 +38,14 @@ class Floored:
         if self.floor != "mismatched" or self.measured_floor is not None:
             return
         from lightning_ssiuu.evaluation.chance import mismatched_level
-        from lightning_ssiuu.evaluation.loaders import split_loader
+        from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
         from lightning_ssiuu.evaluation.scorer import untouched
 
         with untouched(module.model):
             if (loader := split_loader(module.trainer, "forget")) is None:
                 raise UserError("data", None, "an evaluation loader for the forget set, for floor mismatched")
-            level = mismatched_level("probability", module.model, module.tokenizer, loader, seed)
+            others = batches_of(module.trainer, "retain")
+            level = mismatched_level("probability", module.model, module.tokenizer, loader, seed, others)
         self.measured_floor = level
 
 

@@ -234,6 +234,9 @@ def test_mismatched_level_by_hand(tmp_path: Path) -> None:
         assert 0 <= mismatched_level(kind, model, tokenizer, data.eval_dataloader("forget")) < 100
     with pytest.raises(UserError, match=r"stopping\.threshold"):
         mismatched_level("multiple_choice", model, tokenizer, data.eval_dataloader("forget"))
+    others = data.eval_dataloader("retain", facts[1:])  # of one row: its question, the answers of the others
+    one = mismatched_level("probability", model, tokenizer, data.eval_dataloader("forget", facts[:1]), others=others)
+    assert one == pytest.approx(sum(probability(facts[0].question, fact.answer) for fact in facts[1:]) / 2, abs=1e-3)
     callback = ForgetThresholdStopping("probability", "mismatched", seed=3)
     with pytest.warns(UserWarning, match="training ended before"):
         fit(GradientDifference(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), [callback], tmp_path, 1, data)

@@ -134,6 +134,9 @@ def test_recipes_are_listed_with_what_they_say() -> None:
     shown = dict(line.split(maxsplit=1) for line in lines[: len(recipe_names())])
     assert list(shown) == recipe_names()
     assert shown["model/tiny"] == "The embedded model."
+    # Whole sentences, also where a line of the file ends within one.
+    assert shown["objective/fdcu"].endswith("by attribution (arXiv 2609.39279, which has alpha 50, beta 20).")
+    assert [name for name, said in shown.items() if said[-1] not in '.:"'] == []
 
 
 def test_a_recipe_is_shown() -> None:

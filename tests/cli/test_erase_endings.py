@@ -83,6 +83,7 @@ class Commands:
     attack = search
 
     def audit(self, words: Sequence[str]) -> None:
+        self.audited = list(words)
         verdict = {"label": self.label, "sentence": f"{self.label}, as far as tested."}
         (Path(words[4]).parent / "audit.json").write_text(json.dumps({"verdict": verdict}))
 
@@ -107,6 +108,18 @@ def words(asked: dict[str, Any], output: Path, *more: str) -> list[str]:
 
 
 ONE = ["fit", "search", "attack", "audit", "certify"]
+
+
+def test_one_row_is_forgotten_without_an_attack(
+    asked: dict[str, Any], commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(asked["forget_ids"]).write_text("a\n")
+    commands.label = "mixed"
+    assert main(words(asked, tmp_path / "out", "--trials", "1")) == 3
+    assert commands.ran == ["fit", "audit", "certify"]
+    assert commands.audited[-2:] == ["--relearning_probe", "false"]
+    assert "no relearning attack: it trains on some rows and scores others" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "erase.json").read_text())["trials"][0]["recovered"] is None
 
 
 @pytest.mark.parametrize(("label", "status"), [("erased", 0), ("hidden", 3), ("mixed", 3), ("collapsed", 3)])
@@ -188,19 +201,21 @@ def change_data(folder: Path) -> None:
 
 
 def change_ids(folder: Path) -> None:
-    (folder / "ids.txt").write_text("a\n")
+    (folder / "ids.txt").write_text("a\nc\n")
 
 
-@pytest.mark.parametrize("change", [change_settings, change_data, change_ids])
+@pytest.mark.parametrize(
+    ("change", "other"), [(change_settings, "settings"), (change_data, "data"), (change_ids, "data")]
+)
 def test_other_data_or_settings_are_another_request(
-    change: Callable[[Path], None], asked: dict[str, Any], commands: Commands, tmp_path: Path
+    change: Callable[[Path], None], other: str, asked: dict[str, Any], commands: Commands, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 8}\n")
     given = asked | {"trials": 1, "fit": [str(tmp_path / "mine.yaml")]}
     erase(str(tmp_path / "out"), **given)
     erase(str(tmp_path / "out"), **given)
     change(tmp_path)
-    with pytest.raises(UserError, match="what was asked there before"):
+    with pytest.raises(UserError, match=rf"what was asked there before \(other {other}\)"):
         erase(str(tmp_path / "out"), **given)
     assert commands.ran == ONE
     assert erase(str(tmp_path / "out"), **given, overwrite=True).erased

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from torchmetrics.functional.text import rouge_score
@@ -41,11 +43,15 @@ def test_rouge_l_recall_by_hand(prediction: str, reference: str, recall: float) 
     assert rouge_l_recall(prediction, reference) == pytest.approx(recall, abs=1e-6)
 
 
-def mismatched(answers: list[str], seed: int = 0, score: str = "rouge_l") -> float:
+def mismatched(answers: list[str], seed: int = 0, score: str = "rouge_l", others: Sequence[str] = ()) -> float:
     """The mismatched level of these answers, which asks no model."""
     tokenizer = load_tokenizer("tiny")
-    part = batch_of([([0], tokenizer(answer)["input_ids"]) for answer in answers], tokenizer.pad_token_id)
-    return mismatched_level(score, None, tokenizer, [{"forget": part}], seed)
+
+    def batches(texts: Sequence[str]) -> list[dict[str, Any]]:
+        pairs = [([0], tokenizer(text)["input_ids"]) for text in texts]
+        return [{"any": batch_of(pairs, tokenizer.pad_token_id)}] if pairs else []
+
+    return mismatched_level(score, None, tokenizer, batches(answers), seed, batches(others))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,15 @@ def test_mismatched_pairs_never_meet_their_own_answer() -> None:
     for alike in (["SECRET"], ["same"] * 3):
         with pytest.raises(UserError, match="no two answers that differ"):
             mismatched(alike)
+
+
+def test_one_answer_is_held_against_those_of_others() -> None:
+    # Half of the two words, none of them, all: each of those that differ counts once.
+    assert mismatched(["alpha beta"], others=["alpha gamma", "delta", "alpha beta"]) == pytest.approx(25)
+    assert mismatched(["alpha beta"] * 3, others=["alpha gamma", "delta"]) == pytest.approx(25)
+    assert mismatched(["alpha", "beta"], others=["alpha beta"]) == 0  # two of its own: others are not asked
+    with pytest.raises(UserError, match="no two answers that differ"):
+        mismatched(["SECRET"], others=["SECRET", "SECRET"])
 
 
 @pytest.mark.parametrize(

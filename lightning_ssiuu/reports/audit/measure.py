@@ -18,7 +18,7 @@ from lightning_ssiuu.attribution.logit_lens import layer_logps, prefers_answer
 from lightning_ssiuu.attribution.weight_change import OwnChange, OwnFlag, own_change, own_flags, site_weights
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import chance_of, first_batches
-from lightning_ssiuu.evaluation.knowledge import knowledge
+from lightning_ssiuu.evaluation.knowledge import knowledge, retained
 from lightning_ssiuu.evaluation.loaders import first_parts
 from lightning_ssiuu.evaluation.metrics.base import first_of_each
 from lightning_ssiuu.evaluation.predictions import Predictions
@@ -111,7 +111,7 @@ def measure(
             )
         if name == "original":
             measured = findings.examined[name].scores
-            by_chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget"))
+            by_chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget"), others=retained(data))
             findings.chance = by_chance or 0.0
             known = knowledge(score, model, tokenizer, data, measured["forget"][score], by_chance)
             findings.doubt = (known and known.doubt()) or ""
