@@ -144,8 +144,8 @@ def table(curves: Sequence[RecoveryCurve]) -> list[dict[str, Any]]:
 def highest_beside(row: Mapping[str, Any]) -> list[float] | None:
     """Highest scores beside the unlearned model's, seed by seed: the oracle's, else the control's; None: there is none.
 
-    What the control tells is what the attack taught. One that begins above the unlearned model, as wrong answers may
-    that an objective holds up, is lowered by as much: it would hide what comes back.
+    What the control tells is what the attack taught. One that begins above the unlearned model, where that was pushed
+    further down than not knowing would, is lowered by as much: it would hide what comes back.
     """
     name = next((name for name in ("oracle", "control") if name in row), None)
     if name is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.cli.parsing import positional, run_function
-from lightning_ssiuu.datamodules import UnlearningDataModule
+from lightning_ssiuu.datamodules import CustomData, Documents, UnlearningDataModule
 from lightning_ssiuu.evaluation.results import read_config
 from lightning_ssiuu.evaluation.runs import run_data
 from lightning_ssiuu.models.digest import weights_sha256
@@ -51,7 +51,9 @@ def certify(run: str, show_ids: bool = False, overwrite: bool = False) -> dict[s
         data = run_data(model, None, "run")
         _check_evidence(folder, model, data)
         names = [example.source_id or example.name for example in data.splits.forget]  # of chunks: the documents'
-        content = certificate(folder, names, len(data.splits.retain), _sources(config), key_of(folder), show_ids)
+        id_key = data.id_names.key if isinstance(data, CustomData | Documents) else None
+        rows = (names, len(data.splits.retain), _sources(config))
+        content = certificate(folder, *rows, key_of(folder), show_ids, id_key)
         with written_atomically(folder / HTML) as temporary:
             temporary.write_text(certificate_html(content), encoding="utf-8")
         write_json(folder / FILE, content)

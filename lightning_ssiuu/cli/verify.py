@@ -54,7 +54,8 @@ def verify(
         Whether all that was asked agrees. As a command the exit status is 0 if so, and 3 if not.
 
     Raises:
-        UserError: If a file is missing, or is no certificate; if there is no such attack in it.
+        UserError: If a file is missing, or is no certificate; if there is no such attack in it; if ``id_key`` is not
+            the one under which ids were hashed.
     """
     content = read_json(Path(certificate), "certificate", allowed=f"a {FILE} of this version", check=_check)
     if model is None and key is None:
@@ -80,6 +81,10 @@ def verify(
         said = "is as it was made" if agreed else "was edited, or this is another certificate's key"
         print(f"{certificate} {said}")
         if agreed and listed:
+            known = content["forget"]["id_key_hmac"]
+            if known != (None if called.key is None else keyed(secret, "id_key", called.key)):
+                allowed = "nothing: the ids were not hashed" if known is None else "the key under which ids were hashed"
+                raise UserError("id_key", id_key, allowed)
             agreed = _among(content, secret, listed, called)
     if model is not None:
         agreed &= _is_model(content, model)

@@ -97,7 +97,7 @@ def test_the_verdict_is_that_beyond_the_control() -> None:
     assert "told by invented facts" in controlled.uncertainty
     assert "may be what any model" not in controlled.uncertainty
     assert judged(*curves("control", 12.0, 13.0, 13.0)).label == "hidden"
-    # wrong answers that were held up hide nothing: the attack taught 1 point
+    # wrong answers that are more probable hide nothing: the attack taught 1 point
     held = curves("control", 33.0, 34.0, 34.0, before=33.0)
     assert judged(*held).label == "hidden"
     (row,) = table([*curves("unlearned", 30.0, 31.0, 32.0), *held])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_ssiuu.cli.verify import verify
+from lightning_ssiuu.datamodules.deletion import IdNames
 from lightning_ssiuu.reports.certificate.content import certificate, key_of, keyed, sealed
 from lightning_ssiuu.reports.certificate.page import certificate_html
 from lightning_ssiuu.utils.errors import UserError
@@ -113,6 +114,24 @@ def test_key_is_made_once_and_private(run: Path) -> None:
     assert key_of(run) == first
     assert len(first) == 64
     assert (run / "certificate.key").stat().st_mode & 0o077 == 0
+
+
+def test_hashed_ids_are_told_with_the_key_under_which_they_were_hashed_alone(run: Path) -> None:
+    own, other, names = b"a secret of sixteen bytes", b"another one of as many", ["7", "9"]
+    for name, key in (("own", own), ("other", other)):
+        (run / name).write_bytes(key)
+    content = certificate(run, [IdNames(own)("7"), "x"], 40, [], key_of(run), id_key=own)
+    (run / "certificate.json").write_text(json.dumps(content))
+    given = {"key": str(run / "certificate.key"), "ids": str(run / "ids.txt")}
+    (run / "ids.txt").write_text("7\n")
+    assert verify(str(run / "certificate.json"), id_key=str(run / "own"), **given)
+    for wrong in (None, str(run / "other")):  # would say of a forgotten row that it is not among them
+        with pytest.raises(UserError, match=r"id_key: .* the key under which ids were hashed"):
+            verify(str(run / "certificate.json"), id_key=wrong, **given)
+    (run / "certificate.json").write_text(json.dumps(certificate(run, names, 40, [], key_of(run))))
+    assert verify(str(run / "certificate.json"), **given)
+    with pytest.raises(UserError, match=r"id_key: .* nothing: the ids were not hashed"):
+        verify(str(run / "certificate.json"), id_key=str(run / "own"), **given)
 
 
 def test_a_run_that_was_not_audited_is_refused(run: Path) -> None:

@@ -50,7 +50,13 @@ def sealed(content: Mapping[str, Any], key: bytes) -> dict[str, Any]:
 
 
 def certificate(
-    folder: Path, names: Sequence[str], n_retain: int, sources: Iterable[Path], key: bytes, shown: bool = False
+    folder: Path,
+    names: Sequence[str],
+    n_retain: int,
+    sources: Iterable[Path],
+    key: bytes,
+    shown: bool = False,
+    id_key: bytes | None = None,
 ) -> dict[str, Any]:
     """The contents of ``certificate.json``.
 
@@ -61,6 +67,7 @@ def certificate(
         sources: Files that the forget set was read from; their keyed digests are kept.
         key: Of the hashes.
         shown: Also write the ids as they are.
+        id_key: The key under which the data hashed its ids, itself kept as a keyed hash; None: they are not hashed.
 
     Raises:
         UserError: If a file is missing.
@@ -69,6 +76,7 @@ def certificate(
     rows: dict[str, Any] = {
         "rows": len(names),
         "ids_hmac": sorted({keyed(key, "id", name) for name in names}),  # sorted: their order would tell of the table
+        "id_key_hmac": None if id_key is None else keyed(key, "id_key", id_key),
         "files_hmac": sorted(keyed(key, "file", _sha256(path)) for path in sources),
     }
     if shown:
