@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ _OURS = (
     *(FILE, HTML, "log.txt"),
 )
 _NOT_ERASED = 3  # exit status
-_SPARE = 1.5  # so many times as long as the trial's attack on one seed takes the final one for each of its own
+_START = 4.0  # seconds that a command takes before it does anything, about
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,9 +182,11 @@ class _Erasing:
         if chosen is None:
             return self._not_reached(table)
         self._take(chosen)
-        for kind, words in self.plan.judging(chosen).items():
+        judging = self.plan.judging(chosen)
+        for kind, words in judging.items():
             if not (self.folder / f"{kind}.json").exists():
-                print(f"{kind} of the chosen run ({minutes(self._judging_seconds() or None)})", flush=True)
+                done = [other for other in judging if (self.folder / f"{other}.json").exists()]
+                print(f"{kind} of the chosen run ({minutes(self._judging_seconds(done))})", flush=True)
                 try:
                     self.steps.run(kind, words)
                 except CommandRefused as refusal:
@@ -226,11 +228,14 @@ class _Erasing:
             return setting
         # The longest trial so far, and what comes after the last one.
         longest = max(trial.seconds for trial in self.done)
-        return setting if time.monotonic() + longest + self._judging_seconds() < self.end else None
+        return setting if time.monotonic() + longest + (self._judging_seconds() or 0.0) < self.end else None
 
-    def _judging_seconds(self) -> float:
-        search = self.steps.seconds.get("search", [0.0])
-        return _SPARE * max(search) * self.plan.judged_per_searched
+    def _judging_seconds(self, done: Collection[str] = ()) -> float | None:
+        # Of what comes after the last trial; None: no trial was attacked, which would tell.
+        if not (search := self.steps.seconds.get("search")):
+            return None
+        work = max(0.0, max(search) - _START)
+        return sum(_START + times * work for kind, times in self.plan.judged_per_searched.items() if kind not in done)
 
     def _try(self, setting: Any) -> None:
         plan, begin = self.plan, time.monotonic()

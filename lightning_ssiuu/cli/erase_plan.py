@@ -40,6 +40,7 @@ _MOST_STEPS = 300
 _EVERY = 10  # steps from one checkpoint to the next
 _SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
 _FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8, "until_saturated": True}
+_AUDITED = 3.5  # times the work of the small attack
 _ATTACKED_AT = (1.0, 2.0)  # of the rate of the search's attack; larger ones where it is not saturated
 
 
@@ -181,10 +182,12 @@ class Plan:
         return {"attack": self._attack(folder, options, self.oracle, control=True), "audit": audit}
 
     @property
-    def judged_per_searched(self) -> float:
-        """How many times the work of the small attack the full one and the audit are, about."""
-        runs = len(_FULL["p"]) * len(_FULL["seeds"]) * len(_ATTACKED_AT)
-        return 2.0 * runs / (len(_SEARCH["p"]) * len(_SEARCH["seeds"])) + 1.0  # the control or the oracle, too
+    def judged_per_searched(self) -> dict[str, float]:
+        """How many times the work of the small attack that of each command of :meth:`judging` is, about."""
+        if not self.attackable:
+            return {"audit": _AUDITED}
+        runs = len(_FULL["p"]) * len(_FULL["seeds"]) * len(_ATTACKED_AT) / (len(_SEARCH["p"]) * len(_SEARCH["seeds"]))
+        return {"attack": 2 * runs * _FULL["epochs"] / _SEARCH["epochs"], "audit": _AUDITED}  # 2: the oracle or control
 
     def _attack(self, folder: Path, options: Mapping[str, Any], oracle: str | None, control: bool) -> list[str]:
         given = [
