@@ -184,8 +184,6 @@ class Plan:
     @property
     def judged_per_searched(self) -> dict[str, float]:
         """How many times the work of the small attack that of each command of :meth:`judging` is, about."""
-        if not self.attackable:
-            return {"audit": _AUDITED}
         runs = len(_FULL["p"]) * len(_FULL["seeds"]) * len(_ATTACKED_AT) / (len(_SEARCH["p"]) * len(_SEARCH["seeds"]))
         return {"attack": 2 * runs * _FULL["epochs"] / _SEARCH["epochs"], "audit": _AUDITED}  # 2: the oracle or control
 

@@ -60,15 +60,10 @@ def _spelled(args: list[str], flags: set[str]) -> list[str]:
 
 def bare(args: list[str], name: str, value: str) -> list[str]:
     """The arguments with a value for an option that may be given without one."""
-    after = [*args[1:], "--"]
-    return (
-        [
-            f"{arg}={value}" if arg == f"--{name}" and follows.startswith("--") else arg
-            for arg, follows in zip(args, after, strict=True)
-        ]
-        if args
-        else args
-    )
+    return [
+        f"{arg}={value}" if arg == f"--{name}" and follows.startswith("--") else arg
+        for arg, follows in zip(args, [*args[1:], "--"], strict=False)  # without arguments there is nothing
+    ]
 
 
 def positional(args: list[str], name: str) -> list[str]:

@@ -88,7 +88,7 @@ def certificate(
         "schema": SCHEMA,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": metrics["provenance"]["versions"],
-        "verdict": _verdict(audit["verdict"]),
+        "verdict": _rounded(audit["verdict"], _SHARE),
         "not_counted": _not_counted(attacks["attacks"], audit),
         "weights_sha256": {name: weights[name] for name in ("original", "unlearned", "oracle") if name in weights},
         # Keyed, as a condition or ids may stand in it.
@@ -143,10 +143,6 @@ def _rounded(content: Any, digits: int) -> Any:
     if isinstance(content, list):
         return [_rounded(value, digits) for value in content]
     return round(content, digits) if isinstance(content, float) else content
-
-
-def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    return _rounded(dict(verdict), _SHARE)  # type: ignore[no-any-return]
 
 
 def _not_counted(rows: Iterable[Mapping[str, Any]], audit: Mapping[str, Any]) -> list[str]:
