@@ -11,7 +11,7 @@ from lightning_ssiuu.attacks import Attack, Relearning
 from lightning_ssiuu.cli.functions import attack
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import ATTACKS
-from lightning_ssiuu.evaluation.runs import run_data
+from lightning_ssiuu.evaluation.runs import made_of, run_data
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -121,16 +121,11 @@ def _class(name: str) -> type[Attack] | None:
 
 
 def _made(settings: Mapping[str, Any], name: str) -> Attack:
-    from jsonargparse import ArgumentParser
-
     kind = _class(name)
     assert kind is not None
     options = {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Attack, "attack")
     with parsing():
-        config = parser.parse_object({"attack": {"class_path": kind.__name__, "init_args": options}})
-        made: Attack = parser.instantiate_classes(config).attack
+        made: Attack = made_of("attack", Attack, {"class_path": kind.__name__, "init_args": options})
     return made
 
 

@@ -110,20 +110,26 @@ def run_architecture(
         return find_architecture(options.get("architecture") if isinstance(options, dict) else None)
 
 
-def data_of(section: Any) -> UnlearningDataModule:
-    """The data module of a configuration's ``data`` section; raises what jsonargparse does."""
+def made_of(name: str, kind: type[Any], section: Any) -> Any:
+    """An object of a class or one derived from it, of a configuration's section; raises what jsonargparse does."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(UnlearningDataModule, "data")
-    config = parser.parse_object({"data": section})
+    parser.add_subclass_arguments(kind, name)
+    config = parser.parse_object({name: section})
     try:
-        return parser.instantiate_classes(config).data
+        return parser.instantiate_classes(config)[name]
     except Exception as error:
-        for mistake in causes(error):  # what a data module refuses comes as one of several reasons
+        for mistake in causes(error):  # what the class refuses comes as one of several reasons
             if isinstance(mistake, UserError):
                 raise mistake from None
         raise
+
+
+def data_of(section: Any) -> UnlearningDataModule:
+    """The data module of a configuration's ``data`` section; raises what jsonargparse does."""
+    data: UnlearningDataModule = made_of("data", UnlearningDataModule, section)
+    return data
 
 
 def _from_config(run: Path, argument: str) -> UnlearningDataModule:
