@@ -162,7 +162,7 @@ class Planner:
         if level == "oracle" and oracle is not None:
             needs["oracle"], level = oracle, f"{{oracle:{settings['score']}}}"
         elif level == "oracle":
-            raise SystemExit(f"level: got 'oracle', allowed: a number or mismatched: {data.name} has no oracle")
+            raise SystemExit(f"level: got 'oracle', allowed: a number, mismatched or chance: {data.name} has no oracle")
         stop = {"stopping.score": settings["score"], "stopping.threshold": level, "seed_everything": seed}
         model = data.model_words
         if learned is not None:

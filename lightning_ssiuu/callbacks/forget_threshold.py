@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_ssiuu.callbacks.elicited import ElicitedLooks, ElicitedStop, Ending
 from lightning_ssiuu.datamodules import UnlearningDataModule
-from lightning_ssiuu.evaluation.chance import mismatched_level
+from lightning_ssiuu.evaluation.chance import Level, level_of
 from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
@@ -35,8 +35,9 @@ class ForgetThresholdStopping(L.Callback):
 
     Args:
         score: ``"multiple_choice"``, ``"first_token"``, ``"all_tokens"``, ``"probability"`` or ``"rouge_l"``.
-        threshold: In percent; ``"mismatched"`` takes the score of randomly re-paired questions and answers, computed
-            at the start; None never stops.
+        threshold: In percent, or a level measured at the start (:func:`~.chance.level_of`): ``"mismatched"``, the
+            score of questions and answers re-paired at random, ``"chance"``, of those worded alike, or ``"test"``, of
+            a test set that the model never learned. None never stops.
         every_n_steps: Optimiser steps between two looks.
         seed: Of the re-pairing.
         unknown: What becomes of a run that unlearns where the model's forget score before the first step is no more
@@ -61,15 +62,17 @@ class ForgetThresholdStopping(L.Callback):
     def __init__(
         self,
         score: str = "probability",
-        threshold: float | Literal["mismatched"] | None = "mismatched",
+        threshold: float | Level | None = "mismatched",
         every_n_steps: int = 1,
         seed: int = 0,
         unknown: Unknown = "refuse",
         elicited: ElicitedStop | None = None,
     ) -> None:
         check_score(score, "stopping.score")
-        if not (threshold in (None, "mismatched") or (not isinstance(threshold, str) and 0 <= threshold < 100)):
-            raise UserError("stopping.threshold", threshold, 'a percentage in [0, 100), "mismatched" or null')
+        measured = threshold is None or (isinstance(threshold, str) and threshold in get_args(Level))
+        if not measured and (isinstance(threshold, str) or not 0 <= threshold < 100):  # type: ignore[operator]
+            allowed = 'a percentage in [0, 100), "mismatched", "chance", "test" or null'
+            raise UserError("stopping.threshold", threshold, allowed)
         check_at_least("stopping.every_n_steps", every_n_steps, 1)
         check_choice("stopping.unknown", unknown, Unknown)
         self.unknown = unknown
@@ -112,11 +115,13 @@ class ForgetThresholdStopping(L.Callback):
                 self._loader = split_loader(trainer, "forget")
                 if self._loader is None:
                     raise UserError("data", None, "an evaluation loader for the forget set")
-                if self.threshold != "mismatched":
+                if not isinstance(self.threshold, str):
                     self.level = float(self.threshold)
                 elif self.level is None:  # a resumed run brings the original model's
-                    tokenizer, others = pl_module.tokenizer, batches_of(trainer, "retain")
-                    self.level = mismatched_level(self.score, model, tokenizer, self._loader, self.seed, others)
+                    others, test = (batches_of(trainer, split) for split in ("retain", "test"))
+                    asked = (self.score, model, pl_module.tokenizer, self._loader, self.seed, others, test)
+                    self.level = level_of(self.threshold, *asked)
+                pl_module.stopping_level = self.level if self.score == "probability" else None
             if begins:
                 self._score(pl_module)
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
@@ -198,7 +203,7 @@ class ForgetThresholdStopping(L.Callback):
         return self._looks.ask(trainer, pl_module, self.score, self.seed)
 
     def _check_known(self, trainer: Any, pl_module: Any) -> Knowledge | None:
-        value, chance = self.value, self.level if self.threshold == "mismatched" else None
+        value, chance = self.value, self.level if self.threshold == "chance" else None
         known = knowledge(self.score, pl_module.model, pl_module.tokenizer, trainer.datamodule, value, chance)
         if known is None:
             return None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -18,6 +18,7 @@ from lightning_ssiuu.cli.functions import Result
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
 from lightning_ssiuu.cli.trials import Trial, best, candidates, following
+from lightning_ssiuu.evaluation.chance import Level
 from lightning_ssiuu.reports.certificate.content import FILE
 from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
 from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
@@ -65,7 +66,7 @@ def erase(
     recipe: str | None = None,
     fit: Sequence[str] | str = (),
     template: str | None = None,
-    threshold: float | Literal["mismatched"] | None = None,
+    threshold: float | Level | None = None,
     trials: int = 3,
     budget: float | None = None,
     retain_at_least: float = 95.0,
@@ -99,8 +100,9 @@ def erase(
         fit: YAML file (or a list of them) with options of ``fit``, read after the recipe: columns of the data, hashed
             ids, more steps.
         template: How questions are asked; None: the one under which the model knows most.
-        threshold: Forget probability in percent that ends a run; ``mismatched``: that of questions and answers
-            re-paired at random. None: that, but for the embedded facts, whose recipe has one.
+        threshold: Forget probability in percent that ends a run; ``chance``: that of other questions' answers, worded
+            alike; ``test``: of a test set the model never learned; ``mismatched``: of questions and answers re-paired
+            at random. None: ``chance``, but for the embedded facts, whose recipe has a number.
         trials: How many settings to try, ≥ 1.
         budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
             limit.

@@ -19,6 +19,7 @@ from lightning_ssiuu.datamodules.columns import is_text
 from lightning_ssiuu.datamodules.deletion import check_sources
 from lightning_ssiuu.datamodules.documents import SUFFIXES
 from lightning_ssiuu.datamodules.readers import read_records
+from lightning_ssiuu.evaluation.chance import Level
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
 from lightning_ssiuu.evaluation.runs import check_tokenizers, data_of, resolve_models
 from lightning_ssiuu.models.loading import check_same_shape
@@ -59,7 +60,7 @@ class Plan:
     recipe: str | None
     fit: tuple[str, ...]
     template: str | None
-    threshold: float | Literal["mismatched"] | None
+    threshold: float | Level | None
     oracle: str | None
     seed: int
     accelerator: str
@@ -109,7 +110,7 @@ class Plan:
         merged["seed_everything"] = self.seed
         stopping: dict[str, Any] = {"score": SCORE}
         if self.threshold is not None or self.model != "tiny" or self._data_section() is not None:
-            stopping["threshold"] = "mismatched" if self.threshold is None else self.threshold
+            stopping["threshold"] = "chance" if self.threshold is None else self.threshold
         trainer = {"accelerator": self.accelerator, "devices": self.devices, "precision": self.precision}
         _merge(merged, {"stopping": stopping, "trainer": trainer, "checkpoints": {"every_n_steps": _EVERY}})
         return merged

@@ -47,7 +47,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
         tokenizer: Checkpoint whose tokenizer is loaded (hub id, local directory, GGUF file or ``"tiny"``), or a
             tokenizer.
         template: ``"plain"`` (``"Question: {question}\nAnswer:"``), ``"chat"`` (the tokenizer's own chat template) or
-            any text that contains ``{question}`` (:class:`~.encoding.Encoder`).
+            any text that contains ``{question}``, and ``{answer}`` where an answer is not to end with an end token but
+            with what stands after it (:class:`~.encoding.Encoder`).
         batch_size: Forget sequences per micro-batch over all ranks; as many as there are where the set has fewer.
         retain_batch_size: Retain sequences per micro-batch over all ranks; None: as many as ``batch_size``.
         eval_batch_size: Sequences per rank and evaluation batch.

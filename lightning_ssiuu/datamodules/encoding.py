@@ -86,11 +86,11 @@ class Encoder:
 
     Prompt and completion are tokenised as the one text that they are (:class:`~.tokenization.JointTokenizer`), and the
     completion ends with a token: under ``"chat"`` the one that ends a turn in the tokenizer's own template
-    (:meth:`~.templates.Chat.turn`), else the end-of-sequence token. The names of special tokens in a question or answer
+    (:meth:`~.templates.Chat.turn`), else the end-of-sequence token, or what follows ``{answer}``. The names of special tokens in a question or answer
     are text. Answers are stripped of white space, questions and earlier turns where a chat template does so.
 
-    The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}`` and ``{options}`` is
-    replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
+    The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}``, ``{answer}`` and ``{options}``
+    is replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
     ``choice_template``, is the user's turn.
 
     When it is made, an encoder tries itself out; one warning says what is not as it should be. Where a token stands
@@ -113,6 +113,8 @@ class Encoder:
             raise UserError("template", template, "plain or a format string: this tokenizer has no chat template")
         if template not in ("plain", "chat") and "{question}" not in template:
             raise UserError("template", template, 'plain, chat or a text that contains "{question}"')
+        if template.partition("{answer}")[2].count("{question}") + template.count("{answer}") > 1:
+            raise UserError("template", template, '"{answer}" once, after "{question}"')
         check_chat_options(template, system_prompt, template_options, date)
         if choice_template == "instruction":
             choice_template = INSTRUCTION

@@ -9,20 +9,15 @@ import random
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-
-import numpy as np
 
 from lightning_ssiuu.datamodules.base import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.columns import Columns, read_examples
 from lightning_ssiuu.datamodules.embedded.facts_data import SYLLABLES
+from lightning_ssiuu.datamodules.pairs import BLOCK, alike
 from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import Given, UserError
 
-#: Questions that are paired with each other's answers at a time.
-_BLOCK = 1000
-_WORD = re.compile(r"\w+")
 _SMALL = {"a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"}
 
 
@@ -128,24 +123,10 @@ def _capital(text: str) -> str:
 
 
 def _repaired(forget: Sequence[QAExample]) -> Iterator[QAExample]:
-    blocks = (forget[start : start + _BLOCK] for start in range(0, len(forget), _BLOCK))
-    return chain.from_iterable(map(_paired, blocks))
-
-
-def _form(question: str) -> set[str]:
-    # What is asked, not about whom: names and numbers would pair the questions about one subject.
-    words = _WORD.findall(question)
-    return {word.casefold() for place, word in enumerate(words) if place == 0 or word.islower()}
-
-
-def _paired(block: Sequence[QAExample]) -> Iterator[QAExample]:
-    from scipy.optimize import linear_sum_assignment  # slow to import
-
-    words = [_form(example.question) for example in block]
-    answers = [" ".join(example.answer.casefold().split()) for example in block]
-    alike = np.array([[len(own & other) / max(1, len(own | other)) for other in words] for own in words])
-    alike[np.equal.outer(answers, answers)] = -len(block)  # worse than any number of unlike questions
-    for (own, example), other in zip(enumerate(block), linear_sum_assignment(alike, maximize=True)[1], strict=True):
-        if answers[other] != answers[own]:  # else half of the answers are the same
-            source = block[other]
-            yield replace(example, answer=source.answer, distractors=source.distractors, source_id="")
+    for start in range(0, len(forget), BLOCK):  # of a set that lies on a disk no more at a time
+        block = forget[start : start + BLOCK]
+        answers = [" ".join(example.answer.casefold().split()) for example in block]
+        for own, other in enumerate(alike([example.question for example in block], answers)):
+            if answers[other] != answers[own]:  # else half of the answers are the same
+                source = block[other]
+                yield replace(block[own], answer=source.answer, distractors=source.distractors, source_id="")

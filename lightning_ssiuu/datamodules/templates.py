@@ -20,6 +20,7 @@ History = Sequence[tuple[str, str]]
 DATE = "2024-07-26"
 PLAIN = "Question: {question}\nAnswer:"
 _PLACE = "{question}"
+_ANSWER_PLACE = "{answer}"
 # Letters alone, which pass through whatever a template does to text.
 _QUESTION, _ANSWER, _EARLIER = "ssiuuQuestion", "ssiuuAnswer", "ssiuuTurn"
 _BLANK_LINE = "\n\n"
@@ -98,8 +99,16 @@ def _lead(prompt: Sequence[Piece]) -> str:
 
 
 def text_turn(template: str) -> Turn:
-    """The turn of a text that contains ``{question}``."""
-    return Turn(tuple(parts := template.split(_PLACE)), places=(0,) * (len(parts) - 1))
+    r"""The turn of a text that contains ``{question}``, and ``{answer}`` if something else than an end token follows it.
+
+    Example:
+        >>> text_turn("Q: {question}\nA: {answer}\n").tail, text_turn("Q: {question}\nA:").closed
+        ('\n', False)
+    """
+    before, closed, tail = template.partition(_ANSWER_PLACE)
+    parts = tuple((before.rstrip() if closed else before).split(_PLACE))
+    lead = before[len(before.rstrip()) :] if closed else None
+    return Turn(parts, (0,) * (len(parts) - 1), lead, tail, bool(closed))
 
 
 @dataclass(frozen=True)

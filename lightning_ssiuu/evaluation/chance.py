@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.pairs import answered, batch_of, derangement
+from lightning_ssiuu.datamodules.pairs import alike, answered, batch_of, derangement
 from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import evaluate
@@ -20,6 +20,47 @@ from lightning_ssiuu.utils.distributed import gathered, rank, world_size
 from lightning_ssiuu.utils.errors import NotFinite, UserError
 
 T = TypeVar("T")
+#: Levels that are measured on the model before unlearning: see :func:`level_of`.
+Level = Literal["mismatched", "chance", "test"]
+
+
+def level_of(
+    kind: Level,
+    score: str,
+    model: AnswerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Iterable[Mapping[str, Part]],
+    seed: int = 0,
+    others: Iterable[Mapping[str, Part]] = (),
+    test: Iterable[Mapping[str, Part]] = (),
+) -> float:
+    """What a score of the forget set is to fall to, in percent, asking the model as it is before unlearning.
+
+    Args:
+        kind: ``"mismatched"``: the score on questions and answers re-paired at random (arXiv 2509.22263, Sec. 4);
+            ``"chance"``: what it is worth without any knowledge (:func:`chance_of`), with answers to questions worded
+            alike; ``"test"``: the score of the test set, for one of the same form that the model never learned.
+        score: Which.
+        model: The model.
+        tokenizer: Its tokenizer.
+        loader: Batches of the forget set.
+        seed: Of re-pairing at random.
+        others: Batches of the retain set, for a forget set whose answers are all the same.
+        test: Batches of the test set.
+
+    Raises:
+        UserError: If there is no such level: no two answers differ, a score of a choice among options and
+            ``"mismatched"``, no test set.
+    """
+    if kind == "mismatched":
+        return mismatched_level(score, model, tokenizer, loader, seed, others)
+    if kind == "chance":
+        if (level := chance_of(score, model, tokenizer, loader, seed, others)) is None:
+            raise UserError("stopping.threshold", kind, f"a number in percent: none is known for score {score!r} here")
+        return level
+    if not (batches := list(test)):
+        raise UserError("stopping.threshold", kind, "a number in percent: the data have no test set")
+    return evaluate(model, tokenizer, [batches], [score])["test"][score]
 
 
 def mismatched_level(
@@ -29,8 +70,9 @@ def mismatched_level(
     loader: Iterable[Mapping[str, Part]],
     seed: int = 0,
     others: Iterable[Mapping[str, Part]] = (),
+    worded_alike: bool = False,
 ) -> float:
-    """What a score is worth by chance: its value on randomly re-paired questions and answers, in percent.
+    """A score on re-paired questions and answers, in percent: at random, or ``worded_alike`` (:func:`~.pairs.alike`).
 
     The stopping threshold of the TOFU protocol (arXiv 2509.22263, Sec. 4: mean ROUGE-L recall of mismatched pairs).
     Scores of generated text (ROUGE-L, the longest common run) compare the answers among themselves; probability, token
@@ -44,7 +86,9 @@ def mismatched_level(
     parts = [part for batch in loader for part in batch.values()]
     pairs = _pairs(parts)
     if len(known := {tuple(answer) for _, answer in pairs}) > 1:
-        given, rounds = parts, [derangement(len(pairs), seed)]
+        answers = [tuple(answer) for _, answer in pairs]
+        questions = tokenizer.batch_decode([question for question, _ in pairs]) if worded_alike else []
+        given, rounds = parts, [alike(questions, answers) if worded_alike else derangement(len(pairs), seed)]
     else:
         given = [part for batch in first_batches(others) for part in batch.values()]
         differ = [place for place, (_, answer) in enumerate(_pairs(given)) if tuple(answer) not in known]
@@ -118,8 +162,9 @@ def chance_of(
 ) -> float | None:
     """What a score of a set is worth without any knowledge of it, in percent, asking the original model.
 
-    The mean of one over the number of options for choices among options, else :func:`mismatched_level`. None where that
-    says nothing: for scores of which no level is known, and where all answers, of ``others`` too, are the same.
+    The mean of one over the number of options for choices among options, else :func:`mismatched_level` with each
+    question's answer that of another one worded alike: a wrong answer of the right kind. None where that says nothing:
+    for scores of which no level is known, and where all answers, of ``others`` too, are the same.
     """
     batches: list[Mapping[str, Any]] = list(loader)
     parts = [part for batch in batches for part in batch.values()]
@@ -129,7 +174,7 @@ def chance_of(
         counts = [count for part in parts for count in _counts(part[options]["option_of"])]
         return 100 * mean(1 / count for count in _over_ranks(counts))
     try:
-        return mismatched_level(score, model, tokenizer, batches, seed, others)
+        return mismatched_level(score, model, tokenizer, batches, seed, others, worded_alike=True)
     except NotFinite:
         raise
     except UserError:

@@ -51,8 +51,8 @@ class AdversarialUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         steps: The adversary's steps k; 0 is the backbone (with a floor, if one is given).
         step_size: Their size ε per weight, ≥ 0, or of the step's norm for ``"gradient"``; 0 is as ``steps`` 0.
         floor: Items whose answer is less probable than this (percent, ``exp`` of the mean log-probability per token,
-            at the adversary's weights) are left out, so that none is pushed further than to there. ``"mismatched"``
-            takes the probability of other examples' answers, measured when training starts. None leaves out none.
+            at the adversary's weights) are left out, so that none is pushed further than to there. ``"threshold"``
+            is the forget probability at which the run stops. None leaves out none.
         adversary: ``"sign"`` moves every weight by ε, ``"gradient"`` all of them along ``∇/‖∇‖₂``.
         adversary_share: Share of the forget items that are the adversary's, in (0, 1); at least one item.
         adversary_neurons: Percent of the neurons, the most positively attributed over the forget set when training
@@ -64,7 +64,7 @@ class AdversarialUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         3
     """
 
-    state_attributes = ("measured_floor", "_neurons")  # measured on the original model
+    state_attributes = ("_neurons",)  # measured on the original model
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class AdversarialUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         self._masks: dict[nn.Parameter, Tensor] | None = None
 
     def on_train_start(self) -> None:
-        self.measure_floor(self, self.seed)
+        self.check_floor()
         if self.adversary_neurons is not None:
             sites = neuron_sites(self.model.hf)
             if self._neurons is None:

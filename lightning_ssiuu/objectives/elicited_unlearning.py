@@ -54,8 +54,8 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         adversary_share: Share of the forget set that is the adversary's, in (0, 1).
         full_strength: Probability that u is 1, in [0, 1].
         floor: Items whose answer is less probable than this (percent, ``exp`` of the mean log-probability per token,
-            at θ + uδ) are left out, so that none is pushed further than to there. ``"mismatched"`` takes the
-            probability of other examples' answers, measured when training starts. None leaves out none.
+            at θ + uδ) are left out, so that none is pushed further than to there. ``"threshold"`` is the
+            forget probability at which the run stops. None leaves out none.
         mismatched_weight: Weight of the mismatched pairs' loss, ≥ 0.
         seed: Of the halves, of u and of the mismatched pairs.
 
@@ -67,7 +67,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         10
     """
 
-    state_attributes = ("measured_floor", "_offset", "_first", "_second", "_n_learned")
+    state_attributes = ("_offset", "_first", "_second", "_n_learned")
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         self._learning: list[Tensor] | None = None  # the adversary's gradients over this step's micro-batches
 
     def on_train_start(self) -> None:
-        self.measure_floor(self, self.seed)
+        self.check_floor()
         super().on_train_start()
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:

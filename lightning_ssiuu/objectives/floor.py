@@ -13,40 +13,32 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.training.perturbation import rows_of, share_of_mean
 from lightning_ssiuu.utils.errors import UserError
 
-Floor = float | Literal["mismatched"] | None
+Floor = float | Literal["threshold"] | None
 
 
 class Floored:
-    """What objectives with an option ``floor`` have in common; a resumed run goes on with ``measured_floor``."""
+    """What objectives with an option ``floor`` have in common."""
 
     floor: Floor = None
-    measured_floor: float | None = None
+    #: Forget probability in percent at which the run ends, from the callback that ends it; None: by no such level.
+    stopping_level: float | None = None
 
     @property
     def floor_level(self) -> float | None:
-        """The floor in percent; None if there is none, or as long as it is to be measured."""
-        return self.measured_floor if isinstance(self.floor, str) else self.floor
+        """The floor in percent; None if there is none."""
+        return self.stopping_level if isinstance(self.floor, str) else self.floor
 
     def set_floor(self, floor: Floor) -> None:
-        """Take the option; a UserError unless it is a percentage in [0, 100), ``"mismatched"`` or None."""
-        if not (floor in (None, "mismatched") or (not isinstance(floor, str) and 0 <= floor < 100)):
-            raise UserError("floor", floor, 'a percentage in [0, 100), "mismatched" or null')
+        """Take the option; a UserError unless it is a percentage in [0, 100), ``"threshold"`` or None."""
+        if not (floor in (None, "threshold") or (not isinstance(floor, str) and 0 <= floor < 100)):
+            raise UserError("floor", floor, 'a percentage in [0, 100), "threshold" or null')
         self.floor = floor
 
-    def measure_floor(self, module: UnlearningModule, seed: int) -> None:
-        """For ``"mismatched"``: how probable other examples' answers are to the model as it is now, unless known."""
-        if self.floor != "mismatched" or self.measured_floor is not None:
-            return
-        from lightning_ssiuu.evaluation.chance import mismatched_level
-        from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
-        from lightning_ssiuu.evaluation.scorer import untouched
-
-        with untouched(module.model):
-            if (loader := split_loader(module.trainer, "forget")) is None:
-                raise UserError("data", None, "an evaluation loader for the forget set, for floor mismatched")
-            others = batches_of(module.trainer, "retain")
-            level = mismatched_level("probability", module.model, module.tokenizer, loader, seed, others)
-        self.measured_floor = level
+    def check_floor(self) -> None:
+        """A UserError where the floor is the threshold at which training stops, and there is none."""
+        if isinstance(self.floor, str) and self.stopping_level is None:
+            allowed = "a percentage or null: the run has no stopping.threshold for score probability"
+            raise UserError("floor", self.floor, allowed)
 
 
 def above_floor(module: UnlearningModule, batch: Part, rows: Tensor, level: float | None) -> tuple[Part, float]:

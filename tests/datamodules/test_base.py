@@ -200,6 +200,8 @@ def test_chat_template() -> None:
     [
         ("Q:{question} A:", b"Q:Who? A:", b" Me<eos>"),
         ("{question}\n", b"Who?\n", b"Me<eos>"),
+        ("Q: {question}\nA: {answer}\n", b"Q: Who?\nA:", b" Me\n"),
+        ("{question}\n{answer}", b"Who?", b"\nMe"),
         ('{"q": "{question}", {0}}', b'{"q": "Who?", {0}}', b" Me<eos>"),
     ],
 )
