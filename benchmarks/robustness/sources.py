@@ -85,11 +85,8 @@ def source(text: str, settings: Mapping[str, Any]) -> Source:
         data = ("--data", "CustomData", *words(options, "data.init_args."))
         return Source(people.name, data, {"people": people}, settings)
     if kind == "world_facts":
-        data = (
-            "--data",
-            "WorldFacts",
-            *words({"split_seed": int(number or 0)} | more("WorldFacts", {}), "data.init_args."),
-        )
+        options = {"split_seed": int(number or 0)} | more("WorldFacts", {})
+        data = ("--config", "recipes/data/world_facts.yaml", *words(options, "data.init_args."))
         return Source(f"world_facts{number or 0}", data, {}, settings)
     folder = Path(text)
     for name in ("forget", "retain"):

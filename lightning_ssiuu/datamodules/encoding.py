@@ -86,12 +86,13 @@ class Encoder:
 
     Prompt and completion are tokenised as the one text that they are (:class:`~.tokenization.JointTokenizer`), and the
     completion ends with a token: under ``"chat"`` the one that ends a turn in the tokenizer's own template
-    (:meth:`~.templates.Chat.turn`), else the end-of-sequence token, or what follows ``{answer}``. The names of special tokens in a question or answer
-    are text. Answers are stripped of white space, questions and earlier turns where a chat template does so.
+    (:meth:`~.templates.Chat.turn`), else the end-of-sequence token, or what stands after ``{answer}``. The names of
+    special tokens in a question or answer are text. Answers are stripped of white space, questions and earlier turns
+    where a chat template does so.
 
-    The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}``, ``{answer}`` and ``{options}``
-    is replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the question, or the filled
-    ``choice_template``, is the user's turn.
+    The options are those of :class:`~.base.UnlearningDataModule`. Nothing but ``{question}``, ``{answer}`` and
+    ``{options}`` is replaced in a template; the options become one line ``- option`` each. Under ``"chat"`` the
+    question, or the filled ``choice_template``, is the user's turn.
 
     When it is made, an encoder tries itself out; one warning says what is not as it should be. Where a token stands
     across prompt and answer, the two are tokenised apart.

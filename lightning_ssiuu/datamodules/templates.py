@@ -99,7 +99,7 @@ def _lead(prompt: Sequence[Piece]) -> str:
 
 
 def text_turn(template: str) -> Turn:
-    r"""The turn of a text that contains ``{question}``, and ``{answer}`` if something else than an end token follows it.
+    r"""The turn of a text that contains ``{question}``, and ``{answer}`` where no end token follows.
 
     Example:
         >>> text_turn("Q: {question}\nA: {answer}\n").tail, text_turn("Q: {question}\nA:").closed

@@ -160,7 +160,10 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         named = _type_names(union[1])
         return UserError(argument, given, named + _because(reason))
     if found := _TYPE.search(inner):
-        return UserError(path or "arguments", found[2], _type_names(found[1]))
+        allowed = _type_names(found[1])
+        if allowed == _TYPE_NAMES["str"] and found[2].startswith("{"):  # a text with a colon is read as a mapping
+            allowed += "; one with a colon and a space, as here, has to stand in a file (--config)"
+        return UserError(path or "arguments", found[2], allowed)
     summary = " ".join(inner.split())
     argument = path or "arguments"
     if found := re.match(r"argument (\S+): (.+)", summary):

@@ -60,7 +60,11 @@ FIT_OPTIONS: dict[str, tuple[list[str], str, list[str]]] = {
         ["'99'", "below the forget set's probability", "before the first step"],
     ),
     "threshold range": (["--stopping.threshold", "200"], "stopping.threshold", ["200.0", "[0, 100)"]),
-    "threshold is no number": (["--stopping.threshold", "low"], "stopping.threshold", ["'low'", "'mismatched', null"]),
+    "threshold is no number": (
+        ["--stopping.threshold", "low"],
+        "stopping.threshold",
+        ["'low'", "'mismatched', 'chance', 'test', null"],
+    ),
     "no such level": (
         ["--stopping.score", "multiple_choice", "--stopping.threshold", "mismatched"],
         "stopping.threshold",
