@@ -35,7 +35,7 @@ def test_from_unlearning_to_the_audit(tmp_path: Path) -> None:
         *("--config", RECIPES / "data" / "documents.yaml", *data, *BARE),
         *("--model.init_args.scores", "[probability, memorized_share]", "--stopping.unknown", "warn"),
         *("--stopping.threshold", "mismatched", "--stopping.elicited.steps", "1"),
-        *("--model.init_args.floor", "mismatched", "--model.init_args.mismatched_weight", "1.0"),
+        *("--model.init_args.floor", "threshold", "--model.init_args.mismatched_weight", "1.0"),
         recipe=objective,
     )
     assert result.status == 0, result.err
