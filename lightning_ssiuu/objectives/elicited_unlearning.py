@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.datamodules.pairs import asked, batch_of, derangement
-from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.models.answers import Answers, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.divergence import finite_losses
@@ -38,7 +39,8 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
 
     Pushing answers down makes all answers of their kind improbable, those to questions nobody knows included. The last
     term holds them up: ``mismatched_weight`` times the NLL, at θ, of the same half's questions with each other's
-    answers (of this rank's micro-batch). What is lost is then which answer belongs to which question.
+    answers (of this rank's micro-batch), beyond the floor's where there is one: no pair is held higher. What is lost is
+    then which answer belongs to which question.
 
     What is new beside MUDMAN (arXiv 2506.12484), whose adversary learns the items that are forgotten, and
     :class:`AdversarialUnlearning`, whose adversary starts anew at each step: the halves, and the range of strengths.
@@ -111,7 +113,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         pairs = self.mismatched(batch["forget"])
         # A rank without two rows to exchange answers takes part all the same, with one that counts nothing.
         part = pairs or rows_of(batch["forget"], torch.arange(1))
-        held = (pairs is not None) * answer_nll(self(part))
+        held = (pairs is not None) * self._shortfall(self(part))
         self.log_training(finite_losses(mean_over_ranks({"mismatched_loss": held}), self.global_step))
         return loss + self.mismatched_weight * held
 
@@ -127,6 +129,11 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
             (question, pairs[i][1][: width - len(question)]) for (question, _), i in zip(pairs, other, strict=True)
         ]
         return {name: value.to(rest.device) for name, value in batch_of(mixed, 0).items()}
+
+    def _shortfall(self, answers: Answers) -> Tensor:
+        # How far the mismatched pairs lie below the floor, in nats; without one, below certainty.
+        ceiling = math.log(self.floor_level / 100) if self.floor_level else 0.0
+        return (ceiling - answers.mean_logps).clamp(min=0).mean()
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
         learned, rest = self.divided(batch)

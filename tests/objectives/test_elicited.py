@@ -146,6 +146,21 @@ def test_mismatched_pairs_are_held_up_at_the_model_itself() -> None:
     assert distance(got, plus(without, held, 3.0)) < 1e-10
 
 
+def test_mismatched_pairs_are_held_no_higher_than_the_floor() -> None:
+    one, model = a_batch(0), answer_model(tie_word_embeddings=False)
+    _, rest = halves(at_step(a_module(), 0), 0)
+    pairs = at_step(a_module(), 0).mismatched(one["forget"])
+    assert pairs is not None
+    each = [value_at(model, weights(model), nll(pairs, [row])) for row in range(len(rest))]
+    level = 100 * math.exp(-(min(each) + max(each)) / 2)  # some lie above it, some below
+    low = [row for row, value in enumerate(each) if value > -math.log(level / 100)]
+    assert 0 < len(low) < len(rest)
+    _, (without,) = trained(a_module(floor=level), [one], copy.deepcopy(model), lr=0.0)
+    _, (got,) = trained(a_module(floor=level, mismatched_weight=3.0), [one], copy.deepcopy(model), lr=0.0)
+    held = gradient(model, weights(model), nll(pairs, low))
+    assert distance(got, plus(without, held, 3.0 * len(low) / len(rest))) < 1e-10
+
+
 def test_a_single_row_has_nothing_to_exchange() -> None:
     batches = [{"forget": part([(3, 2)]), "retain": part([(4, 2)], 1)}]
     expected, _ = trained(a_module(), batches)
