@@ -137,8 +137,7 @@ def test_an_objective_may_start_from_a_fit_that_comes_before(tmp_path: Path) -> 
     assert [stage.kind for stage in run.all_stages][:3] == ["people", "before", "fit"]
     assert before.words[:4] == ("lightning-ssiuu", "fit", "--config", "recipes/objective/fine_tuning.yaml")
     assert before.words[before.words.index("--trainer.max_steps") + 1] == "15"
-    assert before.key == runs["teach_then_elicited"].stages["before"].key
-    assert before.key != decoys.stages["before"].key
+    assert decoys.stages["before"].key == runs["teach_then_elicited"].stages["before"].key != before.key
     store = Store(tmp_path)
     assert f"{store.folder(before)}/model" in store.words(fit)
     (row,) = run.attacks.values()
