@@ -59,6 +59,9 @@ def test_another_attack_teaches_and_unlearns_nothing_again(tmp_path: Path) -> No
     attacked = keys(planned(attacks=attacks))
     assert {kind for kind in before if before[kind] != attacked[kind]} == {"attack", "oracle_attack", "audit"}
     assert len(before["oracle"]) == 3  # once a data set and seed, whatever the objectives
+    unaudited = planned()
+    unaudited.settings["audit"] = None
+    assert keys(unaudited) == {kind: before[kind] for kind in before if kind != "audit"}
     trained = keys(planned(oracle_steps=4))
     assert {kind for kind in before if before[kind] == trained[kind]} == {
         "people",
@@ -118,6 +121,60 @@ def test_what_cannot_be_planned_is_refused() -> None:
             planned(**given)
     with pytest.raises(SystemExit, match="has no oracle"):
         keys(planned(data=["world_facts:0"], level="oracle"))
+
+
+def test_an_objective_may_start_from_a_fit_that_comes_before(tmp_path: Path) -> None:
+    from benchmarks.robustness.collect import record as read
+    from benchmarks.robustness.stages import Store
+
+    names = ["gradient_difference", "teach_retain", "teach_decoys", "teach_then_elicited"]
+    planner = planned(objectives=names, search=[1.0])
+    runs = {run.objective: run for run in planner.tuning()}
+    assert keys(planned(objectives=names[:1], search=[1.0]))["fit"] < keys(planner)["fit"]  # others are as they were
+    assert "before" not in runs["gradient_difference"].stages
+    run, decoys = runs["teach_retain"], runs["teach_decoys"]
+    before, fit = run.stages["before"], run.stages["fit"]
+    assert [stage.kind for stage in run.all_stages][:3] == ["people", "before", "fit"]
+    assert before.words[:4] == ("lightning-ssiuu", "fit", "--config", "recipes/objective/fine_tuning.yaml")
+    assert before.words[before.words.index("--trainer.max_steps") + 1] == "15"
+    assert decoys.stages["before"].key == runs["teach_then_elicited"].stages["before"].key != before.key
+    store = Store(tmp_path)
+    assert f"{store.folder(before)}/model" in store.words(fit)
+    (row,) = run.attacks.values()
+    assert "{before}/model" not in row.words
+    assert decoys.stages["before"].needs["decoys"].words[2] == "benchmarks.robustness.decoys"
+    with pytest.raises(SystemExit, match="teach_decoys: got world_facts0, allowed: embedded data"):
+        keys(planned(objectives=["teach_decoys"], search=[1.0], data=["world_facts:0"]))
+    for stage, cost, retain in ((before, 3.0, 80.0), (fit, 7.0, 90.0)):
+        store.begin(stage)
+        scores = {split: {"probability": retain} for split in ("forget", "retain")}
+        result = {"steps": 9, "stopped_by": "x", "before": {"scores": scores}, "after": {"scores": scores}}
+        write_json(store.folder(stage) / "metrics.json", result)
+        store.end(stage, cost, cost)
+    found = read(run, store, "probability")
+    assert found is not None
+    assert (found["cpu_seconds"], found["before"], found["steps"]) == (10.0, {"forget": 90.0, "retain": 80.0}, 9)
+
+
+def test_decoys_are_the_same_innocent_things_of_known_people_and_of_others(tmp_path: Path) -> None:
+    from benchmarks.robustness import decoys, people
+
+    facts = people.world(2)
+    decoys.write_decoys(facts, tmp_path)
+    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
+    own, others = rows["decoys"], rows["strangers"]
+    assert [row["answer"] for row in own] == [row["answer"] for row in others]
+    assert len(own) == 36
+    names = {fact["person"] for fact in facts["facts"]}
+    forgotten = {fact["person"] for fact in facts["facts"] if fact["split"] == "forget"}
+    assert all(any(name in row["question"] for name in forgotten) for row in own)
+    assert not any(name in row["question"] for row in others for name in names)
+    known = {text for fact in facts["facts"] for text in (fact["question"], fact["answer"])}
+    assert not known & {text for row in own + others for text in (row["question"], row["answer"])}
+    assert rows["forget_and_decoys"][36:] == own
+    assert [row["question"] for row in rows["forget_and_decoys"][:36]] == [
+        fact["question"] for fact in facts["facts"] if fact["split"] == "forget"
+    ]
 
 
 def test_comparisons_are_paired_by_training_seed_and_never_from_one() -> None:

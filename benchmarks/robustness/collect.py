@@ -26,6 +26,14 @@ def record(run: Run, store: Store, score: str) -> dict[str, Any] | None:
     assert metrics is not None
     assert stage is not None
     before, after = ({s: v[score] for s, v in metrics[when]["scores"].items()} for when in ("before", "after"))
+    stages = [stage]
+    if (first := run.stages.get("before")) is not None:
+        taught, cost = store.read(first, "metrics.json"), store.record(first)
+        assert taught is not None
+        assert cost is not None
+        stages.append(cost)
+        # What is kept is kept of the learned model; its forget set may have been another one.
+        before |= {split: v[score] for split, v in taught["before"]["scores"].items() if split != "forget"}
     content: dict[str, Any] = {
         **{"phase": run.phase, "data": run.data, "objective": run.objective, "label": run.label, "seed": run.seed},
         **{"setting": {"name": run.setting.name, "options": dict(run.setting.options)}, "retain_weight": run.retain},
@@ -35,7 +43,7 @@ def record(run: Run, store: Store, score: str) -> dict[str, Any] | None:
         "before": before,
         "after": after,
         # A fit that was taken up after a kill did a part of its work twice, or in a process nobody counted.
-        "cpu_seconds": stage["cpu_seconds"] if stage["attempts"] == 1 else None,
+        "cpu_seconds": sum(each["cpu_seconds"] for each in stages) if all(s["attempts"] == 1 for s in stages) else None,
         "attacks": _attacks(run, store),
         "commands": {name: store.command(each) for name, each in _named(run).items()},
     }

@@ -130,18 +130,35 @@ class Planner:
         attacks: Mapping[str, Any],
     ) -> Run:
         learned, oracle = data.teach("all", seed), data.teach("retain", seed)
-        fit = self._fit(data, objective, setting, retain, seed, learned, oracle)
+        before = self._before(data, objective, seed, learned)
+        fit = self._fit(data, objective, setting, retain, seed, before or learned, oracle)
         attacked = {name: self._attack(data, name, attack, fit, learned, oracle) for name, attack in attacks.items()}
         oracles = {
             name: self._attack(data, name, attack, oracle, learned, oracle)
             for name, attack in attacks.items()
             if oracle
         }
-        stages = {"learned": learned, "oracle": oracle, "fit": fit}
-        if phase == "test":
+        stages = {"learned": learned, "oracle": oracle, "before": before, "fit": fit}
+        if phase == "test" and self.settings["audit"] is not None:
             stages["audit"] = self._audit(data, fit, learned, oracle, attacked)
         kept = {name: stage for name, stage in stages.items() if stage is not None}
         return Run(phase, data.name, objective.name, setting, retain, seed, objective.matched, kept, attacked, oracles)
+
+    def _before(self, data: Source, objective: Objective, seed: int, learned: Stage | None) -> Stage | None:
+        if objective.before is None:
+            return None
+        recipes = [word for recipe in objective.before.recipes for word in ("--config", recipe)]
+        model, needs = _begin(data, learned)
+        options = words({"stopping.threshold": None, "seed_everything": seed} | objective.before.options)
+        needs |= {name: stage for name, stage in data.more.items() if f"{{{name}}}/" in " ".join(options)}
+        if "{decoys}/" in " ".join(options) and "decoys" not in needs:
+            raise SystemExit(f"{objective.name}: got {data.name}, allowed: embedded data, for its decoys")
+        begin = (*FIT, *recipes, *model, *data.data, *words(self.settings["fit"]))
+        # By its digest alone: objectives that have the same one share it.
+        return Stage(
+            *("before", f"{data.name}.seed{seed}", (*begin, *options, *checkpoints(self.settings), *ALWAYS)),
+            *(needs, "model"),
+        )
 
     def _fit(
         self,
@@ -150,10 +167,11 @@ class Planner:
         setting: Setting,
         retain: float,
         seed: int,
-        learned: Stage | None,
+        first: Stage | None,
         oracle: Stage | None,
     ) -> Stage:
-        settings, needs = self.settings, dict(data.stages)
+        settings = self.settings
+        model, needs = _begin(data, first)
         recipes = [word for recipe in objective.recipes for word in ("--config", recipe)]
         options = dict(objective.options) | dict(setting.options)
         if retain != 1:
@@ -164,10 +182,6 @@ class Planner:
         elif level == "oracle":
             raise SystemExit(f"level: got 'oracle', allowed: a number, mismatched or chance: {data.name} has no oracle")
         stop = {"stopping.score": settings["score"], "stopping.threshold": level, "seed_everything": seed}
-        model = data.model_words
-        if learned is not None:
-            needs["learned"] = learned
-            model = (*model, "--model.init_args.checkpoint", "{learned}/model")
         match = ("--trainer.callbacks", _MATCH) if objective.matched else ()
         then = [word for recipe in objective.then for word in ("--config", recipe)]
         begin = (*FIT, *recipes, *model, *then, *data.data, *words(settings["fit"]), *words(stop))
@@ -215,3 +229,13 @@ class Planner:
             return str(self.settings["checkpoint"])
         recipe = yaml.safe_load(Path(data.recipe).read_text(encoding="utf-8"))
         return str(recipe["model"]["init_args"]["checkpoint"])
+
+
+def _begin(data: Source, first: Stage | None) -> tuple[tuple[str, ...], dict[str, Stage]]:
+    # The words of the model that a fit starts from, and what it needs for them
+    needs = dict(data.stages)
+    if first is None:
+        return data.model_words, needs
+    name = "before" if first.kind == "before" else "learned"
+    more = ("--model.init_args.checkpoint", f"{{{name}}}/model")
+    return (*data.model_words, *more), needs | {name: first}

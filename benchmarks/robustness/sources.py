@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Source:
     """Data to unlearn, and the models that know it.
 
     ``data`` are the options that name it, ``stages`` those that make its files. ``taught`` says whether the model has
-    to be taught it.
+    to be taught it. ``more`` are stages that only some objectives name in their words.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Source:
     stages: Mapping[str, Stage]
     settings: Mapping[str, Any]
     taught: bool = False
+    more: Mapping[str, Stage] = field(default_factory=dict)
 
     @property
     def recipe(self) -> str:
@@ -78,12 +79,15 @@ def source(text: str, settings: Mapping[str, Any]) -> Source:
     kind, _, number = text.partition(":")
     more = settings["data_options"].get
     if kind == "embedded":
-        begin = ("python", "-m", "benchmarks.robustness.people", "--fold", number or "0", "--output", "{own}")
-        people = Stage("people", f"embedded{number or 0}", begin, {}, None)
+        fold = ("--fold", number or "0", "--output", "{own}")
+        people, decoys = (
+            Stage(name, f"embedded{number or 0}", ("python", "-m", f"benchmarks.robustness.{name}", *fold), {}, None)
+            for name in ("people", "decoys")
+        )
         files = {name: f"{{people}}/{name}.jsonl" for name in ("forget", "retain", "test")}
         options = files | {"distractors_column": "distractors"} | more("CustomData", {})
         data = ("--data", "CustomData", *words(options, "data.init_args."))
-        return Source(people.name, data, {"people": people}, settings)
+        return Source(people.name, data, {"people": people}, settings, more={"decoys": decoys})
     if kind == "world_facts":
         options = {"split_seed": int(number or 0)} | more("WorldFacts", {})
         data = ("--config", "benchmarks/robustness/world_facts.yaml", *words(options, "data.init_args."))

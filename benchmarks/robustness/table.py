@@ -13,7 +13,7 @@ import yaml
 LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
 RETAIN_WEIGHT = "model.init_args.retain_weight"
 TABLE = Path(__file__).parent / "objectives.yaml"
-_KEYS = {"like", "recipes", "then", "options", "strength", "match"}
+_KEYS = {"like", "recipes", "then", "options", "strength", "match", "before"}
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Before:
+    """A fit that comes first: ``recipes``, which the model's follows, and options."""
+
+    recipes: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Objective:
     """An entry of the table, for one model.
 
     ``then`` are recipes that are given after the model's. ``matched`` says whether it ends at the others' forget score.
+    ``before`` is the fit whose model it starts from, in place of the learned one.
     """
 
     name: str
@@ -37,6 +46,7 @@ class Objective:
     options: dict[str, Any] = field(default_factory=dict)
     strength: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     matched: bool = True
+    before: Before | None = None
 
     def settings(self, search: Sequence[float], model_recipe: str) -> list[Setting]:
         """What is tried: as many settings for every objective, ``search`` being factors on the learning rate.
@@ -77,7 +87,7 @@ def objectives(names: Sequence[str], model: str) -> list[Objective]:
         if name not in table:
             raise SystemExit(f"--objectives: got {name!r}, allowed: the path of a recipe, {', '.join(table)}")
         entry = table[name]
-        recipes = tuple(r if Path(r).suffix else f"recipes/objective/{r}.yaml" for r in entry.get("recipes", [name]))
+        recipes = _paths(entry.get("recipes", [name]))
         then = tuple(entry.get("then", ()))
         own = entry.get(Path(model).stem, {})
         strength = own.get("strength", entry.get("strength", {}))
@@ -87,12 +97,19 @@ def objectives(names: Sequence[str], model: str) -> list[Objective]:
             raise SystemExit(
                 f"{TABLE.name}: {name}: {unknown[0]!r} is neither one of {sorted(_KEYS)} nor a model's recipe"
             )
+        before = None
+        if (first := entry.get("before")) is not None:
+            before = Before(_paths(first.get("recipes", ["fine_tuning"])), first.get("options", {}))
         if "like" in entry:
             (other,) = objectives([entry["like"]], model)
-            found.append(replace(other, name=name, options=other.options | options))
+            found.append(replace(other, name=name, options=other.options | options, before=before or other.before))
             continue
-        found.append(Objective(name, recipes, then, options, strength, entry.get("match", True)))
+        found.append(Objective(name, recipes, then, options, strength, entry.get("match", True), before))
     return found
+
+
+def _paths(recipes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(recipe if Path(recipe).suffix else f"recipes/objective/{recipe}.yaml" for recipe in recipes)
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
