@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--level", type=float, help="forget probability of all; default: that of the seed's oracle")
     parser.add_argument("--tokens", choices=["answers", "all"], default="all")
     parser.add_argument("--budget", type=float, default=0.2, help="percent of the retain energy, per layer and round")
-    parser.add_argument("--budget_alone", type=float, default=1.0, help="the same, of scrub_alone")
+    parser.add_argument("--budget_alone", type=float, default=4.0, help="the same, of scrub_alone")
     parser.add_argument("--least_ratio", type=float, default=2.0, help="smallest ρ")
     parser.add_argument("--ridge", type=float, default=0.01, help="ε, in parts of a direction's mean retain energy")
     parser.add_argument("--alpha", type=float, default=1.0)
