@@ -362,6 +362,15 @@ def test_stages_end_with_the_budget_and_mistakes_are_kept(tmp_path: Path) -> Non
     assert not late.fits(good)
 
 
+@pytest.mark.parametrize(("level", "ends"), [(7.0, 7.0), (7.9, 7.95), (8.0, 7.95), (6.0, 6.4), (9.0, 6.4)])
+def test_a_step_that_ends_on_the_level_is_not_passed_over(level: float, ends: float) -> None:
+    from benchmarks.robustness.matching import met
+
+    weight, before, after = (torch.tensor([value], dtype=torch.float64) for value in (0.0, 7.95, 6.4))
+    met([weight], [before], [after], lambda: float(weight), level, tolerance=0.1)
+    assert float(weight) == pytest.approx(ends)
+
+
 def test_matched_weights_have_the_score_and_are_the_same_after_a_kill(tmp_path: Path) -> None:
     options = ["--config", str(ROOT / "recipes/objective/gradient_difference.yaml"), "--model.init_args.scores"]
     options += ["[probability]", "--stopping.score", "probability", "--stopping.threshold", "70"]

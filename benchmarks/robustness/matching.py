@@ -77,7 +77,7 @@ def met(
 ) -> tuple[float, dict[float, float]]:
     """Puts the parameters on the line from ``before`` to ``after`` to where the score is met; where, and all looks.
 
-    Where the score is not on either side of the level, they are put to ``after``.
+    Where the score is on neither side of the level, nor on it, they are put to ``after``.
     """
     looks: dict[float, float] = {}
 
@@ -92,7 +92,7 @@ def met(
         return 0.0 if abs(difference) <= tolerance else difference
 
     alpha = 1.0
-    if above(1.0) < 0.0 < above(0.0):
+    if above(1.0) < 0.0 <= above(0.0):  # the step before may meet it
         brentq(above, 0.0, 1.0, xtol=1e-4)
         alpha = min(looks, key=lambda each: abs(looks[each] - level))
     put(alpha)
