@@ -143,6 +143,8 @@ class Plan:
         config["trainer"].setdefault("max_steps", _MOST_STEPS)
         config["trainer"]["max_epochs"] = config["trainer"]["max_steps"]  # none has more epochs than steps
         config["saving"] = (config.get("saving") or {}) | {"folder": "model"}
+        if not self.attackable:  # nor can an adversary be asked
+            config["stopping"]["elicited"] = None
         return config
 
     @staticmethod

@@ -246,7 +246,7 @@ def test_a_mistake_with_overwrite_costs_nothing(asked: dict[str, Any], commands:
     assert (tmp_path / "out" / "certificate.json").exists()
 
 
-def chosen(folder: Path, **given: Any) -> list[str]:
+def planned(folder: Path, **given: Any) -> Plan:
     plan = Plan(
         output=str(folder / "out"),
         **{"model": "tiny", "oracle": None, "seed": 0, "accelerator": "cpu", "devices": 1, "precision": "32-true"},
@@ -255,7 +255,22 @@ def chosen(folder: Path, **given: Any) -> list[str]:
         fit=tuple(given.get("fit", ())),
     )
     plan.check()
-    return [example.name for example in plan._data.splits.forget]
+    return plan
+
+
+def chosen(folder: Path, **given: Any) -> list[str]:
+    return [example.name for example in planned(folder, **given)._data.splits.forget]
+
+
+@pytest.mark.parametrize(("ids", "asks"), [("a\nb\n", True), ("a\n", False)])
+def test_an_adversary_is_asked_where_some_rows_can_be_relearned_and_others_scored(
+    ids: str, asks: bool, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    Path(asked["forget_ids"]).write_text(ids)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"stopping": {"elicited": {"steps": 3}}}))
+    plan = planned(tmp_path, fit=[str(tmp_path / "mine.yaml")], **asked)
+    config = plan.config(Setting(), None, tmp_path / "trial")
+    assert config["stopping"]["elicited"] == ({"steps": 3} if asks else None)
 
 
 @pytest.mark.parametrize(
