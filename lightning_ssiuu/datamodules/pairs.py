@@ -93,7 +93,7 @@ def _common(questions: Sequence[str]) -> np.ndarray:
     found = [_WORD.findall(question) for question in questions]
     words = [{word.casefold() for k, word in enumerate(of) if k == 0 or word.islower()} for of in found]
     place = {word: k for k, word in enumerate(sorted(set().union(*words)))}
-    has = np.zeros((len(words), len(place)))
+    has = np.zeros((len(words), len(place)), dtype=np.float32)
     for row, of in zip(has, words, strict=True):
         row[[place[word] for word in of]] = 1
     both = has @ has.T

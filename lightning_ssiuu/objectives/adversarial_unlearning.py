@@ -52,7 +52,7 @@ class AdversarialUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         step_size: Their size ε per weight, ≥ 0, or of the step's norm for ``"gradient"``; 0 is as ``steps`` 0.
         floor: Items whose answer is less probable than this (percent, ``exp`` of the mean log-probability per token,
             at the adversary's weights) are left out, so that none is pushed further than to there. ``"threshold"``
-            is the forget probability at which the run stops. None leaves out none.
+            is the forget probability at which the run stops (none where it stops by another score). None: none is.
         adversary: ``"sign"`` moves every weight by ε, ``"gradient"`` all of them along ``∇/‖∇‖₂``.
         adversary_share: Share of the forget items that are the adversary's, in (0, 1); at least one item.
         adversary_neurons: Percent of the neurons, the most positively attributed over the forget set when training
@@ -95,7 +95,6 @@ class AdversarialUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         self._masks: dict[nn.Parameter, Tensor] | None = None
 
     def on_train_start(self) -> None:
-        self.check_floor()
         if self.adversary_neurons is not None:
             sites = neuron_sites(self.model.hf)
             if self._neurons is None:

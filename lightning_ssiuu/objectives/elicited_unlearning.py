@@ -57,7 +57,7 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         full_strength: Probability that u is 1, in [0, 1].
         floor: Items whose answer is less probable than this (percent, ``exp`` of the mean log-probability per token,
             at θ + uδ) are left out, so that none is pushed further than to there. ``"threshold"`` is the
-            forget probability at which the run stops. None leaves out none.
+            forget probability at which the run stops (none where it stops by another score). None leaves out none.
         mismatched_weight: Weight of the mismatched pairs' loss, ≥ 0.
         seed: Of the halves, of u and of the mismatched pairs.
 
@@ -101,10 +101,6 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         self._second: Named = {}
         self._n_learned = 0
         self._learning: list[Tensor] | None = None  # the adversary's gradients over this step's micro-batches
-
-    def on_train_start(self) -> None:
-        self.check_floor()
-        super().on_train_start()
 
     def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)

@@ -34,12 +34,6 @@ class Floored:
             raise UserError("floor", floor, 'a percentage in [0, 100), "threshold" or null')
         self.floor = floor
 
-    def check_floor(self) -> None:
-        """A UserError where the floor is the threshold at which training stops, and there is none."""
-        if isinstance(self.floor, str) and self.stopping_level is None:
-            allowed = "a percentage or null: the run has no stopping.threshold for score probability"
-            raise UserError("floor", self.floor, allowed)
-
 
 def above_floor(module: UnlearningModule, batch: Part, rows: Tensor, level: float | None) -> tuple[Part, float]:
     """Those of this rank's ``rows`` whose answer is at least as probable as ``level``, and their weight in the mean.
