@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ from lightning_ssiuu.callbacks import (
     SavePretrained,
 )
 from lightning_ssiuu.callbacks.run_report import print_before_after
-from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
-from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.objectives.gradient_difference import GradientDifference
 from lightning_ssiuu.utils.errors import UserError
@@ -205,44 +202,6 @@ def test_already_met(tmp_path: Path) -> None:
 def test_bad_stopping_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"stopping\.{next(iter(arguments))}"):
         ForgetThresholdStopping(**arguments)
-
-
-def test_mismatched_level_by_hand(tmp_path: Path) -> None:
-    data = FewFacts(n=3, batch_size=2, eval_batch_size=2)
-    data.setup("fit")
-    model, tokenizer = AnswerModel(load_model("tiny")), data.tokenizer
-    facts = data.splits.forget
-
-    def probability(question: str, answer: str) -> float:
-        prompt = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False)["input_ids"]
-        completion = [*tokenizer(f" {answer}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        with torch.no_grad():
-            logps = model.hf(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-        each = [logps[len(prompt) - 1 + k, token].item() for k, token in enumerate(completion)]
-        return 100 * math.exp(sum(each) / len(each))
-
-    # Three examples have two derangements; the seed may choose either, nothing else.
-    deranged = [p for p in permutations(range(3)) if all(i != k for i, k in enumerate(p))]
-    expected = [sum(probability(facts[i].question, facts[k].answer) for i, k in enumerate(p)) / 3 for p in deranged]
-    got = {
-        round(mismatched_level("probability", model, tokenizer, data.eval_dataloader("forget"), s), 5) for s in range(8)
-    }
-    assert len(got) == 2
-    for value in got:
-        assert min(abs(value - want) for want in expected) < 1e-3
-    for kind in ("first_token", "all_tokens", "rouge_l"):
-        assert 0 <= mismatched_level(kind, model, tokenizer, data.eval_dataloader("forget")) < 100
-    with pytest.raises(UserError, match=r"stopping\.threshold"):
-        mismatched_level("multiple_choice", model, tokenizer, data.eval_dataloader("forget"))
-    others = data.eval_dataloader("retain", facts[1:])  # of one row: its question, the answers of the others
-    one = mismatched_level("probability", model, tokenizer, data.eval_dataloader("forget", facts[:1]), others=others)
-    assert one == pytest.approx(sum(probability(facts[0].question, fact.answer) for fact in facts[1:]) / 2, abs=1e-3)
-    callback = ForgetThresholdStopping("probability", "mismatched", seed=3)
-    with pytest.warns(UserWarning, match="training ended before"):
-        fit(GradientDifference(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), [callback], tmp_path, 1, data)
-    assert callback.level == pytest.approx(
-        mismatched_level("probability", model, tokenizer, data.eval_dataloader("forget"), 3), rel=1e-6
-    )
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------
