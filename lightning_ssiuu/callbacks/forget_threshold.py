@@ -69,8 +69,8 @@ class ForgetThresholdStopping(L.Callback):
         elicited: ElicitedStop | None = None,
     ) -> None:
         check_score(score, "stopping.score")
-        measured = threshold is None or (isinstance(threshold, str) and threshold in get_args(Level))
-        if not measured and (isinstance(threshold, str) or not 0 <= threshold < 100):  # type: ignore[operator]
+        measured = threshold in get_args(Level)
+        if not (threshold is None or measured or (not isinstance(threshold, str) and 0 <= threshold < 100)):
             allowed = 'a percentage in [0, 100), "mismatched", "chance", "test" or null'
             raise UserError("stopping.threshold", threshold, allowed)
         check_at_least("stopping.every_n_steps", every_n_steps, 1)
