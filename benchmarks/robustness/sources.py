@@ -90,7 +90,7 @@ def source(text: str, settings: Mapping[str, Any]) -> Source:
         return Source(people.name, data, {"people": people}, settings, more={"decoys": decoys})
     if kind == "world_facts":
         options = {"split_seed": int(number or 0)} | more("WorldFacts", {})
-        data = ("--config", "benchmarks/robustness/world_facts.yaml", *words(options, "data.init_args."))
+        data = ("--config", "recipes/data/world_facts.yaml", *words(options, "data.init_args."))
         return Source(f"world_facts{number or 0}", data, {}, settings)
     folder = Path(text)
     for name in ("forget", "retain"):

@@ -60,7 +60,8 @@ def indicators(
         original: :func:`~lightning_ssiuu.attribution.update.weights_of` the original.
         data: The data module to judge by.
         adversary: Of the elicited scores; None: :class:`Elicitation` as it is.
-        strangers: Facts of the forget set's form that nobody was ever taught, for ``gain_strangers``; None: no such.
+        strangers: Facts of the forget set's form that nobody was ever taught, for ``gain_strangers``; those with a
+            question of the forget set are left out. None: no such.
         probe_examples: Forget examples for the gradients, and examples per set along the line.
         score: Of the elicited scores.
 
@@ -107,8 +108,9 @@ def indicators(
     forget, retain = data.splits.forget, data.splits.retain
     found["elicited"] = elicited(adversary.steps)
     found["elicited_early"] = elicited(min(3, adversary.steps))
+    questions = {example.folded for example in forget}
     for name, others in (("strangers", strangers), ("retain", retain)):
-        if others:
+        if others := [example for example in others or () if example.folded not in questions]:
             chosen = others[: max(1, round(adversary.share * len(forget)))]
             found[f"gain_{name}"] = elicited(adversary.steps, selection=partial(_instead, chosen))
     return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile
 
 from lightning_ssiuu.cli.recipes import config_file
@@ -14,6 +15,8 @@ from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import load_yaml
 
 _KEY = "config"
+#: Sections of ``fit`` that a recipe of data may have and no other command does.
+_OF_FIT = ("attribution", "stopping", "saving", "report", "checkpoints", "trainer")
 
 
 class ConfigFile(ActionConfigFile):
@@ -22,6 +25,23 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         for value in values:
             self.apply_config(parser, cfg, self.dest, value)
+
+
+class ConfigFileBesideFit(ConfigFile):
+    """The same for other commands than ``fit``: what a file says of a run alone is passed over."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: Any) -> None:
+        content = _content(Path(value).expanduser()) if isinstance(value, str) else None
+        if isinstance(content, dict):
+            own = {name: part for name, part in content.items() if not _of_a_run(name, part)}
+            value = value if own == content else yaml.safe_dump(own)
+        ConfigFile.apply_config(parser, cfg, dest, value)
+
+
+def _of_a_run(name: str, section: Any) -> bool:
+    # What these commands call a model is its name.
+    return isinstance(section, Mapping) and (name in _OF_FIT or name == "model")
 
 
 def config_files(value: Any) -> Any:
@@ -58,9 +78,13 @@ def _with_bases(value: Any, above: Sequence[str]) -> list[Any]:
 
 
 def _named(path: Path) -> list[Any]:
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8-sig"))
-    except Exception:  # told by whoever reads all of it
-        return []
+    content = _content(path)
     names = content.get(_KEY) if isinstance(content, dict) else None
     return names if isinstance(names, list) else [] if names is None else [names]
+
+
+def _content(path: Path) -> Any:
+    try:
+        return load_yaml(path.read_text(encoding="utf-8-sig"))
+    except Exception:  # told by whoever reads all of it
+        return None

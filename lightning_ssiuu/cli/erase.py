@@ -102,7 +102,8 @@ def erase(
         template: How questions are asked; None: the one under which the model knows most.
         threshold: Forget probability in percent that ends a run; ``chance``: that of other questions' answers, worded
             alike; ``test``: of a test set the model never learned; ``mismatched``: of questions and answers re-paired
-            at random. None: ``chance``, but for the embedded facts, whose recipe has a number.
+            at random. None: what the ``oracle`` gives; without one ``chance``, but for the embedded facts, whose recipe
+            has a number.
         trials: How many settings to try, ≥ 1.
         budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
             limit.
@@ -242,7 +243,7 @@ class _Erasing:
     def _try(self, setting: Any) -> None:
         plan, begin = self.plan, time.monotonic()
         folder = self.folder / "trials" / setting.name
-        config = plan.config(setting, self.state["known"]["template"], folder)
+        config = plan.config(setting, self.state["known"], folder)
         rate = plan.rate(config)
         number = len(self.state["trials"]) + 1
         left = self.n - number + 1
@@ -293,9 +294,10 @@ class _Erasing:
 
     def _say_known(self) -> None:
         known = self.state["known"]
+        oracle = f", the oracle {known['oracle']:.1f} %" if "oracle" in known else ""
         print(
             f"{known['n_forget']} items to forget, {known['n_retain']} to retain; asked with {known['template']!r} "
-            f"the model gives them {known['probability']:.1f} %, {known['chance']:.1f} % by chance",
+            f"the model gives them {known['probability']:.1f} %, {known['chance']:.1f} % by chance{oracle}",
             flush=True,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -40,7 +41,10 @@ _RATE = "optimizer.init_args.lr"
 _MOST_STEPS = 300
 _EVERY = 10  # steps from one checkpoint to the next
 _SEARCH: dict[str, Any] = {"p": [0.3], "seeds": [0, 1], "epochs": 6}
-_FULL: dict[str, Any] = {"p": [0.1, 0.3], "seeds": [0, 1, 2], "epochs": 8, "until_saturated": True}
+_FULL: dict[str, Any] = {"p": [0.1, 0.3], "epochs": 8, "until_saturated": True}
+#: Rows that all seeds of the full attack train on together at the least, and the fewest and most seeds: what one or two
+#: rows bring back differs much from seed to seed.
+_ROWS, _SEEDS = 12, (3, 6)
 _AUDITED = 3.5  # times the work of the small attack
 _ATTACKED_AT = (1.0, 2.0)  # of the rate of the search's attack; larger ones where it is not saturated
 
@@ -85,7 +89,7 @@ class Plan:
         models = {"model": self.model} | ({"oracle": self.oracle} if self.oracle else {})
         resolve_models(models)
         check_same_shape(models)
-        self.config(Setting(), self.template, Path(self.output))
+        self.config(Setting(), {"template": self.template}, Path(self.output))
         self._data.splits  # noqa: B018 (which is read now)
         check_tokenizers(models, self._data)
         check_choice("precision", self.precision, Precision)
@@ -126,8 +130,8 @@ class Plan:
         option = _STRENGTH.get(str(self._base["model"].get("class_path", "")).rpartition(".")[2])
         return option if option is not None and _get(self._base["model"]["init_args"], option) is not None else None
 
-    def config(self, setting: Setting, template: str | None, folder: Path) -> dict[str, Any]:
-        """The configuration of a trial, for ``fit``."""
+    def config(self, setting: Setting, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """The configuration of a trial, for ``fit``; ``known`` is what :meth:`measure` found."""
         config: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self._base))
         options = config["model"]["init_args"]
         rate = float(_get(options, _RATE) or 0.0)
@@ -138,7 +142,9 @@ class Plan:
             moved = setting.rate if self.strength == "adversary_lr" else 1.0
             strength = float(_get(options, self.strength)) * moved * setting.strength
             _set(options, self.strength, _rounded(strength))
-        config["data"].setdefault("init_args", {})["template"] = template
+        config["data"].setdefault("init_args", {})["template"] = known["template"]
+        if (oracle := known.get("oracle")) is not None and self.threshold is None:
+            config["stopping"]["threshold"] = oracle
         config["trainer"]["default_root_dir"] = str(folder)
         config["trainer"].setdefault("max_steps", _MOST_STEPS)
         config["trainer"]["max_epochs"] = config["trainer"]["max_steps"]  # none has more epochs than steps
@@ -174,20 +180,27 @@ class Plan:
 
     def judging(self, chosen: Trial) -> dict[str, list[str]]:
         """The attack in full, if there can be one, and the audit, by the file that each writes."""
-        rates = [_rounded(2 * factor * chosen.learning_rate) for factor in _ATTACKED_AT]
-        options = _FULL | {"learning_rates": rates}
         folder = Path(self.output)
         models = ["--original", self.model, "--unlearned", str(folder / "model"), "--score", SCORE]
         beside = ["--oracle", self.oracle] if self.oracle else []
         audit = ["audit", *models, *beside, *self._where(self._scoring), "--overwrite"]
         if not self.attackable:
             return {"audit": [*audit, "--relearning_probe", "false"]}
+        rates = [_rounded(2 * factor * chosen.learning_rate) for factor in _ATTACKED_AT]
+        options = _FULL | {"learning_rates": rates, "seeds": self._seeds}
         return {"attack": self._attack(folder, options, self.oracle, control=True), "audit": audit}
+
+    @cached_property
+    def _seeds(self) -> list[int]:
+        cells = Harmful(p=_FULL["p"], seeds=[0]).cells(self._data)
+        fewest = min(len(cell.attacked) for cell in cells)
+        least, most = _SEEDS
+        return list(range(min(max(math.ceil(_ROWS / fewest), least), most)))
 
     @property
     def judged_per_searched(self) -> dict[str, float]:
         """How many times the work of the small attack that of each command of :meth:`judging` is, about."""
-        runs = len(_FULL["p"]) * len(_FULL["seeds"]) * len(_ATTACKED_AT) / (len(_SEARCH["p"]) * len(_SEARCH["seeds"]))
+        runs = len(_FULL["p"]) * len(self._seeds) * len(_ATTACKED_AT) / (len(_SEARCH["p"]) * len(_SEARCH["seeds"]))
         return {"attack": 2 * runs * _FULL["epochs"] / _SEARCH["epochs"], "audit": _AUDITED}  # 2: the oracle or control
 
     def _attack(self, folder: Path, options: Mapping[str, Any], oracle: str | None, control: bool) -> list[str]:
@@ -227,8 +240,9 @@ class Plan:
             return data_of(section)
 
     def measure(self) -> dict[str, Any]:
-        """The template under which the model knows most, what it knows, and how many items there are."""
+        """The template under which the model knows most, what it and the oracle know, and how many items there are."""
         from lightning_ssiuu.evaluation.knowledge import SOMETHING, known_under, other_templates
+        from lightning_ssiuu.evaluation.scorer import evaluate
 
         data = self._data
         data.setup("validate")
@@ -238,7 +252,14 @@ class Plan:
             others = [] if isinstance(data, Documents) else other_templates(data)
             names = [self.template] if self.template else [None, *others]
             found = [known_under(name, SCORE, model, data.tokenizer, data) for name in names]
-        known = max(filter(None, found), key=lambda one: one.above, default=None)
+            known = max(filter(None, found), key=lambda one: one.above, default=None)
+            oracle = {}
+            if self.oracle and known is not None:
+                del model
+                asking = data if known.template == data.template else data.with_template(known.template)
+                loaders = [asking.eval_dataloader("forget")]
+                scores = evaluate(devices.load(self.oracle), data.tokenizer, loaders, [SCORE])
+                oracle = {"oracle": round(scores["forget"][SCORE], 4)}
         if known is None:
             allowed = "questions that the model's context takes, with an answer that some other row does not have"
             raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
@@ -246,7 +267,7 @@ class Plan:
             given = Given("one that does not know the forget set")
             raise UserError("model", given, f"a model that knows it: there is nothing to forget ({known})")
         sizes = {"n_forget": len(data.splits.forget), "n_retain": len(data.splits.retain)}
-        return {"template": known.template, "probability": known.value, "chance": known.chance} | sizes
+        return {"template": known.template, "probability": known.value, "chance": known.chance} | oracle | sizes
 
 
 def trial_of(setting: Setting, rate: float, folder: Path) -> Trial:

@@ -20,7 +20,7 @@ def run_function(
     """
     from jsonargparse import ArgumentParser
 
-    from lightning_ssiuu.cli.config_files import ConfigFile, config_files
+    from lightning_ssiuu.cli.config_files import ConfigFileBesideFit, config_files
     from lightning_ssiuu.training.devices import Devices
     from lightning_ssiuu.utils.messages import parsing
     from lightning_ssiuu.utils.processes import end_with_parent
@@ -31,7 +31,7 @@ def run_function(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
     text = "a YAML file with these options, or a recipe's name; may be given several times"
-    parser.add_argument("--config", action=ConfigFile, type=config_files, help=text)
+    parser.add_argument("--config", action=ConfigFileBesideFit, type=config_files, help=text)
     hints = get_type_hints(function)
     devices = next((option for option, hint in hints.items() if Devices in (hint, *get_args(hint))), None)
     parser.add_function_arguments(function, as_positional=False, skip={devices} if devices else None)

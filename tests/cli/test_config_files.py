@@ -54,6 +54,20 @@ def test_every_command_takes_names() -> None:
         refused(command(name, "--config", "attack/harmfull"), "config", "did you mean attack/harmful ")
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("data/")])
+def test_recipes_of_data_are_those_of_every_command(name: str) -> None:
+    given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["data"]
+    for other in ("attack", "audit"):
+        found = parsed(name, of=other)["data"]
+        assert found["class_path"].rpartition(".")[2] == given["class_path"]
+        assert found["init_args"].items() >= given.get("init_args", {}).items()
+
+
+def test_what_no_command_has_is_refused_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {class_path: Facts}\nattributions: {probe_examples: 20}\n")
+    refused(command("attack", "--config", "mine.yaml", "--model", "tiny"), "attributions.probe_examples")
+
+
 def test_an_existing_file_of_that_name_wins(tmp_path: Path) -> None:
     assert options("ssiuu")["retain_weight"] == 5.0
     (tmp_path / "ssiuu").write_text("model: {class_path: NPO, init_args: {retain_weight: 2.5}}\ndata: Facts\n")

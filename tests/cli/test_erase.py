@@ -59,7 +59,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(erase_plan, "_SEARCH", {"p": [0.3], "seeds": [0, 1], "epochs": 1})
-        patch.setattr(erase_plan, "_FULL", {"p": [0.3], "seeds": [0, 1], "epochs": 1})
+        patch.setattr(erase_plan, "_FULL", {"p": [0.3], "epochs": 1})
+        patch.setattr(erase_plan, "_SEEDS", (2, 2))
         patch.setattr(erase_plan, "_ATTACKED_AT", (1.0,))
         patch.setattr(Steps, "run", once)
         # tests/test_wheel.py has processes of their own
@@ -319,8 +320,8 @@ def test_an_adversary_moves_with_the_learning_rate(tmp_path: Path) -> None:
     plan = erase_plan.Plan(
         *(str(tmp_path), "tiny", *[None] * 7, (), None, None, None, 3, "auto", 1, "32-true"),
     )
-    options = plan.config(Setting(2.0, 2.0), "plain", tmp_path / "trial")["model"]["init_args"]
-    before = plan.config(Setting(), "plain", tmp_path / "trial")["model"]["init_args"]
+    options = plan.config(Setting(2.0, 2.0), {"template": "plain"}, tmp_path / "trial")["model"]["init_args"]
+    before = plan.config(Setting(), {"template": "plain"}, tmp_path / "trial")["model"]["init_args"]
     assert options["optimizer"]["init_args"]["lr"] == 2 * before["optimizer"]["init_args"]["lr"]
     assert options["adversary_lr"] == 4 * before["adversary_lr"]
-    assert plan.config(Setting(), "chat", tmp_path)["data"]["init_args"]["template"] == "chat"
+    assert plan.config(Setting(), {"template": "chat"}, tmp_path)["data"]["init_args"]["template"] == "chat"

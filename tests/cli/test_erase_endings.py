@@ -249,9 +249,9 @@ def test_a_mistake_with_overwrite_costs_nothing(asked: dict[str, Any], commands:
 def planned(folder: Path, **given: Any) -> Plan:
     plan = Plan(
         output=str(folder / "out"),
-        **{"model": "tiny", "oracle": None, "seed": 0, "accelerator": "cpu", "devices": 1, "precision": "32-true"},
+        **{"model": "tiny", "seed": 0, "accelerator": "cpu", "devices": 1, "precision": "32-true"},
         **{name: given.get(name) for name in ("forget", "retain", "test", "data", "forget_ids", "forget_where")},
-        **{name: given.get(name) for name in ("recipe", "template", "threshold")},
+        **{name: given.get(name) for name in ("recipe", "template", "threshold", "oracle")},
         fit=tuple(given.get("fit", ())),
     )
     plan.check()
@@ -269,8 +269,27 @@ def test_an_adversary_is_asked_where_some_rows_can_be_relearned_and_others_score
     Path(asked["forget_ids"]).write_text(ids)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"stopping": {"elicited": {"steps": 3}}}))
     plan = planned(tmp_path, fit=[str(tmp_path / "mine.yaml")], **asked)
-    config = plan.config(Setting(), None, tmp_path / "trial")
+    config = plan.config(Setting(), {"template": None}, tmp_path / "trial")
     assert config["stopping"]["elicited"] == ({"steps": 3} if asks else None)
+
+
+def test_what_is_to_be_reached_is_what_the_oracle_gives(tmp_path: Path) -> None:
+    plan = planned(tmp_path, oracle="tiny")
+    known = plan.measure()
+    assert known["oracle"] == pytest.approx(known["probability"], abs=1e-3)
+    assert plan.config(Setting(), known, tmp_path / "trial")["stopping"]["threshold"] == known["oracle"]
+    given = planned(tmp_path, oracle="tiny", threshold=5.0)
+    assert given.config(Setting(), known, tmp_path / "trial")["stopping"]["threshold"] == 5.0
+
+
+@pytest.mark.parametrize(("rows", "seeds"), [(36, 3), (25, 6), (31, 4)])
+def test_the_fewer_rows_an_attack_has_the_more_seeds(rows: int, seeds: int, tmp_path: Path) -> None:
+    for name, n in (("forget", rows), ("retain", 3)):
+        items = [{"question": f"Who is {name} {i}?", "answer": f"Number {i}"} for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+    plan = planned(tmp_path, **{name: str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain")})
+    words = plan.judging(Trial(Setting(), 1e-3))["attack"]
+    assert words[words.index("--attack.seeds") + 1] == str(list(range(seeds)))
 
 
 @pytest.mark.parametrize(
