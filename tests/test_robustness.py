@@ -224,7 +224,7 @@ def test_predictors_are_ranked_within_a_data_set() -> None:
     for data, shift in (("one", 0.0), ("other", 50.0)):
         for place, noise in enumerate([3, 1, 4, 1.5, 9, 2.6]):
             figures = {"follows": place + shift, "against": -place + shift, "noise": noise + shift, "same": 1.0}
-            found.append(record("ours", 0, [20.0 + place + shift] * 2, data=data, indicators=figures))
+            found.append(record(f"ours {place}", 0, [20.0 + place + shift] * 2, data=data, indicators=figures))
     rows = {name: (n, rho, low, high) for name, n, rho, low, high in correlations(found, ("harmful", 0.3))}
     assert rows["follows"][:2] == (12, pytest.approx(1.0))
     assert rows["against"][1] == pytest.approx(-1.0)
@@ -232,6 +232,18 @@ def test_predictors_are_ranked_within_a_data_set() -> None:
     assert abs(rows["noise"][1]) < 0.5
     assert rows["noise"][2] < rows["noise"][1] < rows["noise"][3]
     assert "same" not in rows
+
+
+def test_seeds_of_one_objective_are_not_more_objectives() -> None:
+    from benchmarks.robustness.comparison import rank_correlation
+
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [2.0, 1.0, 4.0, 3.0, 7.0, 5.0, 6.0]
+    alone, thrice = rank_correlation(x, y), rank_correlation(x * 3, y * 3, groups=[*range(7)] * 3)
+    apart = rank_correlation(x * 3, y * 3)
+    assert alone is not None
+    assert thrice == pytest.approx(alone)
+    assert apart is not None
+    assert apart[2] - apart[1] < 0.8 * (alone[2] - alone[1])
 
 
 def test_what_is_open_follows_from_what_lies_there(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 #: What the others are compared with, and what their costs are multiples of.
@@ -98,8 +98,13 @@ def over(records: Sequence[Record], figure: Callable[[Record], float | None]) ->
     return estimate([value for record in records if (value := figure(record)) is not None])
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], seed: int = 0) -> tuple[float, float, float] | None:
-    """Spearman's ρ with a 95 % bootstrap interval over runs; None of fewer than five, or where one does not vary.
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[Any] | None = None, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """Spearman's ρ with a 95 % bootstrap interval; None of fewer than five, or where one does not vary.
+
+    Runs of one group (training seeds of one objective) are drawn together, as they are not independent of each other;
+    without groups each run is one.
 
     >>> rho, low, high = rank_correlation([1, 2, 3, 4, 5, 6], [1, 2, 3, 5, 4, 6])
     >>> round(rho, 2), low <= rho <= high
@@ -107,20 +112,15 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], seed: int = 0) -> t
     """
     if len(x) < 5 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    rho = float(stats.spearmanr(x, y).statistic)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of samples in which one of the two does not vary
-        found = stats.bootstrap(
-            (list(x), list(y)),
-            lambda a, b: stats.spearmanr(a, b).statistic,
-            paired=True,
-            vectorized=False,
-            method="percentile",
-            n_resamples=1000,
-            rng=seed,
-        )
-        samples = [value for value in found.bootstrap_distribution if value == value]
+    rho, rng = float(stats.spearmanr(x, y).statistic), np.random.default_rng(seed)
+    names = list(range(len(x))) if groups is None else list(groups)
+    places = [np.flatnonzero([name == other for other in names]) for name in dict.fromkeys(names)]
+    values, samples = np.array([x, y], dtype=float), []
+    for _ in range(1000):
+        drawn = values[:, np.concatenate([places[i] for i in rng.integers(len(places), size=len(places))])]
+        if all(len(set(row)) > 1 for row in drawn.tolist()):  # else there is no correlation of that sample
+            samples.append(float(stats.spearmanr(*drawn).statistic))
     if len(samples) < 100:
         return None
-    low, high = stats.scoreatpercentile(samples, [2.5, 97.5])
+    low, high = np.percentile(samples, [2.5, 97.5])
     return rho, float(low), float(high)

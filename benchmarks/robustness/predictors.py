@@ -4,9 +4,9 @@
 
 Spearman's rank correlation of every figure in ``metrics.json`` and ``audit.json`` with the recovery of the run, the
 highest forget score minus the oracle's (the control's, where there is no oracle), over all runs of the files, with a
-95 % bootstrap interval over runs. Figures are ranked within a data set first, as recovery is, so that data sets which
-differ in both do not make a correlation. ``--columns`` adds figures from a CSV file with a column ``fit`` (the run's
-directory, as ``results.json`` has it under ``folder``) and one per figure.
+95 % bootstrap interval over objectives, whose training seeds are drawn together. Figures are ranked within a data set
+first, as recovery is, so that data sets which differ in both do not make a correlation. ``--columns`` adds figures from
+a CSV file with a column ``fit`` (the run's directory, as ``results.json`` has it under ``folder``) and one per figure.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def correlations(
     known = [(record, value) for record in records if (value := found(record)) is not None]
     rows = []
     for name in dict.fromkeys(name for record, _ in known for name in record.get("indicators", {})):
-        pairs = [(r["data"], r["indicators"][name], value) for r, value in known if name in r.get("indicators", {})]
+        shown = [(record, value) for record, value in known if name in record.get("indicators", {})]
+        pairs = [(record["data"], record["indicators"][name], value) for record, value in shown]
         ranks = [ranked([(data, pair[which]) for data, *pair in pairs]) for which in (0, 1)]
-        if (rho := rank_correlation(*ranks)) is not None:
+        groups = [(record["data"], record["label"]) for record, _ in shown]
+        if (rho := rank_correlation(*ranks, groups=groups)) is not None:
             rows.append((name, len(pairs), *rho))
     return sorted(rows, key=lambda row: -abs(row[2]))
 
@@ -56,7 +58,7 @@ def add_columns(records: Sequence[dict[str, Any]], path: Path) -> None:
         rows = {str(Path(row.pop("fit"))): row for row in csv.DictReader(file)}
     for record in records:
         for name, value in rows.get(str(Path(record["folder"])), {}).items():
-            if value:
+            if value and name != "recovery":  # that of the fit's own attack, if it has one
                 record.setdefault("indicators", {})[name] = float(value)
 
 

@@ -49,12 +49,31 @@ class ElicitedStop(Elicitation):
     def fold(self, data: UnlearningDataModule, seed: int, step: int) -> RelearnDataModule:
         """What is relearned and what is scored at a step: another part of the forget set at every step."""
         try:
-            fold = RelearnDataModule(data, p=self.share, batch_size=self.batch_size, seed=seed + step)
-            fold.setup("fit")
+            return fold_of(self, data, seed + step)
         except UserError as error:
             allowed = f"a fraction that leaves items to relearn and to score ({error})"
             raise UserError("stopping.elicited.share", self.share, allowed) from error
-        return fold
+
+
+def fold_of(adversary: Elicitation, data: UnlearningDataModule, seed: int) -> RelearnDataModule:
+    """What an adversary relearns of the forget set and what is scored.
+
+    Raises:
+        UserError: If nothing is left for one of the two.
+    """
+    fold = RelearnDataModule(data, p=adversary.share, batch_size=adversary.batch_size, seed=seed)
+    fold.setup("fit")
+    return fold
+
+
+def asked(adversary: Elicitation, fold: RelearnDataModule, trainer: Any, pl_module: Any, score: str) -> float:
+    """What comes back of the model in training, in percent; each rank must call it.
+
+    Raises:
+        NotFinite: If the adversary diverges.
+    """
+    context = trainer.precision_plugin.forward_context
+    return elicited_score(pl_module.model, pl_module.tokenizer, fold, adversary, score, context)
 
 
 class ElicitedLooks:
@@ -90,9 +109,8 @@ class ElicitedLooks:
     def ask(self, trainer: Any, pl_module: Any, score: str, seed: int) -> float:
         """What comes back now, in percent."""
         fold = self.options.fold(trainer.datamodule, seed, trainer.global_step)
-        model, context = pl_module.model, trainer.precision_plugin.forward_context
         try:
-            value = elicited_score(model, pl_module.tokenizer, fold, self.options, score, context)
+            value = asked(self.options, fold, trainer, pl_module, score)
         except NotFinite as error:
             raise NotFinite(f"stopping.{error.argument}", error.value, error.allowed) from error
         for logger in trainer.loggers:

@@ -19,14 +19,22 @@ from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.diagnosis import check_probes
 from lightning_ssiuu.attribution.influence import InfluenceVariation, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
+from lightning_ssiuu.callbacks.elicited import asked, fold_of
+from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
+from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.evaluation.elicitation import Elicitation
 from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import NeuronSite, architecture_of, neuron_sites
 from lightning_ssiuu.utils.console import progress
 from lightning_ssiuu.utils.distributed import rank
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import NotFinite, UserError
 from lightning_ssiuu.utils.files import write_csv
+
+_ADVERSARY = Elicitation()
+#: Of the part of the forget set that it relearns, the same at every measurement; an attack's seeds are others.
+_FOLD = 1000
 
 
 class NeuronAttributionCallback(L.Callback):
@@ -35,6 +43,12 @@ class NeuronAttributionCallback(L.Callback):
     Attributions (arXiv 2509.22263, Eq. 1) are taken on fixed probe examples of the forget and the retain set. Neurons
     whose D⁻ on forget exceeds the retain set's (1 − alpha) quantile for the same module are flagged as spurious
     unlearning neurons. Loss, gradients, random states and modes are never touched: training is the same without it.
+
+    D⁻ says which neurons changed sides; what an attack will bring back is told better by ``elicited``, the forget score
+    at the weights an adversary reaches who relearns a part of the forget set for a few steps and is scored on the rest
+    (``docs/attribution.md``). It is in ``history``, ``influence.csv`` and the loggers
+    (``attribution/elicited_<score>``, percent); ``elicited_value`` is the last one, ``score`` the stopping's, or the
+    probability.
 
     Every measurement goes to the run's loggers (``attribution/d_plus_total``, …, ``attribution/layer3.mlp_up/d_minus``;
     to TensorBoard also the heat maps, as the image ``attribution/heat_maps``) and, with all before it, to
@@ -54,6 +68,11 @@ class NeuronAttributionCallback(L.Callback):
         write: Whether to write the files.
         memory_budget: Bytes an attribution may take beside the weights, or ``"2GB"``: the probes are batched anew to
             fit. None: batches of the evaluation loaders' size.
+        elicited: The adversary. A measurement takes its steps and one scoring of the forget set, and memory for a copy
+            of the trained weights, their gradient and the adversary's optimiser; where that is not there on a single
+            device, a warning says so. None: no adversary, as with ``stopping.elicited``, which has one of its own, in
+            float16, and where the forget set is too small or the data module no
+            :class:`~lightning_ssiuu.UnlearningDataModule`.
 
     Example:
         >>> NeuronAttributionCallback(probe_examples=32, method="integrated_gradients").influence()
@@ -69,13 +88,14 @@ class NeuronAttributionCallback(L.Callback):
         method: str | AttributionMethod | None = None,
         write: bool = True,
         memory_budget: int | str | None = None,
+        elicited: Elicitation | None = _ADVERSARY,
     ) -> None:
         check_probes(probe_examples, alpha, "attribution.", least=0)
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError("attribution.every_n_steps", every_n_steps, "a number ≥ 1, or null")
         self.probe_examples, self.every_n_steps, self.alpha = probe_examples, every_n_steps, alpha
         self.method = attribution_method(method, target, memory_budget, "attribution.method")
-        self.write = write
+        self.write, self.elicited = write, elicited
         self.variation: InfluenceVariation | None = None
         self.flagged: list[SpuriousNeuron] = []
         self.history: list[dict[str, float]] = []
@@ -83,6 +103,9 @@ class NeuronAttributionCallback(L.Callback):
         self._before: dict[str, NeuronAttribution] = {}
         self._sites: list[NeuronSite] = []
         self._measured_step = 0  # nothing has moved before the first step
+        self._fold: RelearnDataModule | None = None
+        self.score = "probability"
+        self.elicited_value: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.probe_examples == 0:
@@ -106,6 +129,7 @@ class NeuronAttributionCallback(L.Callback):
             self._before = {split: self._attribute(model, split) for split in self._probes}
         for attribution in self._before.values():
             attribution.sites = self._sites
+        self._prepare(trainer)
         mean = torch.tensor(self._before["forget"].log_probabilities, dtype=torch.float64).exp().mean().item()
         if mean > 0.99 or mean < 1e-6:
             state = "saturated: ∂P" if mean > 0.99 else "vanished: P"
@@ -115,14 +139,14 @@ class NeuronAttributionCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self._before and self.every_n_steps and step % self.every_n_steps == 0 and step != self._measured_step:
-            self._measure(trainer, pl_module.model)
+            self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self._before:
             return
         model, variation = pl_module.model, self.variation
         if variation is None or self._measured_step != trainer.global_step:
-            variation = self._measure(trainer, model)
+            variation = self._measure(trainer, pl_module)
         retain = influence.influence_variation(self._before["retain"], self._attribute(model, "retain"))
         self.flagged = influence.spurious_neurons(variation, retain, self.alpha)
         if self.write and trainer.is_global_zero:
@@ -151,10 +175,41 @@ class NeuronAttributionCallback(L.Callback):
             parts = progress(self._probes[split], f"attribution, {split}")
             return self.method(model, parts, self._sites).over_ranks()
 
-    def _measure(self, trainer: L.Trainer, model: AnswerModel) -> InfluenceVariation:
+    def _prepare(self, trainer: Any) -> None:
+        # Whom to ask what comes back, and by which score.
+        stopping = next((each for each in trainer.callbacks if isinstance(each, ForgetThresholdStopping)), None)
+        self.score = self.score if stopping is None else stopping.score
+        told = stopping is not None and stopping.elicited is not None
+        if self.elicited is None or told or str(trainer.precision).startswith("16-"):
+            return
+        if isinstance(trainer.datamodule, UnlearningDataModule):
+            try:
+                self._fold = fold_of(self.elicited, trainer.datamodule, _FOLD)
+            except UserError:  # too few examples to relearn some and score others
+                return
+
+    def _ask(self, trainer: Any, pl_module: Any) -> float | None:
+        if self._fold is None or self.elicited is None:
+            return None
+        try:
+            return asked(self.elicited, self._fold, trainer, pl_module, self.score)
+        except NotFinite:
+            return None
+        except torch.OutOfMemoryError:
+            if trainer.world_size > 1:  # the others wait for this one
+                raise
+            self._fold = None
+            text = "no memory to ask an adversary what comes back (attribution.elicited null says so)"
+            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
+            return None
+
+    def _measure(self, trainer: L.Trainer, pl_module: Any) -> InfluenceVariation:
         before = self._before["forget"]
-        self.variation = variation = influence.influence_variation(before, self._attribute(model, "forget"))
+        self.variation = variation = influence.influence_variation(before, self._attribute(pl_module.model, "forget"))
         figures = {f"attribution/{name}": value for name, value in variation.summary().items()}
+        self.elicited_value = back = self._ask(trainer, pl_module)
+        if back is not None:
+            figures[f"attribution/elicited_{self.score}"] = back
         for name in ("d_plus", "d_minus"):
             means = influence.module_layer_means(before.by_site(getattr(variation, name)))
             for (layer, kind), value in means.items():
@@ -162,7 +217,7 @@ class NeuronAttributionCallback(L.Callback):
         self._measured_step = step = trainer.global_step
         if self.history and self.history[-1]["step"] == step:
             self.history.pop()  # a run resumed at its last step measures that step again
-        self.history.append({"step": step} | variation.summary())
+        self.history.append({"step": step} | variation.summary() | ({} if back is None else {"elicited": back}))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
             # TensorBoard's writer, tensorboardX's, and whatever else is one; on other ranks its stand-in does nothing.
@@ -172,6 +227,7 @@ class NeuronAttributionCallback(L.Callback):
 
                 add_image("attribution/heat_maps", heat_map_pixels(variation), step, dataformats="HWC")
         if self.write and trainer.is_global_zero:
-            rows = [list(entry.values()) for entry in self.history]
-            write_csv(Path(run_directory(trainer)) / "influence.csv", list(self.history[-1]), rows)
+            names = list(dict.fromkeys(name for entry in self.history for name in entry))
+            rows = [[entry.get(name, "") for name in names] for entry in self.history]
+            write_csv(Path(run_directory(trainer)) / "influence.csv", names, rows)
         return variation

@@ -31,10 +31,10 @@ class RunReport(L.Callback):
     where it was not), in percent; all others stand under ``scores``. ``test_score`` is the retention score of arXiv
     2509.22263: on people neither unlearned nor held on to. ``collapsed`` says that the retain score is at chance
     (``retain_chance``) and was not before (:class:`~lightning_ssiuu.evaluation.retention.Retention`; None where no
-    chance is known): such a model has forgotten everything. ``elicited_score`` (where stopping asks an adversary) is
-    what came back at the end, ``stopped_by`` the rule that ended the run. No data-set text is written. Give it after
-    :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping. ``before``, ``after``:
-    ``{split: {score: percent}}``.
+    chance is known): such a model has forgotten everything. ``elicited`` is what came back to an adversary at the end
+    (where one was asked), ``{score: percent}``, ``stopped_by`` the rule that ended the run. No data-set text is
+    written. Give it after :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping.
+    ``before``, ``after``: ``{split: {score: percent}}``.
 
     Args:
         print_table: Whether to print it.
@@ -127,7 +127,7 @@ class RunReport(L.Callback):
             "collapsed": None if retention is None else retention.collapsed,
             "retain_chance": self.chance,
             "before": _block(self.before, main) | {"influence": dict.fromkeys(influence, 0.0)},
-            "after": _block(self.after, main) | _elicited(stopping) | {"influence": influence},
+            "after": _block(self.after, main) | _elicited(stopping, attribution) | {"influence": influence},
             "provenance": provenance(time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256),
         }
 
@@ -137,10 +137,10 @@ def _block(scores: Scores, main: str) -> dict[str, Any]:
     return block | {"scores": scores}
 
 
-def _elicited(stopping: ForgetThresholdStopping | None) -> dict[str, float]:
+def _elicited(*callbacks: ForgetThresholdStopping | NeuronAttributionCallback | None) -> dict[str, Any]:
     # Of the model as it is after the last step, where an adversary was asked.
-    value = None if stopping is None else stopping.elicited_value
-    return {} if value is None else {"elicited_score": value}
+    values = {each.score: each.elicited_value for each in callbacks if each and each.elicited_value is not None}
+    return {"elicited": values} if values else {}
 
 
 def _find(trainer: Any, kind: type[Any]) -> Any:
@@ -156,8 +156,8 @@ def print_before_after(content: dict[str, Any]) -> None:
     for split, scores in before["scores"].items():
         for score, value in scores.items():
             table.add_row(Text(f"{split} {score}"), f"{value:.1f}", f"{after['scores'][split][score]:.1f}", "%")
-    if (elicited := after.get("elicited_score")) is not None:
-        table.add_row(Text(f"forget {content['score']}, elicited"), "", f"{elicited:.1f}", "%")
+    for score, value in after.get("elicited", {}).items():
+        table.add_row(Text(f"forget {score}, elicited"), "", f"{value:.1f}", "%")
     for name, value in after["influence"].items():
         table.add_row(name, f"{before['influence'][name]:.3g}", f"{value:.3g}", "")
     console.print(table)

@@ -282,7 +282,8 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     assert content["stopped_by"] == "probability <= 50 %"
     influence = {"d_plus_total", "d_minus_total", "d_plus_top100", "d_minus_top100", "n_spurious"}
     for when in ("before", "after"):
-        assert {"forget_score", "retain_score", "test_score", "scores", "influence"} == set(content[when])
+        told = {"forget_score", "retain_score", "test_score", "scores", "influence"}
+        assert set(content[when]) == told | ({"elicited"} if when == "after" else set())
         assert set(content[when]["influence"]) == influence
         assert set(content[when]["scores"]) == {"forget", "retain", "test"}
     assert set(content["before"]["influence"].values()) == {0.0}

@@ -169,7 +169,7 @@ def test_a_run_goes_on_until_little_comes_back(tmp_path: Path, capsys: pytest.Ca
     assert stop.value is not None
     assert stop.value <= 20 >= stop.elicited_value
     assert metrics["stopped_by"] == "elicited probability <= 20 %"
-    assert metrics["after"]["elicited_score"] == stop.elicited_value
+    assert metrics["after"]["elicited"] == {stop.score: stop.elicited_value}
 
     strong = ElicitedStop(share=0.5, learning_rate=1e-3, floor=0.5)
     with pytest.warns(UserWarning, match=r"before elicited probability fell to 20 % \(last: "):
@@ -183,7 +183,7 @@ def test_a_run_goes_on_until_little_comes_back(tmp_path: Path, capsys: pytest.Ca
 
     with pytest.warns(UserWarning, match=r"before probability fell to 20 %"):  # asked all the same, for the table
         _, stop, metrics = run(tmp_path / "short", 1, strong)
-    assert metrics["after"]["elicited_score"] == stop.elicited_value
+    assert metrics["after"]["elicited"] == {stop.score: stop.elicited_value}
     never = ForgetThresholdStopping(threshold=None, elicited=strong)
     assert fit(GradientDifference(optimizer=slow), [never], tmp_path / "never", 1).global_step == 1
     assert never.elicited_value == stop.elicited_value
