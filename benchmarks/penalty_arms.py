@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_ssiuu import Muon
+from lightning_ssiuu import DualMask, Muon
+from lightning_ssiuu.regularizers import AttributionRegularizer
+
+Which = Literal["negative", "positive", "all", "random half"]
+
+
+class Controlled(AttributionRegularizer):
+    """The penalty on other attributions than negative ones: what of its effect is SSIUU's?"""
+
+    def __init__(self, which: Which, **options: Any) -> None:
+        super().__init__(**options)
+        self.which, self.generator = which, torch.Generator().manual_seed(0)
+
+    def _penalised(self, attribution: Tensor) -> Tensor:
+        if self.which == "positive":
+            return torch.gt(attribution, 0).to(attribution.dtype)
+        if self.which == "all":
+            return torch.ones_like(attribution)
+        return torch.randint(2, attribution.shape, generator=self.generator).to(attribution.dtype)
 
 
 def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -43,11 +61,23 @@ class Arm:
     data: dict[str, Any] = field(default_factory=dict)
     level: float | None = None  # of the forget probability; None: --level
     mask: bool = False  # DualMask without Fisher information instead of a penalty
+    which: Which = "negative"
+    slower: float = 1.0  # by which the learning rate is divided
 
     @property
     def control(self) -> Arm:
         """Gradient difference under the same conditions."""
         return Arm(self.optimizer, None, self.data, self.level)
+
+    @property
+    def regularizer(self) -> Any:
+        """A new one of it, or None."""
+        if self.mask:
+            return DualMask(alpha=0.0, beta=20.0)
+        if self.penalty is None:
+            return None
+        options = {"weight_mode": "relative", "target": "length_normalised", **self.penalty}
+        return AttributionRegularizer(**options) if self.which == "negative" else Controlled(self.which, **options)
 
     def __str__(self) -> str:
         what = "gradient difference"
@@ -58,6 +88,8 @@ class Arm:
         what = "mask instead of penalty" if self.mask else what
         extra = [f"{key} {value}" for key, value in self.data.items()]
         extra += [f"level {self.level:g}"] if self.level is not None else []
+        extra += [self.which] if self.which != "negative" else []
+        extra += [f"rate / {self.slower:g}"] if self.slower != 1 else []
         return ", ".join([self.optimizer, what, *extra])
 
 
@@ -87,6 +119,12 @@ ARMS: dict[str, list[Arm]] = {
     "h": [Arm(penalty=p, level=2.0) for p in (penalised(), penalised(**EXACT))],
     "e": [Arm(penalty=penalised(anchor_batch="same", **o)) for o in ({}, EXACT)],
     "j": [Arm(mask=True), *(Arm(penalty=penalised(**o), data=WHOLE) for o in ({}, EXACT))],
+    "k": [
+        *(Arm(penalty=penalised(**EXACT), data=WHOLE, which=w) for w in ("positive", "random half", "all")),
+        Arm(data=WHOLE, slower=2.0),
+        *(Arm(penalty=penalised(weight=w, **EXACT), data=WHOLE) for w in (0.3, 3.0)),
+        Arm(penalty=penalised(weight=10.0), data=WHOLE),
+    ],
 }
 #: Of gradient difference, the recipe's rule and the exact one: stronger and weaker attacks (g), other scores (f).
 COMPARED = [Arm(), Arm(penalty=penalised()), Arm(penalty=penalised(**EXACT))]

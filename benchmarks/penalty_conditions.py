@@ -7,7 +7,8 @@
 Every run is stopped by the forget probability, looked at after every step, and then set, between the weights before and
 after the last one, to exactly ``--level`` percent: what is compared has forgotten equally. Each is then attacked
 (``recipes/attack/harmful.yaml`` without its smallest rate and scored after every other epoch, by probability on the
-disjoint remainder; the highest score over rates and epochs, mean over attack seeds). Finished runs in ``--output`` are
+disjoint remainder; the highest score over rates and epochs, mean over attack seeds); runs that did not come down to the
+level in ``--max_steps`` are counted and not compared. Finished runs in ``--output`` are
 kept, so a command that was ended goes on; ``--budget`` begins no run after so many minutes. The differences to gradient
 difference with the same optimiser and data are paired by training seed, with the 95 % interval of Student's t.
 ``--per_step`` trains nothing but a few steps of gradient difference, and prints what the penalty's gradients, to first
@@ -28,12 +29,12 @@ from typing import Any
 import lightning as L
 import torch
 from penalty_arms import ARMS, COMPARED, OPTIMIZERS, Arm, orthogonal
-from penalty_tables import place_of, report
+from penalty_tables import place_of, reached, report
 from robustness.matching import met
 from timing import markdown
 from torch import Tensor
 
-from lightning_ssiuu import CustomData, DualMask, Facts, GradientDifference, Harmful
+from lightning_ssiuu import CustomData, Facts, GradientDifference, Harmful
 from lightning_ssiuu.attacks.base import Target
 from lightning_ssiuu.callbacks import UpdateSigns
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
@@ -91,7 +92,7 @@ def objective_of(options: argparse.Namespace, arm: Arm, regularizer: Regularizer
     make, given, factor, _ = OPTIMIZERS[arm.optimizer]
     return GradientDifference(
         checkpoint=options.checkpoint,
-        optimizer=lambda parameters: make(parameters, lr=options.rate * factor, **given),
+        optimizer=lambda parameters: make(parameters, lr=options.rate * factor / arm.slower, **given),
         retain_weight=options.retain_weight,
         regularizer=regularizer,
     )
@@ -116,11 +117,7 @@ def trained(
 
 def fit(options: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> None:
     """Unlearn once and save."""
-    penalty: Any = None
-    if arm.penalty is not None:
-        penalty = AttributionRegularizer(**{"weight_mode": "relative", "target": "length_normalised", **arm.penalty})
-    if arm.mask:
-        penalty = DualMask(alpha=0.0, beta=20.0)
+    penalty = arm.regularizer
     matched, begin = Matched(options.level if arm.level is None else arm.level), time.process_time()
     signs = [UpdateSigns(options.signs)] if penalty is not None else []
     module, data = trained(options, arm, seed, penalty, [matched, *signs], options.max_steps)
@@ -222,7 +219,8 @@ def run_all(options: argparse.Namespace) -> None:
             folder = place_of(options, arm, seed)
             if not (folder / "fit.json").is_file():
                 fit(options, arm, seed, folder)
-            attack(options, arm, seed, folder, "attack", "probability")
+            if reached(folder):
+                attack(options, arm, seed, folder, "attack", "probability")
             print(arm, seed, flush=True)
     others: dict[str, tuple[str, str, dict[str, Any]]] = {
         "g": ("wide", "probability", {"learning_rates": options.wide_rates}),
@@ -231,7 +229,7 @@ def run_all(options: argparse.Namespace) -> None:
     for name, score, more in (others[letter] for letter in options.only if letter in others):
         for arm, seed in product(COMPARED, options.seeds):
             folder = place_of(options, arm, seed)
-            if (folder / "fit.json").is_file() and time.monotonic() < end:
+            if (folder / "fit.json").is_file() and reached(folder) and time.monotonic() < end:
                 attack(options, arm, seed, folder, name, score, **more)
 
 

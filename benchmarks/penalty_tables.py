@@ -39,9 +39,16 @@ def place_of(options: argparse.Namespace, arm: Arm, seed: int) -> Path:
     return options.output / str(arm).replace(", ", "_").replace(" ", "-") / str(seed)
 
 
+def reached(folder: Path) -> bool:
+    """Whether a finished run came down to the level."""
+    return json.loads((folder / "fit.json").read_text())["passed"] is not None
+
+
 def read(options: argparse.Namespace, arm: Arm, name: str) -> dict[int, Any]:
-    """What there is of an arm, by training seed."""
-    files = {seed: place_of(options, arm, seed) / f"{name}.json" for seed in options.seeds}
+    """What there is of an arm's runs that came down to the level, by training seed."""
+    folders = {seed: place_of(options, arm, seed) for seed in options.seeds}
+    done = {seed: folder for seed, folder in folders.items() if (folder / "fit.json").is_file() and reached(folder)}
+    files = {seed: folder / f"{name}.json" for seed, folder in done.items()}
     return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.is_file()}
 
 
@@ -49,9 +56,10 @@ def row_of(options: argparse.Namespace, arm: Arm) -> list[str]:
     """A line of the table of runs."""
     fits, attacks, base = (read(options, *which) for which in ((arm, "fit"), (arm, "attack"), (arm.control, "attack")))
     seeds = sorted(fits.keys() & attacks.keys())
+    n_runs = sum((place_of(options, arm, seed) / "fit.json").is_file() for seed in options.seeds)
     if not seeds:
-        return []
-    cells = [str(arm), str(len(seeds)), spread([fits[s]["steps"] for s in seeds])]
+        return [str(arm), f"0 of {n_runs}", *[""] * (len(HEADER) - 2)] if n_runs else []
+    cells = [str(arm), f"{len(seeds)} of {n_runs}", spread([fits[s]["steps"] for s in seeds])]
     for split in ("retain", "test"):
         values = [fits[s]["scores"].get(split) for s in seeds]
         cells.append(spread(values) if None not in values else "")
@@ -69,7 +77,7 @@ def row_of(options: argparse.Namespace, arm: Arm) -> list[str]:
 
 HEADER = [
     "run",
-    "seeds",
+    "came down",
     "steps",
     "retain",
     "test",

@@ -214,8 +214,7 @@ class AttributionRegularizer(AttributionPenalty):
         keeps = not same and (first or self.anchor == "previous")
         for g, held, weights, along in blocks(gradients, kept, [local(p.detach()) for p in parameters], directions):
             attribution = torch._foreach_mul(g, [wide(w) for w in weights])
-            # As numbers: a CPU is slow with booleans.
-            inside = [torch.lt(a, 0, out=torch.empty_like(a)) for a in attribution]
+            inside = [self._penalised(a) for a in attribution]
             # float32 counts to 2^24
             negative += sum(int(m.sum(dtype=torch.float64 if m.numel() > 1 << 24 else None)) for m in inside)
             if not first:
@@ -245,6 +244,10 @@ class AttributionRegularizer(AttributionPenalty):
             figures |= self.add(model, parameters, gradients, scale + top + math.log(2), squares)
         self._n_steps += 1
         return figures
+
+    def _penalised(self, attribution: Tensor) -> Tensor:
+        """1 where there is a penalty, else 0; as numbers, because a CPU is slow with booleans."""
+        return torch.lt(attribution, 0, out=torch.empty_like(attribution))
 
     def _taken(self, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], float]:
         """This step's g / e^scale over all ranks, and the scale; a new step then begins."""
