@@ -101,6 +101,8 @@ def objectives(names: Sequence[str], model: str) -> list[Objective]:
         if (first := entry.get("before")) is not None:
             before = Before(_paths(first.get("recipes", ["fine_tuning"])), first.get("options", {}))
         if "like" in entry:
+            if own_keys := _KEYS.intersection(entry) - {"like", "options", "before"}:
+                raise SystemExit(f"{TABLE.name}: {name}: got {min(own_keys)} beside like, allowed: options and before")
             (other,) = objectives([entry["like"]], model)
             found.append(replace(other, name=name, options=other.options | options, before=before or other.before))
             continue
