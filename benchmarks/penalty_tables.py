@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -95,6 +96,23 @@ def runs_table(options: argparse.Namespace, arms: Sequence[Arm]) -> list[list[st
     return [row for arm in shown.values() if (row := row_of(options, arm))]
 
 
+def controls_table(options: argparse.Namespace) -> list[list[str]]:
+    """The penalty on negative attributions less those on others, paired by training seed."""
+    rows = []
+    for arm in (arm for arm in ARMS["k"] if arm.which != "negative"):
+        cells, both = [arm.which], [replace(arm, which="negative"), arm]
+        attacks, fits = ([read(options, each, name) for each in both] for name in ("attack", "fit"))
+        seeds = sorted(attacks[0].keys() & attacks[1].keys())
+        for p in (0.1, 0.3):
+            ours, theirs = ([recovered(found[s]["curves"], p) for s in seeds] for found in attacks)
+            cells.append(interval([a - b for a, b in zip(ours, theirs, strict=True)]))
+        for split in ("retain", "test"):
+            ours, theirs = ([found[s]["scores"].get(split, math.nan) for s in seeds] for found in fits)
+            cells.append(interval([a - b for a, b in zip(ours, theirs, strict=True)]))
+        rows += [cells] if seeds else []
+    return rows
+
+
 def attacks_table(options: argparse.Namespace, name: str, rates: Sequence[float]) -> list[list[str]]:
     """Lines of another attack on what is compared, up to each of these rates."""
     rows = []
@@ -117,6 +135,7 @@ def report(options: argparse.Namespace) -> None:
     first, rates = ["run", "p", "seeds"], sorted(options.wide_rates)
     parts["g"] = [*first, *(f"rates up to {rate:g}" for rate in rates)], attacks_table(options, "wide", rates)
     parts["f"] = [*first, "multiple choice"], attacks_table(options, "choice", [math.inf])
+    parts["negative attributions less others"] = ["others", "p 0.1", "p 0.3", "retain", "test"], controls_table(options)
     text = "\n\n".join(f"### {letter}\n\n{markdown(*part)}" for letter, part in parts.items() if part[1])
     (options.output / "report.md").write_text(text + "\n", encoding="utf-8")
     print(text)
