@@ -49,7 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries hold for ever is not looked through again whenever garbage is collected."""
+    """The default adversary takes one step; what the libraries hold for ever is no garbage to be looked through.
+
+    (Most runs are not about what an adversary brings back; those that are have one of their own.)
+    """
+    from lightning_ssiuu.callbacks import neuron_attribution
+
+    neuron_attribution._ADVERSARY.steps = 1
     gc.collect()
     gc.freeze()
 

@@ -1,7 +1,7 @@
 """Callbacks: watch attribution, stop at the threshold, keep checkpoints, save, report."""
 
 from lightning_ssiuu.callbacks.checkpoints import KeepCheckpoints
-from lightning_ssiuu.callbacks.elicited import ElicitedStop
+from lightning_ssiuu.callbacks.elicited import ElicitedLook, ElicitedStop
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallback
 from lightning_ssiuu.callbacks.run_report import RunReport
@@ -9,6 +9,7 @@ from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
 from lightning_ssiuu.callbacks.update_signs import UpdateSigns
 
 __all__ = [
+    "ElicitedLook",
     "ElicitedStop",
     "ForgetThresholdStopping",
     "KeepCheckpoints",

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.evaluation.elicitation import Elicitation, elicited_score
-from lightning_ssiuu.utils.errors import NotFinite, UserError, check_at_least
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 Ending = Literal["threshold", "elicited", "floor"]
+
+
+@dataclass
+class ElicitedLook(Elicitation):
+    """The adversary of :class:`NeuronAttributionCallback`.
+
+    Example:
+        >>> ElicitedLook(steps=3).share
+        0.3
+    """
+
+    section: ClassVar[str] = "attribution.elicited"
 
 
 @dataclass
@@ -36,15 +48,14 @@ class ElicitedStop(Elicitation):
     looks: int = 1
     floor: float | None = None
 
+    section: ClassVar[str] = "stopping.elicited"
+
     def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-            check_at_least("elicited.every_n_steps", self.every_n_steps, 1)
-            check_at_least("elicited.looks", self.looks, 1)
-            if self.floor is not None and not 0 <= self.floor <= 1:
-                raise UserError("elicited.floor", self.floor, "a share of the level in [0, 1], or null")
-        except UserError as error:
-            raise UserError(f"stopping.{error.argument}", error.value, error.allowed) from None
+        super().__post_init__()
+        check_at_least(f"{self.section}.every_n_steps", self.every_n_steps, 1)
+        check_at_least(f"{self.section}.looks", self.looks, 1)
+        if self.floor is not None and not 0 <= self.floor <= 1:
+            raise UserError(f"{self.section}.floor", self.floor, "a share of the level in [0, 1], or null")
 
     def fold(self, data: UnlearningDataModule, seed: int, step: int) -> RelearnDataModule:
         """What is relearned and what is scored at a step: another part of the forget set at every step."""
@@ -109,10 +120,7 @@ class ElicitedLooks:
     def ask(self, trainer: Any, pl_module: Any, score: str, seed: int) -> float:
         """What comes back now, in percent."""
         fold = self.options.fold(trainer.datamodule, seed, trainer.global_step)
-        try:
-            value = asked(self.options, fold, trainer, pl_module, score)
-        except NotFinite as error:
-            raise NotFinite(f"stopping.{error.argument}", error.value, error.allowed) from error
+        value = asked(self.options, fold, trainer, pl_module, score)
         for logger in trainer.loggers:
             logger.log_metrics({f"stopping/elicited_{score}": value}, step=trainer.global_step)
         return value

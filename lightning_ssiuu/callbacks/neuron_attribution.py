@@ -19,10 +19,9 @@ from lightning_ssiuu.attribution.aggregation import NeuronAttribution
 from lightning_ssiuu.attribution.diagnosis import check_probes
 from lightning_ssiuu.attribution.influence import InfluenceVariation, SpuriousNeuron
 from lightning_ssiuu.attribution.methods import attribution_method
-from lightning_ssiuu.callbacks.elicited import asked, fold_of
+from lightning_ssiuu.callbacks.elicited import ElicitedLook, asked, fold_of
 from lightning_ssiuu.callbacks.forget_threshold import ForgetThresholdStopping
 from lightning_ssiuu.datamodules import RelearnDataModule, UnlearningDataModule
-from lightning_ssiuu.evaluation.elicitation import Elicitation
 from lightning_ssiuu.evaluation.loaders import first_parts, run_directory, split_loader
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Target
@@ -32,7 +31,7 @@ from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import NotFinite, UserError
 from lightning_ssiuu.utils.files import write_csv
 
-_ADVERSARY = Elicitation()
+_ADVERSARY = ElicitedLook()
 #: Of the part of the forget set that it relearns, the same at every measurement; an attack's seeds are others.
 _FOLD = 1000
 
@@ -68,11 +67,11 @@ class NeuronAttributionCallback(L.Callback):
         write: Whether to write the files.
         memory_budget: Bytes an attribution may take beside the weights, or ``"2GB"``: the probes are batched anew to
             fit. None: batches of the evaluation loaders' size.
-        elicited: The adversary. A measurement takes its steps and one scoring of the forget set, and memory for a copy
-            of the trained weights, their gradient and the adversary's optimiser; where that is not there on a single
-            device, a warning says so. None: no adversary, as with ``stopping.elicited``, which has one of its own, in
-            float16, and where the forget set is too small or the data module no
-            :class:`~lightning_ssiuu.UnlearningDataModule`.
+        elicited: The adversary (:class:`ElicitedLook`). A measurement takes its steps and one scoring of the forget
+            set, and memory for a copy of the trained weights, their gradient and the adversary's optimiser; where that
+            is not there on a single device, or the adversary diverges, a warning says so. None: no adversary, as with
+            ``stopping.elicited``, which has one of its own, in float16, and where the forget set is too small or the
+            data module no :class:`~lightning_ssiuu.UnlearningDataModule`.
 
     Example:
         >>> NeuronAttributionCallback(probe_examples=32, method="integrated_gradients").influence()
@@ -88,7 +87,7 @@ class NeuronAttributionCallback(L.Callback):
         method: str | AttributionMethod | None = None,
         write: bool = True,
         memory_budget: int | str | None = None,
-        elicited: Elicitation | None = _ADVERSARY,
+        elicited: ElicitedLook | None = _ADVERSARY,
     ) -> None:
         check_probes(probe_examples, alpha, "attribution.", least=0)
         if every_n_steps is not None and every_n_steps < 1:
@@ -193,15 +192,17 @@ class NeuronAttributionCallback(L.Callback):
             return None
         try:
             return asked(self.elicited, self._fold, trainer, pl_module, self.score)
-        except NotFinite:
-            return None
+        except NotFinite as error:
+            self._give_up(f"the adversary diverges: {error}")
         except torch.OutOfMemoryError:
             if trainer.world_size > 1:  # the others wait for this one
                 raise
-            self._fold = None
-            text = "no memory to ask an adversary what comes back (attribution.elicited null says so)"
-            warnings.warn(f"NeuronAttributionCallback: {text}", stacklevel=2)
-            return None
+            self._give_up("no memory to ask an adversary what comes back (attribution.elicited null says so)")
+        return None
+
+    def _give_up(self, why: str) -> None:
+        self._fold = None
+        warnings.warn(f"NeuronAttributionCallback: {why}", stacklevel=3)
 
     def _measure(self, trainer: L.Trainer, pl_module: Any) -> InfluenceVariation:
         before = self._before["forget"]

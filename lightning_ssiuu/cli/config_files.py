@@ -15,8 +15,9 @@ from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.reading import load_yaml
 
 _KEY = "config"
-#: Sections of ``fit`` that a recipe of data may have and no other command does.
-_OF_FIT = ("attribution", "stopping", "saving", "report", "checkpoints", "trainer")
+#: Sections and options of ``fit`` that no other command has.
+_OF_FIT = ("attribution", "stopping", "saving", "report", "checkpoints", "trainer", "optimizer", "lr_scheduler")
+_OF_RUNS = ("seed_everything", "ckpt_path", "weights_only", "estimate_memory")
 
 
 class ConfigFile(ActionConfigFile):
@@ -35,13 +36,16 @@ class ConfigFileBesideFit(ConfigFile):
         content = _content(Path(value).expanduser()) if isinstance(value, str) else None
         if isinstance(content, dict):
             own = {name: part for name, part in content.items() if not _of_a_run(name, part)}
+            if "trainer" in content:  # what a run may replace, another command may not
+                own.pop("overwrite", None)
             value = value if own == content else yaml.safe_dump(own)
         ConfigFile.apply_config(parser, cfg, dest, value)
 
 
-def _of_a_run(name: str, section: Any) -> bool:
+def _of_a_run(name: str, part: Any) -> bool:
     # What these commands call a model is its name.
-    return isinstance(section, Mapping) and (name in _OF_FIT or name == "model")
+    section = isinstance(part, Mapping)
+    return name in _OF_RUNS or (name in _OF_FIT and (section or part is None)) or (name == "model" and section)
 
 
 def config_files(value: Any) -> Any:

@@ -21,8 +21,12 @@ from lightning_ssiuu.datamodules.deletion import check_sources
 from lightning_ssiuu.datamodules.documents import SUFFIXES
 from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.evaluation.chance import Level
+from lightning_ssiuu.evaluation.knowledge import Known
 from lightning_ssiuu.evaluation.results import check_metrics, read_result
+from lightning_ssiuu.evaluation.retention import LEAST_KNOWN, Retention
 from lightning_ssiuu.evaluation.runs import check_tokenizers, data_of, resolve_models
+from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import check_same_shape
 from lightning_ssiuu.training.devices import Devices, Precision
 from lightning_ssiuu.utils.errors import Given, UserError, check_choice
@@ -108,16 +112,30 @@ class Plan:
             sizes = merged.get("data", {}).get("init_args", {})
             kept = {name: sizes[name] for name in ("batch_size", "retain_batch_size") if name in sizes}
             merged["data"] = {"class_path": _data_class(given), "init_args": kept}
-        for name in self.fit:
-            _read(merged, "fit", name)
+        _merge(merged, self._own)
         _merge(merged, {"data": {"init_args": given or {}}, "model": {"init_args": {"checkpoint": self.model}}})
         merged["seed_everything"] = self.seed
         stopping: dict[str, Any] = {"score": SCORE}
-        if self.threshold is not None or self.model != "tiny" or self._data_section() is not None:
-            stopping["threshold"] = "chance" if self.threshold is None else self.threshold
+        if self.threshold is not None:
+            stopping["threshold"] = self.threshold
+        elif not self._has_threshold and (self.model != "tiny" or self._data_section() is not None):
+            stopping["threshold"] = "chance"
         trainer = {"accelerator": self.accelerator, "devices": self.devices, "precision": self.precision}
         _merge(merged, {"stopping": stopping, "trainer": trainer, "checkpoints": {"every_n_steps": _EVERY}})
         return merged
+
+    @cached_property
+    def _own(self) -> dict[str, Any]:
+        # What --fit has.
+        own: dict[str, Any] = {}
+        for name in self.fit:
+            _read(own, "fit", name)
+        return own
+
+    @property
+    def _has_threshold(self) -> bool:
+        stopping = self._own.get("stopping")
+        return isinstance(stopping, dict) and "threshold" in stopping
 
     def _data_section(self) -> dict[str, Any] | None:
         given = {"forget": self.forget, "retain": self.retain, "test": self.test, "data": self.data}
@@ -143,7 +161,7 @@ class Plan:
             strength = float(_get(options, self.strength)) * moved * setting.strength
             _set(options, self.strength, _rounded(strength))
         config["data"].setdefault("init_args", {})["template"] = known["template"]
-        if (oracle := known.get("oracle")) is not None and self.threshold is None:
+        if (oracle := known.get("oracle")) is not None and self.threshold is None and not self._has_threshold:
             config["stopping"]["threshold"] = oracle
         config["trainer"]["default_root_dir"] = str(folder)
         config["trainer"].setdefault("max_steps", _MOST_STEPS)
@@ -242,7 +260,6 @@ class Plan:
     def measure(self) -> dict[str, Any]:
         """The template under which the model knows most, what it and the oracle know, and how many items there are."""
         from lightning_ssiuu.evaluation.knowledge import SOMETHING, known_under, other_templates
-        from lightning_ssiuu.evaluation.scorer import evaluate
 
         data = self._data
         data.setup("validate")
@@ -253,21 +270,38 @@ class Plan:
             names = [self.template] if self.template else [None, *others]
             found = [known_under(name, SCORE, model, data.tokenizer, data) for name in names]
             known = max(filter(None, found), key=lambda one: one.above, default=None)
+            if known is None:
+                allowed = "questions that the model's context takes, with an answer that some other row does not have"
+                raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
+            if known.above < SOMETHING:
+                given = Given("one that does not know the forget set")
+                raise UserError("model", given, f"a model that knows it: there is nothing to forget ({known})")
             oracle = {}
-            if self.oracle and known is not None:
+            if self.oracle:
+                before = _scores(model, data, known)
                 del model
-                asking = data if known.template == data.template else data.with_template(known.template)
-                loaders = [asking.eval_dataloader("forget")]
-                scores = evaluate(devices.load(self.oracle), data.tokenizer, loaders, [SCORE])
-                oracle = {"oracle": round(scores["forget"][SCORE], 4)}
-        if known is None:
-            allowed = "questions that the model's context takes, with an answer that some other row does not have"
-            raise UserError("forget", Given(f"{len(data.splits.forget)} items"), allowed)
-        if known.above < SOMETHING:
-            given = Given("one that does not know the forget set")
-            raise UserError("model", given, f"a model that knows it: there is nothing to forget ({known})")
+                after = _scores(devices.load(self.oracle), data, known)
+                _check_oracle(before, after, known, len(data.splits.retain))
+                oracle = {"oracle": float(f"{after['forget']:.4g}")}
         sizes = {"n_forget": len(data.splits.forget), "n_retain": len(data.splits.retain)}
         return {"template": known.template, "probability": known.value, "chance": known.chance} | oracle | sizes
+
+
+def _scores(model: AnswerModel, data: UnlearningDataModule, known: Known) -> dict[str, float]:
+    asking = data if known.template == data.template else data.with_template(known.template)
+    loaders = [asking.eval_dataloader(split) for split in ("forget", "retain")]
+    found = evaluate(model, data.tokenizer, loaders, [SCORE])
+    return {split: scores[SCORE] for split, scores in found.items()}
+
+
+def _check_oracle(model: Mapping[str, float], oracle: Mapping[str, float], known: Known, n_retain: int) -> None:
+    if model["forget"] - oracle["forget"] < LEAST_KNOWN:
+        given = Given(f"a model that gives the forget set {oracle['forget']:.4g} %")
+        allowed = f"one that does not know it: clearly less than the {model['forget']:.4g} % of the model to unlearn"
+        raise UserError("oracle", given, allowed)
+    retention = Retention(SCORE, model["retain"], oracle["retain"], known.chance, n_retain)
+    if retention.collapsed:
+        raise UserError("oracle", Given(f"a collapsed model ({retention.change})"), "one trained on the retain set")
 
 
 def trial_of(setting: Setting, rate: float, folder: Path) -> Trial:

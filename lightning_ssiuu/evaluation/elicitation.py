@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -23,7 +23,7 @@ from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.training.optimizers import optimizer_of
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import shard_like
-from lightning_ssiuu.utils.errors import NotFinite, UserError, check_at_least
+from lightning_ssiuu.utils.errors import Given, NotFinite, UserError, check_at_least
 
 
 @dataclass
@@ -51,13 +51,22 @@ class Elicitation:
     batch_size: int = 8
     optimizer: OptimizerCallable | None = None
 
+    #: Where these options stand, for errors.
+    section: ClassVar[str] = "elicited"
+
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError("elicited.share", self.share, "a fraction in (0, 1)")
+            raise UserError(f"{self.section}.share", self.share, "a fraction in (0, 1)")
         if not 0 < self.learning_rate < math.inf:
-            raise UserError("elicited.learning_rate", self.learning_rate, "a finite number > 0")
-        check_at_least("elicited.steps", self.steps, 1)
-        check_at_least("elicited.batch_size", self.batch_size, 1)
+            raise UserError(f"{self.section}.learning_rate", self.learning_rate, "a finite number > 0")
+        check_at_least(f"{self.section}.steps", self.steps, 1)
+        check_at_least(f"{self.section}.batch_size", self.batch_size, 1)
+        if self.optimizer is not None:
+            try:
+                self.make_optimizer(nn.Linear(2, 2))
+            except (TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"{self.section}.optimizer", Given("options that it refuses"), reason) from error
 
     def make_optimizer(self, model: nn.Module) -> Any:
         """A new optimiser of the adversary's, for what trains."""
@@ -89,7 +98,7 @@ def elicited_score(
                 return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
             except NotFinite as error:
                 allowed = "a rate at which the relearned model's numbers stay finite"
-                raise NotFinite("elicited.learning_rate", adversary.learning_rate, allowed) from error
+                raise NotFinite(f"{adversary.section}.learning_rate", adversary.learning_rate, allowed) from error
 
 
 @contextmanager

@@ -63,6 +63,15 @@ def test_recipes_of_data_are_those_of_every_command(name: str) -> None:
         assert found["init_args"].items() >= given.get("init_args", {}).items()
 
 
+def test_a_run_s_own_file_says_which_data(tmp_path: Path) -> None:
+    run = parsed("ssiuu") | {"overwrite": True, "ckpt_path": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    for other in ("attack", "audit"):
+        found = parsed("config.yaml", of=other)
+        assert found["data"]["class_path"].endswith("Facts")
+        assert found["overwrite"] is False
+
+
 def test_what_no_command_has_is_refused_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("data: {class_path: Facts}\nattributions: {probe_examples: 20}\n")
     refused(command("attack", "--config", "mine.yaml", "--model", "tiny"), "attributions.probe_examples")

@@ -12,6 +12,7 @@ import yaml
 
 from lightning_ssiuu.__main__ import main
 from lightning_ssiuu.cli import erase as module
+from lightning_ssiuu.cli import erase_plan
 from lightning_ssiuu.cli.erase import erase
 from lightning_ssiuu.cli.erase_plan import Plan
 from lightning_ssiuu.cli.steps import CommandRefused, Steps
@@ -274,12 +275,30 @@ def test_an_adversary_is_asked_where_some_rows_can_be_relearned_and_others_score
 
 
 def test_what_is_to_be_reached_is_what_the_oracle_gives(tmp_path: Path) -> None:
-    plan = planned(tmp_path, oracle="tiny")
-    known = plan.measure()
-    assert known["oracle"] == pytest.approx(known["probability"], abs=1e-3)
-    assert plan.config(Setting(), known, tmp_path / "trial")["stopping"]["threshold"] == known["oracle"]
-    given = planned(tmp_path, oracle="tiny", threshold=5.0)
-    assert given.config(Setting(), known, tmp_path / "trial")["stopping"]["threshold"] == 5.0
+    (tmp_path / "mine.yaml").write_text("stopping: {threshold: 7.0}\n")
+    known = {"template": "plain", "oracle": 12.5}
+    for given, level in (({}, 12.5), ({"threshold": 5.0}, 5.0), ({"fit": [str(tmp_path / "mine.yaml")]}, 7.0)):
+        plan = planned(tmp_path, oracle="tiny", **given)
+        assert plan.config(Setting(), known, tmp_path / "trial")["stopping"]["threshold"] == level
+
+
+def test_a_threshold_of_fit_is_that_of_own_data_too(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("stopping: {threshold: 7.0}\n")
+    for fit, level in (([], "chance"), ([str(tmp_path / "mine.yaml")], 7.0)):
+        plan = planned(tmp_path, fit=fit, **asked)
+        assert plan.config(Setting(), {"template": None}, tmp_path / "trial")["stopping"]["threshold"] == level
+
+
+def test_an_oracle_is_asked_and_has_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"oracle: got a model that gives the forget set 87\.81 %, allowed: one"):
+        planned(tmp_path, oracle="tiny").measure()
+    found = [{"forget": 88.0, "retain": 88.0}, {"forget": 6.97, "retain": 85.0}]
+    monkeypatch.setattr(erase_plan, "_scores", lambda *_: found.pop(0))
+    assert planned(tmp_path, oracle="tiny").measure()["oracle"] == 6.97
+    found += [{"forget": 88.0, "retain": 88.0}, {"forget": 0.0, "retain": 0.1}]
+    with pytest.raises(UserError, match=r"oracle: got a collapsed model .* allowed: one trained on the retain set"):
+        planned(tmp_path, oracle="tiny").measure()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("rows", "seeds"), [(36, 3), (25, 6), (31, 4)])

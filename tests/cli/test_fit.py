@@ -62,7 +62,8 @@ def test_metrics_keys() -> None:
     influence = {"d_plus_total", "d_minus_total", "d_plus_top100", "d_minus_top100", "n_spurious"}
     for moment in ("before", "after"):
         block = metrics[moment]
-        assert {"forget_score", "retain_score", "test_score", "scores", "influence"} == set(block)
+        told = {"forget_score", "retain_score", "test_score", "scores", "influence"}
+        assert set(block) == told | ({"elicited"} if moment == "after" else set())
         assert set(block["influence"]) == influence
         assert all(0 <= value <= 100 for split in block["scores"].values() for value in split.values())
     assert metrics["collapsed"] is False
