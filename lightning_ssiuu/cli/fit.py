@@ -51,10 +51,11 @@ from lightning_ssiuu.models.source import named
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.training.checkpoints import write_whole_checkpoints
 from lightning_ssiuu.training.fsdp import use_all_devices
+from lightning_ssiuu.training.optimizers import refusal
 from lightning_ssiuu.training.schedules import make_schedule
 from lightning_ssiuu.training.strategies import check_engine, check_strategy
 from lightning_ssiuu.utils.console import hide_short_bars, quiet
-from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 from lightning_ssiuu.utils.files import (
     check_space,
     nothing_left,
@@ -234,7 +235,7 @@ class UnlearningCLI(LightningCLI):
         try:
             optimizer = self.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:  # what torch's optimisers raise for a rate below 0 and the like
-            raise UserError("model.optimizer", Given("what it refuses"), " ".join(str(error).split())) from error
+            raise refusal("model.optimizer", error) from error
         if self.model.lr_scheduler is not None:
             make_schedule(self.model.lr_scheduler, optimizer, self.model.warmup_steps, lambda: 1)
         self._before_any()

@@ -20,10 +20,10 @@ from lightning_ssiuu.datamodules import RelearnDataModule
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.loading import evaluation_mode
-from lightning_ssiuu.training.optimizers import optimizer_of
+from lightning_ssiuu.training.optimizers import optimizer_of, refusal
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import shard_like
-from lightning_ssiuu.utils.errors import Given, NotFinite, UserError, check_at_least
+from lightning_ssiuu.utils.errors import NotFinite, UserError, check_at_least
 
 
 @dataclass
@@ -65,8 +65,7 @@ class Elicitation:
             try:
                 self.make_optimizer(nn.Linear(2, 2))
             except (TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"{self.section}.optimizer", Given("options that it refuses"), reason) from error
+                raise refusal(f"{self.section}.optimizer", error) from error
 
     def make_optimizer(self, model: nn.Module) -> Any:
         """A new optimiser of the adversary's, for what trains."""

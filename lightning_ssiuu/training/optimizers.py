@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, is_floating_point, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Where the fused kernel saves most of a step; a subclass may do in its step what the kernel does not.
 _FUSED = (Adam, AdamW)
@@ -43,6 +43,16 @@ def fused_where_possible(optimizer: Any) -> Any:
         for group in (optimizer.defaults, *groups):
             group["fused"] = True
     return optimizer
+
+
+def refusal(argument: str, error: Exception) -> UserError:
+    """The error for options that an optimiser refuses: torch's raise ValueError for a rate below 0, and the like.
+
+    Example:
+        >>> print(refusal("model.optimizer", ValueError("Invalid learning rate: -1.0")))
+        model.optimizer: got options it refuses (Invalid learning rate: -1.0), allowed: those it takes
+    """
+    return UserError(argument, Given(f"options it refuses ({' '.join(str(error).split())})"), "those it takes")
 
 
 def optimizer_of(module: nn.Module, make: Callable[..., Any]) -> Any:
