@@ -34,6 +34,7 @@ _EXPORTS = {
     "Documents": "datamodules",
     "DPO": "objectives.dpo",
     "DualMask": "regularizers",
+    "ElicitedLook": "callbacks",
     "ElicitedStop": "callbacks",
     "Facts": "datamodules",
     "ElicitedUnlearning": "objectives.elicited_unlearning",
