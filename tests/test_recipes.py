@@ -238,8 +238,7 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
         once = {"learning_rates": [1e-3], "repair_epochs": 1}
         short = [attacker | {key: once[key] for key in once if key in attacker} for attacker in attackers]
         few = [*few, "--attack.attackers", json.dumps(short), "--attack.until_saturated", "false"]
-        few += ["--data", "Facts", "--data.max_eval_examples", "8", "--attack.p", "[0.3]"]
-        options["p"] = [0.3]
+        few += ["--data", "Facts", "--data.max_eval_examples", "8"]
     model: str | Path = "tiny"
     if options.get("pool") == "wrong":  # "tiny" answers nothing so
         few = [*few, "--score", "all_tokens"]

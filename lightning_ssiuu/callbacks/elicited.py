@@ -63,7 +63,7 @@ class ElicitedStop(Elicitation):
             return fold_of(self, data, seed + step)
         except UserError as error:
             allowed = f"a fraction that leaves items to relearn and to score ({error})"
-            raise UserError("stopping.elicited.share", self.share, allowed) from error
+            raise UserError(f"{self.section}.share", self.share, allowed) from error
 
 
 def fold_of(adversary: Elicitation, data: UnlearningDataModule, seed: int) -> RelearnDataModule:

@@ -16,7 +16,7 @@ from lightning_ssiuu.utils.reading import load_yaml
 
 _KEY = "config"
 #: Sections and options of ``fit`` that no other command has.
-_OF_FIT = ("attribution", "stopping", "saving", "report", "checkpoints", "trainer", "optimizer", "lr_scheduler")
+_OF_FIT = ("attribution", "stopping", "saving", "report", "checkpoints", "trainer")
 _OF_RUNS = ("seed_everything", "ckpt_path", "weights_only", "estimate_memory")
 
 

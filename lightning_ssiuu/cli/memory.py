@@ -236,10 +236,9 @@ class _Run:
         self.held = step, optimizer  # to the end of the run
 
     def _elicit(self, batch: Mapping[str, Any]) -> None:
-        for callback in [*self._callbacks(ForgetThresholdStopping), *self._callbacks(NeuronAttributionCallback)]:
-            off = isinstance(callback, NeuronAttributionCallback) and not callback.probe_examples
-            if off or (adversary := callback.elicited) is None or "forget" not in batch:
-                continue
+        adversaries = [callback.elicited for callback in self._callbacks(ForgetThresholdStopping)]
+        adversaries += [each.elicited for each in self._callbacks(NeuronAttributionCallback) if each.probe_examples]
+        for adversary in filter(None, adversaries if "forget" in batch else ()):
             rows = -(-adversary.batch_size // self.n_ranks)
             part = {name: value[:rows] for name, value in batch["forget"].items() if isinstance(value, Tensor)}
             look = relearned(self.module.model, replace(adversary, steps=2), [part, part])
