@@ -91,6 +91,8 @@ JOBS = [
     *(Job(f"neurons {name}", regularizer=NEURONS, **options) for name, options in SETTINGS.items()),
     # longer than the window: one rank's parts go in one pass, the other's cannot
     Job("windowed", objective="GradientDifference", model="windowed", data={"splits": _with_a_long_one()}),
+    # ranks' shares have unequal numbers of tokens
+    Job("by tokens", regularizer=PENALTY, module={"reduction": "token"}, trainer={"accumulate_grad_batches": 2}),
     Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
     Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
 ]
