@@ -25,7 +25,7 @@ _ARGUMENTS = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
 
 
 class _UnlearnTrainer:
-    """Stands for the peer's, a Trainer, of which its losses need this: later revisions write ``compute_unlearn_loss``."""
+    """Stands for the peer's, a Trainer, of which its losses need this: later ones write ``compute_unlearn_loss``."""
 
     def compute_loss(self, model: nn.Module, inputs: Any) -> Tensor:
         loss: Tensor = self.compute_unlearn_loss(model, inputs)  # type: ignore[attr-defined]

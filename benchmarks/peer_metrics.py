@@ -81,7 +81,8 @@ class Peer:
         data = {"forget": items(forget), "holdout": items(holdout)}
         with redirect_stderr(io.StringIO()):
             auc = self.class_named("evals.metrics.mia.utils.mia_auc")
-            return auc(attack, self.model.hf, data, self.collator, 3, **options)
+            # Its gradient norms go through the graph of a batch once, and so take batches of one.
+            return auc(attack, self.model.hf, data, self.collator, 1 if name == "gradient_norm" else 3, **options)
 
 
 def items(pairs: Pairs) -> list[dict[str, Any]]:
@@ -152,10 +153,7 @@ def truth(peers: list[Peer], forget: Pairs, wrong: list[Pairs]) -> Iterator[Row]
     """Truth ratio, its aggregates, and the p-value between two models."""
     of_model, ratios, found = "memorization.truth_ratio", [], []
     for peer in peers:
-        listed = [
-            {number: one for number, one in enumerate(alternatives)}
-            for alternatives in zip(*(items(some) for some in wrong), strict=True)
-        ]
+        listed = [dict(enumerate(alternatives)) for alternatives in zip(*(items(some) for some in wrong), strict=True)]
         correct = peer.metric("memorization.probability", data=items(forget))
         others = peer.metric("memorization.probability", data=listed)
         pre = {"pre_compute": {"correct": correct, "wrong": others}}

@@ -7,9 +7,9 @@ Random Llama models in float64, one of them the original. ``losses``: each metho
 default weights) and its gradient by all weights. ``training``: the weights after five steps (peer_trajectory.py).
 ``metrics``: every metric by the peer's own code (peer_metrics.py). Batches: ``equal``, answers of one length behind
 prompts of several; ``unequal``, several of both; ``bare``, neither prompts nor padding. Where the two differ by design
-the note says why, and the next row is without that cause where it can be taken away; a difference anywhere else ends the
-script with status 1. Nothing of the peer is imported but the files of its losses, metrics and collator. Its main and
-pull request 175 both do.
+the note says why, and another row is without that cause where it can be taken away; a difference anywhere else ends
+the script with status 1. Nothing of the peer is imported but the files of its losses, metrics and collator, of its main
+or of pull request 175.
 """
 
 from __future__ import annotations
@@ -210,8 +210,9 @@ def main() -> None:
         print("skipped: no checkout of open-unlearning was given (--peer DIR)")
         return
     with imported(options.peer) as class_named:
-        if not all([TABLES[name](class_named) for name in options.only]):  # a list, so that each is printed
-            raise SystemExit(1)
+        agree = {name: TABLES[name](class_named) for name in options.only}
+    if not all(agree.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

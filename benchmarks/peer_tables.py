@@ -43,7 +43,7 @@ class Table:
             limit: See above.
             aside: Said in any case.
         """
-        same = max(differences) < limit
+        same = all(difference < limit for difference in differences)  # a NaN is not
         self.agrees &= same or bool(note)
         said = aside, note if same or note else "NOT EXPECTED"
         figures = [*(f"{value:.6g}" for value in values), *(f"{difference:.1e}" for difference in differences)]
@@ -57,7 +57,7 @@ def relative(mine: Tensor, other: Tensor) -> float:
 
 
 def toy(seed: int) -> AnswerModel:
-    """A random Llama model in float64 that is rather sure of some tokens: others' weights, like WGA's, would all be 0."""
+    """A random Llama model in float64, made rather sure of some tokens: else weights like WGA's would all be near 0."""
     model = random_llama("toy", torch.float64, seed=seed).eval()
     with torch.no_grad():
         model.hf.get_output_embeddings().weight.mul_(SCALE)

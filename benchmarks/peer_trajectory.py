@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -80,6 +82,8 @@ def flat(model: nn.Module) -> Tensor:
 
 def compare(class_named: Callable[[str], Any]) -> bool:
     """Print the table; whether all that should agree does."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     start = toy(0)
     some = batches(start, 2 * STEPS)
     bare = [{n: {k: v for k, v in p.items() if k != "example_id"} for n, p in one.items()} for one in some]
@@ -95,8 +99,10 @@ def compare(class_named: Callable[[str], Any]) -> bool:
             for model in (other, mine):
                 step.model = vars(step.method)["model"] = model.hf
                 losses.append(step.loss(bare[0]).double())
-        change = relative(flat(mine) - flat(start), flat(other) - flat(start))
-        differences = relative(losses[1], losses[0]), change
+        moved = [flat(model) - flat(start) for model in (mine, other)]
+        if not all(change.any() for change in moved):
+            raise SystemExit(f"error: {name}: no weight has changed")
+        differences = relative(losses[1], losses[0]), relative(*moved)
         names = f"{name} {options or ''}".strip(), f"unequal, {accumulated} a step"
         table.row(names, (losses[1].item(), losses[0].item()), differences, note, LIMIT)
     return table.agrees
