@@ -13,19 +13,9 @@ from peer_tables import TOLERANCE, Table, drawn, relative, toy
 from torch import Tensor
 
 from lightning_ssiuu.datamodules.pairs import batch_of
-from lightning_ssiuu.evaluation.metrics import ExtractionStrength, ModelUtility, TruthRatio
+from lightning_ssiuu.evaluation.metrics import ExtractionStrength, ModelUtility, TruthRatio, membership
 from lightning_ssiuu.evaluation.metrics.answers import answer_probability
 from lightning_ssiuu.evaluation.metrics.base import sequence_means
-from lightning_ssiuu.evaluation.metrics.membership import (
-    gradient_norm_score,
-    loss_score,
-    membership_auc,
-    min_k,
-    min_k_plus_plus,
-    privleak,
-    reference_score,
-    zlib_score,
-)
 from lightning_ssiuu.evaluation.metrics.rouge import rouge_l_f1_stemmed, rouge_l_recall, rouge_l_recall_stemmed
 from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality, truth_ratio
 from lightning_ssiuu.evaluation.predictions import Predictions
@@ -186,21 +176,21 @@ def our_scores(model: AnswerModel, reference: AnswerModel, pairs: Pairs) -> dict
     rows, short = (answers.sequence_index, answers.n_sequences), without_end(answers)
     own = short.sequence_index, short.n_sequences
     parameters = list(model.parameters())
-    each = [gradient_norm_score(-short.mean_logps, [weight]) for weight in parameters]
+    each = [membership.gradient_norm_score(-short.mean_logps, [weight]) for weight in parameters]
     return {
-        "loss": loss_score(answers.token_logps, *rows),
-        "reference": reference_score(answers.token_logps, read(reference, pairs).token_logps, *rows),
-        "zlib": zlib_score(answers.token_logps, *rows, texts),
-        "min_k": min_k(answers.token_logps, *rows, K),
-        "min_k without EOS": min_k(short.token_logps, *own, K),
-        "min_k_plus_plus": min_k_plus_plus(answers.logits, answers.targets, *rows, K),
-        "min_k_plus_plus without EOS": min_k_plus_plus(short.logits, short.targets, *own, K),
-        "gradient_norm": gradient_norm_score(-answers.mean_logps, parameters),
+        "loss": membership.loss_score(answers.token_logps, *rows),
+        "reference": membership.reference_score(answers.token_logps, read(reference, pairs).token_logps, *rows),
+        "zlib": membership.zlib_score(answers.token_logps, *rows, texts),
+        "min_k": membership.min_k(answers.token_logps, *rows, K),
+        "min_k without EOS": membership.min_k(short.token_logps, *own, K),
+        "min_k_plus_plus": membership.min_k_plus_plus(answers.logits, answers.targets, *rows, K),
+        "min_k_plus_plus without EOS": membership.min_k_plus_plus(short.logits, short.targets, *own, K),
+        "gradient_norm": membership.gradient_norm_score(-answers.mean_logps, parameters),
         "gradient_norm without EOS, mean over weights": torch.stack(each).mean(0),
     }
 
 
-def membership(peer: Peer, reference: AnswerModel, forget: Pairs, holdout: Pairs) -> Iterator[Row]:
+def inference(peer: Peer, reference: AnswerModel, forget: Pairs, holdout: Pairs) -> Iterator[Row]:
     """Scores (the peer's are higher for what looks less like a member) and AUCs of every attack."""
     members, others = (our_scores(peer.model, reference, some) for some in (forget, holdout))
     found = {name: peer.attack(name, forget, holdout, reference) for name in ATTACKS}
@@ -209,11 +199,11 @@ def membership(peer: Peer, reference: AnswerModel, forget: Pairs, holdout: Pairs
         theirs = found[name.split(" ")[0]]
         note, values = notes.get(name, ""), by_index(theirs["forget"], "score")
         yield f"MIA {name}", with_mean(-scores.detach()), values, note
-        yield f"MIA {name}, AUC", membership_auc(scores, others[name]), theirs["auc"], note
+        yield f"MIA {name}, AUC", membership.membership_auc(scores, others[name]), theirs["auc"], note
     first, second = (found[name]["auc"] for name in ("loss", "min_k"))
     logs = {"retain_model_logs": {"retain": {"agg_value": second}}}
     leak = peer.metric("privacy.privleak", pre_compute={"forget": {"agg_value": first}}, reference_logs=logs)
-    yield "PrivLeak", privleak(first, second), leak["agg_value"], ""
+    yield "PrivLeak", membership.privleak(first, second), leak["agg_value"], ""
 
 
 def rouge(peer: Peer) -> Iterator[Row]:
@@ -265,7 +255,7 @@ def rows(class_named: Callable[[str], Any]) -> Iterator[Row]:
         yield from truth(peers, forget, wrong)
         yield from rouge(peers[0])
         yield from utility(peers[0])
-    yield from membership(peers[0], oracle, forget, holdout)
+    yield from inference(peers[0], oracle, forget, holdout)
 
 
 def compare(class_named: Callable[[str], Any]) -> bool:
