@@ -1,12 +1,15 @@
-"""Compare losses and gradients with open-unlearning's on the same batches and weights.
+"""Compare losses, gradients, training and metrics with open-unlearning's on the same batches and weights.
 
     git clone https://github.com/locuslab/open-unlearning
-    python benchmarks/peer_parity.py --peer open-unlearning
+    python benchmarks/peer_parity.py --peer open-unlearning [--only losses training metrics]
 
-Random Llama models in float64, one of them the original; each method's whole loss (forget and retain, default weights)
-and its gradient by all weights. Batches: ``equal``, answers of one length behind prompts of several; ``unequal``,
-several of both; ``bare``, neither prompts nor padding. Where the two differ by design the note says why; a difference
-anywhere else ends the script with status 1. Nothing of the peer is imported but the files of its losses.
+Random Llama models in float64, one of them the original. ``losses``: each method's whole loss (forget and retain,
+default weights) and its gradient by all weights. ``training``: the weights after five steps (peer_trajectory.py).
+``metrics``: every metric by the peer's own code (peer_metrics.py). Batches: ``equal``, answers of one length behind
+prompts of several; ``unequal``, several of both; ``bare``, neither prompts nor padding. Where the two differ by design
+the note says why, and another row is without that cause where it can be taken away; a difference anywhere else ends
+the script with status 1. Nothing of the peer is imported but the files of its losses, metrics and collator, of its main
+or of pull request 175.
 """
 
 from __future__ import annotations
@@ -17,21 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peer_metrics
+import peer_trajectory
 import torch
 from peer_code import imported
-from shapes import random_llama
+from peer_tables import TOLERANCE, Table, drawn, relative, toy
 from torch import Tensor
 
+from lightning_ssiuu.datamodules.pairs import batch_of
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.objectives import UnlearningModule, objectives
 from lightning_ssiuu.objectives.rmu import hidden_mse
 from lightning_ssiuu.training.reference import LiveReference
 
-#: Of loss and gradient where none is expected; transformers computes some losses of a float64 model in float32.
-TOLERANCE = 1e-5
-#: Of the logits, so that an answer token has a probability of about a half.
-SCALE = 7.0
 LENGTHS = {
     "equal": ([(9, 5), (4, 5), (6, 5)], [(3, 4), (8, 4)]),
     "unequal": ([(9, 2), (4, 7), (6, 3)], [(3, 6), (8, 2)]),
@@ -41,6 +43,8 @@ TOKENS = "a mean over all tokens of the batch there, over sequences here"
 PROMPT = "prompt and padding count there"
 EVERYWHERE = f"{PROMPT}, and the position after the answer"
 LATER = "one position later there"
+#: As the peer's means are.
+TOKEN = {"reduction": "token"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Case:
         options: Of our class.
         peer: Attributes of the peer's object.
         shifted: Whether the peer is given forget labels at the positions that predict them.
+        longer: Whether ours is given retain answers of one token more.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     peer: Mapping[str, Any] = field(default_factory=dict)
     shifted: bool = False
+    longer: bool = False
 
 
 def cases() -> list[Case]:
@@ -87,6 +93,7 @@ def cases() -> list[Case]:
         alone = options | {"retain_weight": 0.0}, peer | {"alpha": 0.0}
         rows += [Case(name, "equal", "", ours, options, peer), Case(name, "equal", "", ours, *alone)]
         rows += [Case(name, "unequal", note, ours, *alone)]
+        rows += [Case(name, "unequal", "", ours, options | TOKEN, peer)]
     undial = {"beta": 10.0, "alpha": 0.0}
     kl: dict[str, Any] = {"forget_weight": 1.0, "retain": "kl"}
     return [
@@ -97,36 +104,31 @@ def cases() -> list[Case]:
         Case("PDU", "equal", peer=bound, shifted=True),
         Case("PDU", "equal", LATER, peer=bound),
         Case("PDU", "unequal", f"{LATER}; {TOKENS}", peer=bound),
+        Case("PDU", "unequal", options=TOKEN, peer=bound, shifted=True),
         Case("GradDiff", "bare", "retain KL: the position after the answer counts there", "GradientDifference", kl),
+        Case("GradDiff", "bare", "", "GradientDifference", kl, longer=True),
         Case("GradDiff", "equal", f"retain KL: {EVERYWHERE}", "GradientDifference", kl),
     ]
 
 
-@torch.no_grad()
 def part(lengths: list[tuple[int, int]], seed: int, model: AnswerModel) -> dict[str, Tensor]:
     """Random prompts and answers drawn from a model, of (prompt, answer) lengths, padded right."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = len(lengths), max(map(sum, lengths))
-    ids, mask, labels = torch.full(shape, 1), torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-    for row, (prompt, answer) in enumerate(lengths):
-        ids[row, :prompt] = torch.randint(5, model.hf.config.vocab_size, (prompt,), generator=generator)
-        for k in range(prompt, prompt + answer):
-            likely = model.hf(input_ids=ids[row : row + 1, :k]).logits[0, -1].softmax(-1)
-            ids[row, k] = torch.multinomial(likely, 1, generator=generator)
-        mask[row, : prompt + answer] = 1
-        labels[row, prompt : prompt + answer] = ids[row, prompt : prompt + answer]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "example_id": torch.arange(len(lengths))}
+    return batch_of(drawn(lengths, seed, model), 1) | {"example_id": torch.arange(len(lengths))}
 
 
-def show(head: str, mine: Tensor, other: Tensor, inputs: list[Tensor], note: str) -> bool:
-    """Print a row of the table; whether the losses and their gradients by the inputs agree."""
-    by_loss = ((mine - other).abs() / other.abs()).item()
+def longer(some: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part without padding, with one more token at the end of every answer."""
+    width = {name: torch.cat([some[name], some[name][:, -1:]], 1) for name in ("input_ids", "attention_mask", "labels")}
+    return {**some, **width}
+
+
+def show(
+    table: Table, names: list[str], mine: Tensor, other: Tensor, inputs: list[Tensor], note: str, aside: str = ""
+) -> None:
+    """Print a row of the table: the losses and their gradients by the inputs."""
     g, h = (torch.cat([x.flatten() for x in torch.autograd.grad(loss, inputs)]) for loss in (mine, other))
-    by_gradient = ((g - h).norm() / h.norm()).item()
-    same = max(by_loss, by_gradient) < TOLERANCE
-    note = note if same or note else "NOT EXPECTED"
-    print(f"{head} {mine.item():.6g} | {other.item():.6g} | {by_loss:.1e} | {by_gradient:.1e} | {note} |")
-    return same
+    values = mine.item(), other.item()
+    table.row(names, values, (relative(mine.detach(), other.detach()), relative(g, h)), note, TOLERANCE, aside)
 
 
 def ours(case: Case, model: AnswerModel, original: AnswerModel, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -136,7 +138,8 @@ def ours(case: Case, model: AnswerModel, original: AnswerModel, batch: Mapping[s
     module._reference = LiveReference(original, module.references())
     loss = module.forget_weight * module.forget_loss(batch["forget"])
     if module.retain_weight > 0:
-        loss = loss + module.retain_weight * module.retain_loss(batch["retain"])
+        retain = longer(batch["retain"]) if case.longer else batch["retain"]
+        loss = loss + module.retain_weight * module.retain_loss(retain)
     return loss, module
 
 
@@ -176,40 +179,39 @@ def activation_losses(class_named: Any, batch: str) -> tuple[Tensor, Tensor, Ten
     return hidden_mse(hidden[mask], target, answers), other, hidden
 
 
-def compare(peer: Path) -> bool:
-    """Print the table; whether all that should agree does."""
-    model, original = (random_llama("toy", torch.float64, seed=seed).eval() for seed in (0, 1))
-    with torch.no_grad():  # random weights predict nothing, and weights like WGA's would all be near 0
-        for one in (model, original):
-            one.hf.get_output_embeddings().weight.mul_(SCALE)
-    with imported(peer) as class_named:
-        agree = True
-        print("| method | batch | ours | theirs | loss, rel. difference | gradient, rel. difference | note |")
-        print("|---|---|---|---|---|---|---|")
-        for case in cases():
-            forget, retain = LENGTHS[case.batch]
-            batch = {"forget": part(forget, 1, model), "retain": part(retain, 2, model)}
-            mine, module = ours(case, model, original, batch)
-            other = theirs(case, class_named, model, original, batch, module)
-            note = "; ".join(["labels shifted for it"] * case.shifted + [case.note] * bool(case.note))
-            name = case.name + (f" {dict(case.options)}" if case.options else "")
-            same = show(f"| {name} | {case.batch} |", mine, other, list(model.parameters()), note)
-            agree &= same or bool(case.note)
-        for key, note in (("equal", ""), ("unequal", "[b] / [b, 1] broadcasts to [b, b] there")):
-            mine, other, hidden = activation_losses(class_named, key)
-            agree &= show(f"| RMU, activations | {key} |", mine, other, [hidden], note) or bool(note)
-    return agree
+def compare(class_named: Any) -> bool:
+    """Print the table of losses; whether all that should agree does."""
+    model, original = toy(0), toy(1)
+    table = Table("method", "batch", "ours", "theirs", "loss, rel. difference", "gradient, rel. difference")
+    for case in cases():
+        forget, retain = LENGTHS[case.batch]
+        batch = {"forget": part(forget, 1, model), "retain": part(retain, 2, model)}
+        mine, module = ours(case, model, original, batch)
+        other = theirs(case, class_named, model, original, batch, module)
+        said = ["labels shifted for it"] * case.shifted + ["one label more for ours"] * case.longer
+        name = case.name + (f" {dict(case.options)}" if case.options else "")
+        show(table, [name, case.batch], mine, other, list(model.parameters()), case.note, "; ".join(said))
+    for key, note in (("equal", ""), ("unequal", "[b] / [b, 1] broadcasts to [b, b] there")):
+        mine, other, hidden = activation_losses(class_named, key)
+        show(table, ["RMU, activations", key], mine, other, [hidden], note)
+    return table.agrees
+
+
+TABLES = {"losses": compare, "training": peer_trajectory.compare, "metrics": peer_metrics.compare}
 
 
 def main() -> None:
     """Parse the arguments and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="a checkout of open-unlearning; without one nothing is done")
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="these tables")
     options = parser.parse_args()
     if options.peer is None:
         print("skipped: no checkout of open-unlearning was given (--peer DIR)")
         return
-    if not compare(options.peer):
+    with imported(options.peer) as class_named:
+        agree = {name: TABLES[name](class_named) for name in options.only}
+    if not all(agree.values()):
         raise SystemExit(1)
 
 

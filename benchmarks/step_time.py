@@ -169,7 +169,7 @@ def main() -> None:
         theirs: list[Any] = []
         if class_named is not None:
             theirs = [collated(class_named, tokenizer, batch) for batch in batches]
-            theirs_optimizer = trainer_default(model.hf, LEARNING_RATE)
+            theirs_optimizer = trainer_default(model.hf.parameters(), LEARNING_RATE)
             for name in dict.fromkeys(PEERS[name] for name in modules):
                 peer[name] = PeerStep(class_named, name, model.hf, theirs_optimizer)
                 runs[THEIRS.format(name)] = taking(peer[name], theirs)

@@ -20,7 +20,7 @@ from lightning_ssiuu.models.architectures import architecture_of
 from lightning_ssiuu.models.compiling import CompiledPasses
 from lightning_ssiuu.models.logits import LOGIT_BYTES, ChunkedLogits
 from lightning_ssiuu.models.packing import Packing, allow_packing, at, longest_packed, register, run_packed, takes_rows
-from lightning_ssiuu.utils.distributed import all_ranks, world_size
+from lightning_ssiuu.utils.distributed import all_ranks, total_over_ranks, world_size
 from lightning_ssiuu.utils.errors import UserError
 
 if TYPE_CHECKING:  # with it comes torch's compiler
@@ -309,8 +309,13 @@ class Answers:
         return best == self.targets
 
 
-def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None = None) -> Tensor:
-    """Mean over sequences of the mean of ``values [N]`` over each answer's tokens.
+Reduction = Literal["sequence", "token"]
+
+
+def mean_over_answers(
+    values: Tensor, answers: Answers, counted: Tensor | None = None, reduction: Reduction = "sequence"
+) -> Tensor:
+    """Mean of ``values [N]`` over sequences of each answer's mean, or over all tokens alike (``"token"``).
 
     Only the tokens ``counted`` (``[N]`` bool; None: all) take part; a sequence with none of them adds 0 to the sum.
     """
@@ -318,7 +323,23 @@ def mean_over_answers(values: Tensor, answers: Answers, counted: Tensor | None =
     if counted is not None:
         values = values.where(counted, 0.0)
         lengths = sequence_sums(counted.to(lengths.dtype), answers.sequence_index, answers.n_sequences)
-    return (sequence_sums(values, answers.sequence_index, answers.n_sequences) / lengths.clamp(min=1)).mean()
+    return mean_of_sums(sequence_sums(values, answers.sequence_index, answers.n_sequences), lengths, reduction)
+
+
+def mean_of_sums(sums: Tensor, lengths: Tensor, reduction: Reduction = "sequence") -> Tensor:
+    """The mean of sequences' ``sums / lengths`` (``[B]`` each), or with ``"token"`` the sum of all over all lengths.
+
+    The latter is over all ranks' tokens: a rank gets its sum over the mean rank's number of tokens, and the mean over
+    ranks, as gradients and logged losses are, is the one over tokens. Each rank must call it.
+
+    Example:
+        >>> sums, lengths = torch.tensor([-6.0, -1.0]), torch.tensor([3.0, 1.0])
+        >>> mean_of_sums(sums, lengths).item(), mean_of_sums(sums, lengths, "token").item()
+        (-1.5, -1.75)
+    """
+    if reduction == "token":
+        return sums.sum() * world_size() / total_over_ranks(lengths.sum()).clamp(min=1)
+    return (sums / lengths.clamp(min=1)).mean()
 
 
 Target = Literal["sequence", "length_normalised", "log_probability"]

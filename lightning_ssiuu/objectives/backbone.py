@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.models.answers import Reduction
+from lightning_ssiuu.utils.errors import UserError, check_choice
 
-_LENT = ("forget_weight", "retain_weight", "retain", "reference")
+_LENT = ("forget_weight", "retain_weight", "retain", "reference", "reduction")
 
 
 def take_options(objective: Any, backbone: Any, base: type) -> None:
@@ -29,3 +30,11 @@ def take_options(objective: Any, backbone: Any, base: type) -> None:
         if value not in (own, defaults[name].default):
             raise UserError(name, value, "unset beside a backbone: give it to the backbone")
         setattr(objective, name, own)
+    check_reduction(objective, "backbone.reduction")
+
+
+def check_reduction(objective: Any, argument: str = "reduction") -> None:
+    """Raise a UserError unless the objective's ``reduction`` is known and one that its losses can be."""
+    check_choice(argument, objective.reduction, Reduction)
+    if objective.reduction == "token" and not objective.takes_token_means:
+        raise UserError(argument, "token", f'"sequence", the default: {type(objective).__name__} weighs sequences')

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, Reduction
 from lightning_ssiuu.models.architectures import Architecture, find_architecture
 from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.compiling import compile_backend
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.models.source import Bits, ModelSource, Width
-from lightning_ssiuu.objectives.backbone import take_options
+from lightning_ssiuu.objectives.backbone import check_reduction, take_options
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.objectives.step_memory import StepMemory, together
@@ -34,7 +34,7 @@ from lightning_ssiuu.training.optimizers import optimizer_of
 from lightning_ssiuu.training.progress import is_over, settle_progress
 from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
 from lightning_ssiuu.training.reference import Observation, Reference, find_reference, reference_logits
-from lightning_ssiuu.training.schedules import Schedule, ScheduleName, find_schedule, make_schedule
+from lightning_ssiuu.training.schedules import Schedule, ScheduleName, find_schedule, with_schedule
 from lightning_ssiuu.training.strategies import check_strategy
 from lightning_ssiuu.utils.distributed import mean_over_ranks, rank
 from lightning_ssiuu.utils.errors import UserError, check_choice, check_number
@@ -48,9 +48,9 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
 
     Batches are dictionaries of parts, ``{"forget": part, "retain": part}``; a part holds ``input_ids, attention_mask,
     labels`` of shape ``[B, L]`` (prompt and padding −100 in ``labels``) and ``example_id`` of shape ``[B]``. The
-    loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean over sequences of token means,
-    in nats. Objectives on a ``backbone`` have its losses: ``forget_weight``, ``retain_weight``, ``retain`` and
-    ``reference`` are set there if one is given, and otherwise go to the default backbone, gradient difference.
+    loss is ``forget_weight · forget_loss + retain_weight · retain_loss``, each a mean as ``reduction`` says, in nats.
+    Objectives on a ``backbone`` have its losses: ``forget_weight``, ``retain_weight``, ``retain``, ``reference`` and
+    ``reduction`` are set there if one is given, and otherwise go to the default backbone, gradient difference.
 
     Args:
         checkpoint: Hub id, local directory (of a model, or of adapters in peft's format), GGUF file or ``"tiny"``;
@@ -86,6 +86,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         attn_implementation: How transformers computes attention (``"sdpa"``, ``"eager"``, ...); None: its choice.
             Sequences are packed into one row with ``"sdpa"`` and flash attention, padded with others.
         dtype: Type of the loaded weights, ``"auto"`` for the checkpoint's own; None: as ``trainer.precision`` says.
+        reduction: ``"sequence"``: losses of tokens are means over sequences of token means; ``"token"``: over all
+            answer tokens of a micro-batch, of all ranks together. Losses of whole sequences (NPO's) are what they are.
 
     Raises:
         UserError: If an option is not finite or outside the range that its line gives, or contradicts another one.
@@ -106,6 +108,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     tokenizer: PreTrainedTokenizerBase
     #: Whether it can be a backbone; False where it is more than its losses.
     can_be_backbone = True
+    takes_token_means = True  #: Whether ``reduction`` can be ``"token"``.
 
     def __init__(
         self,
@@ -130,6 +133,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         revision: str | None = None,
         attn_implementation: str | None = None,
         dtype: Width | None = None,
+        reduction: Reduction = "sequence",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self), logger=False)  # what it was made with, subclasses included
@@ -150,8 +154,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         self.lr_scheduler = find_schedule(lr_scheduler, warmup_steps)
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.regularizer, self.gradient_checkpointing = regularizer, gradient_checkpointing
-        self.retain, self.reference = retain, reference
-        self.scores = scores
+        self.retain, self.reference, self.reduction, self.scores = retain, reference, reduction, scores
+        check_reduction(self)
         for name in scores or ():
             check_score(name)
         self._reference: Reference | None = None
@@ -175,8 +179,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             return self._backbone[0].retain_loss(batch)
         answers = self.answers(batch)
         if self.retain == "kl":
-            return kl_divergence(answers, self.original("retain/logits", batch))
-        return answer_nll(answers)
+            return kl_divergence(answers, self.original("retain/logits", batch), self.reduction)
+        return answer_nll(answers, self.reduction)
 
     def unwritten(self) -> str | None:
         """Name of the method that a subclass still has to write; None for a complete objective."""
@@ -354,12 +358,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        optimizer = optimizer_of(self, self.optimizer)
-        if self.lr_scheduler is None:
-            return optimizer
         n_steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731 - asked only where it is needed
-        schedule = make_schedule(self.lr_scheduler, optimizer, self.warmup_steps, n_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return with_schedule(optimizer_of(self, self.optimizer), self.lr_scheduler, self.warmup_steps, n_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._last_batch and self._trainer is not None and self.trainer.training:

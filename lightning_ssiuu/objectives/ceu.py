@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Answers, Part
+from lightning_ssiuu.models.answers import Answers, Part, Reduction
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import cross_entropy
 from lightning_ssiuu.utils.errors import UserError
 
 
-def ceu(answers: Answers, skip_first: int = 1) -> Tensor:
+def ceu(answers: Answers, skip_first: int = 1, reduction: Reduction = "sequence") -> Tensor:
     """Loss of :class:`CEU`, in nats; the model's own predictions are constants. An answer skipped whole adds 0."""
     lengths = answers.lengths.long()
     position = torch.arange(len(answers.targets), device=lengths.device)
     position = position - (lengths.cumsum(0) - lengths)[answers.sequence_index]
     own = answers.logits.detach().to(answers.token_logps.dtype)
     others = own.scatter(-1, answers.targets.unsqueeze(-1), -torch.inf)
-    return cross_entropy(answers, others, position >= skip_first)
+    return cross_entropy(answers, others, position >= skip_first, reduction)
 
 
 class CEU(UnlearningModule):
@@ -43,4 +43,4 @@ class CEU(UnlearningModule):
         self.skip_first = int(skip_first)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return ceu(self.answers(batch), self.skip_first)
+        return ceu(self.answers(batch), self.skip_first, self.reduction)

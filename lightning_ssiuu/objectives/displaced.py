@@ -30,6 +30,7 @@ class DisplacedObjective(UnlearningModule):
     """
 
     can_be_backbone = False
+    takes_token_means = False  # ranks' shares are weighed by their rows
 
     def __init__(self, backbone: UnlearningModule | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -35,14 +35,14 @@ class FineTuning(UnlearningModule):
         Then this is the rank's part of that mean times the number of ranks, for gradients are averaged over ranks. A
         sequence without an answer, which stands in where a rank would have none at all, counts nothing.
         """
-        if self._trainer is None or self._trainer.world_size == 1:
+        if self._trainer is None or self._trainer.world_size == 1 or self.reduction == "token":
             return super().retain_loss(batch)
         answers = self.answers(batch)
         n_sequences = self._trainer.strategy.reduce((answers.lengths > 0).sum(), reduce_op="sum")
         return -answers.mean_logps.sum() * self._trainer.world_size / n_sequences
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return answer_nll(self.answers(batch))
+        return answer_nll(self.answers(batch), self.reduction)
 
 
 def _drops(model: AnswerModel) -> bool:

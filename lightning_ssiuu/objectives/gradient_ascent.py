@@ -26,4 +26,4 @@ class GradientAscent(UnlearningModule):
         super().__init__(retain_weight=retain_weight, **kwargs)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return gradient_ascent(self.answers(batch))
+        return gradient_ascent(self.answers(batch), self.reduction)

@@ -18,7 +18,7 @@ class GradientDifference(UnlearningModule):
     """
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return gradient_ascent(self.answers(batch))
+        return gradient_ascent(self.answers(batch), self.reduction)
 
 
 def gradient_difference_like(module: UnlearningModule) -> GradientDifference:
@@ -28,4 +28,5 @@ def gradient_difference_like(module: UnlearningModule) -> GradientDifference:
         retain_weight=module.retain_weight,
         retain=module.retain,
         reference=module.reference,
+        reduction=module.reduction,
     )

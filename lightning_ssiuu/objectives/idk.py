@@ -26,4 +26,4 @@ class IDK(RejectingModule):
     """
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return answer_nll(self.answers(self.rejected(batch)))
+        return answer_nll(self.answers(self.rejected(batch)), self.reduction)

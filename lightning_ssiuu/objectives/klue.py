@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_ssiuu.attribution.activation_gradient import neuron_attribution
 from lightning_ssiuu.datamodules.pairs import asked, batch_of
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, sequence_sums
+from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, Reduction, mean_of_sums, sequence_sums
 from lightning_ssiuu.models.architectures import feed_forward_sites
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import gradient_ascent
@@ -24,16 +24,16 @@ if TYPE_CHECKING:  # with it comes torch's compiler
     from transformers import PreTrainedModel
 
 
-def unforgotten_ascent(answers: Answers, only_unforgotten: bool = True) -> Tensor:
+def unforgotten_ascent(answers: Answers, only_unforgotten: bool = True, reduction: Reduction = "sequence") -> Tensor:
     """:func:`gradient_ascent` over the answers that greedy decoding still gives token by token; others count 0.
 
-    The mean is over all sequences, so that the fewer are left the smaller it is, and ranks with equal shares average
-    right. Source: KLUE's choice of unforgotten samples (Yang et al., arXiv 2502.19207).
+    The mean is over all sequences (or tokens), so that the fewer are left the smaller it is, and ranks with equal
+    shares average right. Source: KLUE's choice of unforgotten samples (Yang et al., arXiv 2502.19207).
     """
     if not only_unforgotten:
-        return gradient_ascent(answers)
+        return gradient_ascent(answers, reduction)
     wrong = sequence_sums((~answers.token_correct).float(), answers.sequence_index, answers.n_sequences)
-    return answers.mean_logps.where(wrong == 0, 0.0).mean()
+    return mean_of_sums(answers.logps.where(wrong == 0, 0.0), answers.lengths, reduction)
 
 
 class KLUE(UnlearningModule):
@@ -101,7 +101,7 @@ class KLUE(UnlearningModule):
             self.neurons = knowledge_neurons(self.model, self.training_parts("forget"), *options)
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return unforgotten_ascent(self.answers(batch), self.only_unforgotten)
+        return unforgotten_ascent(self.answers(batch), self.only_unforgotten, self.reduction)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Answers, Part, mean_over_answers
+from lightning_ssiuu.models.answers import Answers, Part, Reduction, mean_over_answers
 from lightning_ssiuu.models.loading import evaluation_mode
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.training.reference import Observation, reference_logits
@@ -16,10 +16,11 @@ from lightning_ssiuu.utils.distributed import mean_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_number
 
 
-def logit_margin_flattening(answers: Answers) -> Tensor:
+def logit_margin_flattening(answers: Answers, reduction: Reduction = "sequence") -> Tensor:
     """PDU's F: squared distance of the largest logit from the mean logit, of answer tokens; squared logits, ≥ 0."""
     logits = answers.logits.to(answers.token_logps.dtype)
-    return mean_over_answers((logits.max(-1).values - logits.mean(-1)).square(), answers)
+    margins = logits.max(-1).values - logits.mean(-1)
+    return mean_over_answers(margins.square(), answers, reduction=reduction)
 
 
 class PDU(UnlearningModule):
@@ -76,7 +77,7 @@ class PDU(UnlearningModule):
         return {"retain/logits": reference_logits} if self.retain == "kl" else {}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return logit_margin_flattening(self.answers(batch))
+        return logit_margin_flattening(self.answers(batch), self.reduction)
 
     def retain_loss(self, batch: Part) -> Tensor:
         loss = super().retain_loss(batch)
@@ -109,11 +110,13 @@ class PDU(UnlearningModule):
         self.log_training({"dual_variable": self.retain_weight})
 
     def _loss_on_retain_set(self) -> float:
-        total, n_sequences = torch.zeros((), device=self.device), 0
+        total, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         with torch.no_grad(), evaluation_mode(self.model), self.trainer.precision_plugin.forward_context():
             for part in self.training_parts("retain"):
                 answers = self(part)
-                total = total - answers.mean_logps.sum()
-                n_sequences += answers.n_sequences
+                if self.reduction == "token":
+                    total, weight = total - answers.logps.sum(), weight + answers.lengths.sum()
+                else:
+                    total, weight = total - answers.mean_logps.sum(), weight + answers.n_sequences
         # Every rank has gone through the whole set; agreeing to the last bit is what λ needs.
-        return mean_over_ranks({"loss": total / max(n_sequences, 1)})["loss"].item()
+        return mean_over_ranks({"loss": total / weight.clamp(min=1)})["loss"].item()

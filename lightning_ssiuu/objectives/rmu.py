@@ -61,6 +61,8 @@ class RMU(UnlearningModule):
         ['1', '2']
     """
 
+    takes_token_means = False
+
     def __init__(
         self,
         layer: int | None = None,

@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Answers, Part, mean_over_answers
+from lightning_ssiuu.models.answers import Answers, Part, Reduction, mean_over_answers
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import check_number
 
 
-def satimp(answers: Answers, beta1: float, beta2: float) -> Tensor:
+def satimp(answers: Answers, beta1: float, beta2: float, reduction: Reduction = "sequence") -> Tensor:
     """Loss of :class:`SatImp`, in nats, ≤ 0; the weights are constants."""
     fixed = answers.token_logps.detach()
     # In logarithms a token's probability may be 0 to machine precision and its complement still be exact.
     weight = (beta1 * fixed).exp() * (-fixed.expm1()).pow(beta2)
-    return mean_over_answers(weight * answers.token_logps, answers)
+    return mean_over_answers(weight * answers.token_logps, answers, reduction=reduction)
 
 
 class SatImp(UnlearningModule):
@@ -41,4 +41,4 @@ class SatImp(UnlearningModule):
         self.beta1, self.beta2 = beta1, beta2
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return satimp(self.answers(batch), self.beta1, self.beta2)
+        return satimp(self.answers(batch), self.beta1, self.beta2, self.reduction)

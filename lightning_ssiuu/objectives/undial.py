@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Answers, Part
+from lightning_ssiuu.models.answers import Answers, Part, Reduction
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.losses import cross_entropy
 from lightning_ssiuu.training.reference import Observation, reference_logits
 from lightning_ssiuu.utils.errors import check_number
 
 
-def undial(answers: Answers, reference_logits: Tensor, beta: float) -> Tensor:
+def undial(answers: Answers, reference_logits: Tensor, beta: float, reduction: Reduction = "sequence") -> Tensor:
     """Loss of :class:`UNDIAL`, in nats; ``reference_logits`` ``[N, V]`` are the original model's."""
     strength = torch.full_like(answers.token_logps.detach(), -beta).unsqueeze(-1)
     lowered = reference_logits.to(strength.dtype).scatter_add(-1, answers.targets.unsqueeze(-1), strength)
-    return cross_entropy(answers, lowered)
+    return cross_entropy(answers, lowered, reduction=reduction)
 
 
 class UNDIAL(UnlearningModule):
@@ -44,4 +44,4 @@ class UNDIAL(UnlearningModule):
         return super().references() | {"forget/logits": reference_logits}
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return undial(self.answers(batch), self.original("forget/logits", batch), self.beta)
+        return undial(self.answers(batch), self.original("forget/logits", batch), self.beta, self.reduction)

@@ -69,7 +69,7 @@ class UNDO(UnlearningModule):
         shrink_and_perturb(self.model, self.alpha, self.beta, self.seed)
 
     def retain_loss(self, batch: Part) -> Tensor:
-        return kl_divergence(self.answers(batch), self.original("retain/logits", batch))
+        return kl_divergence(self.answers(batch), self.original("retain/logits", batch), self.reduction)
 
 
 @torch.no_grad()

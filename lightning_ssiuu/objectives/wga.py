@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssiuu.models.answers import Answers, Part, mean_over_answers
+from lightning_ssiuu.models.answers import Answers, Part, Reduction, mean_over_answers
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import check_number
 
 
-def wga(answers: Answers, beta: float) -> Tensor:
+def wga(answers: Answers, beta: float, reduction: Reduction = "sequence") -> Tensor:
     """Loss of :class:`WGA`, in nats, ≤ 0; the weight ``p^β`` is a constant."""
     weight = (beta * answers.token_logps.detach()).exp()
-    return mean_over_answers(weight * answers.token_logps, answers)
+    return mean_over_answers(weight * answers.token_logps, answers, reduction=reduction)
 
 
 class WGA(UnlearningModule):
@@ -35,4 +35,4 @@ class WGA(UnlearningModule):
         self.beta = beta
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return wga(self.answers(batch), self.beta)
+        return wga(self.answers(batch), self.beta, self.reduction)

@@ -93,6 +93,16 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, warmup_steps: float,
     return made
 
 
+def with_schedule(
+    optimizer: Optimizer, schedule: Schedule | None, warmup_steps: float, total: Callable[[], float]
+) -> Any:
+    """What Lightning takes from ``configure_optimizers``, with :func:`make_schedule`'s arguments; None for constant."""
+    if schedule is None:
+        return optimizer
+    made = make_schedule(schedule, optimizer, warmup_steps, total)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, "interval": "step"}}
+
+
 def _name(schedule: Schedule) -> str:
     return getattr(schedule, "__name__", type(schedule).__name__)
 

@@ -31,6 +31,15 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, stacked / world_size(), strict=True))
 
 
+def total_over_ranks(count: Tensor) -> Tensor:
+    """A number added up over the ranks; each rank must call it."""
+    if world_size() == 1:
+        return count
+    total = count.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def all_ranks(flag: Tensor) -> Tensor:
     """Whether a bool is true on every rank; each rank must call it."""
     if world_size() == 1:

@@ -49,6 +49,10 @@ def short(first: int, count: int) -> list[QAExample]:
     return [replace(e, question=f"{n}?", answer=f"A {n}{'x' * (n % 3)}", distractors=("so", "no")) for n, e in numbered]
 
 
+def _unequal() -> Splits:
+    return Splits(*(short(*some) for some in ((0, 5), (10, 4), (20, 2))))
+
+
 def _with_a_long_one() -> Splits:
     first, *rest = short(0, 5)
     return Splits([replace(first, answer=20 * "long "), *rest], short(10, 4), short(20, 2))
@@ -69,7 +73,7 @@ JOBS = [
         "looked at",
         regularizer={"weight": 1.0, "weight_mode": "relative", "anchor": "original"},
         trainer={"gradient_clip_val": 0.5},
-        data={"eval_batch_size": 2, "splits": Splits(*(short(*some) for some in ((0, 5), (10, 4), (20, 2))))},
+        data={"eval_batch_size": 2, "splits": _unequal()},
         looking=True,
     ),
     Job(
@@ -91,6 +95,15 @@ JOBS = [
     *(Job(f"neurons {name}", regularizer=NEURONS, **options) for name, options in SETTINGS.items()),
     # longer than the window: one rank's parts go in one pass, the other's cannot
     Job("windowed", objective="GradientDifference", model="windowed", data={"splits": _with_a_long_one()}),
+    # ranks' shares have unequal numbers of tokens
+    Job(
+        "by tokens",
+        regularizer=PENALTY,
+        module={"reduction": "token"},
+        trainer={"accumulate_grad_batches": 2},
+        data={"splits": _unequal()},
+        model="shallow",
+    ),
     Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
     Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
 ]

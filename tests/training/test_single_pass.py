@@ -50,6 +50,7 @@ from lightning_ssiuu.utils.errors import UserError
         {"tie_word_embeddings": False, "gradient_checkpointing": True, "target": "length_normalised"},
         {"objective": "GradientAscent", "modules": ["mlp_up", "layer1.attn_q"]},
         {"objective": "SimNPO", "accumulate": 2},
+        {"reduction": "token", "accumulate": 2},
         {"objective": LogisticLoss},
         {"name": "gpt2", "gradient_checkpointing": True},
         {"name": "gpt2", "accumulate": 3, "target": "length_normalised"},
