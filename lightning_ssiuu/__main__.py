@@ -22,6 +22,7 @@ _COMMANDS = {
     "oracle": ("lightning_ssiuu.cli.oracle", "train the embedded model anew without the forget set"),
     "recipes": ("lightning_ssiuu.cli.recipes", "list the recipes that --config takes by name; show or copy one"),
     "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
+    "meta-evaluate": ("lightning_ssiuu.cli.meta_evaluate", "which scores tell models with the knowledge from others"),
     "leaderboard": ("lightning_ssiuu.cli.leaderboard", "audited models on one page: verdict, gap to the oracle, cost"),
 }
 

@@ -1,4 +1,4 @@
-"""``audit --suite tofu`` from a name alone, on tiny models whose directories are called as open-unlearning calls them."""
+"""``audit --suite tofu`` from a name alone, on tiny models in directories with open-unlearning's names."""
 
 from __future__ import annotations
 

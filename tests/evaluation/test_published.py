@@ -57,7 +57,7 @@ def test_directories_beside_a_directory_come_first(tmp_path: Path) -> None:
     "name", [f"{HUB}tofu_{LLAMA}_full", f"{HUB}tofu_{LLAMA}_retain90", "unlearn_tofu_X_forget20_NPO", "tiny", ""]
 )
 def test_a_name_that_says_nothing_is_one_line_that_says_what_to_give(name: str) -> None:
-    with pytest.raises(UserError, match="^unlearned: got .*; of others give --original, --oracle and --data$"):
+    with pytest.raises(UserError, match=r"^unlearned: got .*; of others give --original, --oracle and --data$"):
         published(name)
 
 

@@ -9,13 +9,11 @@ from statistics import mean, stdev
 import pytest
 from toys.cli import command, files
 from toys.compare import edit
-from toys.leaderboard import write_audit
+from toys.leaderboard import HOSTILE, board_page, write_audit
 
 from lightning_ssiuu.cli.leaderboard import leaderboard
 from lightning_ssiuu.reports.leaderboard.writing import leaderboard_html
 from lightning_ssiuu.utils.errors import UserError
-
-HOSTILE = "<script>window.hacked=1</script>"
 
 
 @pytest.fixture
@@ -108,6 +106,7 @@ def test_names_on_the_page_are_text(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert page.count('class="badge"') == 1
+    assert "<script" not in board_page(tmp_path / "many")
 
 
 def test_mistakes_are_one_line_and_write_nothing(audits: Path) -> None:

@@ -7,6 +7,12 @@ from typing import Any
 
 from toys.compare import attacked, write_json, write_run
 
+from lightning_ssiuu.reports.leaderboard.reading import read_audits
+from lightning_ssiuu.reports.leaderboard.table import boards
+from lightning_ssiuu.reports.leaderboard.writing import leaderboard_html
+
+HOSTILE = "<script>window.hacked=1</script>"
+
 
 def write_audit(
     folder: Path,
@@ -45,3 +51,13 @@ def write_audit(
     }
     write_json(folder / "audit.json", content | ({"suite": suite} if suite else {}))
     return folder
+
+
+def board_page(folder: Path) -> str:
+    """A page with rows of every kind, and names that are markup or longer than a phone is wide."""
+    suite = {"name": "tofu", "split": "forget10", "model": "L" * 80, "method": HOSTILE, "settings": {"lr": "1e-05"}}
+    paths = [write_audit(folder / f"suite_{n}", 40.0 + n, suite=suite, weights=f"{n}") for n in range(3)]
+    paths.append(write_audit(folder / "alone", suite=suite | {"method": "M" * 80, "settings": {"beta": "0.1" * 30}}))
+    for seed, label in enumerate(("collapsed", "erased", "mixed", "not unlearned")):
+        paths.append(write_audit(folder / f"run_{seed}", label=label, run={"seed": seed}))
+    return leaderboard_html(boards(read_audits(paths)[0]))
