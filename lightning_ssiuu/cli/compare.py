@@ -56,11 +56,8 @@ def compare(
     """
     finished, skipped = read_runs(runs)
     score = check_comparable(finished, score)
-    parents = [os.path.dirname(os.path.abspath(run.path)) for run in finished]
-    folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / "compare"
+    folder = tables_folder(finished, output, "compare", _OUTPUTS, overwrite)
     refuse_links("output", folder, ["plots"])
-    refuse_existing("output", folder, _OUTPUTS, overwrite)
-    check_space("output", folder, 1 << 20)
     comparison = compare_runs(finished, score, named_rows(finished, labels or {}))
     if columns is not None:
         comparison.choose(columns)
@@ -75,6 +72,18 @@ def compare(
         print(f"lightning-ssiuu: note: {one_line(note)}", file=sys.stderr)
     print_written(folder, _OUTPUTS)
     return comparison
+
+
+def tables_folder(
+    runs: Sequence[Run], output: _Path | None, name: str, outputs: Sequence[str], overwrite: bool
+) -> Path:
+    """Where tables of runs go: ``output``, else the folder ``name`` where all runs lie; a UserError if it cannot be."""
+    parents = [os.path.dirname(os.path.abspath(run.path)) for run in runs]
+    folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / name
+    refuse_links("output", folder, [])
+    refuse_existing("output", folder, outputs, overwrite)
+    check_space("output", folder, 1 << 20)
+    return folder
 
 
 def named_rows(runs: Sequence[Run], labels: Mapping[str, str] | Mapping[Path, str]) -> dict[Path, str]:

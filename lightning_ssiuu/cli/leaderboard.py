@@ -7,19 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_ssiuu.cli.compare import named_rows, row_label
+from lightning_ssiuu.cli.compare import named_rows, row_label, tables_folder
 from lightning_ssiuu.reports.leaderboard.reading import read_audits
 from lightning_ssiuu.reports.leaderboard.table import Board, boards
 from lightning_ssiuu.reports.leaderboard.writing import csv_rows, leaderboard_html, markdown, print_boards
 from lightning_ssiuu.utils.errors import one_line
-from lightning_ssiuu.utils.files import (
-    check_space,
-    print_written,
-    refuse_existing,
-    refuse_links,
-    write_csv,
-    written_atomically,
-)
+from lightning_ssiuu.utils.files import print_written, write_csv, written_atomically
 from lightning_ssiuu.utils.messages import parsing
 
 _TEXTS = {"leaderboard.html": leaderboard_html, "leaderboard.md": markdown}
@@ -50,11 +43,7 @@ def leaderboard(
         UserError: If a path is missing or cannot be read, one model is audited twice, or there is no such run to name.
     """
     audited, skipped = read_audits(runs)
-    parents = [os.path.dirname(os.path.abspath(run.path)) for run in audited]
-    folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / "leaderboard"
-    refuse_links("output", folder, [])
-    refuse_existing("output", folder, _OUTPUTS, overwrite)
-    check_space("output", folder, 1 << 20)
+    folder = tables_folder(audited, output, "leaderboard", _OUTPUTS, overwrite)
     found = boards(audited, named_rows(audited, labels or {}))
     try:
         write_csv(folder / "leaderboard.csv", *csv_rows(found))

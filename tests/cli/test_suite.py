@@ -16,7 +16,7 @@ from lightning_ssiuu.models.loading import TINY, load_model, load_tokenizer
 
 SMALL = (
     *("--probe_examples", "4", "--own_change", "false", "--scores", "[first_token]", "--score", "probability"),
-    *("--probe.epochs", "1", "--probe.learning_rates", "[1e-3]", "--probe.seeds", "[0, 1]", "--probe.p", "0.25"),
+    *("--probe.epochs", "1", "--probe.learning_rates", "[1e-3]", "--probe.seeds", "[0]", "--probe.p", "0.25"),
 )
 
 
@@ -66,14 +66,14 @@ def test_from_a_name_to_the_verdict_and_the_oracle_is_attacked_once(
     assert audit(hub, "tofu_phi-1_5_forget10_RMU").status == 0
     again = read_json(tmp_path / "audits" / "tofu_phi-1_5_forget10_RMU" / "audit.json")
     (other,) = again["relearning"]["attacks"]
-    assert other["oracle"]["forget_score"]["per_seed"] == [2.5, 2.5]
+    assert other["oracle"]["forget_score"]["per_seed"] == [2.5]
     assert other["unlearned"] == row["unlearned"]
     both = command("leaderboard", *sorted((tmp_path / "audits").iterdir()), "--output", "board")
     assert both.status == 2  # the two are the same weights
     assert "one audit per model" in both.err
     one = command("leaderboard", tmp_path / "audits" / "tofu_phi-1_5_forget10_RMU", "--output", "board")
     assert one.status == 0, one.err
-    assert "TOFU forget10, phi-1_5" in (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
+    assert "TOFU forget10, phi-1_5" in (tmp_path / "board" / "leaderboard.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,11 @@ def read_audit(path: Path) -> Run:
     else:
         suite = audit.get("suite") or {}
         scores = {name: {"scores": audit["scores"][model]} for name, model in _MOMENTS.items()}
-        metrics = {"objective": suite.get("method") or path.resolve().name, "score": _score(audit), **scores}
+        metrics: dict[str, Any] = {
+            "objective": suite.get("method") or path.resolve().name,
+            "score": _score(audit),
+            **scores,
+        }
         metrics["after"]["influence"] = audit["influence"].get("unlearned", {})
         model = {"class_path": suite.get("method"), "init_args": suite.get("settings") or {}}
         run = Run(path, metrics, {"model": model} if suite else {}, {}, {}, audit)
