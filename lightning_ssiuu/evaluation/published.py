@@ -97,7 +97,7 @@ def published(checkpoint: str | os.PathLike[str]) -> PublishedModel:
     if found is None:
         called = f"unlearn_tofu_MODEL_SPLIT_METHOD_SETTINGS with SPLIT one of {', '.join(RETAIN)}"
         raise UserError("unlearned", text, f"a model called {called}; of others give --original, --oracle and --data")
-    settings = {}
+    settings: dict[str, str] = {}
     for part in filter(None, found["rest"].split("_")):
         known = _SETTING.fullmatch(part)
         settings |= {known[1]: known[2]} if known else {part: ""}

@@ -54,7 +54,7 @@ def test_the_command_judges_scores_by_models(tmp_path: Path) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
     save_pretrained(model, load_tokenizer("tiny"), tmp_path / "noise")
     given = ("--knowing", f"[tiny, {models}]", "--ignorant", f"[{tmp_path / 'noise'}]")
-    few = ("--unlearned", f"[{tmp_path / 'noise'}]", "--quantization", "null", "--p", "0.1", "--batch_size", "2")
+    few = ("--unlearned", f"[{tmp_path / 'noise'}]", "--quantization", "8bit", "--p", "0.1", "--batch_size", "2")
     scores = ("--scores", "[probability, all_tokens]", "--inverted", "[all_tokens]", "--output", tmp_path / "out")
     result = command("meta-evaluate", *given, *few, *scores)
     assert result.status == 0, result.err
@@ -65,6 +65,8 @@ def test_the_command_judges_scores_by_models(tmp_path: Path) -> None:
     assert found["probability"]["relearning"] == 100.0  # the oracle itself rises as much as itself
     assert content["relearned"]["unlearned[0]"] == content["relearned"]["ignorant[0]"]
     assert content["relearned"]["ignorant[0]"]["after"] != content["relearned"]["ignorant[0]"]["before"]
+    assert set(content["quantized"]) == {"unlearned[0]"}
+    assert set(found["probability"]) == {"faithfulness", "relearning", "quantization", "robustness", "overall"}
     assert set(content["relearned"]) == {"unlearned[0]", "ignorant[0]"}
     for options, told in (
         (("--knowing", "[tiny, tiny]", "--ignorant", "[tiny]"), "knowing: got 'tiny', allowed: each model once"),

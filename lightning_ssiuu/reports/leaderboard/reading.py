@@ -56,8 +56,8 @@ def read_audit(path: Path) -> Run:
     run.metrics["provenance"] = {"wall_s": None, **(run.metrics.get("provenance") or {})}
     run.metrics["provenance"]["data_sha256"] = audit["provenance"].get("data_sha256")
     relearning = audit.get("relearning") or {}
-    rows = relearning.get("attacks", [])
-    made = {row["attack"]: {"options": relearning.get("options"), "provenance": {}} for row in rows}
+    rows: list[Any] = relearning.get("attacks", [])
+    made: dict[str, Any] = {row["attack"]: {"options": relearning.get("options"), "provenance": {}} for row in rows}
     settings = (run.attack.get("settings") or {}) if relearning.get("source") == "attack.json" else made
     return replace(run, attack={"attacks": rows, "curves": relearning.get("curves", []), "settings": settings})
 
