@@ -11,7 +11,6 @@ from rich.text import Text
 
 from lightning_ssiuu.reports.compare.writing import csv_text, markdown_text, shown
 from lightning_ssiuu.reports.leaderboard.table import COLUMNS, Board, Line, provenance_of
-from lightning_ssiuu.reports.pages import page
 from lightning_ssiuu.utils.errors import one_line
 
 _SINGLE = "one model"
@@ -64,6 +63,8 @@ def _cells(board: Board, line: Line) -> list[str]:
 
 def leaderboard_html(boards: Sequence[Board]) -> str:
     """The page: a table for each data set, and where each row comes from; no text of any data set."""
+    from lightning_ssiuu.reports.pages import page  # matplotlib takes a while
+
     shown_boards = [
         {
             "title": board.title,
