@@ -196,8 +196,17 @@ def audit(
                 content["correlation"] = asdict(attribution_correlation(before, after))
                 content["attribution_correlation"] = content["correlation"]["rho"]
                 moved = influences(before["forget"]), influences(after["forget"])
-            chosen = models | {"score": score, "target": target, "alpha": alpha, "probe_examples": probe_examples}
-            chosen |= {name: value for name, value in {"method": method, "output": output}.items() if value}
+            chosen: dict[str, Any] = models | {
+                "score": score,
+                "target": target,
+                "alpha": alpha,
+                "probe_examples": probe_examples,
+            }
+            named = {"method": method, "output": output, "suite": suite, "suite_data": suite_data}
+            chosen |= {name: value for name, value in named.items() if value}
+            chosen |= {"scores": list(scores)} if scores else {}
+            if relearning is not None and relearning["source"] == "probe":
+                chosen |= {f"probe.{name}": value for name, value in relearning["options"].items()}
             words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
             words += ["--own_change false"] * (not own_change) + ["--show_text"] * show_text
             command = " ".join(["lightning-ssiuu audit", *words])

@@ -55,6 +55,8 @@ def test_from_a_name_to_the_verdict_and_the_oracle_is_attacked_once(
     assert (suite["split"], suite["method"], suite["settings"]) == ("forget10", "NPO", {"lr": "1e-05"})
     assert suite["names"]["oracle"] == "tofu_phi-1_5_retain90"
     assert (set(content["scores"]), content["score"]) == ({"original", "unlearned", "oracle"}, "probability")
+    assert "--suite tofu" in content["command"]
+    assert "--probe.epochs 1 " in content["command"]
     (row,) = content["relearning"]["attacks"]
     assert row["unlearned"]["forget_score"] == row["oracle"]["forget_score"]  # the same weights, attacked apart
     assert row["gap"]["mean"] == 0.0

@@ -14,6 +14,7 @@ from lightning_ssiuu.reports.leaderboard.table import COLUMNS, Board, Line, prov
 from lightning_ssiuu.utils.errors import one_line
 
 _SINGLE = "one model"
+_ON_SCREEN = ("gap", "relearned", "forget_score", "kept")
 _MEANING = {
     "gap": "gap: points that the attack finds beyond the oracle under the same attack (without one: the control).",
     "relearned": "comes back: share of what was lost that the verdict's strongest attack brings back.",
@@ -42,14 +43,16 @@ def name_of(line: Line) -> str:
 
 
 def print_boards(boards: Sequence[Board], console: Console | None = None) -> None:
-    """Print the tables, each below its title."""
+    """Print the tables, each below its title: of the columns those that a narrow screen has room for."""
     console = console or Console()
     for board in boards:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="", title_justify="left")
-        for title in ("method", "n", "verdict", *(column.title for column in board.columns)):
+        columns = [column for column in board.columns if column.key in _ON_SCREEN]
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+        for title in ("method", "n", "verdict", *(column.title for column in columns)):
             table.add_column(Text(title), justify="left" if title in ("method", "verdict") else "right")
         for line in board.lines:
-            table.add_row(*map(Text, _cells(board, line)))
+            figures = (shown(column, line.cells.get(column.key)) for column in columns)
+            table.add_row(*map(Text, (one_line(name_of(line)), str(line.n), line.verdict, *figures)))
         console.print(Text(board.title))
         console.print(table)
         console.print(Text(caption(board)))
