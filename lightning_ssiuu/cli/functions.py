@@ -252,10 +252,11 @@ def leaderboard(runs: Sequence[Any], output: str | None = None, **options: Any) 
         UserError: As the command.
 
     Example:
-        >>> leaderboard(["nowhere"])
-        Traceback (most recent call last):
-        ...
-        lightning_ssiuu.UserError: runs: got 'nowhere', allowed: directories that exist
+        >>> try:
+        ...     leaderboard(["audits/of_nobody"])
+        ... except UserError as mistake:
+        ...     print(mistake)
+        runs: got 'audits/of_nobody', allowed: directories that exist
     """
     from lightning_ssiuu.cli.leaderboard import leaderboard as command
     from lightning_ssiuu.reports.leaderboard.table import COLUMNS
