@@ -36,6 +36,7 @@ _EXAMPLES = {
     "utility": "--model tiny --output runs/tiny",
     "privacy": "--model runs/ssiuu/model",
     "compare": "runs/*",
+    "meta-evaluate": "--knowing '[tiny]' --ignorant '[runs/oracle/model]' --output runs/meta",
     "leaderboard": "runs/*",
 }
 
