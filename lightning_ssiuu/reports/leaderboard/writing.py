@@ -49,7 +49,9 @@ def print_boards(boards: Sequence[Board], console: Console | None = None) -> Non
         columns = [column for column in board.columns if column.key in _ON_SCREEN]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
         for title in ("method", "n", "verdict", *(column.title for column in columns)):
-            table.add_column(Text(title), justify="left" if title in ("method", "verdict") else "right")
+            table.add_column(
+                Text(title), justify="left" if title in ("method", "verdict") else "right", overflow="fold"
+            )
         for line in board.lines:
             figures = (shown(column, line.cells.get(column.key)) for column in columns)
             table.add_row(*map(Text, (one_line(name_of(line)), str(line.n), line.verdict, *figures)))
