@@ -19,6 +19,8 @@ _EXPORTS = {
     "audit": "cli.functions",
     "compare": "cli.functions",
     "erase": "cli.erase",
+    "leaderboard": "cli.functions",
+    "meta_evaluate": "cli.functions",
     "privacy": "cli.functions",
     "Result": "cli.functions",
     "utility": "cli.functions",

@@ -22,6 +22,8 @@ _COMMANDS = {
     "oracle": ("lightning_ssiuu.cli.oracle", "train the embedded model anew without the forget set"),
     "recipes": ("lightning_ssiuu.cli.recipes", "list the recipes that --config takes by name; show or copy one"),
     "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
+    "meta-evaluate": ("lightning_ssiuu.cli.meta_evaluate", "which scores tell models with the knowledge from others"),
+    "leaderboard": ("lightning_ssiuu.cli.leaderboard", "audited models on one page: verdict, gap to the oracle, cost"),
 }
 
 #: What to give a command that needs more than its name.
@@ -34,6 +36,8 @@ _EXAMPLES = {
     "utility": "--model tiny --output runs/tiny",
     "privacy": "--model runs/ssiuu/model",
     "compare": "runs/*",
+    "meta-evaluate": "--knowing '[tiny]' --ignorant '[runs/oracle/model]' --output runs/meta",
+    "leaderboard": "runs/*",
 }
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<9} {text}" for name, (_, text) in _COMMANDS.items())
+        width = max(map(len, _COMMANDS))
+        lines = "\n".join(f"  {name:<{width}} {text}" for name, (_, text) in _COMMANDS.items())
         print(_USAGE.format(commands=lines))
         return 0
     if arguments[0] == "--version":

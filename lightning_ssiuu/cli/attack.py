@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning
-import torch
-import transformers
-
-import lightning_ssiuu
 from lightning_ssiuu.attacks import Attack, Harmful, Relearning
 from lightning_ssiuu.attacks.base import Target, checked
-from lightning_ssiuu.attacks.records import (
-    REPORT,
-    FinishedAttacks,
-    checkpoint_fingerprint,
-    fingerprint,
-    merge_attacks,
-    read_attacks,
-)
+from lightning_ssiuu.attacks.determined import determined
+from lightning_ssiuu.attacks.records import REPORT, FinishedAttacks, fingerprint, merge_attacks, read_attacks
 from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
@@ -135,24 +124,13 @@ def _log(
     overwrite: bool,
 ) -> FinishedAttacks:
     # What is finished of a sweep is kept beside attack.json, and is of use to the same sweep only.
-    folder, data, devices, encoder = report.folder, report.data, report.devices, report.data.encoder
+    folder, data, devices = report.folder, report.data, report.devices
     partial, attacked = _beside(attack)
     saved = folder / attacked if save_attacked else None
     if saved is not None and any(same_place(saved, checkpoint) for checkpoint in report.models.values()):
         raise UserError("save_attacked", True, f"false, or another output: {attacked} there is under attack itself")
-    determined = {  # everything that determines the curves
-        "attack": [f"{type(attack).__module__}.{type(attack).__qualname__}", attack.name, attack.options()],
-        "score": score,
-        "data": report.data_sha256,
-        "selected": [cell.splits.sha256() for target in targets for cell in attack.cells(target.data or data)],
-        "encoding": [encoder.rendering, encoder.max_length, data.multiple_choice],
-        "eval_batch_size": data.eval_batch_size,
-        "models": {name: checkpoint_fingerprint(checkpoint) for name, checkpoint in report.models.items()},
-        "devices": [devices.device.type, devices.n_ranks, devices.sharded, devices.precision],
-        "saved": save_attacked,
-        "versions": [package.__version__ for package in (lightning_ssiuu, torch, lightning, transformers)],
-    }
-    log = FinishedAttacks(folder / partial, fingerprint(determined), saved)
+    content = determined(attack, targets, report.models, data, score, devices) | {"saved": save_attacked}
+    log = FinishedAttacks(folder / partial, fingerprint(content), saved)
     finished = log.read()
     if finished is None and not overwrite:
         allowed = f"with the options of the {attack.name} attack that was interrupted there, or with --overwrite"

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.text import Text
 from torch import Tensor
@@ -17,6 +17,7 @@ from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
+from lightning_ssiuu.cli.suites import published_model, suite_module
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
 from lightning_ssiuu.evaluation.scores import check_score
@@ -39,8 +40,8 @@ from lightning_ssiuu.utils.files import print_written, refuse_links, write_csv, 
 
 
 def audit(
-    original: str,
-    unlearned: str,
+    original: str | None = None,
+    unlearned: str | None = None,
     oracle: str | None = None,
     after_attack: str | None = None,
     data: UnlearningDataModule | None = None,
@@ -59,6 +60,9 @@ def audit(
     output: str | None = None,
     devices: Devices | None = None,
     overwrite: bool = False,
+    suite: Literal["tofu"] | None = None,
+    suite_data: str | None = None,
+    keep_oracle: bool = False,
 ) -> dict[str, Any]:
     """Judge a model before and after unlearning: ``audit.json``, ``report.html``, a table of neurons, and plots.
 
@@ -91,6 +95,12 @@ def audit(
         devices: Where to run; nothing is trained, so not in ``bf16-mixed``. The figures do not depend on it, but for
             rounding; attributions are taken in float32 at least.
         overwrite: Replace an earlier audit.
+        suite: ``tofu``: find what is not given by the unlearned model's name, as open-unlearning names models: original
+            and oracle (directories beside it, else on the hub), TOFU's split, how it is asked, an output
+            ``audits/NAME``. ``keep_oracle`` is then on.
+        suite_data: Directory or hub id of the suite's data; null: ``locuslab/TOFU``.
+        keep_oracle: Keep the oracle's curves under the audit's own attack in the cache, for the next model that is
+            judged beside it.
 
     Returns:
         The contents of ``audit.json``, on every process.
@@ -98,6 +108,17 @@ def audit(
     Raises:
         UserError: If an argument is outside its range, before anything is written.
     """
+    published = None
+    if suite is not None:
+        published, keep_oracle = published_model(unlearned), True
+        original, oracle = original or published.original, oracle or published.oracle
+        data = data if data is not None else suite_module(published, suite_data)
+        output = output or f"audits/{published.name}"
+    elif suite_data is not None:
+        raise UserError("suite_data", suite_data, "null without a suite: --data names data of your own")
+    if original is None or unlearned is None:
+        missing = "original" if original is None else "unlearned"
+        raise UserError(missing, None, "a model; with --suite the unlearned one's name says what the original is")
     devices = devices if devices is not None else Devices()
     check_probes(probe_examples, alpha)
     if devices.precision == "bf16-mixed":
@@ -147,7 +168,7 @@ def audit(
                 if probe is not None:
                     attackable = {name: models[name] for name in changed}
                     invented = beside.data if beside else None
-                    relearning = probe_relearning(attackable, data, probe, score, devices, invented)
+                    relearning = probe_relearning(attackable, data, probe, score, devices, invented, keep_oracle)
                 evidence += relearning_evidence(relearning["attacks"], forgetting) if relearning else []
                 forced = forced_score(score)
                 sites = examined["original"].attribution["forget"].sites
@@ -175,13 +196,24 @@ def audit(
                 content["correlation"] = asdict(attribution_correlation(before, after))
                 content["attribution_correlation"] = content["correlation"]["rho"]
                 moved = influences(before["forget"]), influences(after["forget"])
-            content["provenance"] = report.provenance(options)
+            chosen: dict[str, Any] = models | {
+                "score": score,
+                "target": target,
+                "alpha": alpha,
+                "probe_examples": probe_examples,
+            }
+            named = {"method": method, "output": output, "suite": suite, "suite_data": suite_data}
+            chosen |= {name: value for name, value in named.items() if value}
+            chosen |= {"scores": list(scores)} if scores else {}
+            if relearning is not None and relearning["source"] == "probe":
+                chosen |= {f"probe.{name}": value for name, value in relearning["options"].items()}
+            words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
+            words += ["--own_change false"] * (not own_change) + ["--show_text"] * show_text
+            command = " ".join(["lightning-ssiuu audit", *words])
+            content |= {"score": score, "command": command, "provenance": report.provenance(options)}
+            if published is not None and suite is not None:
+                content["suite"] = published.content(suite)
             if devices.is_first:
-                chosen = (
-                    models | {"score": score, "target": target, "alpha": alpha} | ({"method": method} if method else {})
-                )
-                words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
-                command = " ".join(["lightning-ssiuu audit", *words, *(["--show_text"] if show_text else [])])
                 variations = {name: diagnosis.variation for name, diagnosis in diagnoses.items()}
                 examples = measured.examples(data)
                 table = diagnoses["unlearned"].table

@@ -56,12 +56,9 @@ def compare(
     """
     finished, skipped = read_runs(runs)
     score = check_comparable(finished, score)
-    parents = [os.path.dirname(os.path.abspath(run.path)) for run in finished]
-    folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / "compare"
+    folder = tables_folder(finished, output, "compare", _OUTPUTS, overwrite)
     refuse_links("output", folder, ["plots"])
-    refuse_existing("output", folder, _OUTPUTS, overwrite)
-    check_space("output", folder, 1 << 20)
-    comparison = compare_runs(finished, score, _named(finished, labels or {}))
+    comparison = compare_runs(finished, score, named_rows(finished, labels or {}))
     if columns is not None:
         comparison.choose(columns)
     try:
@@ -77,7 +74,20 @@ def compare(
     return comparison
 
 
-def _named(runs: Sequence[Run], labels: Mapping[str, str] | Mapping[Path, str]) -> dict[Path, str]:
+def tables_folder(
+    runs: Sequence[Run], output: _Path | None, name: str, outputs: Sequence[str], overwrite: bool
+) -> Path:
+    """Where tables of runs go: ``output``, else the folder ``name`` where all runs lie; a UserError if it cannot be."""
+    parents = [os.path.dirname(os.path.abspath(run.path)) for run in runs]
+    folder = Path(output) if output is not None else Path(os.path.commonpath(parents)) / name
+    refuse_links("output", folder, [])
+    refuse_existing("output", folder, outputs, overwrite)
+    check_space("output", folder, 1 << 20)
+    return folder
+
+
+def named_rows(runs: Sequence[Run], labels: Mapping[str, str] | Mapping[Path, str]) -> dict[Path, str]:
+    """The names of rows by their runs' resolved paths; a UserError where one is given to what is no row."""
     methods = {run.path.resolve() for run in runs if not run.is_oracle}
     for path in labels:
         if Path(path).resolve() not in methods:
@@ -85,8 +95,8 @@ def _named(runs: Sequence[Run], labels: Mapping[str, str] | Mapping[Path, str]) 
     return {Path(path).resolve(): name for path, name in labels.items()}
 
 
-def _label(text: str) -> tuple[str, str]:
-    # A path may hold the sign, too: the first part that exists counts.
+def row_label(text: str) -> tuple[str, str]:
+    """``RUN=NAME`` as a pair. A path may hold the sign, too: the first part that exists counts."""
     parts = text.split("=")
     for end in range(1, len(parts)):
         if (path := "=".join(parts[:end])) and Path(path).exists() and (name := "=".join(parts[end:]).strip()):
@@ -130,5 +140,5 @@ def run(args: list[str]) -> None:
     parser.add_argument("--label", nargs="+", type=str, metavar="RUN=NAME", help=text)
     with parsing():
         config = parser.parse_args(args)
-    labels = dict(map(_label, config.label or []))
+    labels = dict(map(row_label, config.label or []))
     compare(config.runs, config.output, config.score, config.overwrite, config.columns, labels)

@@ -124,8 +124,8 @@ def attack(model: Any, oracle: Any = None, tokenizer: Any = None, output: str | 
 
 
 def audit(
-    original: Any,
-    unlearned: Any,
+    original: Any = None,
+    unlearned: Any = None,
     oracle: Any = None,
     tokenizer: Any = None,
     output: str | None = None,
@@ -238,6 +238,65 @@ def compare(runs: Sequence[Any], output: str | None = None, **options: Any) -> R
         comparison = command(runs, output=folder, **options)
     header, rows = csv_rows(comparison)
     return Result(f"Comparison by {comparison.score}", tuple(header), tuple(map(tuple, rows)), comparison)
+
+
+def leaderboard(runs: Sequence[Any], output: str | None = None, **options: Any) -> Result:
+    """Audited models in one table: verdict, gap to the oracle and what is kept, one row per method and data set.
+
+    Args:
+        runs: Directories with an ``audit.json``.
+        output: Directory for the page and the tables; None: nothing is written.
+        **options: As the command ``leaderboard`` has (:func:`lightning_ssiuu.cli.leaderboard.leaderboard`).
+
+    Raises:
+        UserError: As the command.
+
+    Example:
+        >>> try:
+        ...     leaderboard(["audits/of_nobody"])
+        ... except UserError as mistake:
+        ...     print(mistake)
+        runs: got 'audits/of_nobody', allowed: directories that exist
+    """
+    from lightning_ssiuu.cli.leaderboard import leaderboard as command
+    from lightning_ssiuu.reports.leaderboard.table import COLUMNS
+
+    with _prepared({}, None, output) as (_, folder):
+        boards = command(runs, output=folder, **options)
+    lines = [(board.title, line) for board in boards for line in board.lines]
+    keys = [column.key for column in COLUMNS if any(column.key in line.cells for _, line in lines)]
+    figures = [[line.cells[key].mean if key in line.cells else None for key in keys] for _, line in lines]
+    told = [(title, line.label, line.n, line.verdict) for title, line in lines]
+    rows = tuple((*first, *others) for first, others in zip(told, figures, strict=True))
+    return Result("Leaderboard", ("data", "method", "n", "verdict", *keys), rows, boards)
+
+
+def meta_evaluate(knowing: Sequence[str], ignorant: Sequence[str], output: str | None = None, **options: Any) -> Result:
+    """Which scores tell models with the knowledge from those without: figures in percent by score.
+
+    Args:
+        knowing: Checkpoints that were taught the forget set.
+        ignorant: Checkpoints that never saw it.
+        output: Directory for ``meta_evaluation.json``; None: nothing is written.
+        **options: As the command ``meta-evaluate`` has (:func:`lightning_ssiuu.cli.meta_evaluate.meta_evaluate`).
+
+    Raises:
+        UserError: As the command.
+
+    Example:
+        >>> meta_evaluate(["tiny"], ["tiny"], scores=["first_token"])  # a model against itself: nothing to tell
+        Meta-evaluation, %
+        score        faithfulness
+        first_token          50.0
+    """
+    from lightning_ssiuu.cli.meta_evaluate import meta_evaluate as command
+
+    with _prepared({}, None, output) as (_, folder):
+        content = command(knowing, ignorant, output=folder, **options)
+    judged: Mapping[str, Mapping[str, float]] = content["scores"]
+    columns = tuple(next(iter(judged.values()), {}))
+    rows = tuple((score, *figures.values()) for score, figures in judged.items())
+    return Result("Meta-evaluation, %", ("score", *columns), rows, content)
 
 
 @contextmanager

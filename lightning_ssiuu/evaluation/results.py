@@ -15,6 +15,7 @@ _RESULTS = (
     *("config.yaml", "metrics.json", "spurious_neurons.csv", "influence.csv", "plots", "lightning_logs", "compare"),
     *("attack.json", "audit.json", "audit_spurious_neurons.csv", "report.html", "utility.json", "privacy.json"),
     *("certificate.json", "certificate.html", "certificate.key", "erase.json", "trials", "trials.csv", "log.txt"),
+    *("leaderboard", "meta_evaluation.json"),
 )
 #: Attacks of the package in the order of tables; of those that train there are ones with adapters, too (``_lora``).
 ATTACKS = ("harmful", "benign", "quantization", "sampling", "paraphrase", "ablation", "interpolation")

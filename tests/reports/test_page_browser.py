@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys.leaderboard import board_page
 from toys.reports import report, report_without_oracle
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: it is in the extra [test]")
@@ -49,6 +50,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, control in (("alone", False), ("control", True)):
         written[name] = folder / f"{name}.html"
         written[name].write_text(report_without_oracle(control), encoding="utf-8")
+    written["leaderboard"] = folder / "leaderboard.html"
+    written["leaderboard"].write_text(board_page(folder / "audits"), encoding="utf-8")
     return written
 
 
@@ -87,7 +90,7 @@ return [...document.querySelectorAll('p, td, th, dt, dd, h1, h2, h3, .says, .bad
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["plain", "hostile"])
+@pytest.mark.parametrize("name", ["plain", "hostile", "leaderboard"])
 def test_page(browser: Any, pages: dict[str, Path], name: str, size: str, scheme: str) -> None:
     for log in ("browser", "performance"):
         browser.get_log(log)  # of the page before

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_ssiuu.attacks.ablation import Neuron, Recording, control_neurons, output_columns, patched
 from lightning_ssiuu.attacks.base import Target, forget_score
 from lightning_ssiuu.attacks.curves import highest_beside, spread
+from lightning_ssiuu.attacks.determined import kept_curves
 from lightning_ssiuu.attacks.harmful import Harmful
 from lightning_ssiuu.attacks.records import read_attacks
 from lightning_ssiuu.attribution.influence import SpuriousNeuron
@@ -100,17 +101,22 @@ def probe_relearning(
     score: str,
     devices: Devices,
     control: UnlearningDataModule | None = None,
+    keep_oracle: bool = False,
 ) -> dict[str, Any]:
     """Attack the models in turn, only one in memory; as :func:`recorded_relearning`, with the probe's options.
 
-    With ``control``, the unlearned model also on the invented facts in its place of the forget set.
+    With ``control``, the unlearned model also on the invented facts in its place of the forget set. ``keep_oracle``
+    takes the oracle's curves from the cache, or puts them there (:func:`~.attacks.determined.kept_curves`).
     """
     attack = probe.attack()
     targets = [Target(*model, devices) for model in models.items()]
     if control is not None:
         targets.append(Target("control", models["unlearned"], devices, control))
+    kept = [target for target in targets if keep_oracle and target.name == "oracle"]
     with _seed_kept(), _named_probe():
-        curves = attack.run(targets, data, score, devices)
+        curves = attack.run([target for target in targets if target not in kept], data, score, devices)
+        for target in kept:
+            curves += attack.run([target], data, score, devices, kept_curves(attack, target, data, score, devices))
     gc.collect()  # the last model, before the next one is loaded
     options = asdict(probe) | {"learning_rates": list(probe.learning_rates), "seeds": list(probe.seeds)}
     content = {"source": "probe", "score": score, "options": options, "attacks": attack.rows(curves, score)}

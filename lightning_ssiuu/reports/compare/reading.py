@@ -62,24 +62,30 @@ class Run:
         return self.metrics["objective"] == "FineTuning" and options.get("train_on") == "retain"
 
 
-def read_runs(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+def read_runs(
+    paths: Sequence[str | os.PathLike[str]],
+    read: Callable[[Path], Run] | None = None,
+    finished: str = _FINISHED,
+    wanted: str = f"run directories written by fit, or by a Trainer with RunReport (with {_FINISHED})",
+) -> tuple[list[Run], list[str]]:
     """The runs in the order given, each once, and the paths passed over because they are no finished run.
 
-    A shell's ``runs/*`` names whatever else lies there too. A path that does not exist is a :class:`UserError`.
+    That is one with the file ``finished``; ``wanted`` says so where there is none, ``read`` reads one (by default
+    :func:`read_run`). A shell's ``runs/*`` names whatever else lies there too. A path that does not exist is a
+    :class:`UserError`.
     """
     runs: dict[Path, Run] = {}
     skipped = []
     for given in map(Path, paths):
         if not given.exists():
             raise UserError("runs", str(given), "directories that exist")
-        if (given / _FINISHED).is_file():
+        if (given / finished).is_file():
             if given.resolve() not in runs:
-                runs[given.resolve()] = read_run(given)
+                runs[given.resolve()] = (read or read_run)(given)
         else:
             skipped.append(str(given))
     if not runs:
-        allowed = f"run directories written by fit, or by a Trainer with RunReport (with {_FINISHED})"
-        raise UserError("runs", skipped[0] if len(skipped) == 1 else skipped, allowed)
+        raise UserError("runs", skipped[0] if len(skipped) == 1 else skipped, wanted)
     return list(runs.values()), skipped
 
 

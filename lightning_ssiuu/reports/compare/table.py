@@ -207,7 +207,7 @@ def compare_runs(runs: Sequence[Run], score: str, given: Mapping[Path, str] | No
     original = _original([run for run in methods if run.metrics["objective"] != "FineTuning"], score)
     oracle = _oracle(_row("oracle", oracle_runs, [figures[id(run)] for run in oracle_runs], "oracle"), methods, score)
     table = [*([original] if original else []), *rows, *([oracle] if oracle else [])]
-    notes = [note for row in rows for note in _gaps_in(row, columns)] + _collapsed(runs) + _unlike(runs)
+    notes = [note for row in rows for note in _gaps_in(row, columns)] + _collapsed(runs) + unlike_attacks(runs)
     notes += _unlike_utility(runs) + _oracles(runs, original, oracle, score)
     settings = dict(zip(names, settings_of_each(groups), strict=True)) if groups else {}
     return Comparison(score, columns, table, notes, settings=settings)
@@ -259,8 +259,8 @@ def _collapsed(runs: Sequence[Run]) -> list[str]:
     return [f"{run.path}: the retain score fell to chance (collapsed)" for run in runs if run.metrics.get("collapsed")]
 
 
-def _unlike(runs: Sequence[Run]) -> list[str]:
-    # Attacks whose options, data or score are not the same in all runs.
+def unlike_attacks(runs: Sequence[Run]) -> list[str]:
+    """A note on each attack whose options, data or score are not the same in all runs."""
     notes = []
     given: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
