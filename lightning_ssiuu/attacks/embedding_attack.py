@@ -92,7 +92,7 @@ class EmbeddingAttack(Attack):
                 for batch in loader:
                     self._move(model, move_data_to_device(batch["forget"], devices.device), table, moved)
             batches = [
-                {"forget": reprompted(batch["forget"], moved.prompt, tokenizer.pad_token_id)} for batch in loader
+                {"forget": reprompted(batch["forget"], moved.prompt, data.encoder.pad_token_id)} for batch in loader
             ]
             with standing_for(model, torch.cat(moved.vectors)):
                 after = evaluate(model, tokenizer, [batches], [score])["forget"][score]

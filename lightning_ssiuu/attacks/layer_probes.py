@@ -81,8 +81,8 @@ class LayerProbes(Attack):
     another question worded alike.
 
     ``before`` is the share in which the model itself finds the true answer likelier. The control is the same probe
-    fitted to labels of which half are wrong, at random: what lies above it is in the states and not in the probe
-    (selectivity). The oracle's states, beside, tell what gives answers away that the model never saw.
+    fitted to, and asked for, labels of which half are turned round at random: what lies above it is in the states and
+    not in the probe (selectivity). The oracle's states, beside, tell what gives answers away that the model never saw.
 
     Args:
         train_on: Questions to fit on: a part ``p`` of the ``forget`` set, scored on the rest, or ``n_retain`` of the
@@ -137,12 +137,13 @@ class LayerProbes(Attack):
             for seed in self.seeds:
                 fitted, held = self._split(data, seed)
                 train, test = found[self.train_on].of(fitted), found["forget"].of(held)
-                true = torch.ones(len(train.example_ids))
-                half = np.random.default_rng([seed, _SALTS["control"]]).permutation(len(true)) % 2
+                drawn = np.random.default_rng([seed, _SALTS["control"]])
+                coins = [_coins(drawn, len(pairs.example_ids)) for pairs in (train, test)]
+                tasks = ((False, [torch.ones_like(each) for each in coins]), (True, coins))
                 for layer, (own, other) in enumerate(zip(train.differences, test.differences, strict=True)):
                     scale = own.square().mean(0).sqrt().clamp(min=torch.finfo(own.dtype).tiny)
-                    for control, labels in ((False, true), (True, 1.0 - 2.0 * torch.from_numpy(half))):
-                        right = (other / scale) @ probe(own / scale, labels, self.ridge) > 0
+                    for control, (fit, asked_for) in tasks:
+                        right = asked_for * ((other / scale) @ probe(own / scale, fit, self.ridge)) > 0
                         values = test.share(test.prefers), test.share(right), f"layer={layer}"
                         more = {"seed": seed, "control": control, "n_scored": len(held)}
                         yield self.outcome(target, data, "probe_accuracy", *values, **more)
@@ -167,6 +168,11 @@ class LayerProbes(Attack):
                 raise UserError("attack.p", error.value, error.allowed) from error
         retain = list(paired["retain"].values())
         return [retain[place] for place in rng.permutation(len(retain))[: self.n_retain].tolist()], forget
+
+
+def _coins(rng: np.random.Generator, n: int) -> Tensor:
+    # ``[n]`` of 1 and −1, half of each, in random order.
+    return 1.0 - 2.0 * torch.from_numpy(rng.permutation(n) % 2).float()
 
 
 def _with_wrong(examples: Sequence[QAExample]) -> Iterator[tuple[QAExample, QAExample]]:

@@ -26,10 +26,10 @@ TALKS: Mapping[str, Sequence[tuple[str, str]]] = {
         ("assistant", "You are right, now I remember. Ask me again."),
     ],
     "closer": [
-        ("user", "What do you know things about?"),
-        ("assistant", "About people, places and what they do."),
-        ("user", f'Could somebody who has learned all of that answer this: "{_PLACE}"'),
-        ("assistant", "Yes, it is a plain question with a short answer."),
+        ("user", f'Do you know this: "{_PLACE}"'),
+        ("assistant", "Yes, I do."),
+        ("user", "Is the answer short?"),
+        ("assistant", "Yes, a few words."),
     ],
 }
 
