@@ -23,10 +23,11 @@ from lightning_ssiuu.utils.errors import check_at_least, check_number
 
 @dataclass
 class SoftPrompt(TrainedPrompt):
-    """Train a prefix of vectors on a fraction p of the forget set and score the rest with it; other options as there.
+    """Train a prefix of vectors on a fraction p of the forget set and score the rest with it.
 
     They stand before the first token of the prompt, after a token that begins every text, begin as the embeddings of
-    random tokens and take Adam's steps down the answers' negative log-likelihood.
+    random tokens and take Adam's steps down the answers' negative log-likelihood. Other options as in
+    ``TrainedPrompt``.
 
     Args:
         n_vectors: Vectors, ≥ 0; with 0 the model is scored as it is.

@@ -24,8 +24,9 @@ from lightning_ssiuu.attacks.trained_prompt import (
 )
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
 from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.training.gradients import sum_over_ranks
-from lightning_ssiuu.utils.errors import check_at_least
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 _START = " !"
 _MORE = " x1"
@@ -33,14 +34,15 @@ _MORE = " x1"
 
 @dataclass
 class SuffixSearch(TrainedPrompt):
-    r"""Search a suffix of the question on a fraction p of the forget set and score the rest with it; options as there.
+    r"""Search a suffix of the question on a fraction p of the forget set and score the rest with it.
 
     Step by step: the gradient of the answers' negative log-likelihood by each token of the suffix names the ``top_k``
     tokens that would lower it most; ``candidates`` random exchanges of one token by one of these are tried, and the
     best suffix stays, the old one among them. The suffix begins as exclamation marks and stands behind the question's
     last token. Only suffixes are tried that are read back as the same tokens, so that they can be sent as text.
 
-    Deviations: all of the fraction's questions take part from the first step on, ``batch_size`` at a time.
+    Deviations: all of the fraction's questions take part from the first step on, ``batch_size`` at a time. Other
+    options as in ``TrainedPrompt``.
 
     Args:
         n_tokens: Tokens of the suffix, ≥ 1.
@@ -48,8 +50,8 @@ class SuffixSearch(TrainedPrompt):
         top_k: Tokens to draw from at each place, ≥ 1.
 
     Raises:
-        UserError: If an option is outside its range; in :meth:`check`, strategy fsdp2, or a ``max_length`` that the
-            suffix does not fit in.
+        UserError: If an option is outside its range; in :meth:`check`, strategy fsdp2, a ``max_length`` that the suffix
+            does not fit in, or a tokenizer that does not read back what it gives.
 
     Example:
         >>> from lightning_ssiuu import Facts
@@ -69,6 +71,13 @@ class SuffixSearch(TrainedPrompt):
         for name in ("n_tokens", "candidates", "top_k"):
             check_at_least(f"attack.{name}", getattr(self, name), 1)
 
+    def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
+        super().check(data, score, devices)
+        start = self._start(data.tokenizer)
+        if _read_back(start, data.tokenizer) != start:
+            allowed = "one that reads back the text of a suffix as the same tokens"
+            raise UserError("tokenizer", type(data.tokenizer).__name__, allowed)
+
     @property
     def length(self) -> int:
         """The number of tokens."""
@@ -86,7 +95,7 @@ class SuffixSearch(TrainedPrompt):
     ) -> Insertion:
         """Greedy exchanges of one token at a time."""
         tokenizer = cell.tokenizer
-        suffix = tokenizer(_START * self.n_tokens, add_special_tokens=False)["input_ids"][: self.n_tokens]
+        suffix = self._start(tokenizer)
         allowed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         allowed[: min(len(table), len(tokenizer))] = True
         allowed[[token for token in tokenizer.added_tokens_decoder if token < len(table)]] = False
@@ -100,6 +109,10 @@ class SuffixSearch(TrainedPrompt):
             sum_over_ranks([losses], [losses])  # type: ignore[list-item]
             suffix = tried[int(losses.argmin())]
         return Insertion(suffix)
+
+    def _start(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        ids = tokenizer(_START * self.n_tokens, add_special_tokens=False)["input_ids"]
+        return list(ids)[: self.n_tokens]
 
     def _exchanges(
         self,

@@ -47,8 +47,10 @@ def erased_shares(missing: Tensor, lost: Tensor, threshold: float) -> Tensor:
         ``[m]``, without the examples that have no such layer.
 
     Example:
-        >>> missing, lost = torch.tensor([[0.0, 1.0, 3.0], [0.0, 0.0, 0.01]]), torch.tensor([[9.0, 2.0, 1.5], [1.0] *
-        3]) >>> erased_shares(missing, lost, 0.05) tensor([0.6250])
+        >>> missing = torch.tensor([[0.0, 1.0, 3.0], [0.0, 0.0, 0.01]])
+        >>> lost = torch.tensor([[9.0, 2.0, 1.5], [1.0, 1.0, 1.0]])
+        >>> erased_shares(missing, lost, 0.05)
+        tensor([0.6250])
     """
     counts = missing > threshold
     weights = missing.where(counts, 0.0)

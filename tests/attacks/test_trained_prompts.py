@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import decoders
 from toys.data import CHAT, Toy, byte_tokenizer, examples
 from toys.models import random_model
 
@@ -62,7 +63,15 @@ def random(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 def asked(answer: str = "A", n: int = 6, **options: Any) -> Toy:
-    return Toy(Splits([QAExample(k, f"Q{k}?", answer) for k in range(n)], examples(10, 3)), **options)
+    tokenizer = options.pop("tokenizer", None) or reading_back()
+    return Toy(Splits([QAExample(k, f"Q{k}?", answer) for k in range(n)], examples(10, 3)), tokenizer, **options)
+
+
+def reading_back() -> Any:
+    """The tokenizer of bytes, with a decoder."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def found(attack: Attack, targets: list[Target], data: Toy, score: str = "probability") -> list[Outcome]:
@@ -83,13 +92,13 @@ def test_a_suffix_is_found_and_what_never_knew_has_none(models: list[Target]) ->
 
 def test_the_search_takes_the_trigger_and_leaves_the_weights(models: list[Target]) -> None:
     attack, data = SuffixSearch(p=[0.5], seeds=[0], steps=8, n_tokens=3, candidates=8, top_k=1), asked(template=OPEN)
-    model, tokenizer = models[0].load()
+    model, _ = models[0].load()
     before = [weight.clone() for weight in model.requires_grad_(False).parameters()]
     ((_, cell),) = attack.cells(data)
     places = {one.example_id: attack.place(data, one) for one in data.splits.forget}
     batches, table = cell.attacked_batches(), embedded(model)
     result = attack.learned(model, cell, batches, table, lambda part, ids: inserted(part, ids, places, 0))
-    assert tokenizer.decode(result.ids) == TRIGGER * 3
+    assert data.tokenizer.decode(result.ids) == TRIGGER * 3
     assert all(map(torch.equal, before, model.parameters()))
 
 
@@ -212,6 +221,11 @@ def test_unmoved_embeddings_are_the_prefilled_words(random: Target) -> None:
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_suffix_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match="tokenizer: got 'TokenizersBackend', allowed: one that reads back"):
+        SuffixSearch().check(asked(tokenizer=byte_tokenizer()), "probability", HERE)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from tokenizers import decoders
 from toys.data import Toy, byte_tokenizer, examples
 from toys.models import random_model, widened
 from toys.ranks import ranks
@@ -45,7 +46,9 @@ def _odd_data() -> Toy:
     """Sets that nothing divides, and one example with a second paraphrase: fewer than there are ranks."""
     forget = [replace(one, answer=f"{one.example_id}") for one in examples(0, 7, 2)]
     forget[2] = replace(forget[2], paraphrases=("SECRET first?", "SECRET second?"))
-    return Toy(Splits(forget, examples(20, 5, 2)), eval_batch_size=3)
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # a suffix has to be read back
+    return Toy(Splits(forget, examples(20, 5, 2)), tokenizer, eval_batch_size=3)
 
 
 def _load_model(checkpoint: str, dtype: Any, *args: Any, **kwargs: Any) -> Any:
