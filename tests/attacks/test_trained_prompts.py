@@ -86,7 +86,7 @@ def test_a_suffix_is_found_and_what_never_knew_has_none(models: list[Target]) ->
     attack = SuffixSearch(p=[0.5], seeds=[0], steps=6, n_tokens=2, candidates=6, top_k=1)
     own, oracle = found(attack, models, asked(template=OPEN))
     assert own.before < 1e-3 < 99 < own.forget_score
-    assert oracle.forget_score == pytest.approx(oracle.before) < 1e-3
+    assert oracle.forget_score < 1e-3
     assert (own.variant, own.n_scored, own.seed) == ("p=0.5, length=2", 3, 0)
 
 
