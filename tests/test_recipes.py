@@ -244,6 +244,8 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     if name == "UnlearningDepth":
         quicker[name] = [*original, "--oracle", untaught(tmp_path / "oracle")]
     few: list[str | Path] = [*(quick if "epochs" in options else quicker.get(name, []))]
+    if name in ("Jailbreak", "MultiTurn", "FewShot", "Prefill", "SoftPrompt", "SuffixSearch", "LayerProbes"):
+        few += ["--data", "Facts", "--data.max_eval_examples", "8"]
     if attackers := options.get("attackers"):
         least = {"learning_rates": [1e-3], "repair_epochs": 1}
         short = [attacker | {key: least[key] for key in least if key in attacker} for attacker in attackers]
