@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class LayerProbes(Attack):
                     for control, (fit, asked_for) in tasks:
                         right = asked_for * ((other / scale) @ probe(own / scale, fit, self.ridge)) > 0
                         values = test.share(test.prefers), test.share(right), f"layer={layer}"
-                        more = {"seed": seed, "control": control, "n_scored": len(held)}
+                        more: dict[str, Any] = {"seed": seed, "control": control, "n_scored": len(held)}
                         yield self.outcome(target, data, "probe_accuracy", *values, **more)
 
     def _pairs(self, data: UnlearningDataModule) -> dict[str, list[tuple[QAExample, QAExample]]]:

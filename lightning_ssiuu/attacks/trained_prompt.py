@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
@@ -92,9 +93,7 @@ class TrainedPrompt(Attack):
         found = []
         for p in self.p:
             for seed in self.seeds:
-                cell = RelearnDataModule(
-                    data, self.kind, p, batch_size=self.batch_size, seed=seed, selection=random_fraction
-                )
+                cell = RelearnDataModule(data, self.kind, p, batch_size=self.batch_size, seed=seed, selection=_fraction)
                 try:
                     _ = cell.splits
                 except UserError as error:
@@ -129,6 +128,13 @@ class TrainedPrompt(Attack):
                 variant, more = f"p={p:g}, length={self.length}", {"seed": cell.seed, "n_scored": len(cell.scored)}
                 yield self.outcome(target, data, score, before, after, variant, **more)
             del model, table  # before the next one is loaded
+
+
+def _fraction(
+    forget: Sequence[QAExample], p: float | None, rng: np.random.Generator
+) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
+    assert p is not None
+    return random_fraction(forget, p, rng)
 
 
 def inserted(part: Part, ids: Sequence[int], places: dict[int, int], pad: int) -> Part:
