@@ -19,10 +19,8 @@ from lightning_ssiuu import Facts
 from lightning_ssiuu.attacks import (
     Ablation,
     EmbeddingAttack,
-    FewShot,
     LayerProbes,
     Paraphrase,
-    Prefill,
     Quantization,
     Sampling,
     SoftPrompt,
@@ -37,7 +35,7 @@ from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.distributed import rank
 
 STRATEGIES = ("ddp", "fsdp2")
-KINDS = ("ablation", "sampling", "paraphrase", "few_shot", "prefill", "layer_probes", "unlearning_depth")
+KINDS = ("ablation", "sampling", "paraphrase", "layer_probes", "unlearning_depth")
 #: Not with weights that are cut over ranks, and how far rounding may move them.
 WHOLE = {"quantization": 1e-4, "soft_prompt": 1e-6, "suffix_search": 1e-9, "embedding_attack": 1e-6}
 
@@ -66,8 +64,6 @@ def _work(folder: Path, n_devices: int, *strategies: Any) -> int:
             (Ablation(original, 5, alpha=0.1, draws=1), "truth_ratio_forget"),
             (Sampling(k=2, top_p=0.9, seeds=[3]), "rouge_l"),
             (Paraphrase(), "probability"),
-            (FewShot(k=1, seeds=[0]), "probability"),
-            (Prefill(tokens=[0]), "probability"),
             (LayerProbes(seeds=[0]), "probability"),
         ]
         if not where.sharded:
@@ -96,7 +92,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         random_model(seed=seed, vocab_size=260, tie_word_embeddings=True).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
     _work(folder, 1, "auto")
-    end = ranks(partial(_work, folder, 2, *STRATEGIES), folder / "processes", 150)
+    end = ranks(partial(_work, folder, 2, *STRATEGIES), folder / "processes", 240)
     assert end.status == 0, end.err[-3000:]
     assert end.left == []
     assert "SECRET" not in end.err
@@ -124,5 +120,5 @@ def test_the_attacks_did_something(results: Path) -> None:
     ablated = [one for one in found if one["kind"] == "ablation"]
     assert all(one["n_neurons"] > 3 for one in ablated)
     assert len({one["forget_score"] for one in ablated}) == len(ablated) == 2 * 2
-    moved = [one for one in found if one["kind"] not in ("ablation", "sampling") and one["variant"] != "tokens=0"]
+    moved = [one for one in found if one["kind"] not in ("ablation", "sampling")]
     assert all(one["forget_score"] != one["before"] for one in moved if one["kind"] != "layer_probes")
