@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys.cli import DEFAULT, RECIPES, SHORT, command, fit, question_rows, read_json, write_rows
+from toys.cli import DEFAULT, RECIPES, SHORT, attacking, command, fit, question_rows, read_json, write_rows
 from toys.clusters import write_faithun
-from toys.models import random_model
 from toys.ranks import ranks
 
+import lightning_ssiuu.attacks
+from lightning_ssiuu import Facts
 from lightning_ssiuu.__main__ import main
-from lightning_ssiuu.models.loading import load_tokenizer
+from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_facts")
 
@@ -231,23 +232,48 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["attack"]
     name, options = (given, {}) if isinstance(given, str) else (given["class_path"], given["init_args"])
     quick = ["--attack.epochs", "1", "--attack.seeds", "[0]", "--attack.learning_rates", "[1e-4]"]
-    original = ["--attack.original", "tiny"]
-    quicker = {"Ablation": original, "Interpolation": original, "Sampling": ["--attack.k", "1"]}
-    few = quick if "epochs" in options else quicker.get(name, [])
+    original, once = ["--attack.original", "tiny"], ["--attack.seeds", "[0]"]
+    quicker: dict[str, list[str | Path]] = {
+        **{"Ablation": original, "Interpolation": original, "Sampling": ["--attack.k", "1"], "FewShot": once},
+        **{"LayerProbes": once, "EmbeddingAttack": ["--attack.steps", "1"]},
+        **{"SoftPrompt": [*once, "--attack.steps", "1"], "SuffixSearch": [*once, *attacking(steps=1, candidates=2)]},
+    }
+    if name == "Translation":
+        record = {"language": "de", "question": Facts().splits.forget[0].question, "translation": "Was?"}
+        quicker[name] = ["--attack.path", write_rows(tmp_path / "german.jsonl", [record])]
+    if name == "UnlearningDepth":
+        quicker[name] = [*original, "--oracle", untaught(tmp_path / "oracle")]
+    few: list[str | Path] = [*(quick if "epochs" in options else quicker.get(name, []))]
+    if name in ("Jailbreak", "MultiTurn", "FewShot", "Prefill", "SoftPrompt", "SuffixSearch", "LayerProbes"):
+        few += ["--data", "Facts", "--data.max_eval_examples", "8"]
     if attackers := options.get("attackers"):
-        once = {"learning_rates": [1e-3], "repair_epochs": 1}
-        short = [attacker | {key: once[key] for key in once if key in attacker} for attacker in attackers]
+        least = {"learning_rates": [1e-3], "repair_epochs": 1}
+        short = [attacker | {key: least[key] for key in least if key in attacker} for attacker in attackers]
         few = [*few, "--attack.attackers", json.dumps(short), "--attack.until_saturated", "false"]
         few += ["--data", "Facts", "--data.max_eval_examples", "8"]
     model: str | Path = "tiny"
     if options.get("pool") == "wrong":  # "tiny" answers nothing so
         few = [*few, "--score", "all_tokens"]
-        model = tmp_path / "random"
-        random_model("llama", torch.float32, vocab_size=1024).save_pretrained(model)
-        load_tokenizer("tiny").save_pretrained(model)
+        model = untaught(tmp_path / "random")
     alone = ("--output", tmp_path / "run", "--control", "none")
     result = command("attack", "--config", recipe, "--model", model, *alone, *few)
     assert result.status == 0, result.err
     rows = read_json(tmp_path / "run" / "attack.json")["attacks"]
-    n_variants = {"Quantization": 2, "Ablation": 2, "Interpolation": 5}.get(name, 1)
-    assert [row["kind"] for row in rows] == [name.lower()] * len(options.get("p", [None])) * n_variants
+    variants = {"Quantization": 2, "Ablation": 2, "Interpolation": 5, "Jailbreak": 5, "Prefill": 2, "MultiTurn": 3}
+    n_layers = load_model("tiny").config.num_hidden_layers
+    n_variants = n_layers if name == "LayerProbes" else variants.get(name, 1)
+    fractions = options["p"] if isinstance(options.get("p"), list) else [None]
+    kind = getattr(lightning_ssiuu.attacks, name)().kind
+    assert [row["kind"] for row in rows] == [kind] * len(fractions) * n_variants
+
+
+def untaught(folder: Path) -> Path:
+    """A random model of the embedded one's shape, with its tokenizer."""
+    hf = load_model("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for weight in hf.parameters():
+            torch.nn.init.normal_(weight, std=0.05)
+    hf.save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return folder

@@ -43,7 +43,9 @@ def attack(
         model: The unlearned model: a directory written by ``fit``, or any checkpoint.
         oracle: A model retrained without the forget set; put under the same attack, seed by seed.
         attack: ``Harmful`` (the default), ``Benign``, ``Quantization``, ``Ablation``, ``Interpolation``, ``Sampling``,
-            ``Paraphrase``, or the import path of a class of one's own.
+            ``Paraphrase``, ``Jailbreak``, ``Prefill``, ``FewShot``, ``Translation``, ``MultiTurn``, ``SoftPrompt``,
+            ``SuffixSearch``, ``EmbeddingAttack``, ``UnlearningDepth``, ``LayerProbes``, or the import path of a class
+            of one's own.
         data: The data module the model was unlearned with; by default its run's, else the embedded facts.
         score: The forget score; by default the one the run was stopped by, else probability.
         control: What a relearning attack teaches by itself, where there is no oracle to say so: the same attack on the

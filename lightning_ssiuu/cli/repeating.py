@@ -117,7 +117,8 @@ class AttackAgain:
 
 def _class(name: str) -> type[Attack] | None:
     kind = name.removesuffix("_lora")
-    return getattr(lightning_ssiuu.attacks, kind.capitalize()) if kind in ATTACKS else None
+    called = "".join(word.capitalize() for word in kind.split("_"))
+    return getattr(lightning_ssiuu.attacks, called) if kind in ATTACKS else None
 
 
 def _made(settings: Mapping[str, Any], name: str) -> Attack:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ssiuu.datamodules.begun import Begun
 from lightning_ssiuu.datamodules.chunks import Chunk
 from lightning_ssiuu.datamodules.pairs import PREFIX, batch_of
 from lightning_ssiuu.datamodules.splits import QAExample, Splits, first_few
@@ -157,8 +158,11 @@ class Encoder:
             ids = [*self._first, *example.tokens]
             n_prefix = len(ids) - len(example.tokens) + example.n_prefix
             return (TokenSequence(ids, n_prefix, n_prefix),)
-        prompt = self._prompt(example.question, example.history)
-        return self._answered(prompt, [example.answer, *wrong], example.history)
+        prompt, answers = self._prompt(example.question, example.history), [example.answer, *wrong]
+        if not isinstance(example, Begun):
+            return self._answered(prompt, answers, example.history)
+        begun = self._answered(prompt, answers, example.history, example.words)
+        return tuple(replace(one, n_prompt=one.n_prompt + example.n_given) for one in begun)
 
     def _around(self, history: History) -> Turn:
         # The turn that a question is in: under a text template the same, whatever was said before.
@@ -175,9 +179,12 @@ class Encoder:
         return self._around(history).prompt([*(text for _, text in history), question])
 
     def _answered(
-        self, prompt: Sequence[Piece], answers: Sequence[str], history: History = ()
+        self, prompt: Sequence[Piece], answers: Sequence[str], history: History = (), words: str = ""
     ) -> tuple[TokenSequence, ...]:
         sequences, turn = [], self._around(history)
+        if words:  # of the answer's turn, which the answer goes on with
+            prompt = [*prompt, *turn.completion(prompt, words)[:-1]]
+            turn = replace(turn, lead=" ")
         for answer in answers:
             joined = self._joint(prompt, turn.completion(prompt, answer))
             if not (joined.clean or self._warned):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,13 @@ class RelearnDataModule(UnlearningDataModule):
     @property
     def eval_splits(self) -> list[str]:
         return ["forget"]
+
+    def attacked_batches(self) -> Iterator[Mapping[str, Any]]:
+        """This rank's shares of the batches of attacked examples, epoch after epoch, without end."""
+        loader: Any = self.train_dataloader()
+        for epoch in count():
+            loader.batch_sampler.set_epoch(epoch)
+            yield from (batch["retain"] for batch in loader)
 
     def scored_batches(self) -> list[Mapping[str, Any]]:
         """This rank's evaluation batches of the scored examples, made once: ``{"forget": part}``."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -92,7 +92,7 @@ def elicited_score(
     """
     with untouched(model):
         torch.manual_seed(data.seed)  # what is dropped
-        with relearned(model, adversary, _batches(data), context):
+        with relearned(model, adversary, data.attacked_batches(), context):
             try:
                 return evaluate(model, tokenizer, [data.scored_batches()], [score])["forget"][score]
             except NotFinite as error:
@@ -129,13 +129,6 @@ def relearned(
                 del answers, loss
             del optimizer
         yield
-
-
-def _batches(data: RelearnDataModule) -> Iterator[Part]:
-    loader: Any = data.train_dataloader()
-    for epoch in count():
-        loader.batch_sampler.set_epoch(epoch)
-        yield from (batch["retain"] for batch in loader)
 
 
 def _step(optimizer: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:

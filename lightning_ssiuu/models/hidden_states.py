@@ -1,7 +1,9 @@
-"""Hidden states of one block, taken from the forward pass that runs anyway."""
+"""Hidden states of blocks where answers are predicted: taken from the pass that runs anyway, or put in their place."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +32,50 @@ def answers_with_hidden(model: AnswerModel, part: Part, layer: int) -> HiddenAns
         answers = model(part["input_ids"], part["attention_mask"], part["labels"])
     finally:
         handle.remove()
+    hidden = at(_state(outputs[0]), model.packing, *_places(part))
+    return HiddenAnswers(answers.scores, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
+
+
+def answers_with_all_hidden(model: AnswerModel, part: Part) -> tuple[Answers, list[Tensor]]:
+    """One forward pass: its answers, and the output ``[N, H]`` of every block behind their logits."""
+    states: list[Tensor] = []
+    with ExitStack() as hooks:
+        for block in transformer_blocks(model.hf):
+            hook = block.register_forward_hook(
+                lambda _block, _args, output: states.append(at(_state(output), model.packing, *_places(part)))
+            )
+            hooks.enter_context(hook)
+        answers = model(part["input_ids"], part["attention_mask"], part["labels"])
+    return answers, states
+
+
+@contextmanager
+def with_hidden(model: AnswerModel, part: Part, layer: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, block ``layer`` gives ``hidden [N, H]`` in passes over ``part`` where its N labels are predicted from.
+
+    At all other positions it gives what it gives.
+    """
+
+    def replace(_block: Any, _args: Any, output: Any) -> Any:
+        state, (rows, positions) = _state(output).clone(), _places(part)
+        if model.packing is None:
+            state[rows, positions] = hidden.to(state)
+        else:
+            state[0, model.packing.places[rows, positions]] = hidden.to(state)
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    with transformer_blocks(model.hf)[layer].register_forward_hook(replace):
+        yield
+
+
+def _places(part: Part) -> tuple[Tensor, Tensor]:
     # The token at position k is predicted from position k − 1.
     rows, positions = (part["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-    hidden = at(output, model.packing, rows, positions)
-    return HiddenAnswers(answers.scores, answers.targets, answers.sequence_index, answers.n_sequences, hidden)
+    return rows, positions
+
+
+def _state(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def block_number(model: AnswerModel, layer: int | None, default: int) -> int:

@@ -15,6 +15,7 @@ from lightning_ssiuu.models.architectures import transformer_blocks
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.objectives.losses import answer_nll
+from lightning_ssiuu.training.perturbation import shortened, unit
 from lightning_ssiuu.training.shards import wide
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
@@ -106,7 +107,7 @@ class LAT(UnlearningModule):
                 with added(self.blocks, moving):
                     gradients = torch.autograd.grad(answer_nll(self._pass(batch)), moving)
                 deltas = [
-                    _cut(delta.detach() - self.step_size * length * _unit(g), length)
+                    shortened(delta.detach() - self.step_size * length * unit(g), length)
                     for delta, length, g in zip(deltas, lengths, gradients, strict=True)
                 ]
         return deltas
@@ -114,16 +115,6 @@ class LAT(UnlearningModule):
     def _pass(self, batch: Part) -> Any:
         model: AnswerModel = self.model
         return model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    norms = vectors.norm(dim=-1, keepdim=True)
-    return vectors / norms.where(norms > 0, 1.0)
-
-
-def _cut(vectors: Tensor, lengths: Tensor) -> Tensor:
-    norms = vectors.norm(dim=-1, keepdim=True)
-    return vectors * (lengths / norms.where(norms > 0, 1.0)).clamp(max=1.0)
 
 
 @contextmanager

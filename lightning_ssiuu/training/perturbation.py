@@ -92,3 +92,15 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
             parameter.grad = torch.zeros_like(parameter)
         own = local(parameter.grad)
         own.add_(gradient.to(own.dtype))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors ``[..., H]`` of length 1 in the same directions; of length 0 they stay."""
+    norms = vectors.norm(dim=-1, keepdim=True)
+    return vectors / norms.where(norms > 0, 1.0)
+
+
+def shortened(vectors: Tensor, lengths: Tensor) -> Tensor:
+    """Vectors ``[..., H]`` cut to ``lengths [..., 1]`` where they are longer."""
+    norms = vectors.norm(dim=-1, keepdim=True)
+    return vectors * (lengths / norms.where(norms > 0, 1.0)).clamp(max=1.0)

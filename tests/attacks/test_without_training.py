@@ -16,7 +16,6 @@ from lightning_ssiuu import Facts, FaithUn
 from lightning_ssiuu.attacks import Ablation, Harmful, Paraphrase, Quantization, Sampling, quantization
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target, checked, forget_score, outcome_rows
 from lightning_ssiuu.attacks.curves import RecoveryCurve
-from lightning_ssiuu.attacks.paraphrase import other_questions
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.export import plain_state_dict
@@ -244,7 +243,7 @@ def test_nothing_to_ask() -> None:
 def test_every_paraphrase_has_to_fit() -> None:
     long = [QAExample(n, f"Q{n}?", "a", paraphrases=("Q" * (200 if n == 1 else 3), "Q?")) for n in range(3)]
     with pytest.raises(UserError, match="max_length: got 64"):
-        other_questions(Toy(Splits(long, examples(10, 3)), max_length=64))
+        Paraphrase().check(Toy(Splits(long, examples(10, 3)), max_length=64), "probability", HERE)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
