@@ -19,8 +19,12 @@ _EXPORTS = {
     "audit": "cli.functions",
     "compare": "cli.functions",
     "erase": "cli.erase",
+    "HeldOutFacts": "attacks",
+    "KnowUnDo": "datamodules",
+    "LUME": "datamodules",
     "privacy": "cli.functions",
     "Result": "cli.functions",
+    "RWKU": "datamodules",
     "utility": "cli.functions",
     "Verdict": "cli.functions",
     "AtomicCheckpointIO": "training.checkpoints",
@@ -85,6 +89,7 @@ _EXPORTS = {
     "UserError": "utils.errors",
     "WGA": "objectives.wga",
     "WMDP": "datamodules",
+    "WMDPDeduped": "datamodules",
     "WorldFacts": "datamodules",
 }
 

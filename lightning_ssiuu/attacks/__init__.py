@@ -5,6 +5,7 @@ from lightning_ssiuu.attacks.attackers import Attacker
 from lightning_ssiuu.attacks.base import Attack
 from lightning_ssiuu.attacks.benign import Benign
 from lightning_ssiuu.attacks.harmful import Harmful
+from lightning_ssiuu.attacks.held_out import HeldOutFacts
 from lightning_ssiuu.attacks.interpolation import Interpolation
 from lightning_ssiuu.attacks.paraphrase import Paraphrase
 from lightning_ssiuu.attacks.quantization import Quantization
@@ -17,6 +18,7 @@ __all__ = [
     "Attacker",
     "Benign",
     "Harmful",
+    "HeldOutFacts",
     "Interpolation",
     "Paraphrase",
     "Quantization",
