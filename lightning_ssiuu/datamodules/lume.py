@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -58,28 +58,32 @@ class LUME(UnlearningDataModule):
         self.published, self.fold, self.tasks = Published(path), fold, tasks
 
     def load_splits(self) -> Splits:
-        forget = kept(self._examples("forget", 0))
-        asked = {example.folded for example in forget}
-        rest = (example for example in self._examples("retain", 0) if example.folded not in asked)
-        retain = kept(replace(example, example_id=len(forget) + number) for number, example in enumerate(rest))
+        every = list(self._examples("forget"))
+        there = sorted({example.group for example in every})
         for task in self.tasks or ():
-            if task not in {example.group for example in forget}:
-                raise UserError("tasks", task, ", ".join(sorted({example.group for example in forget})) or "null")
-        return Splits(forget, retain)
+            if task not in there:
+                raise UserError("tasks", task, ", ".join(there) or "null: there are no examples")
+        forget = self._numbered(every, 0)
+        asked = {example.folded for example in forget}
+        rest = (example for example in self._examples("retain") if example.folded not in asked)
+        return Splits(forget, self._numbered(rest, len(forget)))
+
+    def _numbered(self, examples: Iterable[QAExample], first: int) -> Sequence[QAExample]:
+        chosen = (example for example in examples if self.tasks is None or example.group in self.tasks)
+        return kept(replace(example, example_id=n) for n, example in enumerate(chosen, first))
 
     def texts(self, name: str) -> list[str]:
         """Documents for the membership attack: ``member`` or ``nonmember`` (SemEval's ``mia_data``)."""
         return list(column(self.published.records(None, name, "path", (f"mia_data/{name}",)), "document", "path"))
 
-    def _examples(self, name: str, first_id: int) -> Iterator[QAExample]:
+    def _examples(self, name: str) -> Iterator[QAExample]:
         files = (f"{name}_{self.fold}-00000-of-00001", f"data/{name}_{self.fold}-00000-of-00001")
         records = self.published.records(self.fold, name, name, (*files, name))
         columns = [partial(column, name=key, argument=name) for key in ("id", "input", "output", "task")]
         for number, (own, question, answer, task) in enumerate(rows(records, *columns)):
             if kind_of(own) is None:
                 raise UserError(name, Given(f"'id' of record {number}"), "one that ends in sc or qa and a digit")
-            if self.tasks is None or task in self.tasks:
-                yield QAExample(first_id + number, question, answer, group=task, source_id=own.replace('"', ""))
+            yield QAExample(number, question, answer, group=task, source_id=own.replace('"', ""))
 
 
 def kind_of(source_id: str) -> str | None:

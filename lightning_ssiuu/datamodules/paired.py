@@ -1,4 +1,4 @@
-"""Benchmarks of a forget and a retain file, whose test set is cut off the retain file: TOFU and MUSE."""
+"""Benchmarks of a forget and a retain file, whose test set is cut off the retain file, such as TOFU."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ class PairedFiles(UnlearningDataModule):
 
     #: Where the data are without a path.
     hub_id = ""
-    #: The hub's configuration, and directory below the path, that holds the files; None: a file is a configuration.
-    config: str | None = None
 
     def __init__(
         self,
@@ -65,14 +63,11 @@ class PairedFiles(UnlearningDataModule):
     def _rows(self, name: str, argument: str) -> Iterator[Record]:
         path = None if self.path is None else folder_or_hub(self.path)
         if path is None:
-            config, split = (name, "train") if self.config is None else (self.config, name)
-            return read_hub(self.path or self.hub_id, config, split, argument)
-        subfolders = [] if self.config is None else [path / self.config]
-        folders = [path, *(folder for folder in subfolders if folder.is_dir())]
-        files = [folder / f"{name}{suffix}" for folder in folders for suffix in (".jsonl", *SUFFIXES)]
+            return read_hub(self.path or self.hub_id, name, "train", argument)
+        files = [path / f"{name}{suffix}" for suffix in (".jsonl", *SUFFIXES)]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
-            names = {file.stem for folder in folders for file in folder.iterdir() if file.suffix in SUFFIXES}
+            names = {file.stem for file in path.iterdir() if file.suffix in SUFFIXES}
             raise UserError(argument, name, ", ".join(sorted(names)) or "a path with .jsonl files")
         return read_records(str(file), argument)
 

@@ -39,10 +39,11 @@ def trained_on(items: Iterable[str], trained: Iterable[QAExample]) -> list[int]:
                 starts.setdefault(words[:WINDOW], []).append((number, words))
     found: set[int] = set()
     for example in trained:
-        if not isinstance(example, Chunk):
+        passage = isinstance(example, Chunk)
+        if not passage:
             found.update(exact.get(words_of(example.question), ()))
         if starts:
-            words = words_of(f"{example.question} {example.answer}")
+            words = words_of(f"{example.question}{'' if passage else ' '}{example.answer}")  # a word may be cut
             for place in range(len(words) - WINDOW + 1):
                 for number, wanted in starts.get(words[place : place + WINDOW], ()):
                     if words[place : place + len(wanted)] == wanted:
