@@ -19,6 +19,7 @@ _EXPORTS = {
     "audit": "cli.functions",
     "compare": "cli.functions",
     "erase": "cli.erase",
+    "evaluate": "cli.functions",
     "privacy": "cli.functions",
     "Result": "cli.functions",
     "utility": "cli.functions",
