@@ -19,6 +19,7 @@ _EXPORTS = {
     "audit": "cli.functions",
     "compare": "cli.functions",
     "erase": "cli.erase",
+    "evaluate": "cli.functions",
     "HeldOutFacts": "attacks",
     "KnowUnDo": "datamodules",
     "LUME": "datamodules",

@@ -18,6 +18,7 @@ _COMMANDS = {
     "certify": ("lightning_ssiuu.cli.certify", "a certificate of an audited run, to print and to hand out"),
     "verify": ("lightning_ssiuu.cli.verify", "is this the model of a certificate? are these rows among the forgotten?"),
     "utility": ("lightning_ssiuu.cli.utility", "what a model can do besides: embedded items, or lm-eval's tasks"),
+    "evaluate": ("lightning_ssiuu.cli.evaluate", "a benchmark by its own protocol: evaluate --suite tofu"),
     "privacy": ("lightning_ssiuu.cli.privacy", "membership inference and forget quality, beside an oracle"),
     "oracle": ("lightning_ssiuu.cli.oracle", "train the embedded model anew without the forget set"),
     "recipes": ("lightning_ssiuu.cli.recipes", "list the recipes that --config takes by name; show or copy one"),
@@ -32,6 +33,7 @@ _EXAMPLES = {
     "attack": "--model runs/ssiuu/model",
     "audit": "--original tiny --unlearned runs/ssiuu/model",
     "utility": "--model tiny --output runs/tiny",
+    "evaluate": "--suite tofu --model runs/ssiuu/model --path DIR",
     "privacy": "--model runs/ssiuu/model",
     "compare": "runs/*",
 }

@@ -296,7 +296,11 @@ class Encoder:
             for example in examples:
                 ids = (self.of(example)[0] if known is None else next(known)).pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
-                others = [option.strip() for option in example.distractors], list(example.paraphrases)
+                others = [
+                    [option.strip() for option in example.distractors],
+                    list(example.paraphrases),
+                    *([example.rephrased] if example.rephrased else []),
+                ]
                 digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from lightning_ssiuu.datamodules.readers import (
     rows,
     text_lists,
 )
-from lightning_ssiuu.datamodules.splits import numbered
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
@@ -56,9 +56,9 @@ class PairedFiles(UnlearningDataModule):
         self.retain_size, self.test_size = retain_size, test_size
 
     def load_splits(self) -> Splits:
-        forget = _examples(self._rows(self.forget, "forget"), 0)
-        kept = _examples(self._rows(self.retain, "retain"), len(forget))
-        return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
+        forget = examples_of(self._rows(self.forget, "forget"), 0)
+        others = examples_of(self._rows(self.retain, "retain"), len(forget))
+        return Splits(forget, *cut(others, self.retain_size, self.test_size, self.retain))
 
     def _rows(self, name: str, argument: str) -> Iterator[Record]:
         path = None if self.path is None else folder_or_hub(self.path)
@@ -94,10 +94,19 @@ def cut(
     return kept[:n_retain], kept[n_retain : n_retain + n_test]
 
 
-def _examples(records: Iterator[Record], first_id: int) -> Sequence[QAExample]:
+def examples_of(records: Iterator[Record], first_id: int) -> Sequence[QAExample]:
+    """The examples of a file in TOFU's columns, numbered from ``first_id`` on.
+
+    These are ``question`` and ``answer``, and in some files ``perturbed_answer``, ``paraphrased_question`` (one text or
+    several) and ``paraphrased_answer``.
+    """
     texts = [partial(column, name=name, argument="path") for name in ("question", "answer")]
-    lists = [partial(_optional, name=name) for name in ("perturbed_answer", "paraphrased_question")]
-    return numbered(first_id, rows(records, *texts, *lists))
+    names = ("perturbed_answer", "paraphrased_question", "paraphrased_answer")
+    found = rows(records, *texts, *(partial(_optional, name=name) for name in names))
+    return kept(
+        QAExample(first_id + n, question, answer, wrong, asked, rephrased=next(iter(said), ""))
+        for n, (question, answer, wrong, asked, said) in enumerate(found)
+    )
 
 
 def _optional(records: Iterable[Record], name: str) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """Metrics as torchmetrics classes; all but ``ForgetQuality`` (a p-value) return percent."""
 
 from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability
+from lightning_ssiuu.evaluation.metrics.fluency import NgramEntropy
 from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLeak
 from lightning_ssiuu.evaluation.metrics.memorization import ExactMemorization, ExtractionStrength
 from lightning_ssiuu.evaluation.metrics.rouge import RougeL
@@ -17,6 +18,7 @@ __all__ = [
     "MembershipAUC",
     "MemorizedShare",
     "ModelUtility",
+    "NgramEntropy",
     "PrivLeak",
     "RougeL",
     "TruthRatio",
