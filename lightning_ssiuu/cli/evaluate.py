@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.trained_on import refuse_trained
 from lightning_ssiuu.evaluation.runs import run_data, run_of
 from lightning_ssiuu.evaluation.suites import SUITES, Suite
 from lightning_ssiuu.evaluation.suites.logs import check_log
@@ -73,6 +75,7 @@ def evaluate(
         of_reference = chosen.of_reference(names) if log is None and reference is not None else []
         of_reference = chosen.wanted(of_reference) if of_reference else []
         sets = suite_sets(data, chosen.readings([*names, *of_reference]))
+        _check_untrained(sets, chosen, model)
         _check_share(sets, devices.n_ranks)
         report.__dict__["data_sha256"] = _sha256(data, sets)
         devices.tokens_of_a_pass = lambda: _tokens_of_a_pass(data, sets)
@@ -123,7 +126,7 @@ def suite_data(
     options: dict[str, Any] = {} if path is None else {"path": path}
     options |= {"split": own.split} if isinstance(own, suite.data) and hasattr(own, "split") else {}
     try:
-        return suite.data(tokenizer=model, **options, **({} if own is None else own.encoding))
+        return suite.data(tokenizer=model, **options, **({} if own is None or suite.renders else own.encoding))
     except TypeError as error:
         raise UserError("path", path, f"null: give --data {suite.data.__name__} and its options") from error
 
@@ -148,6 +151,15 @@ def _read_log(reference: str | None, suite: Suite, names: Sequence[str]) -> dict
     content: dict[str, Any] = read_json(Path(reference), "reference", allowed="a log, as evaluate writes it")
     check_log(content, needed, reference)
     return content
+
+
+def _check_untrained(sets: Mapping[str, Sequence[QAExample]], suite: Suite, model: str) -> None:
+    only = {name: sets[name] for name in suite.only_scored if name in sets}
+    if not only or run_of(model) is None:
+        return
+    splits = run_data(model, None).splits
+    for name, examples in only.items():
+        refuse_trained(examples, chain(splits.forget, splits.retain), name, suite.name)
 
 
 def _check_share(sets: Mapping[str, Sequence[QAExample]], n_ranks: int) -> None:

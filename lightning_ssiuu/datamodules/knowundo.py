@@ -59,6 +59,12 @@ class KnowUnDo(UnlearningDataModule):
         """The questions that are only scored: ``unlearn`` or ``retention``."""
         return numbered(0, self._pairs(split, "val"))
 
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """The sets of the suite: ``unlearn_val`` and ``retention_val``, asked as ``template`` has it; and others."""
+        if name in ("unlearn_val", "retention_val"):
+            return self.scored(name.removesuffix("_val"))
+        return super().named_set(name)
+
     def _pairs(self, split: str, half: str) -> Iterator[tuple[str, str]]:
         for record in self.published.records(self.domain, split, "path"):
             if "text" in record and half == "train":

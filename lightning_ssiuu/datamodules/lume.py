@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.prompted import Prompted
 from lightning_ssiuu.datamodules.published import Published
 from lightning_ssiuu.datamodules.readers import column, rows
 from lightning_ssiuu.datamodules.spooled import kept
@@ -71,6 +72,19 @@ class LUME(UnlearningDataModule):
     def _numbered(self, examples: Iterable[QAExample], first: int) -> Sequence[QAExample]:
         chosen = (example for example in examples if self.tasks is None or example.group in self.tasks)
         return kept(replace(example, example_id=n) for n, example in enumerate(chosen, first))
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """The sets of the suite: ``forget_Task1_knowledge`` and so on, ``member`` and ``nonmember``; and others."""
+        make = Prompted(self.tokenizer)
+        if name in ("member", "nonmember"):
+            return [make.text(number, text) for number, text in enumerate(self.texts(name))]
+        split, *rest = name.split("_")
+        if len(rest) != 2 or rest[1] not in KINDS.values():
+            return super().named_set(name)
+        found = of_kind(super().named_set(split), *rest)
+        if not found:
+            raise UserError("data", Given(f"{type(self).__name__} without a set {name}"), "data with all tasks")
+        return [make(n, e.question, e.question, f" {e.answer}") for n, e in enumerate(found)]
 
     def texts(self, name: str) -> list[str]:
         """Documents for the membership attack: ``member`` or ``nonmember`` (SemEval's ``mia_data``)."""

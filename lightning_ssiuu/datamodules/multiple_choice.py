@@ -11,6 +11,8 @@ from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.utils.errors import Given, UserError
 
 LETTERS = "ABCDEFGHIJ"
+#: The template under which a prompt is answered by a space and a letter, and no end token.
+LETTER = "{question} {answer}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,10 +55,13 @@ class ChoiceItem:
         return f"{head}{self.question.strip()}\n{options}Answer:"
 
     def example(self, number: int, about: str) -> QAExample:
-        """The item as a question whose answers are letters; the true one first, the others in their order."""
+        """The item as a question whose answers are letters; the true one first, the others in their order.
+
+        Its other wording is the bare question, by which it is known again.
+        """
         letters = LETTERS[: len(self.choices)]
         wrong = tuple(letter for letter in letters if letter != letters[self.answer])
-        return QAExample(number, self.prompt(about), letters[self.answer], wrong)
+        return QAExample(number, self.prompt(about), letters[self.answer], wrong, (self.question,))
 
 
 def choice_items(records: Iterable[Record], argument: str) -> list[ChoiceItem]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample
 from lightning_ssiuu.datamodules.documents import Document, Documents
+from lightning_ssiuu.datamodules.prompted import Prompted
 from lightning_ssiuu.datamodules.published import Published
 from lightning_ssiuu.datamodules.readers import column, rows
 from lightning_ssiuu.datamodules.splits import numbered
@@ -15,6 +16,8 @@ from lightning_ssiuu.utils.errors import UserError
 
 #: Configurations whose splits are texts to train on.
 TEXTS = ("raw", "scal", "sust", "train")
+#: Of what follows a prompt of verbmem.
+NEW_TOKENS = 128
 _SETS = "raw/forget, scal/forget_1 to scal/forget_4, sust/forget_1 to sust/forget_4"
 
 
@@ -89,6 +92,25 @@ questions and answers
     def privleak(self, split: str) -> list[str]:
         """Texts to tell apart by how likely they are: ``forget``, or ``holdout``, which no model was trained on."""
         return list(column(self.published.records("privleak", split, "privleak"), "text", "privleak"))
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """Sets of the suite: ``verbmem``, ``forget_qa``, ``retain_qa``, ``mia_forget``, ``mia_holdout``; and others.
+
+        As in the published code: of ``verbmem`` the first 128 tokens of what follows; before a question the examples,
+        each as ``Question: ...``, ``Answer: ...`` and a blank line.
+        """
+        make = Prompted(self.tokenizer)
+        if name == "verbmem":
+            return [make(e.example_id, e.question, e.question, e.answer, NEW_TOKENS) for e in self.verbmem()]
+        if name in ("forget_qa", "retain_qa"):
+            asked, shown = self.knowmem(name)
+            before = "".join(f"Question: {e.question}\nAnswer: {e.answer}\n\n" for e in shown)
+            prompts = (f"{before}Question: {e.question}\nAnswer: " for e in asked)
+            return [make(e.example_id, e.question, prompt, e.answer) for e, prompt in zip(asked, prompts, strict=True)]
+        if name in ("mia_forget", "mia_holdout"):
+            texts = self.privleak(name.removeprefix("mia_"))
+            return [make.text(number, text) for number, text in enumerate(texts)]
+        return super().named_set(name)
 
     def _read(self, source: str, argument: str) -> Iterator[Document]:
         config, _, split = source.partition("/")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_ssiuu.datamodules.base import QAExample
 from lightning_ssiuu.datamodules.documents import Document, Documents
+from lightning_ssiuu.datamodules.prompted import Prompted
 from lightning_ssiuu.datamodules.published import Published
 from lightning_ssiuu.datamodules.readers import Record, cell_of, cell_text
 from lightning_ssiuu.utils.errors import UserError, check_choice
@@ -21,6 +23,11 @@ _FILES = {
 }
 #: Sets of questions: whether a set is about what is forgotten, and its level.
 PROBES = ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2")
+#: What is asked for, by whether there is a blank to fill.
+ASKED = {
+    True: "Please complete the blank in the following question.",
+    False: "Please briefly answer the following question.",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +49,9 @@ class RWKU(Documents):
     (:meth:`probes`) are only scored, by the suite ``rwku``.
 
     Verified in the published code: configurations, columns (``subject``, ``query``, ``answer``, ``level``, ``type``;
-    ``text`` of passages), the prompts, 30 new tokens, ROUGE-L recall. Assumed: the retain texts above.
+    ``text`` of passages), the prompts (a chat template's beginning-of-sequence token stands there twice, as in that
+    code), 30 new tokens, ROUGE-L recall. Assumed: the retain texts above, and the prompt's bare text for a tokenizer
+    without a chat template.
 
     Args:
         path: ``jinzhuoran/RWKU``, or a directory with the files of the hub or of the published preparation
@@ -88,6 +97,30 @@ class RWKU(Documents):
         """Texts for membership inference: ``mia_forget`` about the targets, ``mia_retain`` about others."""
         records = self._about(name, "test") if name == "mia_forget" else self._records(name, "test")
         return [cell_text(cell_of(record, "text", name), number, "text", name) for number, record in enumerate(records)]
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """The sets of the suite: those of :data:`PROBES`, ``mia_forget`` and ``mia_retain``; and others."""
+        make = Prompted(self.tokenizer)
+        if name in PROBES:
+            probes = self.probes(name)
+            if not probes:
+                raise UserError("targets", list(self.targets), f"people whom {name} has questions about")
+            return [make(n, probe.query, self._prompt(probe), probe.answer) for n, probe in enumerate(probes)]
+        if name in ("mia_forget", "mia_retain"):
+            return [make.text(number, text) for number, text in enumerate(self.passages(name))]
+        return super().named_set(name)
+
+    def _prompt(self, probe: Probe) -> str:
+        """The published prompt: the user's turn of the chat template, then how the answer begins."""
+        said, begins = f"{ASKED[probe.level == 1]}\nQuestion: {probe.query}\n", "Answer:"
+        if probe.kind == "affirmative suffix":
+            said, begins = said.rstrip("\n"), ""
+        elif probe.kind == "incontext learning":
+            said = f"{ASKED[False]}\n{probe.query}\n"
+        if not getattr(self.tokenizer, "chat_template", None):
+            return said + begins
+        turns = [{"role": "user", "content": said}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + begins
 
     def _records(self, name: str, split: str) -> Iterator[Record]:
         return self.published.records(name, split, "path", tuple(filter(None, [_FILES.get(name)])))

@@ -51,18 +51,21 @@ def trained_on(items: Iterable[str], trained: Iterable[QAExample]) -> list[int]:
     return sorted(found)
 
 
-def refuse_trained(items: Sequence[str], trained: Iterable[QAExample], argument: str, benchmark: str) -> None:
-    """Refuse to score texts that were trained on (:func:`trained_on`).
+def refuse_trained(scored: Sequence[QAExample], trained: Iterable[QAExample], argument: str, suite: str) -> None:
+    """Refuse to score examples whose question, in any of its wordings, was trained on (:func:`trained_on`).
 
     Args:
-        items: Questions, or held-out texts, that the benchmark scores.
+        scored: What a suite only scores.
         trained: All that the model was unlearned or trained on.
-        argument: What the items were given as, for the error line.
-        benchmark: Its name.
+        argument: Name of the set, for the error line.
+        suite: Name of the suite.
 
     Raises:
         UserError: If any was; the line has numbers and no text.
     """
-    if same := trained_on(items, trained):
-        given = Given(f"{len(same)} of {len(items)} items that the model was trained on (items {first_few(same)})")
-        raise UserError(argument, given, f"items that are only scored: with these it is not {benchmark}")
+    worded = [(number, text) for number, e in enumerate(scored) for text in (e.question, *e.paraphrases)]
+    if found := trained_on([text for _, text in worded], trained):
+        same = sorted({worded[place][0] for place in found})
+        given = Given(f"{len(same)} of {len(scored)} items that the model was trained on ({first_few(same)})")
+        allowed = f"items that are only scored: with these it is not {suite}. Unlearn the benchmark's training set"
+        raise UserError(argument, given, allowed)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_ssiuu.datamodules.base import QAExample
 from lightning_ssiuu.datamodules.columns import Columns
 from lightning_ssiuu.datamodules.documents import Document, Documents
-from lightning_ssiuu.datamodules.multiple_choice import ChoiceItem, choice_items
+from lightning_ssiuu.datamodules.multiple_choice import LETTER, ChoiceItem, choice_items
 from lightning_ssiuu.datamodules.published import Published
 from lightning_ssiuu.datamodules.readers import Record, read_records
 from lightning_ssiuu.utils.errors import Given, UserError, check_choice
@@ -47,7 +48,8 @@ class WMDP(Documents):
         mmlu_items: The same for MMLU, with a column ``subject``.
         chunk_tokens: Length of a sequence in tokens.
         prefix_tokens: As in :class:`Documents`; None: half of ``chunk_tokens``.
-        **kwargs: See :class:`Documents`.
+        template: What stands around an item's prompt and the letter that answers it.
+        **kwargs: See :class:`Documents`. Prompts of items may be longer than a chunk: see ``max_length``.
 
     Raises:
         UserError: A set that is missing, or multiple-choice items given as texts.
@@ -68,13 +70,15 @@ class WMDP(Documents):
         mmlu_items: str | None = None,
         chunk_tokens: int = 512,
         prefix_tokens: int | None = None,
+        template: str = LETTER,
         **kwargs: Any,
     ) -> None:
         check_choice("domain", domain, Domain)
         prefix_tokens = max(1, chunk_tokens // 2) if prefix_tokens is None else prefix_tokens
         self.domain, self.about, self.path = domain, ABOUT[domain], path
         forget, retain = forget or self._corpus("forget"), retain or self._corpus("retain")
-        super().__init__(forget, retain, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens, **kwargs)
+        lengths = {"chunk_tokens": chunk_tokens, "prefix_tokens": prefix_tokens}
+        super().__init__(forget, retain, template=template, **lengths, **kwargs)
         self.test_items, self.mmlu_items = test_items, mmlu_items
         self._reading = ""
 
@@ -86,6 +90,14 @@ class WMDP(Documents):
     def mmlu(self) -> list[ChoiceItem]:
         """Items of MMLU, each with its subject."""
         return choice_items(self._table(self.mmlu_items, "cais/mmlu", "all", ("mmlu",)), "mmlu_items")
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """The sets of the suite: ``items`` and ``mmlu``, asked for the letter of the right choice; and others."""
+        if name == "items":
+            return [item.example(number, self.about) for number, item in enumerate(self.items())]
+        if name == "mmlu":
+            return [item.example(number, item.about) for number, item in enumerate(self.mmlu())]
+        return super().named_set(name)
 
     def _table(self, given: str | None, hub: str, config: str, named: Sequence[str]) -> Iterator[Record]:
         if given is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample
 from lightning_ssiuu.datamodules.documents import Document, Documents
-from lightning_ssiuu.datamodules.multiple_choice import ChoiceItem, choice_items
+from lightning_ssiuu.datamodules.multiple_choice import LETTER, ChoiceItem, choice_items
 from lightning_ssiuu.datamodules.published import Published
 from lightning_ssiuu.utils.errors import UserError
 
@@ -50,11 +50,11 @@ class WMDPDeduped(Documents):
         path: str,
         chunk_tokens: int = 128,
         prefix_tokens: int = 16,
-        template: str = "{question} {answer}",
+        template: str = LETTER,
         **kwargs: Any,
     ) -> None:
-        sources = {"forget": "wmdp-deduped", "retain": "mmlu_cats_random_trimmed"}
-        super().__init__(**sources, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens, template=template, **kwargs)
+        lengths = {"chunk_tokens": chunk_tokens, "prefix_tokens": prefix_tokens}
+        super().__init__("wmdp-deduped", "mmlu_cats_random_trimmed", template=template, **lengths, **kwargs)
         self.published = Published(path)
 
     def items(self, part: int) -> list[ChoiceItem]:
@@ -84,6 +84,15 @@ class WMDPDeduped(Documents):
             for item in self.items(part):
                 (scored if part == asked else taught).append(item.example(first + len(taught) + len(scored), ""))
         return taught, scored
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """The sets of the suite: ``part_0`` to ``part_4``, and ``kept``, the items of MMLU; and others."""
+        if name == "kept":
+            return [item.example(number, "") for number, item in enumerate(self.kept_items())]
+        kind, _, number = name.partition("_")
+        if kind == "part" and number.isdecimal():
+            return [item.example(n, "") for n, item in enumerate(self.items(int(number)))]
+        return super().named_set(name)
 
     def _read(self, source: str, argument: str) -> Iterator[Document]:
         if argument not in ("forget", "retain"):

@@ -94,6 +94,8 @@ class Suite:
         shown: Names of the figures that are printed; the others are only in the log.
         log: Name of the log: ``{log}_EVAL.json``.
         optional: Figures that are measured where they are named alone.
+        renders: Whether the benchmark says how its sets are asked; else they are asked as a run's are.
+        only_scored: Sets that must not have been trained on (:func:`~lightning_ssiuu.datamodules.trained_on`).
 
     Example:
         >>> from lightning_ssiuu import TOFU
@@ -109,6 +111,8 @@ class Suite:
     shown: Sequence[str] = ()
     log: str = ""
     optional: Sequence[str] = field(default=())
+    renders: bool = False
+    only_scored: Sequence[str] = field(default=())
 
     @property
     def log_name(self) -> str:
