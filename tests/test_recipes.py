@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -260,4 +261,5 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     assert result.status == 0, result.err
     rows = read_json(tmp_path / "run" / "attack.json")["attacks"]
     n_variants = {"Quantization": 2, "Ablation": 2, "Interpolation": 5}.get(name, 1)
-    assert [row["kind"] for row in rows] == [name.lower()] * len(options.get("p", [None])) * n_variants
+    kind = "_".join(re.findall("[A-Z][a-z]*", name)).lower()
+    assert [row["kind"] for row in rows] == [kind] * len(options.get("p", [None])) * n_variants

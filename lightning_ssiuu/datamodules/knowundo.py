@@ -35,7 +35,7 @@ class KnowUnDo(UnlearningDataModule):
 
     Example:
         >>> KnowUnDo(domain="privacy").template
-        '{question}\\n\\n{answer}'
+        '{question}\n\n{answer}'
     """
 
     def __init__(
