@@ -11,6 +11,7 @@ from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_data, run_of
+from lightning_ssiuu.evaluation.signals import find_signal
 from lightning_ssiuu.evaluation.suites import SUITES, Suite
 from lightning_ssiuu.evaluation.suites.logs import check_log
 from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
@@ -62,8 +63,13 @@ def evaluate(
     if suite not in SUITES:
         meant = nearest(suite, SUITES)
         raise UserError("suite", suite, f"one of {list(SUITES)}" + (f" ({meant})" if meant else ""))
+    if devices.precision == "bf16-mixed":
+        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
     chosen = SUITES[suite]
     names = chosen.wanted(figures, reference is not None)
+    signals = (find_signal(reading.score) for reading in chosen.readings(names))
+    if devices.sharded and any(signal is not None and signal.gradient for signal in signals):
+        raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
     log = _read_log(reference, chosen, names)
     models = {"model": model, "reference": reference if log is None else None}
     files = [_NAME, chosen.log_name]

@@ -72,7 +72,7 @@ def _token_correct(e: Predictions, eos: bool) -> tuple[Tensor, Tensor, int]:
 
 
 def _options(e: Predictions) -> tuple[Tensor, Tensor, int]:
-    return e.option_scores, e.option_of, len(e.part["input_ids"])
+    return e.truth_scores, e.option_of, len(e.part["input_ids"])
 
 
 # Makers of scores: their keyword arguments are the options that a name may be given in brackets.

@@ -13,6 +13,7 @@ import torch
 from lightning_ssiuu.evaluation.metrics.membership import membership_auc, privleak
 from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality
 from lightning_ssiuu.evaluation.suites.base import Entry, Figure, Log, Reading, Values, entry_of
+from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Added to denominators, as there.
 EPSILON = 1e-10
@@ -190,9 +191,13 @@ class MembershipByReference(Figure):
 
     def entry(self, values: Mapping[Reading, Values], log: Log, reference: Log | None) -> Entry:
         own, theirs = log[self.loss], entry_of(reference, self.loss)
-        return _attack(
-            *((_scores(own[of]) - _scores(entry_of(theirs, of))).tolist() for of in ("forget", "holdout")),
-        )
+        above = []
+        for of in ("forget", "holdout"):
+            here, there = _scores(own[of]), _scores(entry_of(theirs, of))
+            if len(here) != len(there):
+                raise UserError("reference", Given(f"a log of {len(there)} {of} examples"), f"one of {len(here)}")
+            above.append((here - there).tolist())
+        return _attack(*above)
 
 
 @dataclass(frozen=True)
