@@ -57,7 +57,7 @@ class PeersMetrics:
         metrics = {name: self.configurations[name] for name in names}
         if "mia_reference" in metrics:
             metrics["mia_reference"] = metrics["mia_reference"] | {"reference_model_path": reference}
-        tofu = {"metrics": metrics, "output_dir": output, "overwrite": True, "batch_size": 4}
+        tofu = {"metrics": metrics, "output_dir": output, "overwrite": True, "batch_size": 8}
         tofu |= {"forget_split": "forget01", "holdout_split": "holdout01"}
         tofu |= {"retain_logs_path": log, "question_key": "question"}
         evaluator = self.make("TOFU", OmegaConf.create({"eval": {"tofu": tofu}}).eval.tofu)

@@ -163,12 +163,13 @@ def main() -> None:
         raise SystemExit("error: --checkpoint, --data: both are needed beside --peer")
     read = {path.stem: list(read_records(str(path), "data")) for path in sorted(options.data.iterdir())}
     suite = SUITES["tofu"]
+    wanted = suite.wanted(None, reference=True)
     with metrics_of(options.peer, read) as peer, tempfile.TemporaryDirectory() as folder:
         agree = compare_tokens(peer, options.checkpoint, read["forget01_perturbed"])
         reference = noisy(options.checkpoint, f"{folder}/reference")
         theirs: dict[str, Any] = {}
         for name, checkpoint in (("reference", reference), ("model", options.checkpoint)):
-            names = OF_REFERENCE if name == "reference" else [n for n in suite.figures if n in peer.names]
+            names = OF_REFERENCE if name == "reference" else [n for n in wanted if n in peer.names]
             log = f"{folder}/peer_reference/TOFU_EVAL.json" if name == "model" else None
             model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
             tokenizer = PeersTokenizer(AutoTokenizer.from_pretrained(checkpoint))
@@ -178,7 +179,7 @@ def main() -> None:
         evaluate(options.checkpoint, "tofu", reference=reference, data=data, output=output)
         log = json.loads(Path(output, suite.log_name).read_text(encoding="utf-8"))
         print("\n| figure | ours | theirs | largest difference, by example too | note |\n|---|---|---|---|---|")
-        for name in suite.figures:
+        for name in wanted:
             agree &= show(name, log[name], theirs.get(name))
         data = TOFU(str(options.data), tokenizer=options.checkpoint, template=TEMPLATE)
         with_log = evaluate(

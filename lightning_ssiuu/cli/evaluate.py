@@ -31,6 +31,7 @@ def evaluate(
     data: UnlearningDataModule | None = None,
     path: str | None = None,
     figures: Sequence[str] | None = None,
+    classifier: str | None = None,
     output: str | None = None,
     devices: Devices | None = None,
     overwrite: bool = False,
@@ -49,6 +50,8 @@ def evaluate(
             asks as the run's does.
         path: Directory of the published files, or a hub id, for the data module made by default.
         figures: The figures to measure, with those they are made of; by default all that can be had.
+        classifier: Directory or hub id of the classifier for figures such as ``forget_Q_A_gibberish``, which are left
+            out without one unless they are named.
         output: Directory for the results; by default the model's run.
         devices: Where to run. The figures do not depend on it, but for rounding.
         overwrite: Replace an earlier ``evaluate.json`` and log.
@@ -66,6 +69,7 @@ def evaluate(
     if devices.precision == "bf16-mixed":
         raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
     chosen = SUITES[suite]
+    chosen = chosen if classifier is None else chosen.classifying(classifier)
     names = chosen.wanted(figures, reference is not None)
     signals = (find_signal(reading.score) for reading in chosen.readings(names))
     if devices.sharded and any(signal is not None and signal.gradient for signal in signals):

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import harmonic_mean, mean
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -19,8 +19,9 @@ from toys.data import byte_tokenizer
 from toys.models import answer_model
 
 from lightning_ssiuu import TOFU, UserError, evaluate
-from lightning_ssiuu.evaluation.metrics.rouge import rouge_l_recall_stemmed
 from lightning_ssiuu.evaluation.predictions import Predictions
+from lightning_ssiuu.evaluation.scores import find_score
+from lightning_ssiuu.evaluation.signals import signal_of
 from lightning_ssiuu.evaluation.suites import SUITES
 from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
 from lightning_ssiuu.models.answers import AnswerModel
@@ -61,7 +62,7 @@ def models() -> dict[str, AnswerModel]:
 
 @pytest.fixture(scope="module")
 def data(folder: Path) -> TOFU:
-    return TOFU(str(folder), tokenizer=byte_tokenizer(), template="{question}\n", eval_batch_size=2)
+    return TOFU(str(folder), tokenizer=byte_tokenizer(), template="{question}\n", eval_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +125,43 @@ def test_probabilities_and_truth_ratios(models: dict[str, AnswerModel], logs: di
     assert log["forget_quality"]["agg_value"] == pytest.approx(ks_2samp(*both).pvalue)
 
 
-def test_utility_is_the_harmonic_mean_of_nine(logs: dict[str, Log], models: dict[str, AnswerModel], data: TOFU) -> None:
-    log = logs["model"]
-    parts = [log[name]["agg_value"] for name in SUITE.figures["model_utility"].made_of]
-    assert len(parts) == 9
-    assert log["model_utility"]["agg_value"] == pytest.approx(harmonic_mean(parts))
+def test_utility_is_the_harmonic_mean_of_nine(logs: dict[str, Log]) -> None:
+    utility = SUITE.figures["model_utility"]
+    assert len(utility.made_of) == 9
+    assert all(0 <= logs["model"][name]["agg_value"] <= 1 for name in utility.made_of)
+    values = [0.1 * n for n in range(1, 10)]
+    log = {name: {"agg_value": value} for name, value in zip(utility.made_of, values, strict=True)}
+    assert utility.entry({}, log, None)["agg_value"] == pytest.approx(9 / sum(1 / value for value in values))
+    assert utility.entry({}, log | {utility.made_of[0]: {"agg_value": 0.0}}, None)["agg_value"] == 0
+    assert utility.entry({}, log | {utility.made_of[0]: {"agg_value": None}}, None)["agg_value"] is None
+
+
+def test_options_of_scores(models: dict[str, AnswerModel], data: TOFU) -> None:
     part = next(iter(data.eval_dataloader("test", data.named_set("world_facts"))))["test"]
     predictions = Predictions(models["model"], data.tokenizer, part)
-    texts = predictions.said(6)
-    assert max(map(len, predictions.generated(6))) <= 6
-    expected = [rouge_l_recall_stemmed(text, row["answer"]) for text, row in zip(texts, rows(FILES[4]), strict=False)]
-    found = [one["rougeL_recall"] for one in log["wf_Q_A_ROUGE"]["value_by_index"].values()]
-    assert found[:2] == pytest.approx(expected)
+    assert max(map(len, predictions.generated(6))) <= 6 < max(map(len, predictions.generated(9))) <= 9
+    assert predictions.generated(6) == [tokens[:6] for tokens in predictions.generated(9)]
+    with_end, without = (find_score(f"probability(eos={eos})").values(predictions) for eos in ("true", "false"))
+    own = predictions.answers
+    for row in range(len(part["labels"])):
+        tokens = own.token_logps[own.sequence_index == row].double()
+        assert with_end[row].item() == pytest.approx(tokens.mean().exp().item())
+        assert without[row].item() == pytest.approx(tokens[:-1].mean().exp().item())
+    predictions.tell([tokens * 2 for tokens in predictions.reference_tokens])  # every answer twice
+    recall, f1 = (find_score(f"rouge_l(measure={kind}, stemmed=true)").values(predictions) for kind in ("recall", "f1"))
+    assert recall.tolist() == pytest.approx([1] * len(recall))
+    assert f1.max().item() < 0.8
+    for name, told in (
+        ("probability(eos=maybe)", "probability with any of these options: eos=true"),
+        ("rouge_l(new_tokens=0)", r"rouge_l with .*; new_tokens: a number ≥ 1"),
+        ("rouge_l_f1(new_tokens=3)", "rouge_l_f1, which takes no options"),
+        ("probability(eos)", r"options as name\(option=value, ...\), each once"),
+        ("min_k(k=2)", "one of .*'probability'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            find_score(name)
+    with pytest.raises(UserError, match=r"min_k with any of these options: k=0.4, eos=true; k: a fraction"):
+        signal_of("min_k(k=2)")
 
 
 def attacked(model: AnswerModel, file: str) -> Iterator[dict[str, float]]:
@@ -153,7 +179,7 @@ def attacked(model: AnswerModel, file: str) -> Iterator[dict[str, float]]:
         least = max(1, int(0.4 * (len(own) - 1)))
         yield {
             "mia_loss": size,
-            "mia_zlib": size / len(zlib.compress(row["answer"].encode())),
+            "mia_zlib": size / len(zlib.compress(byte_tokenizer().decode(tokens[:-1]).encode())),
             "mia_min_k": -own[:-1].sort().values[:least].mean().item(),
             "mia_min_k_plus_plus": -standard[:-1].sort().values[:least].mean().item(),
             "mia_gradnorm": mean(norms),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,28 @@ class Mean(Figure):
 
     def _by_index(self, found: Values) -> dict[str, Any]:
         return {str(n): {self.key: value} for n, value in enumerate(found)}
+
+
+@dataclass(frozen=True)
+class Classified(Mean):
+    """Mean probability that a classifier gives the generated texts of being of its first class.
+
+    Args:
+        new_tokens: Most tokens of a text.
+        max_length: Tokens that the classifier reads.
+        classifier: Directory or hub id; None: the score's own (:data:`~lightning_ssiuu.evaluation.scores.GIBBERISH`).
+    """
+
+    score: str = "class_probability"
+    new_tokens: int = 200
+    max_length: int = 512
+    classifier: str | None = None
+
+    @property
+    def readings(self) -> Sequence[Reading]:
+        options = f"max_length={self.max_length}, new_tokens={self.new_tokens}"
+        options += f", classifier={json.dumps(self.classifier)}" if self.classifier is not None else ""
+        return (Reading(self.of, f"{self.score}({options})"),)
 
 
 @dataclass(frozen=True)
