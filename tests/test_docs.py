@@ -101,7 +101,19 @@ def test_options_of_shown_commands_exist(
     monkeypatch.setattr(UnlearningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.syspath_prepend(workplace)
     well = SimpleNamespace(erased=True)  # what a command returns from which its exit status is made
-    for name in ("attack", "audit", "certify", "compare", "erase", "oracle", "privacy", "recipes", "utility", "verify"):
+    for name in (
+        "attack",
+        "audit",
+        "certify",
+        "compare",
+        "erase",
+        "evaluate",
+        "oracle",
+        "privacy",
+        "recipes",
+        "utility",
+        "verify",
+    ):
         function = getattr(importlib.import_module(f"lightning_ssiuu.cli.{name}"), name)
         monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: well))
     for words in shown_commands(text):

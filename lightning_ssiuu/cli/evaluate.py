@@ -13,6 +13,7 @@ from lightning_ssiuu.cli.report import Report, print_table
 from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
 from lightning_ssiuu.datamodules.trained_on import refuse_trained
 from lightning_ssiuu.evaluation.runs import run_data, run_of
+from lightning_ssiuu.evaluation.signals import find_signal
 from lightning_ssiuu.evaluation.suites import SUITES, Suite
 from lightning_ssiuu.evaluation.suites.logs import check_log
 from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
@@ -32,6 +33,7 @@ def evaluate(
     data: UnlearningDataModule | None = None,
     path: str | None = None,
     figures: Sequence[str] | None = None,
+    classifier: str | None = None,
     output: str | None = None,
     devices: Devices | None = None,
     overwrite: bool = False,
@@ -50,6 +52,8 @@ def evaluate(
             asks as the run's does.
         path: Directory of the published files, or a hub id, for the data module made by default.
         figures: The figures to measure, with those they are made of; by default all that can be had.
+        classifier: Directory or hub id of the classifier for figures such as ``forget_Q_A_gibberish``, which are left
+            out without one unless they are named.
         output: Directory for the results; by default the model's run.
         devices: Where to run. The figures do not depend on it, but for rounding.
         overwrite: Replace an earlier ``evaluate.json`` and log.
@@ -64,8 +68,14 @@ def evaluate(
     if suite not in SUITES:
         meant = nearest(suite, SUITES)
         raise UserError("suite", suite, f"one of {list(SUITES)}" + (f" ({meant})" if meant else ""))
+    if devices.precision == "bf16-mixed":
+        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
     chosen = SUITES[suite]
+    chosen = chosen if classifier is None else chosen.classifying(classifier)
     names = chosen.wanted(figures, reference is not None)
+    signals = (find_signal(reading.score) for reading in chosen.readings(names))
+    if devices.sharded and any(signal is not None and signal.gradient for signal in signals):
+        raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
     log = _read_log(reference, chosen, names)
     models = {"model": model, "reference": reference if log is None else None}
     files = [_NAME, chosen.log_name]

@@ -74,6 +74,15 @@ class Predictions:
         return self.part["options"]["option_of"]
 
     @cached_property
+    def truth_scores(self) -> Tensor:
+        """:attr:`option_scores`, with the true answer in other words in its place where the data have it."""
+        if "rephrased" not in self.part:
+            return self.option_scores
+        scores = self.option_scores.clone()
+        scores[first_of_each(self.option_of)] = self._answers(self.part["rephrased"]).mean_logps
+        return scores
+
+    @cached_property
     def references(self) -> list[str]:
         return self._labelled(self.part["labels"])
 

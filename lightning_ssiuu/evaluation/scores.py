@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from lightning_ssiuu.evaluation.metrics import (
     AnswerAccuracy,
     AnswerProbability,
+    ClassProbability,
     ExactMemorization,
     ExtractionStrength,
     LongestCommonRun,
@@ -36,6 +37,9 @@ from lightning_ssiuu.evaluation.options import made_with, split_options
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 from lightning_ssiuu.utils.registry import resolve
+
+#: The classifier that open-unlearning asks whether a text is clean (class 0) or gibberish.
+GIBBERISH = "madhurjindal/autonlp-Gibberish-Detector-492513457"
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def _token_correct(e: Predictions, eos: bool) -> tuple[Tensor, Tensor, int]:
 
 
 def _options(e: Predictions) -> tuple[Tensor, Tensor, int]:
-    return e.option_scores, e.option_of, len(e.part["input_ids"])
+    return e.truth_scores, e.option_of, len(e.part["input_ids"])
 
 
 # Makers of scores: their keyword arguments are the options that a name may be given in brackets.
@@ -117,6 +121,14 @@ def _memorized_share(least: int = RUN, new_tokens: int | None = None) -> Score:
 def _ngram_entropy(new_tokens: int | None = None) -> Score:
     check_new_tokens(new_tokens)
     return Score(NgramEntropy, lambda e: (e.said(new_tokens),), generates=True)
+
+
+def _class_probability(
+    classifier: str = GIBBERISH, class_id: int = 0, max_length: int = 512, new_tokens: int | None = None
+) -> Score:
+    check_new_tokens(new_tokens)
+    metric = partial(ClassProbability, classifier, class_id, max_length)
+    return Score(metric, lambda e: (e.said(new_tokens),), generates=True)
 
 
 def _extraction_strength(eos: bool = True, floor: bool = False) -> Score:
@@ -176,6 +188,7 @@ SCORES: dict[str, Score] = _Scores(
         "longest_common_run": _of(_longest_common_run),
         "memorized_share": _of(_memorized_share),
         "ngram_entropy": _of(_ngram_entropy),
+        "class_probability": _of(_class_probability),
         "extraction_strength": _of(_extraction_strength),
         "exact_memorization": _of(_exact_memorization),
         "truth_ratio": _of(_truth_ratio),

@@ -89,12 +89,22 @@ SIGNALS: dict[str, Signal] = {
 
 
 def find_signal(name: str, argument: str = "signal") -> Signal | None:
-    """The signal of a name with its options; None where there is none of that name.
+    """The signal of a name with its options; None where there is none of that name."""
+    return signal_of(name, argument) if split_options(name, argument)[0] in SIGNALS else None
+
+
+def signal_of(name: str, argument: str = "signal") -> Signal:
+    """The signal of a name with its options.
+
+    Raises:
+        UserError: If there is none, or it does not take these.
 
     Example:
-        >>> find_signal("min_k(k=0.2, eos=false)").gradient, find_signal("probability")
-        (False, None)
+        >>> signal_of("min_k(k=0.2, eos=false)").gradient, signal_of("gradient_norm").gradient
+        (False, True)
     """
     plain, options = split_options(name, argument)
-    signal = SIGNALS.get(plain)
-    return made_with(signal.options, options, name, argument) if signal is not None and options else signal
+    if plain not in SIGNALS:
+        raise UserError(argument, name, f"one of {list(SIGNALS)}")
+    signal = SIGNALS[plain]
+    return made_with(signal.options, options, name, argument) if options else signal

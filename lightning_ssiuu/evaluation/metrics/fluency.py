@@ -1,15 +1,19 @@
-"""Fluency of generated text without another model: how evenly its n-grams are spread."""
+"""Fluency of generated text: how evenly its n-grams are spread, and what a classifier says of it."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.evaluation.metrics.rouge import words
+from lightning_ssiuu.utils.reading import reading
 
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
@@ -55,3 +59,47 @@ class NgramEntropy(Percentage):
 
     def compute(self) -> Tensor:
         return self.total / self.count
+
+
+@lru_cache(maxsize=1)
+def classifier_of(name: str) -> tuple[Any, Any]:
+    """Tokenizer and model of a sequence classifier of transformers, a directory or hub id; the latest is kept.
+
+    Raises:
+        UserError: If it cannot be loaded; about ``classifier``.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with reading("classifier", name, "a classifier of transformers, as a directory or on the hub"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return tokenizer, AutoModelForSequenceClassification.from_pretrained(name).eval()
+
+
+class ClassProbability(Percentage):
+    """Mean probability that a classifier gives texts of being of one class, in percent.
+
+    Args:
+        classifier: A sequence classification model of transformers: directory or hub id; loaded when first asked.
+        class_id: The class.
+        max_length: Tokens of a text that the classifier reads, at most.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: If it cannot be loaded, when texts are first added.
+
+    Example:
+        >>> ClassProbability("owner/detector", class_id=0).classifier
+        'owner/detector'
+    """
+
+    def __init__(self, classifier: str, class_id: int = 0, max_length: int = 512, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classifier, self.class_id, self.max_length = classifier, class_id, max_length
+
+    @torch.no_grad()
+    def values(self, texts: Sequence[str]) -> Tensor:
+        tokenizer, model = classifier_of(self.classifier)
+        model = model.to(self.device)
+        options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": self.max_length}
+        logits = model(**tokenizer(list(texts), **options).to(self.device)).logits
+        return logits.double().softmax(-1)[:, self.class_id]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
@@ -113,6 +113,15 @@ class Suite:
     optional: Sequence[str] = field(default=())
     renders: bool = False
     only_scored: Sequence[str] = field(default=())
+
+    def classifying(self, classifier: str) -> Suite:
+        """The suite with its figures that ask a classifier, which ask this one (directory or hub id)."""
+        asking = {name: figure for name, figure in self.figures.items() if hasattr(figure, "classifier")}
+        if not asking:
+            raise UserError("classifier", classifier, f"null: the suite {self.name} asks none")
+        asking = {name: replace(figure, classifier=classifier) for name, figure in asking.items()}
+        optional = tuple(name for name in self.optional if name not in asking)
+        return replace(self, figures={**self.figures, **asking}, optional=optional)
 
     @property
     def log_name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from lightning_ssiuu.evaluation.metrics.membership import membership_auc, privleak
 from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality
 from lightning_ssiuu.evaluation.suites.base import Entry, Figure, Log, Reading, Values, entry_of
+from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Added to denominators, as there.
 EPSILON = 1e-10
@@ -44,6 +46,28 @@ class Mean(Figure):
 
     def _by_index(self, found: Values) -> dict[str, Any]:
         return {str(n): {self.key: value} for n, value in enumerate(found)}
+
+
+@dataclass(frozen=True)
+class Classified(Mean):
+    """Mean probability that a classifier gives the generated texts of being of its first class.
+
+    Args:
+        new_tokens: Most tokens of a text.
+        max_length: Tokens that the classifier reads.
+        classifier: Directory or hub id; None: the score's own (:data:`~lightning_ssiuu.evaluation.scores.GIBBERISH`).
+    """
+
+    score: str = "class_probability"
+    new_tokens: int = 200
+    max_length: int = 512
+    classifier: str | None = None
+
+    @property
+    def readings(self) -> Sequence[Reading]:
+        options = f"max_length={self.max_length}, new_tokens={self.new_tokens}"
+        options += f", classifier={json.dumps(self.classifier)}" if self.classifier is not None else ""
+        return (Reading(self.of, f"{self.score}({options})"),)
 
 
 @dataclass(frozen=True)
@@ -190,9 +214,13 @@ class MembershipByReference(Figure):
 
     def entry(self, values: Mapping[Reading, Values], log: Log, reference: Log | None) -> Entry:
         own, theirs = log[self.loss], entry_of(reference, self.loss)
-        return _attack(
-            *((_scores(own[of]) - _scores(entry_of(theirs, of))).tolist() for of in ("forget", "holdout")),
-        )
+        above = []
+        for of in ("forget", "holdout"):
+            here, there = _scores(own[of]), _scores(entry_of(theirs, of))
+            if len(here) != len(there):
+                raise UserError("reference", Given(f"a log of {len(there)} {of} examples"), f"one of {len(here)}")
+            above.append((here - there).tolist())
+        return _attack(*above)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from lightning_ssiuu.datamodules import TOFU
 from lightning_ssiuu.evaluation.suites.base import Figure, Suite
 from lightning_ssiuu.evaluation.suites.figures import (
     Alias,
+    Classified,
     ForgetQuality,
     HarmonicMean,
     Mean,
@@ -64,13 +65,15 @@ TOFU_SUITE = Suite(
         "mia_gradnorm": Membership("gradient_norm(each=true, eos=false)"),
         "mia_reference": MembershipByReference("mia_loss"),
         "privleak": PrivLeak("mia_min_k"),
+        "forget_Q_A_gibberish": Classified("forget", new_tokens=200, max_length=32),
         "forget_Q_A_ngram_entropy": Mean("forget", "ngram_entropy(new_tokens=200)"),
     },
     shown=(
         *("forget_quality", "model_utility", "forget_Truth_Ratio", "forget_Q_A_Prob", "forget_Q_A_ROUGE"),
         *("extraction_strength", "exact_memorization", "privleak"),
         *("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_gradnorm", "mia_reference"),
-        "forget_Q_A_ngram_entropy",
+        *("forget_Q_A_gibberish", "forget_Q_A_ngram_entropy"),
         *_UTILITY,
     ),
+    optional=("forget_Q_A_gibberish",),
 )
