@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         model: The model: a directory written by ``fit``, or any checkpoint.
-        suite: ``tofu``.
+        suite: ``tofu``, ``muse``, ``wmdp``, ``wmdp_deduped``, ``rwku``, ``knowundo`` or ``lume``.
         reference: A model that was not trained on the forget set, or the log of one (a ``.json`` file, ours or
             open-unlearning's): for figures such as forget quality. Without one these are left out.
         data: The data module, of the suite's class, with its options; by default the run's if it is one, else one that

@@ -248,9 +248,22 @@ def test_trained_texts_are_found_by_their_words(item: str, found: bool) -> None:
     assert trained_on(["other words", item], trained) == ([1] if found else [])
 
 
+def test_a_long_text_is_found_in_passages_that_cut_it() -> None:
+    text = published.passage(1, 200)
+    passages = [
+        Chunk(n, text[at : at + 100], text[at + 100 : at + 800]) for n, at in enumerate(range(0, len(text), 800))
+    ]
+    others = [Chunk(9, published.passage(2, 200), published.passage(3, 40))]
+    half = f"{published.passage(4, 60)} {text}"
+    quoting = f"{published.passage(4, 200)} {text[:400]}"
+    assert trained_on([text, half, quoting], [*others, *passages]) == [0, 1]
+    assert trained_on([text, half, quoting], others) == []
+
+
 def test_a_passage_is_no_question() -> None:
     assert trained_on(["the mill"], [QAExample(0, "The mill?", "x")]) == [0]
     assert trained_on(["the mill"], [Chunk(0, "The mill?", "x")]) == []
-    with pytest.raises(UserError, match=r"test_items: got 1 of 2 items .*\(items 1\), allowed: .* not WMDP") as error:
-        refuse_trained(["SECRET?", "the mill"], [QAExample(0, "The mill?", "x")], "test_items", "WMDP")
+    scored = [QAExample(5, "SECRET?", "x"), QAExample(6, "Prompt. The mill? A. x", "A", (), ("the mill",))]
+    with pytest.raises(UserError, match=r"items: got 1 of 2 items .*trained on \(1\), allowed: .* not wmdp") as error:
+        refuse_trained(scored, [QAExample(0, "The mill?", "x")], "items", "wmdp")
     assert "mill" not in str(error.value)

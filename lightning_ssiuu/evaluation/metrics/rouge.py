@@ -1,4 +1,4 @@
-"""ROUGE-L of generated answers: recall and F-measure in any script, and the stemmed English forms of TOFU and MUSE."""
+"""ROUGE-L of generated answers: recall and F-measure in any script, and stemmed English forms, as for TOFU."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
 
 
 def rouge_l_f1_stemmed(prediction: str, reference: str) -> float:
-    """The F-measure beside :func:`rouge_l_recall_stemmed`, as MUSE (arXiv 2407.06460) has it."""
+    """The F-measure beside :func:`rouge_l_recall_stemmed`, as open-unlearning (arXiv 2506.12618) takes it for MUSE."""
     return _rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=True)
 
 
