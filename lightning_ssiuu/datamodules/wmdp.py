@@ -77,7 +77,7 @@ class WMDP(Documents):
         prefix_tokens = max(1, chunk_tokens // 2) if prefix_tokens is None else prefix_tokens
         self.domain, self.about, self.path = domain, ABOUT[domain], path
         forget, retain = forget or self._corpus("forget"), retain or self._corpus("retain")
-        lengths = {"chunk_tokens": chunk_tokens, "prefix_tokens": prefix_tokens}
+        lengths: dict[str, Any] = {"chunk_tokens": chunk_tokens, "prefix_tokens": prefix_tokens}
         super().__init__(forget, retain, template=template, **lengths, **kwargs)
         self.test_items, self.mmlu_items = test_items, mmlu_items
         self._reading = ""

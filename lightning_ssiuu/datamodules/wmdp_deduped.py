@@ -53,7 +53,7 @@ class WMDPDeduped(Documents):
         template: str = LETTER,
         **kwargs: Any,
     ) -> None:
-        lengths = {"chunk_tokens": chunk_tokens, "prefix_tokens": prefix_tokens}
+        lengths: dict[str, Any] = {"chunk_tokens": chunk_tokens, "prefix_tokens": prefix_tokens}
         super().__init__("wmdp-deduped", "mmlu_cats_random_trimmed", template=template, **lengths, **kwargs)
         self.published = Published(path)
 
@@ -79,7 +79,8 @@ class WMDPDeduped(Documents):
         if not 0 <= asked < PARTS:
             raise UserError("held_out", asked, f"0 to {PARTS - 1}, the part that is asked")
         first = 1 + max(example.example_id for _, examples in self.splits.items() for example in examples)
-        taught, scored = [], []
+        taught: list[QAExample] = []
+        scored: list[QAExample] = []
         for part in range(PARTS):
             for item in self.items(part):
                 (scored if part == asked else taught).append(item.example(first + len(taught) + len(scored), ""))
