@@ -67,7 +67,9 @@ class PeersMetrics:
 
 
 @contextmanager
-def metrics_of(peer: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[PeersMetrics]:
+def metrics_of(
+    peer: Path, files: Mapping[str, Sequence[Mapping[str, Any]]], new_tokens: int = 200
+) -> Iterator[PeersMetrics]:
     """The peer's evaluation of TOFU, reading ``files`` by name in place of the hub's configurations."""
     import datasets
 
@@ -89,6 +91,10 @@ def metrics_of(peer: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
             datasets.Dataset.from_list([dict(record) for record in files[name]])
         )
         configurations = {file.stem: composed(file) for file in folder.glob("*.yaml")}
+        for configuration in configurations.values():
+            for part in (configuration, *configuration.get("pre_compute", {}).values()):
+                if "generation_args" in part:
+                    part["generation_args"]["max_new_tokens"] = new_tokens
         yield PeersMetrics(tuple(configurations), utils.preprocess_chat_instance, configurations, base.Evaluator)
     finally:
         sys.path.remove(str(source))

@@ -16,6 +16,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_ssiuu import TOFU, evaluate
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import read_records
-from lightning_ssiuu.evaluation.suites import SUITES
+from lightning_ssiuu.evaluation.suites import SUITES, Suite
+from lightning_ssiuu.evaluation.suites.figures import Mean
 
 TOLERANCE = 1e-4
 PLAIN = {
@@ -123,6 +125,15 @@ def noisy(checkpoint: str, folder: str) -> str:
     return folder
 
 
+def with_new_tokens(suite: Suite, new_tokens: int) -> Suite:
+    """The suite with texts of another length."""
+    figures = dict(suite.figures)
+    for name, figure in figures.items():
+        if isinstance(figure, Mean):
+            figures[name] = replace(figure, score=figure.score.replace("new_tokens=200", f"new_tokens={new_tokens}"))
+    return replace(suite, figures=figures)
+
+
 def by_example(entry: Any) -> dict[str, float]:
     """All numbers of a log's entry by their place in it, but for texts."""
     if isinstance(entry, Mapping):
@@ -154,6 +165,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="a checkout of open-unlearning; without one nothing is done")
     parser.add_argument("--checkpoint", help="a model with its tokenizer, as a directory")
+    parser.add_argument(
+        "--new_tokens", type=int, default=200, help="of generated texts on both sides; the protocol's 200"
+    )
     parser.add_argument("--data", type=Path, help="a directory of TOFU's files, named as published, for forget01")
     options = parser.parse_args()
     if options.peer is None:
@@ -162,9 +176,9 @@ def main() -> None:
     if options.checkpoint is None or options.data is None:
         raise SystemExit("error: --checkpoint, --data: both are needed beside --peer")
     read = {path.stem: list(read_records(str(path), "data")) for path in sorted(options.data.iterdir())}
-    suite = SUITES["tofu"]
+    suite = SUITES["tofu"] = with_new_tokens(SUITES["tofu"], options.new_tokens)
     wanted = suite.wanted(None, reference=True)
-    with metrics_of(options.peer, read) as peer, tempfile.TemporaryDirectory() as folder:
+    with metrics_of(options.peer, read, options.new_tokens) as peer, tempfile.TemporaryDirectory() as folder:
         agree = compare_tokens(peer, options.checkpoint, read["forget01_perturbed"])
         reference = noisy(options.checkpoint, f"{folder}/reference")
         theirs: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ def evaluate(
     chosen = SUITES[suite]
     chosen = chosen if classifier is None else chosen.classifying(classifier)
     names = chosen.wanted(figures, reference is not None)
+    compared = [name for name in names if chosen.figures[name].needs_reference]
+    if compared and reference is None:
+        raise UserError("reference", None, f"a model or its log, which {', '.join(compared)} compare with")
     signals = (find_signal(reading.score) for reading in chosen.readings(names))
     if devices.sharded and any(signal is not None and signal.gradient for signal in signals):
         raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
@@ -88,7 +92,7 @@ def evaluate(
         _check_untrained(sets, chosen, model)
         _check_share(sets, devices.n_ranks)
         report.__dict__["data_sha256"] = _sha256(data, sets)
-        devices.tokens_of_a_pass = lambda: _tokens_of_a_pass(data, sets)
+        devices.tokens_of_a_pass = partial(_tokens_of_a_pass, data, sets)
         with devices.launched():
             if of_reference and reference is not None:
                 with naming("reference"):
@@ -101,7 +105,7 @@ def evaluate(
             content = {
                 "suite": suite,
                 "figures": {name: measured[name]["agg_value"] for name in names},
-                "reference": None if reference is None else "model" if of_reference else "log",
+                "reference": None if log is None else "model" if of_reference else "log",
                 "n_items": {name: len(examples) for name, examples in sets.items()},
                 "log": chosen.log_name,
             }

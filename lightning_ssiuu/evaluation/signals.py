@@ -80,12 +80,10 @@ def _check_share(k: float) -> None:
         raise UserError("k", k, "a fraction in (0, 1]")
 
 
+_MAKERS: tuple[Callable[..., Signal], ...] = (_loss, _zlib, _min_k, _min_k_plus_plus, _gradient_norm)
 #: By name: minus the mean loss per token, that over the size of the compressed answer, the least probable tokens, the
 #: same standardised, minus the norm of the gradient (:mod:`lightning_ssiuu.evaluation.metrics.membership`).
-SIGNALS: dict[str, Signal] = {
-    make.__name__[1:]: replace(make(), options=make)
-    for make in (_loss, _zlib, _min_k, _min_k_plus_plus, _gradient_norm)
-}
+SIGNALS: dict[str, Signal] = {make.__name__[1:]: replace(make(), options=make) for make in _MAKERS}
 
 
 def find_signal(name: str, argument: str = "signal") -> Signal | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from toys import published
-from toys.cli import BARE, RECIPES, command, fit, write_rows
+from toys.cli import BARE, RECIPES, command, fit, read_json, write_rows
 from toys.data import CHAT
 from toys.models import answer_model
 from transformers import PreTrainedTokenizerBase
@@ -275,3 +275,15 @@ def test_items_that_were_trained_on_are_not_scored(tmp_path: Path) -> None:
     assert "items: got 3 of 5 items that the model was trained on (0, 1, 2), allowed: items that are only" in result.err
     assert "SECRET" not in result.err.upper().replace("SECRET/", "")
     assert not (tmp_path / "run" / "evaluate.json").exists()
+    # Others are, asked as their benchmark asks them
+    folder = published.write_knowundo(tmp_path / "knowundo")
+    for name in ("unlearn", "retention"):
+        first = {"unlearn": 50, "retention": 70}[name]
+        rows = [{"text": published.question(first + n), "labels": f"SECRET {n}"} for n in range(3)]
+        published.write(folder / "copyright" / f"{name}.json", [{"train": rows[:1], "val": rows[1:]}])
+    result = command("evaluate", "--suite", "knowundo", "--model", tmp_path / "run" / "model", "--path", folder)
+    assert result.status == 0, result.err
+    content = read_json(tmp_path / "run" / "evaluate.json")
+    assert content["n_items"] == {"unlearn_val": 2, "retention_val": 2}
+    assert content["figures"]["unlearn_success"] == 100 - content["figures"]["unlearn_accuracy"]
+    assert "SECRET" not in (tmp_path / "run" / "KNOWUNDO_EVAL.json").read_text()

@@ -22,8 +22,9 @@ from lightning_ssiuu import TOFU, UserError, evaluate
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scores import find_score
 from lightning_ssiuu.evaluation.signals import signal_of
-from lightning_ssiuu.evaluation.suites import SUITES
-from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
+from lightning_ssiuu.evaluation.suites import SUITES, measure
+from lightning_ssiuu.evaluation.suites.base import Reading
+from lightning_ssiuu.evaluation.suites.measure import measure_suite, read, suite_sets
 from lightning_ssiuu.models.answers import AnswerModel
 
 SUITE = SUITES["tofu"]
@@ -223,6 +224,24 @@ def test_memorisation_leaves_out_the_end_token(models: dict[str, AnswerModel], l
     assert logs["model"]["exact_memorization"]["agg_value"] == pytest.approx(mean(shares))
 
 
+def test_ranks_share_the_examples(models: dict[str, AnswerModel], data: TOFU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, one after the other: each reads its share, and together they have what one has alone."""
+    readings, examples = [Reading("forget/wrong", "probability")], data.named_set("forget")
+    alone = read(models["model"], data, examples, readings)
+    shares: list[dict[int, float]] = []
+
+    def first(value: dict[int, float]) -> list[dict[int, float]]:
+        shares.append(value)
+        return [value, dict.fromkeys(range(6), 0.0)]
+
+    for number, gathering in enumerate((first, lambda value: [*shares, value])):
+        monkeypatch.setattr(TOFU, "_ranks", lambda self, number=number: (2, number))
+        monkeypatch.setattr(measure, "gathered", gathering)
+        found = read(models["model"], data, examples, readings)
+    assert len(shares[0]) == 3
+    assert found[readings[0]] == [pytest.approx(values) for values in alone[readings[0]]]
+
+
 def test_what_needs_a_reference_is_left_out_without_one() -> None:
     alone, beside = SUITE.wanted(), SUITE.wanted(None, reference=True)
     assert set(beside) - set(alone) == {"forget_quality", "mia_reference"}
@@ -295,3 +314,5 @@ def test_mistakes(folder: Path) -> None:
         evaluate("tiny", "tofo")
     with pytest.raises(UserError, match=r"path: got .* allowed: null beside data"):
         evaluate("tiny", "tofu", data=TOFU(str(folder)), path=str(folder))
+    with pytest.raises(UserError, match="reference: got None, allowed: a model or its log, which forget_quality"):
+        evaluate("tiny", "tofu", path=str(folder), figures=["forget_quality"])

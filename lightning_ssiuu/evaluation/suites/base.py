@@ -116,12 +116,16 @@ class Suite:
 
     def classifying(self, classifier: str) -> Suite:
         """The suite with its figures that ask a classifier, which ask this one (directory or hub id)."""
-        asking = {name: figure for name, figure in self.figures.items() if hasattr(figure, "classifier")}
+        figures: dict[str, Any] = dict(self.figures)
+        asking = {
+            name: replace(figure, classifier=classifier)
+            for name, figure in figures.items()
+            if hasattr(figure, "classifier")
+        }
         if not asking:
             raise UserError("classifier", classifier, f"null: the suite {self.name} asks none")
-        asking = {name: replace(figure, classifier=classifier) for name, figure in asking.items()}
         optional = tuple(name for name in self.optional if name not in asking)
-        return replace(self, figures={**self.figures, **asking}, optional=optional)
+        return replace(self, figures=figures | asking, optional=optional)
 
     @property
     def log_name(self) -> str:
