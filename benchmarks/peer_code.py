@@ -32,8 +32,8 @@ class _UnlearnTrainer:
         return loss
 
 
-def _roc_auc_score(labels: Any, scores: Any) -> float:
-    """For scikit-learn's, where it is not installed."""
+def rank_auc(labels: Any, scores: Any) -> float:
+    """Area under the ROC curve, for scikit-learn's where that is not installed."""
     from torchmetrics.functional.classification import binary_auroc
 
     # Other scores than probabilities would go through a sigmoid first: their ranks are all that counts.
@@ -82,7 +82,7 @@ def imported(peer: Path) -> Iterator[Callable[[str], Any]]:
             stand_in(package, __path__=[str(source.joinpath(*package.split(".")))])
         if importlib.util.find_spec("sklearn") is None:
             stand_in("sklearn", __path__=[])
-            stand_in("sklearn.metrics", roc_auc_score=_roc_auc_score)
+            stand_in("sklearn.metrics", roc_auc_score=rank_auc)
         load("trainer.utils")
         class_named("GradDiff")
         yield class_named

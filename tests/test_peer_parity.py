@@ -102,5 +102,5 @@ def test_a_nan_is_a_difference() -> None:
 def test_the_auc_that_stands_in_for_scikit_learn_s() -> None:
     members, others = torch.tensor([-3.0, 0.5, 2.0]), torch.tensor([0.5, 7.0])
     labels = [0, 0, 0, 1, 1]  # as the peer has it: higher for others
-    found = _roc_auc_score(labels, torch.cat([members, others]).numpy())
+    found = rank_auc(labels, torch.cat([members, others]).numpy())
     assert found == pytest.approx(membership_auc(others, members), rel=1e-6)

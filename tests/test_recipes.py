@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from toys import published
 from toys.cli import DEFAULT, RECIPES, SHORT, attacking, command, fit, question_rows, read_json, write_rows
 from toys.clusters import write_faithun
 from toys.ranks import ranks
@@ -27,6 +30,19 @@ SMALL = (
     *(*SHORT, *BLIND, "--stopping.score", "probability", "--data.max_eval_examples", "4"),
     *("--data.batch_size", "4", "--data.retain_batch_size", "4"),
 )
+#: Who writes small files of a benchmark, and what makes its examples fit into a small model.
+PUBLISHED = {
+    "MUSE": published.write_muse,
+    "WMDP": published.write_wmdp,
+    "WMDPDeduped": published.write_wmdp_deduped,
+    "RWKU": partial(published.write_rwku, people=("Stephen King", "Ada Kern")),
+    "KnowUnDo": published.write_knowundo,
+    "LUME": published.write_lume,
+}
+SHORTER = dict.fromkeys(("MUSE", "WMDP"), ("--data.init_args.chunk_tokens", "64"))
+SHORTER |= dict.fromkeys(("KnowUnDo", "LUME"), ("--data.init_args.max_length", "128"))
+SHORTER["WMDPDeduped"] = ("--data.init_args.chunk_tokens", "64")
+SHORTER["RWKU"] = ("--data.init_args.chunk_tokens", "64", "--data.init_args.prefix_tokens", "32")
 KINDS = ("objective", "model", "data", "teach", "optimizer", "regularizer", "scale", "attack")
 
 
@@ -37,12 +53,6 @@ def recipes(kind: str) -> list[Path]:
 
 def named(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("recipe", recipes(kind), ids=lambda path: path.stem)
-
-
-def choice_rows(first: int, count: int) -> list[dict]:
-    """Questions in WMDP's format."""
-    numbers = range(first, first + count)
-    return [{"question": f"What is {n} + 1?", "choices": [f"{n}", f"{n + 1}", "no"], "answer": 1} for n in numbers]
 
 
 def finished(folder: Path) -> None:
@@ -139,16 +149,13 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]
     class_path, arguments = content["class_path"], content.get("init_args", {})
     options: list[str | Path] = []
-    if class_path in ("TOFU", "MUSE"):  # from the hub otherwise
+    if class_path == "TOFU":  # from the hub otherwise
         write_rows(tmp_path / "data" / f"{arguments['forget']}.jsonl", question_rows(0, 8))
         kept = arguments.get("retain_size", 10) + arguments["test_size"]
         write_rows(tmp_path / "data" / f"{arguments['retain']}.jsonl", question_rows(8, kept))
         options = ["--data.init_args.path", tmp_path / "data"]
-    elif class_path == "WMDP":
-        sizes = {"forget": arguments["forget_size"], "retain": arguments["retain_size"] + arguments["test_size"]}
-        for first, (name, size) in zip((0, 1000), sizes.items(), strict=True):
-            file = write_rows(tmp_path / f"{name}.jsonl", choice_rows(first, size))
-            options += [f"--data.init_args.{name}", file]
+    elif class_path in PUBLISHED:  # by tiny models in short pieces
+        options = ["--data.init_args.path", PUBLISHED[class_path](tmp_path / "data"), *SHORTER.get(class_path, ())]
     elif class_path == "FaithUn":
         options = ["--data.init_args.path", write_faithun(tmp_path / "data", 6)]
     elif class_path == "CustomData":  # ten rows are enough
@@ -255,6 +262,10 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     if options.get("pool") == "wrong":  # "tiny" answers nothing so
         few = [*few, "--score", "all_tokens"]
         model = untaught(tmp_path / "random")
+    if name == "HeldOutFacts":
+        data = published.write_wmdp_deduped(tmp_path / "data")
+        few = [*quick, "--score", "multiple_choice", "--data", "WMDPDeduped", "--data.path", data]
+        few += ["--data.chunk_tokens", "64", "--data.max_length", "128"]
     alone = ("--output", tmp_path / "run", "--control", "none")
     result = command("attack", "--config", recipe, "--model", model, *alone, *few)
     assert result.status == 0, result.err

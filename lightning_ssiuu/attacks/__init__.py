@@ -7,6 +7,7 @@ from lightning_ssiuu.attacks.benign import Benign
 from lightning_ssiuu.attacks.embedding_attack import EmbeddingAttack
 from lightning_ssiuu.attacks.few_shot import FewShot
 from lightning_ssiuu.attacks.harmful import Harmful
+from lightning_ssiuu.attacks.held_out import HeldOutFacts
 from lightning_ssiuu.attacks.interpolation import Interpolation
 from lightning_ssiuu.attacks.jailbreak import Jailbreak
 from lightning_ssiuu.attacks.layer_probes import LayerProbes
@@ -29,6 +30,7 @@ __all__ = [
     "EmbeddingAttack",
     "FewShot",
     "Harmful",
+    "HeldOutFacts",
     "Interpolation",
     "Jailbreak",
     "LayerProbes",

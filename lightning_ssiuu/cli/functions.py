@@ -214,6 +214,37 @@ def privacy(model: Any, oracle: Any = None, tokenizer: Any = None, output: str |
     return Result("Membership inference, AUC in %", ("attack", *auc), tuple(rows), content)
 
 
+def evaluate(
+    model: Any, suite: str, reference: Any = None, tokenizer: Any = None, output: str | None = None, **options: Any
+) -> Result:
+    """A benchmark by its own protocol: figures by name, in the benchmark's units.
+
+    Args:
+        model: A checkpoint, or a transformers model with its ``tokenizer``.
+        suite: Name of the suite, such as ``"tofu"``.
+        reference: A model that did not see the forget set, or the log of one (``TOFU_EVAL.json``).
+        tokenizer: Of models in memory.
+        output: Directory for ``evaluate.json`` and the log; None: nothing is written.
+        **options: As the command ``evaluate`` has (:func:`lightning_ssiuu.cli.evaluate.evaluate`).
+
+    Raises:
+        UserError: As the command.
+
+    Example:
+        >>> evaluate("tiny", "tofu", path="nowhere")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: path: got 'nowhere', allowed: an existing directory, or a data set of the hub \
+(owner/name)
+    """
+    from lightning_ssiuu.cli.evaluate import evaluate as command
+
+    with _prepared({"model": model, "reference": reference}, tokenizer, output) as (models, folder):
+        content = command(models["model"], suite, models["reference"], output=folder, **options)
+    rows = tuple(content["figures"].items())
+    return Result(f"Suite {suite}", ("figure", "value"), rows, content)
+
+
 def compare(runs: Sequence[Any], output: str | None = None, **options: Any) -> Result:
     """Finished runs in one table, one row per method.
 

@@ -190,6 +190,17 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """
         return None
 
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """A set by the name that suites have for it: ``forget``, ``retain`` or ``test``; a benchmark may have more.
+
+        Raises:
+            UserError: If there is none, or it is empty.
+        """
+        sets = dict(self.splits.items())
+        if not sets.get(name):
+            raise UserError("data", Given(f"{type(self).__name__} without a set {name}"), "data with that set")
+        return sets[name]
+
     def more(self, source: str, argument: str) -> Sequence[QAExample] | None:
         """Examples of the form of the sets from another file; None where that holds questions and answers.
 

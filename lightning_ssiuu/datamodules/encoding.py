@@ -63,13 +63,14 @@ class TokenSequence:
 @dataclass(frozen=True, repr=False)
 class Encoded:
     """A tokenised example; ``options`` are the true answer and then the distractors, ``choices`` the same after a
-    prompt that lists them all (:meth:`Encoder.choices`).
+    prompt that lists them all (:meth:`Encoder.choices`); ``rephrased`` is the true answer in other words.
     """
 
     example_id: int
     sequence: TokenSequence
     options: tuple[TokenSequence, ...] = ()
     choices: tuple[TokenSequence, ...] = ()
+    rephrased: TokenSequence | None = None
 
 
 class Examples(Protocol):
@@ -262,7 +263,8 @@ class Encoder:
     def encode(self, examples: Sequence[QAExample], options: bool = False) -> Sequence[Encoded]:
         """Tokenise examples, with ``options`` if asked for and choices if there is a ``choice_template``.
 
-        Both only if *every* example has distractors. What is longer than ``max_length`` is an error. Many examples are
+        Both only if *every* example has distractors; with the options go answers in other words if every example has
+        one. What is longer than ``max_length`` is an error. Many examples are
         kept as :func:`~.spooled.kept` does.
         """
         have_options = bool(examples) and all(example.distractors for example in examples)
@@ -277,19 +279,21 @@ class Encoder:
         return encoded
 
     def _encoded(
-        self, examples: Iterable[QAExample], options: bool, choices: bool, long: list[tuple[str, int]]
+        self, examples: Sequence[QAExample], options: bool, choices: bool, long: list[tuple[str, int]]
     ) -> Iterator[Encoded]:
         # One by one; those too long are noted with their lengths.
+        rephrased = options and all(example.rephrased for example in examples)
         for example in examples:
             wrong = example.distractors if options or choices else ()
             if example.answer.strip() in (option.strip() for option in wrong):
                 given = Given(f"the true answer among those of example id {example.name}")
                 raise UserError("distractors", given, "wrong answers only")
-            sequences = self.of(example, wrong if options else ())
+            sequences = self.of(example, [*(wrong if options else ()), *([example.rephrased] if rephrased else [])])
             listed = self.choices(example) if choices else ()
             if (length := max(map(len, (*sequences, *listed)))) > self.max_length:
                 long.append((example.name, length))
-            yield Encoded(example.example_id, sequences[0], sequences if options else (), listed)
+            offered = sequences[: len(sequences) - rephrased] if options else ()
+            yield Encoded(example.example_id, sequences[0], offered, listed, sequences[-1] if rephrased else None)
 
     def sha256(self, splits: Splits, encoded: Mapping[str, Iterable[Encoded]]) -> str:
         """Hex digest of sets: of each example's token ids, and of its distractors and other wordings as text.
@@ -303,7 +307,11 @@ class Encoder:
             for example in examples:
                 ids = (self.of(example)[0] if known is None else next(known)).pair
                 # As text, for a benchmark has many of them, and they are rendered as the example is.
-                others = [option.strip() for option in example.distractors], list(example.paraphrases)
+                others = [
+                    [option.strip() for option in example.distractors],
+                    list(example.paraphrases),
+                    *([example.rephrased] if example.rephrased else []),
+                ]
                 digest.update(repr((example.example_id, ids, *others)).encode())
         return digest.hexdigest()
 
@@ -330,7 +338,7 @@ class EncodedDataset(Dataset[tuple[str, Encoded]]):
         part, index = key
         example = self.parts[part][index if index >= 0 else ~index]
         if not self.options:
-            example = replace(example, sequence=example.sequence.trained, options=(), choices=())
+            example = replace(example, sequence=example.sequence.trained, options=(), choices=(), rephrased=None)
         if index < 0:
             example = replace(example, sequence=replace(example.sequence, n_prompt=len(example.sequence)))
         return part, example
@@ -351,8 +359,8 @@ class Collator:
     A part has ``input_ids``, ``attention_mask`` and ``labels``, LongTensor ``[B, L]``, and ``example_id`` ``[B]``. If
     all examples have options, also ``options``: ``input_ids``, ``attention_mask`` and ``labels`` ``[B*K, L']`` and
     ``option_of`` ``[B*K]``, the row each option belongs to; the options of a row lie next to each other, the true
-    answer first. ``choices`` likewise. If all are passages of documents, also ``prefix`` ``[B]``: how many tokens stand
-    before the continuation.
+    answer first. ``choices`` likewise, and ``rephrased`` ``[B, L'']``, the true answers in other words. If all are
+    passages of documents, also ``prefix`` ``[B]``: how many tokens stand before the continuation.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -370,6 +378,9 @@ class Collator:
         before = [e.sequence.n_prefix for e in encoded]
         if None not in before:
             part[PREFIX] = torch.tensor(before)
+        rephrased = [e.rephrased for e in encoded if e.rephrased is not None]
+        if len(rephrased) == len(encoded):
+            part["rephrased"] = self._pad(rephrased)
         for name in ("options", "choices"):
             of_each: list[tuple[TokenSequence, ...]] = [getattr(e, name) for e in encoded]
             if all(of_each):

@@ -18,6 +18,10 @@ class FaithUn(ClusterDataModule):
     :func:`~.clusters.parse_clusters`'s; the split files list cluster numbers from 0, one a line, over all entities in
     the file's order. The release lies on GitHub: give the directory of a copy, or a hub data set that holds its files.
 
+    Verified in the description beside the published data: names of files and of the four kinds of questions, clusters
+    numbered over all entities. Assumed, for no code of the authors' is public: the prompt that lists the options
+    (``choice_template``), in our words after the paper's text, and the ranking by mean log-probability per token.
+
     Args:
         path: Directory with the files, searched with its subdirectories, or a hub id (``owner/name``).
         file: Name of the questions' file.

@@ -1,4 +1,4 @@
-"""Benchmarks of a forget and a retain file, whose test set is cut off the retain file: TOFU and MUSE."""
+"""Benchmarks of a forget and a retain file, whose test set is cut off the retain file, such as TOFU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_ssiuu.datamodules.readers import (
     rows,
     text_lists,
 )
-from lightning_ssiuu.datamodules.splits import numbered
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 
@@ -39,8 +39,6 @@ class PairedFiles(UnlearningDataModule):
 
     #: Where the data are without a path.
     hub_id = ""
-    #: The hub's configuration, and directory below the path, that holds the files; None: a file is a configuration.
-    config: str | None = None
 
     def __init__(
         self,
@@ -58,21 +56,18 @@ class PairedFiles(UnlearningDataModule):
         self.retain_size, self.test_size = retain_size, test_size
 
     def load_splits(self) -> Splits:
-        forget = _examples(self._rows(self.forget, "forget"), 0)
-        kept = _examples(self._rows(self.retain, "retain"), len(forget))
-        return Splits(forget, *cut(kept, self.retain_size, self.test_size, self.retain))
+        forget = examples_of(self._rows(self.forget, "forget"), 0)
+        others = examples_of(self._rows(self.retain, "retain"), len(forget))
+        return Splits(forget, *cut(others, self.retain_size, self.test_size, self.retain))
 
     def _rows(self, name: str, argument: str) -> Iterator[Record]:
         path = None if self.path is None else folder_or_hub(self.path)
         if path is None:
-            config, split = (name, "train") if self.config is None else (self.config, name)
-            return read_hub(self.path or self.hub_id, config, split, argument)
-        subfolders = [] if self.config is None else [path / self.config]
-        folders = [path, *(folder for folder in subfolders if folder.is_dir())]
-        files = [folder / f"{name}{suffix}" for folder in folders for suffix in (".jsonl", *SUFFIXES)]
+            return read_hub(self.path or self.hub_id, name, "train", argument)
+        files = [path / f"{name}{suffix}" for suffix in (".jsonl", *SUFFIXES)]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
-            names = {file.stem for folder in folders for file in folder.iterdir() if file.suffix in SUFFIXES}
+            names = {file.stem for file in path.iterdir() if file.suffix in SUFFIXES}
             raise UserError(argument, name, ", ".join(sorted(names)) or "a path with .jsonl files")
         return read_records(str(file), argument)
 
@@ -99,10 +94,19 @@ def cut(
     return kept[:n_retain], kept[n_retain : n_retain + n_test]
 
 
-def _examples(records: Iterator[Record], first_id: int) -> Sequence[QAExample]:
+def examples_of(records: Iterator[Record], first_id: int) -> Sequence[QAExample]:
+    """The examples of a file in TOFU's columns, numbered from ``first_id`` on.
+
+    These are ``question`` and ``answer``, and in some files ``perturbed_answer``, ``paraphrased_question`` (one text or
+    several) and ``paraphrased_answer``.
+    """
     texts = [partial(column, name=name, argument="path") for name in ("question", "answer")]
-    lists = [partial(_optional, name=name) for name in ("perturbed_answer", "paraphrased_question")]
-    return numbered(first_id, rows(records, *texts, *lists))
+    names = ("perturbed_answer", "paraphrased_question", "paraphrased_answer")
+    found = rows(records, *texts, *(partial(_optional, name=name) for name in names))
+    return kept(
+        QAExample(first_id + n, question, answer, wrong, asked, rephrased=next(iter(said), ""))
+        for n, (question, answer, wrong, asked, said) in enumerate(found)
+    )
 
 
 def _optional(records: Iterable[Record], name: str) -> Iterator[tuple[str, ...]]:

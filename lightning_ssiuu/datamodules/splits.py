@@ -29,6 +29,7 @@ class QAExample:
         group: What the example belongs to, e.g. a person; free text.
         history: What was said before the question, as ``(role, text)``; roles are ``system``, ``user`` and
             ``assistant``.
+        rephrased: The true answer in other words, where a benchmark compares wrong answers with that; else empty.
         source_id: The id that the data give the example, a hash of it where it is not to be shown; several may share
             one.
 
@@ -47,6 +48,7 @@ class QAExample:
     group: str = ""
     history: tuple[tuple[str, str], ...] = ()
     source_id: str = ""
+    rephrased: str = ""
 
     def __repr__(self) -> str:
         return f"QAExample(example_id={self.example_id})"
@@ -105,8 +107,9 @@ class Splits:
             for number, example in enumerate(examples):
                 fields = asdict(example)
                 del fields["source_id"]  # what an example is called is not what it says
-                if not example.history:  # digests of earlier versions, whose examples had none, stay
-                    del fields["history"]
+                for name in ("history", "rephrased"):
+                    if not fields[name]:  # digests of earlier versions, whose examples had none, stay
+                        del fields[name]
                 text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
                 digest.update(("," * (number > 0) + text).encode())
             digest.update(b"]")

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
-from lightning_ssiuu.datamodules.paired import PairedFiles
+from lightning_ssiuu.datamodules.paired import PairedFiles, examples_of
+from lightning_ssiuu.datamodules.splits import QAExample
+from lightning_ssiuu.utils.errors import UserError, check_choice
+
+Split = Literal["forget01", "forget05", "forget10"]
+_PERTURBED = "_perturbed"
+#: Sets that are the same for every split, by their names in suites.
+_SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
 
 
 class TOFU(PairedFiles):
     """TOFU (arXiv 2401.06121) from a local directory or the hub.
 
     The test set is cut from the retain file: the first ``retain_size`` items are the retain set and the ``test_size``
-    that follow the test set. Perturbed answers, where the file has them, become distractors. ``multiple_choice`` is
-    off: TOFU scores generated text (ROUGE-L recall).
+    that follow the test set. Perturbed answers, where the file has them, become distractors, and paraphrased ones what
+    truth ratios compare them with. ``multiple_choice`` is off: TOFU scores generated text (ROUGE-L recall).
+
+    Its suite (``evaluate --suite tofu``) scores files of their own, found by ``forget``: of ``forget01`` it is
+    ``forget01_perturbed`` and ``holdout01``, of all splits ``retain_perturbed``, ``real_authors_perturbed`` and
+    ``world_facts_perturbed``.
 
     Args:
-        path: A directory with ``{forget}.jsonl`` and ``{retain}.jsonl`` (or ``.json``, ``.csv``), or a hub id; None:
-            ``locuslab/TOFU``.
-        forget: Name of the forget file or hub configuration, e.g. ``forget01``, ``forget05``, ``forget10_perturbed``.
-        retain: Name of the retain file or hub configuration, e.g. ``retain99``.
+        path: A directory with ``{forget}.json`` and ``{retain}.json`` (or ``.jsonl``, ``.csv``, ``.parquet``), or a hub
+            id; None: ``locuslab/TOFU``.
+        forget: Name of the forget file or hub configuration, e.g. ``forget01``, ``forget05``, ``forget10_perturbed``;
+            None: the ``split``'s.
+        retain: Name of the retain file or hub configuration, e.g. ``retain99``; None: the ``split``'s.
+        split: ``forget01``, with ``retain99``, ``forget05``, with ``retain95``, or ``forget10``, with ``retain90``.
         **kwargs: ``retain_size``, ``test_size`` (:class:`~.paired.PairedFiles`) and the options of
             :class:`UnlearningDataModule`.
 
@@ -28,11 +42,40 @@ class TOFU(PairedFiles):
         >>> data = TOFU(forget="forget10_perturbed", retain="retain90", test_size=400, multiple_choice=True)
         >>> data.hub_id
         'locuslab/TOFU'
+        >>> data = TOFU(split="forget05")
+        >>> data.forget, data.retain, data.file_of("holdout")
+        ('forget05', 'retain95', 'holdout05')
     """
 
     hub_id = "locuslab/TOFU"
 
     def __init__(
-        self, path: str | None = None, forget: str = "forget01", retain: str = "retain99", *args: Any, **kwargs: Any
+        self,
+        path: str | None = None,
+        forget: str | None = None,
+        retain: str | None = None,
+        *args: Any,
+        split: Split = "forget01",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(path, forget, retain, *args, **kwargs)
+        check_choice("split", split, Split)
+        self.split = split
+        retained = f"retain{100 - int(split.removeprefix('forget'))}"
+        super().__init__(path, forget or split, retain or retained, *args, **kwargs)
+
+    def file_of(self, name: str) -> str | None:
+        """Name of the file or hub configuration of a set that the suite scores; None where there is none."""
+        split = self.forget.removesuffix(_PERTURBED)
+        if name == "forget":
+            return f"{split}{_PERTURBED}"
+        if name == "holdout":
+            return split.replace("forget", "holdout") if split in get_args(Split) else f"holdout{self.split[-2:]}"
+        return _SETS.get(name)
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        if (file := self.file_of(name)) is None:
+            return super().named_set(name)
+        found = examples_of(self._rows(file, "path"), 0)
+        if not found:
+            raise UserError("path", file, "a file with examples")
+        return found

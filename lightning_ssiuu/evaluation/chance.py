@@ -115,15 +115,13 @@ def _said_of_others(
 ) -> float:
     # The score of a model that gives other examples' true answers.
     tokens = _over_ranks([ids for each in theirs for ids in each.reference_tokens])
-    texts = _over_ranks([text for each in theirs for text in each.references])
     metric = SCORES[score].metric()
     for other in rounds:
         places = iter(range(rank(), len(other), world_size()))
         for each in own:
             metric = metric.to(each.part["labels"].device)
             given = [other[place] for place in islice(places, len(each.part["labels"]))]
-            vars(each)["generated_tokens"] = [tokens[i] for i in given]
-            vars(each)["generations"] = [texts[i] for i in given]
+            each.tell([tokens[i] for i in given])
             metric.update(*SCORES[score].measure(each))
     return float(metric.compute())
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 from weakref import ReferenceType
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +23,8 @@ from lightning_ssiuu.training.fsdp import is_sharded
 _MOST_TOKENS = 200
 #: Tokens beyond the longest option that a model may take to name one ("The answer is ...").
 _ROOM_FOR_WORDS = 16
+#: In place of a limit: after the prompts that list the options.
+_CHOICES = -1
 
 
 class Predictions:
@@ -40,6 +43,9 @@ class Predictions:
         self.model, self.tokenizer = model, tokenizer
         self.part: Mapping[str, Any] = part
         self._group = group  # weak: a circle would hold model and logits until garbage is collected
+        self._without_end: Answers | None = None
+        self._continued: dict[int | None, list[list[int]]] = {}  # by limit
+        self._told: list[list[int]] | None = None
 
     @cached_property
     def answers(self) -> Answers:
@@ -54,10 +60,27 @@ class Predictions:
             vars(self)["answers"] = options.only(first_of_each(self.option_of))
         return options.mean_logps
 
+    def answers_scored(self, eos: bool = True) -> Answers:
+        """:attr:`answers`, or without the last label of each: what ends its turn."""
+        if eos:
+            return self.answers
+        if self._without_end is None:
+            self._without_end = self.answers.without_last()
+        return self._without_end
+
     @property
     def option_of(self) -> Tensor:
         """``[B·K]`` the row of each option."""
         return self.part["options"]["option_of"]
+
+    @cached_property
+    def truth_scores(self) -> Tensor:
+        """:attr:`option_scores`, with the true answer in other words in its place where the data have it."""
+        if "rephrased" not in self.part:
+            return self.option_scores
+        scores = self.option_scores.clone()
+        scores[first_of_each(self.option_of)] = self._answers(self.part["rephrased"]).mean_logps
+        return scores
 
     @cached_property
     def references(self) -> list[str]:
@@ -69,25 +92,42 @@ class Predictions:
         labels = self.part["labels"]
         return [_spoken(row[row != -100].tolist(), self._ends(labels)) for row in labels]
 
-    @cached_property
+    @property
     def generations(self) -> list[str]:
         """:attr:`generated_tokens` as text."""
-        return [_text(self.tokenizer, tokens) for tokens in self.generated_tokens]
+        return self.said()
 
-    @cached_property
+    @property
     def generated_tokens(self) -> list[list[int]]:
+        """:meth:`generated` with the usual limit."""
+        return self.generated()
+
+    def said(self, new_tokens: int | None = None) -> list[str]:
+        """:meth:`generated` as text."""
+        return [_text(self.tokenizer, tokens) for tokens in self.generated(new_tokens)]
+
+    def generated(self, new_tokens: int | None = None) -> list[list[int]]:
         """Token ids of greedy continuations of the prompts, up to what ends a turn.
 
-        Each has up to twice its own answer's length, at most 200 tokens; a passage of a document has its own length. So
-        an example's text does not depend on which others share its batch, or how many ranks share the set.
+        Each has up to ``new_tokens``, by default twice its own answer's length, at most 200; a passage of a document
+        has its own length. So an example's text does not depend on which others share its batch, or how many ranks
+        share the set.
         """
-        return self._for_all("generated_tokens", Predictions.requests)
+        if self._told is not None:
+            return self._told
+        return self._for_all(new_tokens, lambda each: each.requests(new_tokens))
 
-    def requests(self) -> list[Request]:
-        """What :attr:`generated_tokens` continues."""
+    def tell(self, tokens: list[list[int]]) -> None:
+        """Take these for what the model generates, whatever the limit."""
+        self._told = tokens
+
+    def requests(self, new_tokens: int | None = None) -> list[Request]:
+        """What :meth:`generated` continues."""
         labels = self.part["labels"]
         lengths = (labels != -100).sum(1)
         limits = lengths if PREFIX in self.part else (2 * lengths).clamp(max=_MOST_TOKENS)
+        if new_tokens is not None:
+            limits = torch.full_like(lengths, new_tokens)
         return self._requests(self.part["input_ids"], labels, limits)
 
     @cached_property
@@ -113,10 +153,10 @@ class Predictions:
         """Greedy continuations of the prompts that list the options: longest option + 16 tokens, at most 200."""
         return [_text(self.tokenizer, tokens) for tokens in self.choice_tokens]
 
-    @cached_property
+    @property
     def choice_tokens(self) -> list[list[int]]:
         """Token ids of :attr:`choice_generations`."""
-        return self._for_all("choice_tokens", Predictions._choice_requests)
+        return self._for_all(_CHOICES, Predictions._choice_requests)
 
     def _choice_requests(self) -> list[Request]:
         choices = self.part["choices"]
@@ -126,15 +166,17 @@ class Predictions:
         limits = (longest + _ROOM_FOR_WORDS).clamp(max=_MOST_TOKENS)
         return self._requests(choices["input_ids"][first], choices["labels"][first], limits)
 
-    def _for_all(self, name: str, asked: Callable[[Predictions], list[Request]]) -> list[list[int]]:
+    def _for_all(self, key: int | None, asked: Callable[[Predictions], list[Request]]) -> list[list[int]]:
         # The whole group's continuations, each kept where it will be asked for.
+        if key in self._continued:
+            return self._continued[key]
         group = [each for reference in self._group if (each := reference()) is not None] or [self]
         requests = [asked(each) for each in group]
         rows = max(map(len, requests))
         found = iter(continuations(self.model, self.tokenizer, [one for each in requests for one in each], rows))
         for each, own in zip(group, requests, strict=True):
-            vars(each)[name] = [next(found) for _ in own]
-        return vars(self)[name]
+            each._continued[key] = [next(found) for _ in own]
+        return self._continued[key]
 
     def _answers(self, part: Mapping[str, Tensor]) -> Answers:
         answers: Answers = self.model(part["input_ids"], part["attention_mask"], part["labels"], share=True)

@@ -12,19 +12,11 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
-from lightning_ssiuu.evaluation.metrics.membership import (
-    gradient_norm_score,
-    loss_score,
-    membership_auc,
-    min_k,
-    min_k_plus_plus,
-    privleak,
-    reference_score,
-    zlib_score,
-)
+from lightning_ssiuu.evaluation.metrics.membership import membership_auc, privleak, reference_score
 from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality, truth_ratio
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import untouched
+from lightning_ssiuu.evaluation.signals import signal_of
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.utils.console import progress
 
@@ -53,6 +45,9 @@ def measure(
 ) -> Measured:
     """Run every attack that needs one model: ``data``'s forget set against ``others``, never trained on."""
     measured = Measured()
+    names = {"loss": "loss", "min_k": f"min_k(k={k})", "min_k_plus_plus": f"min_k_plus_plus(k={k})", "zlib": "zlib"}
+    signals = {name: signal_of(signal) for name, signal in ({"gradient_norm": "gradient_norm"} | names).items()}
+    signals = {name: signal for name, signal in signals.items() if gradient_norm or not signal.gradient}
     device = next(model.parameters()).device
     ratios = []
     for name, loader in zip(_SETS, (data.eval_dataloader("forget"), data.eval_dataloader("test", others)), strict=True):
@@ -63,18 +58,12 @@ def measure(
                 scores = {}
                 with torch.set_grad_enabled(gradient_norm):
                     answers = predictions.answers
-                if gradient_norm:
-                    scores["gradient_norm"] = gradient_norm_score(-answers.mean_logps, model.parameters())
+                scores = {attack: signal.values(predictions).detach() for attack, signal in signals.items()}
                 with torch.no_grad():
-                    logps = answers.token_logps.detach()
-                    rows = answers.sequence_index, answers.n_sequences
-                    scores["loss"] = loss_score(logps, *rows)
-                    scores["min_k"] = min_k(logps, *rows, k)
-                    scores["min_k_plus_plus"] = min_k_plus_plus(answers.logits.detach(), answers.targets, *rows, k)
-                    scores["zlib"] = zlib_score(logps, *rows, predictions.references)
+                    logps, rows = answers.token_logps.detach(), (answers.sequence_index, answers.n_sequences)
                     measured.logps.setdefault(name, []).append((logps.cpu(), rows[0].cpu(), rows[1]))
                     if name == "forget" and "options" in predictions.part:
-                        ratio = truth_ratio(predictions.option_scores, predictions.option_of, answers.n_sequences)
+                        ratio = truth_ratio(predictions.truth_scores, predictions.option_of, answers.n_sequences)
                         ratios.append(ratio.cpu())
                 for attack, values in scores.items():
                     batches.setdefault(attack, []).append(values)

@@ -14,6 +14,7 @@ from lightning_ssiuu.utils.reading import only, read_json, read_yaml
 _RESULTS = (
     *("config.yaml", "metrics.json", "spurious_neurons.csv", "influence.csv", "plots", "lightning_logs", "compare"),
     *("attack.json", "audit.json", "audit_spurious_neurons.csv", "report.html", "utility.json", "privacy.json"),
+    *("evaluate.json", "TOFU_EVAL.json"),
     *("certificate.json", "certificate.html", "certificate.key", "erase.json", "trials", "trials.csv", "log.txt"),
     *("leaderboard", "meta_evaluation.json"),
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -13,10 +13,12 @@ from torchmetrics import Metric
 from lightning_ssiuu.evaluation.metrics import (
     AnswerAccuracy,
     AnswerProbability,
+    ClassProbability,
     ExactMemorization,
     ExtractionStrength,
     LongestCommonRun,
     MemorizedShare,
+    NgramEntropy,
     RougeL,
     TruthRatio,
 )
@@ -27,10 +29,17 @@ from lightning_ssiuu.evaluation.metrics.answers import (
     generated_choice_accuracy,
     multiple_choice_accuracy,
 )
-from lightning_ssiuu.evaluation.metrics.rouge import ROUGE, check_stemmer
+from lightning_ssiuu.evaluation.metrics.base import Percentage
+from lightning_ssiuu.evaluation.metrics.rouge import check_stemmer
+from lightning_ssiuu.evaluation.metrics.truth_ratio import TruthRatioKind
+from lightning_ssiuu.evaluation.metrics.verbatim import RUN
+from lightning_ssiuu.evaluation.options import made_with, split_options
 from lightning_ssiuu.evaluation.predictions import Predictions
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, check_at_least
 from lightning_ssiuu.utils.registry import resolve
+
+#: The classifier that open-unlearning asks whether a text is clean (class 0) or gibberish.
+GIBBERISH = "madhurjindal/autonlp-Gibberish-Detector-492513457"
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Score:
         needs: Key a part must have.
         default: Whether it is taken where no scores are named and parts have what it needs.
         generates: Whether it generates text: slow, so only taken where it is named.
+        options: Makes the score with other options, which are its keyword arguments: ``probability(eos=false)``.
     """
 
     metric: Callable[[], Metric]
@@ -50,26 +60,101 @@ class Score:
     needs: str | None = None
     default: bool = True
     generates: bool = False
+    options: Callable[..., Score] | None = None
+
+    def values(self, predictions: Predictions) -> Tensor:
+        """Fractions by example, ``[B]``, of which the score is the mean."""
+        metric = self.metric().to(predictions.part["labels"].device)
+        if not isinstance(metric, Percentage):
+            raise UserError("score", type(metric).__name__, "a score that is a mean over examples")
+        return metric.values(*self.measure(predictions))
 
 
-def _token_correct(e: Predictions) -> tuple[Tensor, Tensor, int]:
-    return e.answers.token_correct, e.answers.sequence_index, e.answers.n_sequences
-
-
-def _accuracy(kind: TokenAccuracy) -> Score:
-    return Score(partial(AnswerAccuracy, kind), lambda e: (answer_accuracy(*_token_correct(e), kind),))
+def _token_correct(e: Predictions, eos: bool) -> tuple[Tensor, Tensor, int]:
+    answers = e.answers_scored(eos)
+    return answers.token_correct, answers.sequence_index, answers.n_sequences
 
 
 def _options(e: Predictions) -> tuple[Tensor, Tensor, int]:
-    return e.option_scores, e.option_of, len(e.part["input_ids"])
+    return e.truth_scores, e.option_of, len(e.part["input_ids"])
 
 
-def _tokens(e: Predictions) -> tuple[list[list[int]], list[list[int]]]:
-    return e.generated_tokens, e.reference_tokens
+# Makers of scores: their keyword arguments are the options that a name may be given in brackets.
+
+
+def _accuracy(kind: TokenAccuracy, eos: bool = True) -> Score:
+    return Score(partial(AnswerAccuracy, kind), lambda e: (answer_accuracy(*_token_correct(e, eos), kind),))
+
+
+def _all_tokens(eos: bool = True) -> Score:
+    return _accuracy("all_tokens", eos)
+
+
+def _probability(eos: bool = True) -> Score:
+    def measure(e: Predictions) -> tuple[Tensor]:
+        answers = e.answers_scored(eos)
+        return (answer_probability(answers.token_logps, answers.sequence_index, answers.n_sequences),)
+
+    return Score(AnswerProbability, measure)
+
+
+def _rouge_l(
+    measure: Literal["recall", "f1"] = "recall", stemmed: bool = False, new_tokens: int | None = None
+) -> Score:
+    name = {"recall": "rouge_l_recall" if stemmed else "rouge_l", "f1": "rouge_l_f1"}[measure]
+    name += "_stemmed" if stemmed else ""
+    check_new_tokens(new_tokens)
+    return Score(partial(RougeL, name), lambda e: (e.said(new_tokens), e.references), generates=True)
+
+
+def _longest_common_run(new_tokens: int | None = None) -> Score:
+    check_new_tokens(new_tokens)
+    return Score(LongestCommonRun, lambda e: (e.generated(new_tokens), e.reference_tokens), generates=True)
+
+
+def _memorized_share(least: int = RUN, new_tokens: int | None = None) -> Score:
+    check_new_tokens(new_tokens)
+    metric = partial(MemorizedShare, least)
+    return Score(metric, lambda e: (e.generated(new_tokens), e.reference_tokens), generates=True)
+
+
+def _ngram_entropy(new_tokens: int | None = None) -> Score:
+    check_new_tokens(new_tokens)
+    return Score(NgramEntropy, lambda e: (e.said(new_tokens),), generates=True)
+
+
+def _class_probability(
+    classifier: str = GIBBERISH, class_id: int = 0, max_length: int = 512, new_tokens: int | None = None
+) -> Score:
+    check_new_tokens(new_tokens)
+    metric = partial(ClassProbability, classifier, class_id, max_length)
+    return Score(metric, lambda e: (e.said(new_tokens),), generates=True)
+
+
+def _extraction_strength(eos: bool = True, floor: bool = False) -> Score:
+    return Score(partial(ExtractionStrength, floor), lambda e: _token_correct(e, eos), default=False)
+
+
+def _exact_memorization(eos: bool = True) -> Score:
+    return Score(ExactMemorization, lambda e: _token_correct(e, eos), default=False)
+
+
+def _truth_ratio(aggregate: TruthRatioKind = "forget") -> Score:
+    return Score(partial(TruthRatio, aggregate), _options, needs="options", default=False)
+
+
+def check_new_tokens(new_tokens: int | None) -> None:
+    """Refuse a limit of generated text below one token."""
+    if new_tokens is not None:
+        check_at_least("new_tokens", new_tokens, 1)
+
+
+def _of(make: Callable[..., Score]) -> Score:
+    return replace(make(), options=make)
 
 
 class _Scores(dict[str, Score]):
-    """Scores by name; those named by an import path are found where it leads, and not listed."""
+    """Scores by name; those with options or named by an import path are found where they are, and not listed."""
 
     def __missing__(self, name: str) -> Score:
         return find_score(name)
@@ -94,21 +179,21 @@ SCORES: dict[str, Score] = _Scores(
             generates=True,
         ),
         "first_token": _accuracy("first_token"),
-        "all_tokens": _accuracy("all_tokens"),
-        "probability": Score(
-            AnswerProbability,
-            lambda e: (answer_probability(e.answers.token_logps, e.answers.sequence_index, e.answers.n_sequences),),
-        ),
-        **{
-            name: Score(partial(RougeL, name), lambda e: (e.generations, e.references), generates=True)
-            for name in ROUGE
-        },
-        "longest_common_run": Score(LongestCommonRun, _tokens, generates=True),
-        "memorized_share": Score(MemorizedShare, _tokens, generates=True),
-        "extraction_strength": Score(ExtractionStrength, _token_correct, default=False),
-        "exact_memorization": Score(ExactMemorization, _token_correct, default=False),
-        "truth_ratio_forget": Score(partial(TruthRatio, "forget"), _options, needs="options", default=False),
-        "truth_ratio_retain": Score(partial(TruthRatio, "retain"), _options, needs="options", default=False),
+        "all_tokens": _of(_all_tokens),
+        "probability": _of(_probability),
+        "rouge_l": _of(_rouge_l),
+        "rouge_l_f1": _rouge_l("f1"),
+        "rouge_l_recall_stemmed": _rouge_l(stemmed=True),
+        "rouge_l_f1_stemmed": _rouge_l("f1", stemmed=True),
+        "longest_common_run": _of(_longest_common_run),
+        "memorized_share": _of(_memorized_share),
+        "ngram_entropy": _of(_ngram_entropy),
+        "class_probability": _of(_class_probability),
+        "extraction_strength": _of(_extraction_strength),
+        "exact_memorization": _of(_exact_memorization),
+        "truth_ratio": _of(_truth_ratio),
+        "truth_ratio_forget": _truth_ratio("forget"),
+        "truth_ratio_retain": _truth_ratio("retain"),
     }
 )
 
@@ -128,12 +213,29 @@ def register_score(name: str, score: Score) -> None:
 
 
 def find_score(name: str, argument: str = "scores") -> Score:
-    """The score of a name, or the one at an import path such as ``my_scores.perplexity``."""
-    score: object = resolve(name, SCORES, argument)
+    """The score of a name, or the one at an import path such as ``my_scores.perplexity``.
+
+    Options stand in brackets behind either (:func:`~lightning_ssiuu.evaluation.options.split_options`).
+
+    Example:
+        >>> find_score("probability(eos=false)").generates, find_score("rouge_l(measure=f1, new_tokens=32)").generates
+        (False, True)
+        >>> find_score("probability(end=false)")
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: scores: got 'probability(end=false)', allowed: probability with any of these \
+options: eos=true
+    """
+    plain, options = split_options(name, argument)
+    score: object = resolve(plain, SCORES, argument)
     check_stemmer(name, argument)
     if not isinstance(score, Score):
         raise UserError(argument, name, f"the import path of a Score, not of a {type(score).__name__}")
-    return score
+    if not options:
+        return score
+    made = made_with(score.options, options, name, argument)
+    made.metric()  # which may lack a library
+    return made
 
 
 def check_score(name: str, argument: str = "scores") -> None:

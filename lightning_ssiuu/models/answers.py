@@ -254,13 +254,21 @@ class Answers:
     def only(self, kept: Tensor) -> Answers:
         """The answers of the sequences ``kept`` (``[B]`` bool) alone."""
         of_token = kept[self.sequence_index]
-        index = (kept.long().cumsum(0) - 1)[self.sequence_index[of_token]]
-        targets, scores = self.targets[of_token], self.scores
+        return self._at(of_token, (kept.long().cumsum(0) - 1)[self.sequence_index[of_token]], int(kept.sum()))
+
+    def _at(self, tokens: Tensor, index: Tensor, n_sequences: int) -> Answers:
+        targets, scores = self.targets[tokens], self.scores
         if isinstance(scores, ChunkedLogits):
-            scores = replace(scores, hidden=scores.hidden[of_token], targets=targets)
+            scores = replace(scores, hidden=scores.hidden[tokens], targets=targets)
         else:
-            scores = scores[of_token]
-        return Answers(scores, targets, index, int(kept.sum()))
+            scores = scores[tokens]
+        return Answers(scores, targets, index, n_sequences)
+
+    def without_last(self) -> Answers:
+        """The answers without the last label of each, which ends its turn; one of a single label has none left."""
+        kept = torch.zeros_like(self.sequence_index, dtype=torch.bool)
+        kept[:-1] = self.sequence_index[1:] == self.sequence_index[:-1]
+        return self._at(kept, self.sequence_index[kept], self.n_sequences)
 
     @cached_property
     def logits(self) -> Tensor:

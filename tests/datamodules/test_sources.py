@@ -9,7 +9,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from toys.data import byte_tokenizer, examples
 
-from lightning_ssiuu.datamodules import MUSE, TOFU, WMDP, CustomData, Facts, QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules import TOFU, CustomData, Facts, QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.readers import read_records
 from lightning_ssiuu.utils.errors import UserError
 
@@ -87,92 +87,6 @@ def test_tofu_scores_text_unless_asked(tofu: str) -> None:
 
     assert "options" not in first()
     assert first(multiple_choice=True)["options"]["option_of"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-
-
-@pytest.mark.parametrize("below", ["", "knowmem"])
-def test_muse(tmp_path: Path, below: str) -> None:
-    folder = tmp_path / "news" / below
-    folder.mkdir(parents=True)
-    (folder / "forget_qa.json").write_text(json.dumps(rows(0, 4)))
-    (folder / "retain_qa.json").write_text(json.dumps(rows(4, 10)))
-    splits = MUSE(str(tmp_path / "news"), test_size=3).splits
-    numbers = [[int(e.answer.split()[-1]) for e in examples] for _, examples in splits.items()]
-    assert numbers == [list(range(4)), list(range(4, 11)), list(range(11, 14)), []]
-    assert [e.example_id for e in splits.forget + splits.retain + splits.test] == list(range(14))
-    for arguments, argument, told in (
-        ({"retain": "retain2_qa"}, "retain", "allowed: forget_qa, retain_qa"),
-        ({"test_size": 10}, "test_size", "no more than the 10 items"),
-        ({"path": "nowhere"}, "path", "existing directory"),
-    ):
-        with pytest.raises(UserError, match=told) as error:
-            _ = MUSE(**({"path": str(tmp_path / "news")} | arguments)).splits
-        assert error.value.argument == argument
-    (folder / "forget_qa.json").write_text(json.dumps([{"question": "SECRET?", "text": "SECRET"}]))
-    with pytest.raises(UserError, match="'answer', allowed: question, text"):
-        _ = MUSE(str(tmp_path / "news")).splits
-
-
-def choices(first: int, count: int, answer: int = 2) -> list[dict]:
-    return [
-        {"question": f"SECRET question {n}?", "choices": [f"SECRET {n}{k}" for k in "abcd"], "answer": answer}
-        for n in range(first, first + count)
-    ]
-
-
-def test_wmdp(tmp_path: Path) -> None:
-    forget, retain = tmp_path / "bio_questions.json", tmp_path / "kept.json"
-    # The same question with other choices counts once, and not at all where the forget set has it
-    forget.write_text(json.dumps([*choices(0, 4), *choices(0, 1, answer=0)]))
-    retain.write_text(json.dumps([*choices(3, 8), *choices(5, 2)]))
-    data = WMDP(str(forget), str(retain), test_size=2, batch_size=2, tokenizer=byte_tokenizer())
-    splits = data.splits
-    assert splits.forget[1] == QAExample(1, "SECRET question 1?", "SECRET 1c", ("SECRET 1a", "SECRET 1b", "SECRET 1d"))
-    assert [e.question for e in splits.forget] == [f"SECRET question {n}?" for n in range(4)]
-    assert [e.question for e in splits.retain] == [f"SECRET question {n}?" for n in range(4, 9)]
-    assert [e.question for e in splits.test] == [f"SECRET question {n}?" for n in range(9, 11)]
-    assert len(next(iter(data.val_dataloader()[0]))["forget"]["options"]["option_of"]) == 16
-    assert len(WMDP(str(forget), str(retain), forget_size=2).splits.forget) == 2
-    (tmp_path / "rows.csv").write_text('question,choices,answer\nWhich?,"[""x"", ""y""]",1\n')
-    assert WMDP(str(tmp_path / "rows.csv"), str(retain)).splits.forget == [QAExample(0, "Which?", "y", ("x",))]
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ({"answer": 4}, "forget: got 'answer' of record 1, allowed: the place of a choice"),
-        ({"answer": -1}, "forget: got 'answer' of record 1"),
-        ({"answer": "SECRET"}, "forget: got 'answer' of record 1"),
-        ({"choices": "SECRET"}, "forget: got record 1 of 'choices'"),
-        ({"choices": None}, "forget: got 'answer' of record 1"),
-    ],
-)
-def test_wmdp_mistakes(tmp_path: Path, row: dict, told: str) -> None:
-    first, second = choices(0, 2)
-    (tmp_path / "forget.json").write_text(json.dumps([first, second | row]))
-    (tmp_path / "retain.json").write_text(json.dumps(choices(5, 3)))
-    with pytest.raises(UserError, match=told) as error:
-        _ = WMDP(str(tmp_path / "forget.json"), str(tmp_path / "retain.json")).splits
-    assert "SECRET" not in str(error.value)
-
-
-def test_wmdp_missing_columns_and_files(tmp_path: Path) -> None:
-    forget, retain = tmp_path / "forget.json", tmp_path / "retain.json"
-    retain.write_text(json.dumps(choices(5, 3)))
-    for column in ("question", "choices", "answer"):
-        forget.write_text(json.dumps([{k: v for k, v in row.items() if k != column} for row in choices(0, 2)]))
-        with pytest.raises(UserError, match=f"forget: got '{column}', allowed: "):
-            _ = WMDP(str(forget), str(retain)).splits
-    forget.write_text(json.dumps(choices(0, 2)))
-    for arguments, argument in (
-        ({"forget": "gone.json"}, "forget"),
-        ({"retain": "gone.json"}, "retain"),
-        ({"forget_size": 3}, "forget_size"),
-        ({"forget_size": 0}, "forget_size"),
-        ({"retain_size": 4}, "retain_size"),
-    ):
-        with pytest.raises(UserError) as error:
-            _ = WMDP(**({"forget": str(forget), "retain": str(retain)} | arguments)).splits
-        assert error.value.argument == argument
 
 
 def test_custom_reads_every_format(tmp_path: Path) -> None:
@@ -285,15 +199,6 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         read_records(source, "forget")
     assert asked == [("a/b", None, "train"), ("a/b", "c", "train"), ("a/b", "c", "d"), ("a/b", None, "test")]
     asked.clear()
-    for data in (MUSE(), MUSE("muse-bench/MUSE-Books", forget="f", retain="r")):
-        with pytest.raises(UserError, match="questions"):  # the same question in both, as this hub has no other
-            _ = data.splits
-    assert asked == [
-        ("muse-bench/MUSE-News", "knowmem", "forget_qa"),
-        ("muse-bench/MUSE-News", "knowmem", "retain_qa"),
-        ("muse-bench/MUSE-Books", "knowmem", "f"),
-        ("muse-bench/MUSE-Books", "knowmem", "r"),
-    ]
     with pytest.raises(UserError, match=r"forget: got 'no/such:train'.*DatasetNotFoundError"):
         read_records("no/such", "forget")
 
@@ -308,8 +213,11 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_sees_the_common_arguments() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(UnlearningDataModule, "data")
-    needed = {"CustomData": ["--data.forget=a.json", "--data.retain=b.json"], "FaithUn": ["--data.path=data"]}
-    for name in ("Facts", "TOFU", "CustomData", "FaithUn", "MUSE", "WMDP", "WorldFacts"):
+    path = ["--data.path=data"]
+    needed = {"CustomData": ["--data.forget=a.json", "--data.retain=b.json"], "RWKU": ["--data.targets=[A]"]}
+    needed |= dict.fromkeys(("FaithUn", "WMDPDeduped", "LUME"), path)
+    names = ("Facts", "TOFU", "CustomData", "FaithUn", "MUSE", "WMDP", "WMDPDeduped", "RWKU", "KnowUnDo", "LUME")
+    for name in (*names, "WorldFacts"):
         files = needed.get(name, [])
         arguments = [f"--data={name}", *files, "--data.batch_size=3", "--data.train_on=all", "--data.tokenizer=tiny"]
         parsed = parser.parse_args(arguments).data.init_args

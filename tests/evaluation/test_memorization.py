@@ -22,7 +22,7 @@ from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
-NEW = ["extraction_strength", "exact_memorization", "truth_ratio_forget", "truth_ratio_retain"]
+NEW = ["extraction_strength", "exact_memorization", "truth_ratio", "truth_ratio_forget", "truth_ratio_retain"]
 
 
 def strength_by_loop(correct: list[bool]) -> float:
@@ -44,7 +44,7 @@ def tokens(patterns: list[list[bool]]) -> tuple[Tensor, Tensor, int]:
 
 
 def test_every_short_pattern() -> None:
-    strength, share = ExtractionStrength._strengths(*tokens(WITH_EMPTY)), sequence_means(*tokens(WITH_EMPTY))
+    strength, share = ExtractionStrength().values(*tokens(WITH_EMPTY)), sequence_means(*tokens(WITH_EMPTY))
     for pattern, s, m in zip(WITH_EMPTY, strength.tolist(), share.tolist(), strict=True):
         if not pattern:
             assert math.isnan(s)

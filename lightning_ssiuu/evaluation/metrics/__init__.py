@@ -1,6 +1,7 @@
 """Metrics as torchmetrics classes; all but ``ForgetQuality`` (a p-value) return percent."""
 
 from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability
+from lightning_ssiuu.evaluation.metrics.fluency import ClassProbability, NgramEntropy
 from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLeak
 from lightning_ssiuu.evaluation.metrics.memorization import ExactMemorization, ExtractionStrength
 from lightning_ssiuu.evaluation.metrics.rouge import RougeL
@@ -10,6 +11,7 @@ from lightning_ssiuu.evaluation.metrics.verbatim import LongestCommonRun, Memori
 __all__ = [
     "AnswerAccuracy",
     "AnswerProbability",
+    "ClassProbability",
     "ExactMemorization",
     "ExtractionStrength",
     "ForgetQuality",
@@ -17,6 +19,7 @@ __all__ = [
     "MembershipAUC",
     "MemorizedShare",
     "ModelUtility",
+    "NgramEntropy",
     "PrivLeak",
     "RougeL",
     "TruthRatio",

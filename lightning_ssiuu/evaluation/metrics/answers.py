@@ -103,10 +103,10 @@ class AnswerAccuracy(Percentage):
         check_choice("kind", kind, AccuracyKind)
         self.kind = kind
 
-    def update(self, correct: Tensor) -> None:
+    def values(self, correct: Tensor) -> Tensor:
         if correct.dtype != torch.bool:
             raise TypeError(f"correct: expected a bool tensor [B], received {correct.dtype} {list(correct.shape)}")
-        self._add(correct)
+        return correct
 
 
 def answer_probability(token_logps: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
@@ -128,5 +128,5 @@ class AnswerProbability(Percentage):
         tensor(37.5000, dtype=torch.float64)
     """
 
-    def update(self, probabilities: Tensor) -> None:
-        self._add(probabilities)
+    def values(self, probabilities: Tensor) -> Tensor:
+        return probabilities

@@ -40,7 +40,8 @@ class Percentage(WideMetric):
     Without any example it is NaN (torchmetrics also warns): 0 would read as "all forgotten".
     """
 
-    plot_lower_bound, plot_upper_bound = 0.0, 100.0
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 100.0
 
     total: Tensor
     count: Tensor
@@ -49,6 +50,13 @@ class Percentage(WideMetric):
         super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def values(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Fractions by example, ``[B]``, of the arguments of ``update``: what is averaged."""
+        raise NotImplementedError(f"{type(self).__name__} has no values by example")
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._add(self.values(*args, **kwargs))
 
     def _add(self, values: Tensor) -> None:
         # Not in place: a state made in inference mode could then not be updated outside it

@@ -48,20 +48,25 @@ def min_k(token_logps: Tensor, sequence_index: Tensor, n_sequences: int, k: floa
 
 
 def min_k_plus_plus(
-    logits: Tensor, targets: Tensor, sequence_index: Tensor, n_sequences: int, k: float = 0.4
+    logits: Tensor,
+    targets: Tensor,
+    sequence_index: Tensor,
+    n_sequences: int,
+    k: float = 0.4,
+    least_deviation: float = 1e-6,
 ) -> Tensor:
     """Min-K %++: :func:`min_k` of token log-probabilities standardised by the prediction they come from.
 
     ``(log p(y) − μ) / σ`` with μ and σ the mean and standard deviation of ``log p(v)``, v drawn from the prediction, of
     ``logits`` ``[N, V]`` (any float type; works in float32 or wider) at the answer tokens ``targets`` ``[N]``. σ counts
-    as 1e-6 where it is smaller: a uniform prediction gives 0 within rounding, a certain one that is wrong a very low
-    value. In standard deviations (Zhang et al., arXiv 2404.02936).
+    as ``least_deviation`` where it is smaller: a uniform prediction gives 0 within rounding, a certain one that is
+    wrong a very low value. In standard deviations (Zhang et al., arXiv 2404.02936).
     """
     logps = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     probabilities = logps.exp()
     finite = logps.where(probabilities > 0, 0.0)  # 0 · −∞ is 0 here
     mean = (probabilities * finite).sum(-1)
-    deviation = (probabilities * (finite - mean.unsqueeze(-1)).square()).sum(-1).sqrt().clamp(min=1e-6)
+    deviation = (probabilities * (finite - mean.unsqueeze(-1)).square()).sum(-1).sqrt().clamp(min=least_deviation)
     standardised = (logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - mean) / deviation
     return min_k(standardised, sequence_index, n_sequences, k)
 
@@ -89,9 +94,10 @@ def reference_score(
     return sequence_means(token_logps.to(wide) - reference_token_logps.to(wide), sequence_index, n_sequences)
 
 
-def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor], each: bool = False) -> Tensor:
     """Minus the Euclidean norm of each answer's gradient: what was trained on has little left to learn from.
 
+    ``each``: the mean of the norms of every parameter's own gradient, as in open-unlearning, in place of that of all.
     One backward pass for each of the ``[B]`` losses. Not for sharded models, whose ranks hold parts of the gradient.
 
     Source: Wang et al., "Pandora's White-Box", arXiv 2402.17012.
@@ -102,8 +108,8 @@ def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     wide, scores = widest_float(losses.device), []
     for loss in losses:
         gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-        norms = [torch.linalg.vector_norm(g, dtype=wide) for g in gradients if g is not None]
-        scores.append(-torch.linalg.vector_norm(torch.stack(norms)))
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in gradients if g is not None])
+        scores.append(-(norms.mean() if each else torch.linalg.vector_norm(norms)))
     return torch.stack(scores) if scores else losses.new_zeros(0, dtype=wide)
 
 

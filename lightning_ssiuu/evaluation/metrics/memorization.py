@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,10 @@ class ExtractionStrength(Percentage):
     the last token that is not, and nothing has to be generated. 100: the question alone does; 0: the last token is
     wrong.
 
+    Args:
+        floor: Whether k is at most L − 1, as in open-unlearning: an answer whose last token is wrong has 1/L, not 0.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
     Source: Carlini et al., arXiv 2012.07805; as a score of unlearning Wang et al., arXiv 2406.09179.
 
     Example:
@@ -28,15 +34,17 @@ class ExtractionStrength(Percentage):
         tensor(50., dtype=torch.float64)
     """
 
-    def update(self, token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> None:
-        self._add(self._strengths(token_correct, sequence_index, n_sequences))
+    def __init__(self, floor: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.floor = floor
 
-    @staticmethod
-    def _strengths(token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
+    def values(self, token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
         lengths = sequence_sums(torch.ones_like(sequence_index), sequence_index, n_sequences)
         starts = lengths.cumsum(0) - lengths
         position = torch.arange(1, len(sequence_index) + 1, device=starts.device) - starts[sequence_index]
         needed = torch.zeros_like(lengths).scatter_reduce(0, sequence_index, position * ~token_correct, "amax")
+        if self.floor:
+            needed = torch.minimum(needed, (lengths - 1).clamp(min=0))
         wide = widest_float(lengths.device)
         return (lengths - needed).to(wide) / lengths.to(wide)
 
@@ -55,5 +63,5 @@ class ExactMemorization(Percentage):
         tensor(75., dtype=torch.float64)
     """
 
-    def update(self, token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> None:
-        self._add(sequence_means(token_correct, sequence_index, n_sequences))
+    def values(self, token_correct: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
+        return sequence_means(token_correct, sequence_index, n_sequences)

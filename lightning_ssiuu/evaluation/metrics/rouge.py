@@ -1,4 +1,4 @@
-"""ROUGE-L of generated answers: recall and F-measure in any script, and the stemmed English forms of TOFU and MUSE."""
+"""ROUGE-L of generated answers: recall and F-measure in any script, and stemmed English forms, as for TOFU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torchmetrics.utilities.imports import _NLTK_AVAILABLE
 
 from lightning_ssiuu.evaluation.metrics.base import Percentage
@@ -88,7 +89,7 @@ def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
 
 
 def rouge_l_f1_stemmed(prediction: str, reference: str) -> float:
-    """The F-measure beside :func:`rouge_l_recall_stemmed`, as MUSE (arXiv 2407.06460) has it."""
+    """The F-measure beside :func:`rouge_l_recall_stemmed`, as open-unlearning (arXiv 2506.12618) takes it for MUSE."""
     return _rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=True)
 
 
@@ -138,9 +139,9 @@ class RougeL(Percentage):
         check_stemmer(score)
         self.score = score
 
-    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+    def values(self, predictions: Sequence[str], references: Sequence[str]) -> Tensor:
         if isinstance(predictions, str) or isinstance(references, str) or len(predictions) != len(references):
             given = " and ".join(f"{type(texts).__name__} of {len(texts)}" for texts in (predictions, references))
             raise ValueError(f"predictions, references: expected two lists of the same length, received {given}")
         pairs = zip(predictions, references, strict=True)
-        self._add(self.total.new_tensor([ROUGE[self.score](*pair) for pair in pairs]))
+        return self.total.new_tensor([ROUGE[self.score](*pair) for pair in pairs])

@@ -57,8 +57,8 @@ class TruthRatio(Percentage):
         check_choice("kind", kind, TruthRatioKind)
         self.kind = kind
 
-    def update(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> None:
-        self._add(self._worth(truth_ratio(option_logps, option_of, n_examples)))
+    def values(self, option_logps: Tensor, option_of: Tensor, n_examples: int) -> Tensor:
+        return self._worth(truth_ratio(option_logps, option_of, n_examples))
 
     def _worth(self, ratios: Tensor) -> Tensor:
         return torch.minimum(ratios, 1 / ratios) if self.kind == "forget" else (1 - ratios).clamp(min=0)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+from torch import Tensor
+
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.utils.errors import check_at_least
 
@@ -38,8 +40,8 @@ class LongestCommonRun(Percentage):
         tensor(62.5000, dtype=torch.float64)
     """
 
-    def update(self, generated: Sequence[Tokens], references: Sequence[Tokens]) -> None:
-        self._add(self.total.new_tensor([share for _, share in _runs(generated, references)]))
+    def values(self, generated: Sequence[Tokens], references: Sequence[Tokens]) -> Tensor:
+        return self.total.new_tensor([share for _, share in _runs(generated, references)])
 
 
 class MemorizedShare(Percentage):
@@ -67,10 +69,9 @@ class MemorizedShare(Percentage):
         check_at_least("least", least, 1)
         self.least = least
 
-    def update(self, generated: Sequence[Tokens], references: Sequence[Tokens]) -> None:
-        self._add(
-            self.total.new_tensor([run >= self.least or share >= 1 for run, share in _runs(generated, references)])
-        )
+    def values(self, generated: Sequence[Tokens], references: Sequence[Tokens]) -> Tensor:
+        runs = _runs(generated, references)
+        return self.total.new_tensor([run >= self.least or share >= 1 for run, share in runs])
 
 
 def _runs(generated: Sequence[Tokens], references: Sequence[Tokens]) -> list[tuple[int, float]]:

@@ -1,0 +1,199 @@
+"""``lightning-ssiuu evaluate``: a benchmark by its own protocol, figures under the names of its literature."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lightning_ssiuu.cli.parsing import run_function
+from lightning_ssiuu.cli.report import Report, print_table
+from lightning_ssiuu.datamodules import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.trained_on import refuse_trained
+from lightning_ssiuu.evaluation.runs import run_data, run_of
+from lightning_ssiuu.evaluation.signals import find_signal
+from lightning_ssiuu.evaluation.suites import SUITES, Suite
+from lightning_ssiuu.evaluation.suites.logs import check_log
+from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
+from lightning_ssiuu.training.devices import Devices
+from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.files import print_written
+from lightning_ssiuu.utils.reading import read_json
+from lightning_ssiuu.utils.registry import nearest
+
+_NAME = "evaluate.json"
+
+
+def evaluate(
+    model: str,
+    suite: str,
+    reference: str | None = None,
+    data: UnlearningDataModule | None = None,
+    path: str | None = None,
+    figures: Sequence[str] | None = None,
+    classifier: str | None = None,
+    output: str | None = None,
+    devices: Devices | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure a benchmark by its own protocol and write ``evaluate.json`` and the suite's log.
+
+    The log (``TOFU_EVAL.json``) is in open-unlearning's format, by figure and example, without any text. A suite fixes
+    which sets are scored how; templates are the model's or the data module's.
+
+    Args:
+        model: The model: a directory written by ``fit``, or any checkpoint.
+        suite: ``tofu``, ``muse``, ``wmdp``, ``wmdp_deduped``, ``rwku``, ``knowundo`` or ``lume``.
+        reference: A model that was not trained on the forget set, or the log of one (a ``.json`` file, ours or
+            open-unlearning's): for figures such as forget quality. Without one these are left out.
+        data: The data module, of the suite's class, with its options; by default the run's if it is one, else one that
+            asks as the run's does.
+        path: Directory of the published files, or a hub id, for the data module made by default.
+        figures: The figures to measure, with those they are made of; by default all that can be had.
+        classifier: Directory or hub id of the classifier for figures such as ``forget_Q_A_gibberish``, which are left
+            out without one unless they are named.
+        output: Directory for the results; by default the model's run.
+        devices: Where to run. The figures do not depend on it, but for rounding.
+        overwrite: Replace an earlier ``evaluate.json`` and log.
+
+    Returns:
+        The contents of ``evaluate.json``, on every process; figures in the benchmark's units.
+
+    Raises:
+        UserError: If an argument is outside its range, or what the suite needs is not there; nothing is written then.
+    """
+    devices = devices if devices is not None else Devices()
+    if suite not in SUITES:
+        meant = nearest(suite, SUITES)
+        raise UserError("suite", suite, f"one of {list(SUITES)}" + (f" ({meant})" if meant else ""))
+    if devices.precision == "bf16-mixed":
+        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
+    chosen = SUITES[suite]
+    chosen = chosen if classifier is None else chosen.classifying(classifier)
+    names = chosen.wanted(figures, reference is not None)
+    compared = [name for name in names if chosen.figures[name].needs_reference]
+    if compared and reference is None:
+        raise UserError("reference", None, f"a model or its log, which {', '.join(compared)} compare with")
+    signals = (find_signal(reading.score) for reading in chosen.readings(names))
+    if devices.sharded and any(signal is not None and signal.gradient for signal in signals):
+        raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
+    log = _read_log(reference, chosen, names)
+    models = {"model": model, "reference": reference if log is None else None}
+    files = [_NAME, chosen.log_name]
+    data = suite_data(chosen, model, data, path)
+    with Report(models, data, devices, output, files, overwrite) as report:
+        data = report.data
+        of_reference = chosen.of_reference(names) if log is None and reference is not None else []
+        of_reference = chosen.wanted(of_reference) if of_reference else []
+        sets = suite_sets(data, chosen.readings([*names, *of_reference]))
+        _check_untrained(sets, chosen, model)
+        _check_share(sets, devices.n_ranks)
+        report.__dict__["data_sha256"] = _sha256(data, sets)
+        devices.tokens_of_a_pass = partial(_tokens_of_a_pass, data, sets)
+        with devices.launched():
+            if of_reference and reference is not None:
+                with naming("reference"):
+                    loaded = devices.load(reference)
+                log = measure_suite(loaded, data, sets, chosen, of_reference)
+                del loaded  # before the next one is loaded
+            with naming("model"):
+                loaded = devices.load(model)
+            measured = measure_suite(loaded, data, sets, chosen, names, log)
+            content = {
+                "suite": suite,
+                "figures": {name: measured[name]["agg_value"] for name in names},
+                "reference": None if log is None else "model" if of_reference else "log",
+                "n_items": {name: len(examples) for name, examples in sets.items()},
+                "log": chosen.log_name,
+            }
+            content["provenance"] = report.provenance([suite, names, devices.precision, reference is not None])
+            if devices.is_first:
+                try:
+                    report.write(chosen.log_name, dict(sorted(measured.items())))
+                    report.write(_NAME, content)
+                finally:  # also where the disk refuses
+                    print_evaluation(content, chosen)
+                print_written(report.folder, files)
+        return content
+
+
+def suite_data(
+    suite: Suite, model: str, data: UnlearningDataModule | None, path: str | None = None
+) -> UnlearningDataModule:
+    """The data module to measure a suite with: the one given, else the run's, else one that asks as the run's does.
+
+    Raises:
+        UserError: One of another class than the suite's, or a path where it is not wanted.
+    """
+    if data is not None:
+        if not isinstance(data, suite.data):
+            raise UserError("data", type(data).__name__, f"{suite.data.__name__}, for the suite {suite.name}")
+        if path is not None:
+            raise UserError("path", path, "null beside data, which has one of its own")
+        return data
+    own = run_data(model, None) if run_of(model) is not None else None
+    if isinstance(own, suite.data) and path is None:
+        return own
+    options: dict[str, Any] = {} if path is None else {"path": path}
+    options |= {"split": own.split} if isinstance(own, suite.data) and hasattr(own, "split") else {}
+    try:
+        return suite.data(tokenizer=model, **options, **({} if own is None or suite.renders else own.encoding))
+    except TypeError as error:
+        raise UserError("path", path, f"null: give --data {suite.data.__name__} and its options") from error
+
+
+def print_evaluation(content: Mapping[str, Any], suite: Suite) -> None:
+    """Print the figures of ``evaluate.json`` that the suite shows."""
+    figures = content["figures"]
+    rows = [(name, _shown(figures[name])) for name in suite.shown or figures if name in figures]
+    sizes = ", ".join(f"{name} {size}" for name, size in content["n_items"].items())
+    print_table([("figure", "value"), *rows], f"Suite {suite.name}: {sizes} items")
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _read_log(reference: str | None, suite: Suite, names: Sequence[str]) -> dict[str, Any] | None:
+    # None where the reference is a model, or there is none.
+    if reference is None or Path(reference).suffix != ".json":
+        return None
+    needed = suite.of_reference(names)
+    content: dict[str, Any] = read_json(Path(reference), "reference", allowed="a log, as evaluate writes it")
+    check_log(content, needed, reference)
+    return content
+
+
+def _check_untrained(sets: Mapping[str, Sequence[QAExample]], suite: Suite, model: str) -> None:
+    only = {name: sets[name] for name in suite.only_scored if name in sets}
+    if not only or run_of(model) is None:
+        return
+    splits = run_data(model, None).splits
+    for name, examples in only.items():
+        refuse_trained(examples, chain(splits.forget, splits.retain), name, suite.name)
+
+
+def _check_share(sets: Mapping[str, Sequence[QAExample]], n_ranks: int) -> None:
+    for name, examples in sets.items():
+        if len(examples) < n_ranks:
+            raise UserError("devices", n_ranks, f"at most {len(examples)}, the number of examples of the set {name}")
+
+
+def _sha256(data: UnlearningDataModule, sets: Mapping[str, Sequence[QAExample]]) -> str:
+    digest = hashlib.sha256()
+    for name, examples in sets.items():
+        digest.update(f"{name} {data.encoder.sha256(Splits(examples, []), {})}".encode())
+    return digest.hexdigest()
+
+
+def _tokens_of_a_pass(data: UnlearningDataModule, sets: Mapping[str, Sequence[QAExample]]) -> int:
+    first = next(iter(sets.values()))[: data.eval_batch_size]
+    return sum(len(data.encoder.of(example)[0]) for example in first)
+
+
+def run(args: list[str]) -> None:
+    """Parse and run ``evaluate``."""
+    run_function(evaluate, "evaluate", args)

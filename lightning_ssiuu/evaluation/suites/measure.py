@@ -1,0 +1,133 @@
+"""Measure a suite: read what its figures need off a model, set by set, and make the figures of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
+from lightning_ssiuu.evaluation.predictions import Predictions, grouped
+from lightning_ssiuu.evaluation.scorer import untouched
+from lightning_ssiuu.evaluation.scores import Score, find_score
+from lightning_ssiuu.evaluation.signals import Signal, find_signal
+from lightning_ssiuu.evaluation.suites.base import Log, Reading, Suite, Values
+from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.utils.console import progress
+from lightning_ssiuu.utils.distributed import gathered
+from lightning_ssiuu.utils.errors import Given, UserError
+
+_SERVED = "test"  # the name under which a data module serves whatever it is given
+
+
+def suite_sets(data: UnlearningDataModule, readings: Iterable[Reading]) -> dict[str, Sequence[QAExample]]:
+    """The sets that readings are about, by name; read once.
+
+    Raises:
+        UserError: If the data lack a set, or the answers that are asked for.
+    """
+    sets: dict[str, Sequence[QAExample]] = {}
+    for reading in readings:
+        examples = sets.setdefault(reading.set, ()) or data.named_set(reading.set)
+        sets[reading.set] = examples
+        _, asked, name = reading.of.partition("/")
+        if asked and any(not reading.answers(example) for example in examples):
+            raise UserError("data", Given(f"examples without {name} answers in the set {reading.set}"), "data with all")
+    return sets
+
+
+def measure_suite(
+    model: AnswerModel,
+    data: UnlearningDataModule,
+    sets: Mapping[str, Sequence[QAExample]],
+    suite: Suite,
+    names: Sequence[str],
+    reference: Log | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Figures of a suite by name, on every rank; each rank must call it and reads its share of the examples.
+
+    Args:
+        model: The model.
+        data: Encodes and batches the examples.
+        sets: :func:`suite_sets`.
+        suite: The suite.
+        names: Figures, in the suite's order, each after those it is made of.
+        reference: The log of a model that did not see the forget set.
+    """
+    values: dict[Reading, Values] = {}
+    by_set: dict[str, list[Reading]] = {}
+    for reading in suite.readings(names):
+        by_set.setdefault(reading.of, []).append(reading)
+    for readings in by_set.values():
+        values |= read(model, data, sets[readings[0].set], readings)
+    log: dict[str, dict[str, Any]] = {}
+    for name in names:
+        log[name] = suite.figures[name].entry(values, log, reference)
+    return log
+
+
+def read(
+    model: AnswerModel, data: UnlearningDataModule, examples: Sequence[QAExample], readings: Sequence[Reading]
+) -> dict[Reading, Values]:
+    """Values by example of readings about the same answers; a list for an example with a list of answers."""
+    kinds = {reading: find_signal(reading.score) or find_score(reading.score) for reading in readings}
+    needs_options = any(isinstance(kind, Score) and kind.needs is not None for kind in kinds.values())
+    asked, owners = _with_answers(examples, readings[0], needs_options)
+    serving = copy.copy(data)
+    serving.multiple_choice = needs_options
+    found: dict[Reading, dict[int, float]] = {reading: {} for reading in readings}
+    device = next(model.parameters()).device
+    taking_gradients = any(isinstance(kind, Signal) and kind.gradient for kind in kinds.values())
+    waiting: list[Part] = []
+    with untouched(model):
+        for batch in progress(serving.eval_dataloader(_SERVED, asked), "reading"):
+            part = move_data_to_device(batch[_SERVED], device)
+            predictions = Predictions(model, data.tokenizer, part)
+            with torch.set_grad_enabled(taking_gradients):
+                for reading, kind in kinds.items():
+                    if not (isinstance(kind, Score) and kind.generates):
+                        _keep(found[reading], part, kind, predictions)
+            if any(isinstance(kind, Score) and kind.generates for kind in kinds.values()):
+                waiting.append(part)
+        with torch.no_grad():
+            generated = grouped(model, data.tokenizer, waiting)
+            while generated:
+                for reading, kind in kinds.items():
+                    if isinstance(kind, Score) and kind.generates:
+                        _keep(found[reading], generated[0].part, kind, generated[0])
+                del generated[0]
+    return {reading: _by_owner(_joined(by_id), owners) for reading, by_id in found.items()}
+
+
+def _with_answers(
+    examples: Sequence[QAExample], reading: Reading, with_options: bool
+) -> tuple[list[QAExample], list[int | tuple[int, ...]]]:
+    # One example for each answer, numbered in order, and the numbers that belong to each example: one, or a list.
+    asked: list[QAExample] = []
+    owners: list[int | tuple[int, ...]] = []
+    for example in examples:
+        answers = reading.answers(example)
+        first = len(asked)
+        plain = example if with_options else replace(example, distractors=())
+        listed = [example.answer] if answers is None else [answers] if isinstance(answers, str) else list(answers)
+        asked += [replace(plain, example_id=first + n, answer=answer) for n, answer in enumerate(listed)]
+        several = answers is not None and not isinstance(answers, str)
+        owners.append(tuple(range(first, len(asked))) if several else first)
+    return asked, owners
+
+
+def _keep(found: dict[int, float], part: Part, kind: Score | Signal, predictions: Predictions) -> None:
+    values = kind.values(predictions)
+    found.update(zip(part["example_id"].tolist(), values.detach().double().tolist(), strict=True))
+
+
+def _joined(by_id: Mapping[int, float]) -> dict[int, float]:
+    return {number: value for share in gathered(dict(by_id)) for number, value in share.items()}
+
+
+def _by_owner(by_id: Mapping[int, float], owners: Sequence[int | tuple[int, ...]]) -> Values:
+    return [[by_id[n] for n in own] if isinstance(own, tuple) else by_id[own] for own in owners]
