@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer_code import PeerStep, _roc_auc_score, imported
+from peer_code import PeerStep, imported, rank_auc
 from peer_tables import Table, relative
 from toys.models import batch, distance, random_model, weights
 

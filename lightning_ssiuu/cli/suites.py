@@ -21,8 +21,7 @@ def suite_module(model: PublishedModel, path: str | None) -> TOFU:
     """TOFU's split that a model was unlearned on, asked as open-unlearning asks it; ``path`` None: the hub's."""
     return TOFU(
         path,
-        forget=model.split,
-        retain=model.retain,
+        split=model.split,
         tokenizer=model.checkpoint,
         max_eval_examples=_SCORED,
         **model.template,

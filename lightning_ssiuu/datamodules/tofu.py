@@ -10,6 +10,8 @@ from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
 Split = Literal["forget01", "forget05", "forget10"]
+#: What is left of TOFU without a forget set.
+RETAIN: dict[Split, str] = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 _PERTURBED = "_perturbed"
 #: Sets that are the same for every split, by their names in suites.
 _SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
@@ -60,8 +62,7 @@ class TOFU(PairedFiles):
     ) -> None:
         check_choice("split", split, Split)
         self.split = split
-        retained = f"retain{100 - int(split.removeprefix('forget'))}"
-        super().__init__(path, forget or split, retain or retained, *args, **kwargs)
+        super().__init__(path, forget or split, retain or RETAIN[split], *args, **kwargs)
 
     def file_of(self, name: str) -> str | None:
         """Name of the file or hub configuration of a set that the suite scores; None where there is none."""

@@ -10,13 +10,12 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from lightning_ssiuu.datamodules.tofu import RETAIN, Split
 from lightning_ssiuu.utils.errors import UserError
 
 OWNER = "open-unlearning"
-#: What is left of TOFU without a forget set.
-RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 #: The day in the prompts that open-unlearning trains with, and the system turn before a question.
 DATE, SYSTEM = "2025-04-10", "You are a helpful assistant."
 #: What stands around question and answer where a model is not asked through its chat template.
@@ -42,7 +41,7 @@ class PublishedModel:
 
     checkpoint: str
     model: str
-    split: str
+    split: Split
     method: str
     settings: dict[str, str] = field(default_factory=dict)
 
@@ -101,7 +100,7 @@ def published(checkpoint: str | os.PathLike[str]) -> PublishedModel:
     for part in filter(None, found["rest"].split("_")):
         known = _SETTING.fullmatch(part)
         settings |= {known[1]: known[2]} if known else {part: ""}
-    return PublishedModel(text, found["model"], found["split"], found["method"], settings)
+    return PublishedModel(text, found["model"], cast(Split, found["split"]), found["method"], settings)
 
 
 def _name(checkpoint: str) -> str:
