@@ -183,7 +183,7 @@ def allow_packing(hf: Any) -> str | None:
 _allowed: set[tuple[Any, ...]] = set()
 
 
-def _kind(hf: Any, attention: str) -> tuple[Any, ...] | None:
+def _kind(hf: Any, attention: str | None) -> tuple[Any, ...] | None:
     """What tells how a model treats a row, whatever its weights; None where that is not all, as it has hooks."""
     modules = list(hf.modules())
     if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules):
