@@ -5,13 +5,16 @@ And a directory that all workers of a session share. Nothing waits for the disk:
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,8 +59,25 @@ def pytest_collection_finish() -> None:
     from lightning_ssiuu.callbacks import neuron_attribution
 
     neuron_attribution._ADVERSARY.steps = 1
+    _read_signatures_once()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)  # what a step makes holds few cycles, and there is memory for them
+
+
+def _read_signatures_once() -> None:
+    """A command has a process of its own; here many are parsed in one, each from the source of the same classes."""
+    from jsonargparse import _signatures
+
+    read = _signatures.get_signature_parameters
+    known = cache(lambda component, method: read(component, method))
+
+    def parameters(component: Any, method: str | None = None, logger: Any = True) -> Any:
+        if str(getattr(component, "__module__", "")).partition(".")[0] not in ("lightning", "lightning_ssiuu"):
+            return read(component, method, logger)
+        return [copy.copy(parameter) for parameter in known(component, method)]
+
+    _signatures.get_signature_parameters = parameters
 
 
 @pytest.fixture(scope="session")

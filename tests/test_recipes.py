@@ -22,11 +22,13 @@ from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_facts")
 
+#: How well a recipe's data are known makes no difference here.
+FEW = ("--data.max_eval_examples", "4")
 #: Attribution and the other scores have tests of their own.
 BLIND = ("--attribution.probe_examples", "0", "--model.init_args.scores", "[probability]")
 #: Of embedded facts a few at a time: a recipe's batches change how long a step takes, not whether it composes.
 SMALL = (
-    *(*SHORT, *BLIND, "--stopping.score", "probability", "--data.max_eval_examples", "4"),
+    *(*SHORT, *BLIND, *FEW, "--stopping.score", "probability"),
     *("--data.batch_size", "4", "--data.retain_batch_size", "4"),
 )
 #: Who writes small files of a benchmark, and what makes its examples fit into a small model.
@@ -171,7 +173,7 @@ def test_data(recipe: Path, tmp_path: Path) -> None:
         pytest.fail(f"{class_path}: say here where its data come from")
     base = RECIPES / "objective" / "gradient_difference.yaml"
     known = () if class_path == "Facts" else ("--stopping.unknown", "warn")
-    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, *BLIND, *known, recipe=base)
+    result = fit(tmp_path / "run", "--config", recipe, *options, *SHORT, *BLIND, *FEW, *known, recipe=base)
     assert result.status == 0, result.err
     finished(tmp_path / "run")
 
@@ -214,7 +216,7 @@ def test_regularizers(recipe: Path, tmp_path: Path) -> None:
 def test_scale(recipe: Path, tmp_path: Path) -> None:
     """Each composes with the whole default recipe, which is otherwise what it was."""
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    small = ("--attribution.probe_examples", "0", "--data.batch_size", "2", "--data.retain_batch_size", "2")
+    small = (*FEW, "--attribution.probe_examples", "0", "--data.batch_size", "2", "--data.retain_batch_size", "2")
     options = ["--config", recipe, *SHORT, *small]
     if "strategy" not in content.get("trainer", {}):
         result = fit(tmp_path / "run", *options)

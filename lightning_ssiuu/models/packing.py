@@ -151,7 +151,8 @@ def takes_rows(hf: Any, shared: bool = False) -> bool:
 def allow_packing(hf: Any) -> str | None:
     """Have a model take packed rows; returns why it cannot, None if it can.
 
-    Whether it gives what it gives for padded rows is tried out where there are weights to try with.
+    Whether it gives what it gives for padded rows is tried out where there are weights to try with, for models of one
+    configuration once in a process: a sweep of attacks loads one after the other.
     """
     register()
     before = getattr(hf.config, "_attn_implementation", None)
@@ -166,13 +167,29 @@ def allow_packing(hf: Any) -> str | None:
     hf.config._attn_implementation = NAME
     # A model that was made, or is used, in inference mode has no gradients: its values alone are tried.
     graphs = has_values and not (torch.is_inference_mode_enabled() or weight.is_inference())
-    keeps_apart = not graphs or _keeps_apart(hf)
+    kind = _kind(hf, before) if graphs else None
+    keeps_apart = not graphs or kind in _allowed or _keeps_apart(hf)
     if before != "sdpa":
         hf.config._attn_implementation = before
-    if keeps_apart and (not has_values or _gives_the_same(hf)):
+    if keeps_apart and (not has_values or kind in _allowed or _gives_the_same(hf)):
+        if kind is not None:
+            _allowed.add(kind)
         return None
     hf.config._attn_implementation = before
     return "packed rows give other values"
+
+
+#: Kinds of models that take packed rows, as was tried out.
+_allowed: set[tuple[Any, ...]] = set()
+
+
+def _kind(hf: Any, attention: str | None) -> tuple[Any, ...] | None:
+    """What tells how a model treats a row, whatever its weights; None where that is not all, as it has hooks."""
+    modules = list(hf.modules())
+    if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    config = {name: value for name, value in hf.config.to_dict().items() if name != "_name_or_path"}
+    return repr(config), attention, hf.dtype, hf.device.type, *(type(m).forward for m in modules)
 
 
 # Two sequences of unequal length, and two with one beginning.

@@ -212,7 +212,8 @@ def test_within_15_percent_of_what_is_allocated(
 ) -> None:
     if "experts" in request.node.callspec.id:
         checkpoint = str(tmp_path / "experts")
-        random_model("mixtral", torch.float32, hidden_size=64, vocab_size=1024).save_pretrained(checkpoint)
+        sizes = {"hidden_size": 64, "vocab_size": 1024, "num_hidden_layers": 1}
+        random_model("mixtral", torch.float32, **sizes).save_pretrained(checkpoint)
         load_tokenizer("tiny").save_pretrained(checkpoint)
 
     def make() -> tuple[Any, ...]:
@@ -269,10 +270,14 @@ def forbid(*_: Any, **__: Any) -> None:
     raise AssertionError("weights were loaded")
 
 
-def test_command_prints_and_neither_loads_nor_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_prints_and_neither_loads_nor_writes(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", forbid)
-    result = command("fit", "--config", DEFAULT, "--estimate-memory", *FAST, "--data.init_args.batch_size", "4")
+    few = ("--data.init_args.batch_size", "1", "--data.init_args.retain_batch_size", "1")
+    small = (*FAST, *few, "--model.init_args.checkpoint", checkpoint)
+    result = command("fit", "--config", DEFAULT, "--estimate-memory", *small)
     assert result.status == 0, result.err
     names = ["weights", "gradients", "optimiser states", "attribution (g, A)", "activations and temporaries", "total"]
     rows = [line.strip() for line in result.out.splitlines()]

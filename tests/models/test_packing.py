@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_ssiuu.datamodules.pairs import batch_of
+from lightning_ssiuu.models import packing
 from lightning_ssiuu.models.answers import AnswerModel, Answers
 from lightning_ssiuu.models.packing import NAME, Packing, apart, at, longest_packed, padded, register, takes_rows
 
@@ -159,6 +160,23 @@ def test_layers_of_another_kind_of_attention_are_found_out(monkeypatch: pytest.M
     assert not model.packs
     assert hf.config._attn_implementation == "sdpa"
     assert "of my own: batches are padded, not packed into one row: packed rows give other values." in caplog.text
+
+
+def test_a_kind_of_model_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(packing, "_allowed", set())
+    monkeypatch.setattr(packing, "_gives_the_same", lambda hf: tried.append(hf) or hf.config.vocab_size != 37)
+    for models, times in (
+        ([random_model(seed=seed) for seed in range(2)], 1),
+        ([random_model(num_hidden_layers=1), random_model(dtype=torch.float32)], 2),
+        ([random_model(vocab_size=37) for _ in range(2)], 2),  # found out not to take them
+    ):
+        tried.clear()
+        assert all(AnswerModel(hf).packs == (hf.config.vocab_size != 37) for hf in models)
+        assert len(tried) == times
+    (hooked := random_model()).model.norm.register_forward_hook(lambda *_: None)
+    assert AnswerModel(hooked).packs
+    assert tried[-1] is hooked
 
 
 def test_nothing_of_it_is_saved_and_generation_is_as_before(tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator
@@ -69,12 +70,19 @@ def made(name: str, **kwargs: Any) -> UnlearningModule:
     return objectives()[name](**options)
 
 
-def adopted(module: UnlearningModule, dtype: torch.dtype = torch.float64, hf: Any = None) -> UnlearningModule:
-    hf = random_model("llama", dtype, **SMALL) if hf is None else hf
-    if module.lora is not None:
+@cache
+def wrapped(dtype: torch.dtype, rank: int | None, wide: str | None, quantization: Any) -> AnswerModel:
+    """What modules get copies of: a toy, or what lies in a folder, with adapters where a rank is given."""
+    hf = random_model("llama", dtype, **SMALL) if wide is None else load_model(wide, quantization=quantization)
+    if rank is not None:
         torch.manual_seed(3)
-        module.lora.attach(hf)
-    module.adopt(AnswerModel(hf), byte_tokenizer())
+        LoRA(r=rank).attach(hf)
+    return AnswerModel(hf)
+
+
+def adopted(module: UnlearningModule, dtype: torch.dtype = torch.float64, wide: str | None = None) -> UnlearningModule:
+    rank = None if module.lora is None else module.lora.r
+    module.adopt(copy.deepcopy(wrapped(dtype, rank, wide, module.quantization)), byte_tokenizer())
     return module
 
 
@@ -256,10 +264,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
 @taking("quantization")
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_trains_adapters_on_a_quantised_base(name: str, quantization: Any, wide: str) -> None:
-    hf = load_model(wide, quantization=quantization)
-    layers = [m for m in hf.modules() if is_quantized(m)]
+    module = adopted(made(name, lora=LoRA(r=2), quantization=quantization), wide=wide)
+    layers = [m for m in module.model.modules() if is_quantized(m)]
     packed = [layer.weight.data.clone() for layer in layers]
-    trained(module := adopted(made(name, lora=LoRA(r=2), quantization=quantization), hf=hf))
+    trained(module)
+    assert layers
     assert equal(packed, [layer.weight.data for layer in layers])
     assert any(matrix.abs().max() > 0 for n, matrix in adapter_parameters(module.model).items() if "lora_B" in n)
 

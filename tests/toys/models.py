@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -90,13 +91,24 @@ RECORDED = [name for name, (kind, _) in TOYS.items() if getattr(transformers, ki
 UNRECORDED = "granite"
 
 
+#: What has been made, by what it was made of; tests get copies, which take less time than a new one.
+_MADE: dict[str, Any] = {}
+
+
 def random_model(
     name: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **kwargs: Any
 ) -> PreTrainedModel:
     """A small random model, without dropout unless asked for."""
+    key = repr((name, dtype, seed, sorted(kwargs.items())))
+    if key not in _MADE:
+        _MADE[key] = _random_model(name, dtype, seed, **kwargs)
+    return copy.deepcopy(_MADE[key])
+
+
+def _random_model(name: str, dtype: torch.dtype, seed: int, **kwargs: Any) -> PreTrainedModel:
     config_class, arguments = TOYS[name]
     config = getattr(transformers, config_class)(**{**arguments, **kwargs})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(seed)
         # Products of all experts at once are not there in float64.
         options = {"experts_implementation": "eager"} if name in EXPERTS else {}
@@ -127,7 +139,10 @@ class ShiftedNorm(nn.RMSNorm):
 
 def answer_model(name: str = "llama", dtype: torch.dtype = torch.float64, **kwargs: Any) -> AnswerModel:
     """The same, wrapped; with tied embeddings by default."""
-    return AnswerModel(random_model(name, dtype, **{"tie_word_embeddings": True, **kwargs}))
+    key = repr(("wrapped", name, dtype, sorted(kwargs.items())))
+    if key not in _MADE:
+        _MADE[key] = AnswerModel(random_model(name, dtype, **{"tie_word_embeddings": True, **kwargs}))
+    return copy.deepcopy(_MADE[key])
 
 
 def part(lengths: Sequence[tuple[int, int]], seed: int = 0, vocab: int = VOCAB) -> dict[str, Tensor]:
