@@ -7,8 +7,9 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +55,8 @@ class PeersMetrics:
         tofu |= {"forget_split": "forget01", "holdout_split": "holdout01"}
         tofu |= {"retain_logs_path": log, "question_key": "question"}
         evaluator = self.make("TOFU", OmegaConf.create({"eval": {"tofu": tofu}}).eval.tofu)
-        evaluator.evaluate(model, tokenizer=tokenizer, template_args=template)
+        with redirect_stdout(StringIO()):  # it counts its examples
+            evaluator.evaluate(model, tokenizer=tokenizer, template_args=template)
         found: dict[str, Any] = json.loads(Path(output, "TOFU_EVAL.json").read_text(encoding="utf-8"))
         return found
 

@@ -48,7 +48,7 @@ class NgramEntropy(Percentage):
         >>> metric = NgramEntropy()
         >>> metric.update(["the cat sat on the mat", "no no no no"])
         >>> round(metric.compute().item(), 3)
-        1.053
+        1.054
     """
 
     higher_is_better = True
