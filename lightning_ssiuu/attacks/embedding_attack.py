@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonpath
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -132,8 +133,7 @@ class _Moved:
 
     def begin(self, example: int, prompt: list[int], first: int, tokens: list[int]) -> list[int]:
         """Ids in the batch for what of a begun prompt is the question's own; its tokens are added to ``tokens``."""
-        pairs = enumerate(zip(prompt, self.plain[example], strict=False))
-        n = next((k for k, (a, b) in pairs if a != b), min(len(prompt), len(self.plain[example])))
+        n = len(commonpath([prompt, self.plain[example]]))
         start, before = len(tokens), sum(map(len, self.vectors))
         tokens += prompt[:n]
         self._ids[example] = [first + before + start + k for k in range(n)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from os.path import commonpath
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from lightning_ssiuu.training.gradients import sum_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 _START = " !"
-_MORE = " x1"
+#: Ends of longer questions, no two with the same last token: what prompts end alike with is the template's.
+_MORE = (" x1", " y2")
 
 
 @dataclass
@@ -85,10 +87,9 @@ class SuffixSearch(TrainedPrompt):
 
     def place(self, data: UnlearningDataModule, example: QAExample) -> int:
         """Behind the question: what its prompt ends with is what it ends with after a longer question, too."""
-        longer = replace(example, question=example.question + _MORE)
-        own, other = (data.encoder.of(one)[0].pair[0] for one in (example, longer))
-        pairs = enumerate(zip(reversed(own), reversed(other), strict=False))
-        return len(own) - next((n for n, (a, b) in pairs if a != b), 0)
+        longer = (replace(example, question=example.question + more) for more in _MORE)
+        own, *others = (data.encoder.of(one)[0].pair[0] for one in (example, *longer))
+        return len(own) - len(commonpath([ids[::-1] for ids in (own, *others)]))
 
     def learned(
         self, model: AnswerModel, cell: RelearnDataModule, batches: Iterator[Part], table: Tensor, change: Change

@@ -78,6 +78,8 @@ def meta_evaluate(
     """
     for name in [*(scores or []), *inverted]:
         check_score(name)
+    if scores is not None and not scores:
+        raise UserError("scores", list(scores), "at least one, or null for all that need no generated text")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(name, value, "at least 1")

@@ -72,6 +72,7 @@ def test_the_command_judges_scores_by_models(tmp_path: Path) -> None:
         (("--knowing", "[tiny, tiny]", "--ignorant", "[tiny]"), "knowing: got 'tiny', allowed: each model once"),
         (("--knowing", f"[{tmp_path / 'out'}]", "--ignorant", "[tiny]"), "a model, or a directory of models or runs"),
         ((*given, "--p", "2"), "allowed"),
+        ((*given, "--scores", "[]"), "scores: got [], allowed: at least one"),
     ):
         refused = command("meta-evaluate", *options, "--output", tmp_path / "other")
         assert (refused.status, refused.err.count("\n")) == (2, 1), refused.err
