@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from os.path import commonpath
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from lightning_ssiuu.attacks.trained_prompt import (
     vector_gradient,
 )
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.datamodules.pairs import n_alike
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.training.gradients import sum_over_ranks
@@ -89,7 +89,7 @@ class SuffixSearch(TrainedPrompt):
         """Behind the question: what its prompt ends with is what it ends with after a longer question, too."""
         longer = (replace(example, question=example.question + more) for more in _MORE)
         own, *others = (data.encoder.of(one)[0].pair[0] for one in (example, *longer))
-        return len(own) - len(commonpath([ids[::-1] for ids in (own, *others)]))
+        return len(own) - n_alike(*(ids[::-1] for ids in (own, *others)))
 
     def learned(
         self, model: AnswerModel, cell: RelearnDataModule, batches: Iterator[Part], table: Tensor, change: Change

@@ -89,7 +89,7 @@ class UnlearningDepth(Attack):
         >>> UnlearningDepth("tiny").run(same, Facts(max_eval_examples=2), "probability", cpu)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.UserError: oracle: got one that knows what the original does, allowed: a model retrained without it
+        lightning_ssiuu.UserError: oracle: got one that knows what the original does, allowed: one retrained without it
     """
 
     paths: ClassVar[tuple[str, ...]] = ("original",)
@@ -120,7 +120,7 @@ class UnlearningDepth(Attack):
             shares = erased_shares(lost["oracle"], lost[target.name], self.threshold)
             if not len(shares):
                 given = Given("one that knows what the original does")
-                raise UserError("oracle", given, "a model retrained without it")
+                raise UserError("oracle", given, "one retrained without it")
             left = 100 * (1 - float(shares.mean()))
             found.append(self.outcome(target, data, LEFT, 100.0, left, n_scored=len(shares)))
         return found
