@@ -17,7 +17,7 @@ from lightning_ssiuu.attacks.prefill import SURE, begun
 from lightning_ssiuu.attacks.prompting import questions_of
 from lightning_ssiuu.attacks.vectors import embedded, first_free, refuse_cut_weights, reprompted, standing_for
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
-from lightning_ssiuu.datamodules.pairs import answered, batch_of
+from lightning_ssiuu.datamodules.pairs import answered, batch_of, n_alike
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.evaluation.scores import find_score
 from lightning_ssiuu.models.answers import AnswerModel, Part
@@ -132,8 +132,7 @@ class _Moved:
 
     def begin(self, example: int, prompt: list[int], first: int, tokens: list[int]) -> list[int]:
         """Ids in the batch for what of a begun prompt is the question's own; its tokens are added to ``tokens``."""
-        pairs = enumerate(zip(prompt, self.plain[example], strict=False))
-        n = next((k for k, (a, b) in pairs if a != b), min(len(prompt), len(self.plain[example])))
+        n = n_alike(prompt, self.plain[example])
         start, before = len(tokens), sum(map(len, self.vectors))
         tokens += prompt[:n]
         self._ids[example] = [first + before + start + k for k in range(n)]

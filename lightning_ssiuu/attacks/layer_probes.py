@@ -29,6 +29,8 @@ from lightning_ssiuu.utils.errors import Given, UserError, check_at_least, check
 
 _SALTS = {"forget": 6, "retain": 7, "control": 8}  # beside those of other draws
 Source = Literal["forget", "retain"]
+#: An example, and the same with a wrong answer.
+Pair = tuple[QAExample, QAExample]
 
 
 def probe(differences: Tensor, labels: Tensor, ridge: float) -> Tensor:
@@ -58,9 +60,9 @@ class Pairs:
     example_ids: Tensor
     prefers: Tensor
 
-    def of(self, examples: Sequence[QAExample]) -> Pairs:
-        """Those of some examples."""
-        chosen = torch.isin(self.example_ids, torch.tensor([one.example_id for one in examples]))
+    def at(self, places: Sequence[int]) -> Pairs:
+        """Those of some places."""
+        chosen = torch.tensor(places)
         return Pairs(self.differences[:, chosen], self.example_ids[chosen], self.prefers[chosen])
 
     def share(self, right: Tensor) -> float:
@@ -78,7 +80,8 @@ class LayerProbes(Attack):
     differences between an answer's state and that of a wrong one (:func:`probe`), each dimension in units of its root
     mean square. Scored is the share of held-out pairs in which the true answer lies higher, mean over an example's
     pairs, then over examples: 50 is chance. Wrong answers are the distractors; where an example has none, the answer to
-    another question worded alike.
+    another question worded alike, of those that are fitted on or of those that are scored: no probe sees a scored
+    answer, not as a wrong one either.
 
     ``before`` is the share in which the model itself finds the true answer likelier. The control is the same probe
     fitted to, and asked for, labels of which half are turned round at random: what lies above it is in the states and
@@ -121,22 +124,22 @@ class LayerProbes(Attack):
 
     def check(self, data: UnlearningDataModule, score: str, devices: Devices) -> None:
         super().check(data, score, devices)
-        for pairs in self._pairs(data).values():
-            data.encoder.encode([one for pair in pairs for one in pair])
         for seed in self.seeds:
-            self._split(data, seed)
+            data.encoder.encode([one for pairs in self.parts(data, seed) for pair in pairs for one in pair])
 
     def run(
         self, targets: Sequence[Target], data: UnlearningDataModule, score: str, devices: Devices
     ) -> Iterator[Outcome]:
-        asked = self._pairs(data)
+        several = {seed: self.parts(data, seed) for seed in self.seeds}
+        asked = list(dict.fromkeys(pair for parts in several.values() for pairs in parts for pair in pairs))
+        place = {pair: number for number, pair in enumerate(asked)}
         for target in targets:
             model, _ = target.load()
-            found = {name: differences(model, data, pairs, devices) for name, pairs in asked.items()}
+            found = differences(model, data, asked, devices)
             del model  # before the next one is loaded
-            for seed in self.seeds:
-                fitted, held = self._split(data, seed)
-                train, test = found[self.train_on].of(fitted), found["forget"].of(held)
+            for seed, parts in several.items():
+                train, test = (found.at([place[pair] for pair in pairs]) for pairs in parts)
+                n_scored = len(test.example_ids.unique())
                 drawn = np.random.default_rng([seed, _SALTS["control"]])
                 coins = [_coins(drawn, len(pairs.example_ids)) for pairs in (train, test)]
                 tasks = ((False, [torch.ones_like(each) for each in coins]), (True, coins))
@@ -145,29 +148,25 @@ class LayerProbes(Attack):
                     for control, (fit, asked_for) in tasks:
                         right = asked_for * ((other / scale) @ probe(own / scale, fit, self.ridge)) > 0
                         values = test.share(test.prefers), test.share(right), f"layer={layer}"
-                        more: dict[str, Any] = {"seed": seed, "control": control, "n_scored": len(held)}
+                        more: dict[str, Any] = {"seed": seed, "control": control, "n_scored": n_scored}
                         yield self.outcome(target, data, "probe_accuracy", *values, **more)
 
-    def _pairs(self, data: UnlearningDataModule) -> dict[str, list[tuple[QAExample, QAExample]]]:
-        # The sets that are read, as pairs of an example and the same with a wrong answer.
-        sets = {"forget": questions_of(data, self)}
-        if self.train_on == "retain":
-            sets["retain"] = data.splits.retain
-        return {name: list(_with_wrong(examples)) for name, examples in sets.items()}
-
-    def _split(self, data: UnlearningDataModule, seed: int) -> tuple[Sequence[QAExample], Sequence[QAExample]]:
-        # What is fitted on and what is scored; of what has pairs.
-        paired = {name: {one.example_id: one for one, _ in pairs} for name, pairs in self._pairs(data).items()}
-        forget, rng = list(paired["forget"].values()), np.random.default_rng([seed, _SALTS[self.train_on]])
-        if len(forget) < 2:
-            raise UserError("data", Given("a forget set without wrong answers"), "answers that differ, or distractors")
+    def parts(self, data: UnlearningDataModule, seed: int) -> tuple[list[Pair], list[Pair]]:
+        """What is fitted on and what is scored, as pairs of an example and the same with a wrong answer."""
+        forget, rng = questions_of(data, self), np.random.default_rng([seed, _SALTS[self.train_on]])
         if self.train_on == "forget":
             try:
-                return random_fraction(forget, self.p, rng)
+                fitted, held = random_fraction(forget, self.p, rng)
             except UserError as error:
                 raise UserError("attack.p", error.value, error.allowed) from error
-        retain = list(paired["retain"].values())
-        return [retain[place] for place in rng.permutation(len(retain))[: self.n_retain].tolist()], forget
+        else:
+            retain = data.splits.retain
+            fitted, held = [retain[place] for place in rng.permutation(len(retain))[: self.n_retain].tolist()], forget
+        parts = list(_with_wrong(fitted)), list(_with_wrong(held))
+        if not all(parts):
+            given = Given("too few questions with wrong answers")
+            raise UserError("data", given, "distractors, or several answers among those that are fitted on and scored")
+        return parts
 
 
 def _coins(rng: np.random.Generator, n: int) -> Tensor:
@@ -175,7 +174,7 @@ def _coins(rng: np.random.Generator, n: int) -> Tensor:
     return 1.0 - 2.0 * torch.from_numpy(rng.permutation(n) % 2).float()
 
 
-def _with_wrong(examples: Sequence[QAExample]) -> Iterator[tuple[QAExample, QAExample]]:
+def _with_wrong(examples: Sequence[QAExample]) -> Iterator[Pair]:
     bare = [replace(one, distractors=()) for one in examples]
     others: Mapping[int, str] | None = None
     for one, own in zip(bare, examples, strict=True):
@@ -188,9 +187,7 @@ def _with_wrong(examples: Sequence[QAExample]) -> Iterator[tuple[QAExample, QAEx
 
 
 @torch.no_grad()
-def differences(
-    model: AnswerModel, data: UnlearningDataModule, pairs: Sequence[tuple[QAExample, QAExample]], devices: Devices
-) -> Pairs:
+def differences(model: AnswerModel, data: UnlearningDataModule, pairs: Sequence[Pair], devices: Devices) -> Pairs:
     """The states of pairs of an example and the same with a wrong answer; each rank reads its share and gets all."""
     answers = list(dict.fromkeys(one for pair in pairs for one in pair))
     place = {one: number for number, one in enumerate(answers)}

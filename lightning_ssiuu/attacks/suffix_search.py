@@ -23,13 +23,15 @@ from lightning_ssiuu.attacks.trained_prompt import (
     vector_gradient,
 )
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, UnlearningDataModule
+from lightning_ssiuu.datamodules.pairs import n_alike
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.training.gradients import sum_over_ranks
 from lightning_ssiuu.utils.errors import UserError, check_at_least
 
 _START = " !"
-_MORE = " x1"
+#: Ends of longer questions, no two with the same last token: what prompts end alike with is the template's.
+_MORE = (" x1", " y2")
 
 
 @dataclass
@@ -85,10 +87,9 @@ class SuffixSearch(TrainedPrompt):
 
     def place(self, data: UnlearningDataModule, example: QAExample) -> int:
         """Behind the question: what its prompt ends with is what it ends with after a longer question, too."""
-        longer = replace(example, question=example.question + _MORE)
-        own, other = (data.encoder.of(one)[0].pair[0] for one in (example, longer))
-        pairs = enumerate(zip(reversed(own), reversed(other), strict=False))
-        return len(own) - next((n for n, (a, b) in pairs if a != b), 0)
+        longer = (replace(example, question=example.question + more) for more in _MORE)
+        own, *others = (data.encoder.of(one)[0].pair[0] for one in (example, *longer))
+        return len(own) - n_alike(*(ids[::-1] for ids in (own, *others)))
 
     def learned(
         self, model: AnswerModel, cell: RelearnDataModule, batches: Iterator[Part], table: Tensor, change: Change

@@ -89,7 +89,7 @@ class UnlearningDepth(Attack):
         >>> UnlearningDepth("tiny").run(same, Facts(max_eval_examples=2), "probability", cpu)
         Traceback (most recent call last):
         ...
-        lightning_ssiuu.UserError: oracle: got one that knows the answers, allowed: a model retrained without them
+        lightning_ssiuu.UserError: oracle: got one that knows what the original does, allowed: one retrained without it
     """
 
     paths: ClassVar[tuple[str, ...]] = ("original",)
@@ -119,8 +119,8 @@ class UnlearningDepth(Attack):
         for target in targets:
             shares = erased_shares(lost["oracle"], lost[target.name], self.threshold)
             if not len(shares):
-                given = Given("one that knows the answers")
-                raise UserError("oracle", given, "a model retrained without them")
+                given = Given("one that knows what the original does")
+                raise UserError("oracle", given, "one retrained without it")
             left = 100 * (1 - float(shares.mean()))
             found.append(self.outcome(target, data, LEFT, 100.0, left, n_scored=len(shares)))
         return found

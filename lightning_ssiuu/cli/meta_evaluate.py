@@ -78,6 +78,8 @@ def meta_evaluate(
     """
     for name in [*(scores or []), *inverted]:
         check_score(name)
+    if scores is not None and not scores:
+        raise UserError("scores", list(scores), "at least one, or null for all that need no generated text")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(name, value, "at least 1")
@@ -85,6 +87,8 @@ def meta_evaluate(
         raise UserError("learning_rate", learning_rate, "a number > 0")
     devices = Devices(accelerator, 1, precision=precision)
     groups = {"knowing": _models("knowing", knowing), "ignorant": _models("ignorant", ignorant)}
+    if both := [model for model in groups["ignorant"] if model in groups["knowing"]]:
+        raise UserError("ignorant", both[0], "models that are not among the knowing ones")
     groups |= {"unlearned": _models("unlearned", unlearned)} if unlearned is not None else {}
     named = {f"{group}[{n}]": model for group, models in groups.items() for n, model in enumerate(models)}
     subject = next((name for name, model in named.items() if run_of(model)), "knowing[0]")
@@ -134,7 +138,9 @@ def _models(argument: str, given: Sequence[str]) -> list[str]:
         if not folder.is_dir() or (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             found.append(one)
             continue
-        places = [folder / "model", *(place for sub in sorted(folder.iterdir()) for place in (sub, sub / "model"))]
+        places = [folder / "model"]  # a run: not what an attack left beside it
+        if not (places[0] / "config.json").is_file():
+            places = [place for sub in sorted(folder.iterdir()) for place in (sub, sub / "model")]
         if not (inside := [str(place) for place in places if (place / "config.json").is_file()]):
             raise UserError(argument, one, "a model, or a directory of models or runs")
         found += inside

@@ -15,8 +15,8 @@ def run_function(
     """Run a function as a command: its parameters are the options, its docstring the help, ``--config`` reads YAML.
 
     Parameters annotated ``bool``, and those of the classes it takes, may be given as bare flags; one annotated
-    ``Devices`` becomes ``--accelerator``, ``--devices``, ``--strategy`` and ``--precision``. ``defaults`` are those of
-    the command line where the function's own are null. Returns what the function does.
+    ``Devices`` becomes ``--accelerator``, ``--devices``, ``--strategy`` and ``--precision``. ``defaults`` are the
+    classes of the command line where the function's own are null. Returns what the function does.
     """
     from jsonargparse import ArgumentParser
 
@@ -40,7 +40,13 @@ def run_function(
     parser.set_defaults(dict(defaults or {}))
     flags = {option for option, hint in hints.items() if hint is bool}
     with parsing():
-        config = parser.instantiate_classes(parser.parse_args(_spelled(args, flags)))
+        config = parser.parse_args(_spelled(args, flags))
+        own = {name: parser.get_defaults()[name].class_path for name in defaults or ()}
+        if others := [name for name, path in own.items() if getattr(config[name], "class_path", None) != path]:
+            # Options of the default class, filled in for it, would stay with another class that has some of their name.
+            parser.set_defaults(dict.fromkeys(others))
+            config = parser.parse_args(_spelled(args, flags))
+        config = parser.instantiate_classes(config)
     config.pop("config", None)
     options = config.as_dict()
     if devices:

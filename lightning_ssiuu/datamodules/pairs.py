@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -32,6 +33,15 @@ def batch_of(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str
         rows["attention_mask"].append([1] * length + [0] * rest)
         rows["labels"].append([IGNORE] * len(prompt) + [*answer] + [IGNORE] * rest)
     return {name: torch.tensor(values, dtype=torch.long) for name, values in rows.items()}
+
+
+def n_alike(*several: Sequence[int]) -> int:
+    """How many token ids all of them begin with alike.
+
+    >>> n_alike([1, 2, 3], [1, 2, 4, 5], [1, 2])
+    2
+    """
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*several, strict=False)))
 
 
 def answered(part: Part) -> list[tuple[list[int], list[int]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,7 @@ def test_what_ends_an_answer_is_no_part_of_it() -> None:
             lambda s: UnlearningDepth(s[0]).run([Target("model", s[0], HERE)], data(), "probability", HERE),
             "oracle: got",
         ),
-        (lambda s: run([s[0], s[0]], s[1], data(), 0.05), "oracle: got one that knows the answers"),
+        (lambda s: run([s[0], s[0]], s[1], data(), 0.05), "oracle: got one that knows what the original does"),
     ],
 )
 def test_mistakes_of_depth(saved: list[str], make: Any, message: str) -> None:
@@ -180,20 +182,18 @@ def test_probe_in_closed_form() -> None:
     torch.testing.assert_close(probe(d, y, 0.3), expected)
 
 
-def planted(n: int, first: int = 0) -> Pairs:
-    """Two pairs an example; at layer 0 noise, at layer 1 a direction as well."""
-    generator = torch.Generator().manual_seed(first)
-    noise = torch.randn(2, 2 * n, 12, generator=generator)
+def planted(pairs: Sequence[Any]) -> Pairs:
+    """At layer 0 noise, at layer 1 a direction as well."""
+    noise = torch.randn(2, len(pairs), 12, generator=torch.Generator().manual_seed(0))
     noise[1, :, 3] += 6.0
-    return Pairs(noise, torch.arange(first, first + n).repeat_interleave(2), torch.zeros(2 * n).bool())
+    return Pairs(noise, torch.tensor([one.example_id for one, _ in pairs]), torch.zeros(len(pairs)).bool())
 
 
 @pytest.mark.parametrize("train_on", ["forget", "retain"])
 def test_planted_directions_are_found_and_shuffled_labels_are_not(
     saved: list[str], monkeypatch: pytest.MonkeyPatch, train_on: Any
 ) -> None:
-    sets = {0: planted(40), 100: planted(30, 100)}
-    monkeypatch.setattr(layer_probes, "differences", lambda _m, _d, pairs, _: sets[pairs[0][0].example_id])
+    monkeypatch.setattr(layer_probes, "differences", lambda _m, _d, pairs, _: planted(pairs))
     toy = Toy(Splits(examples(0, 40, 2), examples(100, 30, 2)))
     attack = LayerProbes(train_on, seeds=[0, 1, 2])
     attack.check(toy, "probability", HERE)
@@ -235,24 +235,41 @@ def test_differences_are_those_at_the_last_token_of_the_answers(saved: list[str]
 
 def test_wrong_answers_are_distractors_or_each_others() -> None:
     toy = Toy(Splits([*examples(0, 2, 2), *[QAExample(k, f"Q{k}?", f"a{k}") for k in (5, 6)]], examples(100, 3)))
-    pairs = LayerProbes()._pairs(toy)["forget"]
+    _, pairs = LayerProbes("retain").parts(toy, 0)
     assert [(one.example_id, other.answer) for one, other in pairs] == [
         *((0, f"SECRET wrong 0 {k}") for k in (0, 1)),
         *((1, f"SECRET wrong 1 {k}") for k in (0, 1)),
-        *((k, other.answer) for k, other in zip((5, 6), (pair[1] for pair in pairs[4:]), strict=True)),
+        *((5, "a6"), (6, "a5")),
     ]
     assert all(one.answer != other.answer and one.question == other.question for one, other in pairs)
 
 
 def test_the_same_questions_are_never_fitted_and_scored() -> None:
     toy = Toy(Splits(examples(0, 9, 2), examples(100, 5, 2)))
+
+    def questions(attack: LayerProbes, seed: int) -> list[set[str]]:
+        return [{one.question for one, _ in pairs} for pairs in attack.parts(toy, seed)]
+
     for seed in range(3):
-        fitted, held = LayerProbes(p=0.4)._split(toy, seed)
-        assert {one.question for one in fitted}.isdisjoint(one.question for one in held)
+        fitted, held = questions(LayerProbes(p=0.4), seed)
+        assert fitted.isdisjoint(held)
         assert (len(fitted), len(held)) == (4, 5)
-    fitted, held = LayerProbes("retain", n_retain=3)._split(toy, 0)
+    fitted, held = questions(LayerProbes("retain", n_retain=3), 0)
     assert (len(fitted), len(held)) == (3, 9)
-    assert all(one.example_id >= 100 for one in fitted)
+    assert fitted <= {one.question for one in toy.splits.retain}
+
+
+def test_no_probe_sees_a_scored_answer() -> None:
+    """Without distractors, too: what is scored has other answers, and what is fitted on stays as it was."""
+    toy, attack = data(8), LayerProbes()
+    fitted, held = attack.parts(toy, 0)
+    scored = {one.example_id for one, _ in held}
+    other = [
+        replace(one, answer=f"x{one.example_id}") if one.example_id in scored else one for one in toy.splits.forget
+    ]
+    again, changed = attack.parts(Toy(Splits(other, toy.splits.retain)), 0)
+    assert again == fitted
+    assert changed != held
 
 
 @pytest.mark.parametrize(
@@ -271,5 +288,5 @@ def test_mistakes_of_probes(options: dict[str, Any], message: str) -> None:
 
 def test_answers_that_are_all_the_same_cannot_be_told_apart(tmp_path: Path) -> None:
     same = Toy(Splits([QAExample(k, f"Q{k}?", "yes") for k in range(4)], examples(10, 3)))
-    with pytest.raises(UserError, match="data: got a forget set without wrong answers"):
+    with pytest.raises(UserError, match="data: got too few questions with wrong answers"):
         LayerProbes().check(same, "probability", HERE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from tokenizers import decoders
 from toys.data import CHAT, Toy, byte_tokenizer, examples
 from toys.models import random_model
 
-from lightning_ssiuu.attacks import EmbeddingAttack, Prefill, SoftPrompt, SuffixSearch
+from lightning_ssiuu.attacks import EmbeddingAttack, Prefill, SoftPrompt, SuffixSearch, trained_prompt
 from lightning_ssiuu.attacks.base import Attack, Outcome, Target
 from lightning_ssiuu.attacks.embedding_attack import _Moved
-from lightning_ssiuu.attacks.trained_prompt import Insertion, free_ids, inserted, scored
+from lightning_ssiuu.attacks.trained_prompt import Insertion, TrainedPrompt, free_ids, inserted, scored
 from lightning_ssiuu.attacks.vectors import embedded, standing_for
 from lightning_ssiuu.datamodules import QAExample, RelearnDataModule, Splits
 from lightning_ssiuu.models.loading import load_tokenizer
@@ -145,11 +146,14 @@ def test_vectors_that_are_embeddings_are_their_tokens(random: Target, score: str
         ({}, "Question: Q1?", "\nAnswer:"),
         ({"template": "{question} - {question}\n=>"}, "Q1? - Q1?", "\n=>"),
         ({"template": "chat", "tokenizer": byte_tokenizer(chat=CHAT)}, "<user>Q1?", "<a>"),
+        ({"template": "{question}\n=>{answer}", "question": "Who is x1"}, "Who is x1", "\n=>"),
+        ({"template": "{question}{answer}", "question": "Who is y2"}, "Who is y2", ""),
     ],
 )
 def test_a_suffix_stands_behind_the_question(options: dict[str, Any], before: str, after: str) -> None:
+    question = options.pop("question", "Q1?")
     data = asked(**options)
-    example = data.splits.forget[1]
+    example = replace(data.splits.forget[1], question=question)
     ids, place = data.encoder.of(example)[0].pair[0], SuffixSearch().place(data, example)
     assert ids[:place] == data.tokenizer(before)["input_ids"]
     assert ids[place:] == data.tokenizer(after)["input_ids"]
@@ -218,6 +222,36 @@ def test_unmoved_embeddings_are_the_prefilled_words(random: Target) -> None:
     assert one.before == own.before
     unmoved, moving = (found(EmbeddingAttack("Yes", steps=n), [random], data)[0] for n in (0, 2))
     assert moving.forget_score != pytest.approx(unmoved.forget_score, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [SoftPrompt(seeds=[0], steps=2, n_vectors=2), SuffixSearch(p=[0.5], seeds=[0], steps=2, n_tokens=2, candidates=8)],
+)
+def test_a_prompt_is_trained_without_what_is_scored(
+    random: Target, monkeypatch: pytest.MonkeyPatch, attack: TrainedPrompt
+) -> None:
+    insertions: list[Insertion] = []
+
+    def seen(*given: Any) -> float:
+        insertions.append(given[4])
+        return 50.0
+
+    monkeypatch.setattr(trained_prompt, "scored", seen)
+    data = asked()
+    ((_, cell),) = attack.cells(data)
+    held, forget = {one.example_id for one in cell.scored}, data.splits.forget
+    for changed in ({*()}, held, {one.example_id for one in cell.attacked}):
+        other = [replace(one, answer="another") if one.example_id in changed else one for one in forget]
+        found(attack, [random], Toy(Splits(other, data.splits.retain), data.tokenizer))
+    plain, same, unlike = (trained for trained in insertions if trained.ids)
+
+    def alike(one: Insertion, other: Insertion) -> bool:
+        a, b = (torch.zeros(0) if each.vectors is None else each.vectors for each in (one, other))
+        return one.ids == other.ids and torch.equal(a, b)
+
+    assert alike(plain, same)
+    assert not alike(plain, unlike)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from toys.cli import command, read_json
 
+from lightning_ssiuu.cli.meta_evaluate import _models
 from lightning_ssiuu.evaluation.meta import faithfulness, joint, quantization_robustness, relearning_robustness
 from lightning_ssiuu.models.export import save_pretrained
 from lightning_ssiuu.models.loading import TINY, load_model, load_tokenizer
@@ -72,8 +73,19 @@ def test_the_command_judges_scores_by_models(tmp_path: Path) -> None:
         (("--knowing", "[tiny, tiny]", "--ignorant", "[tiny]"), "knowing: got 'tiny', allowed: each model once"),
         (("--knowing", f"[{tmp_path / 'out'}]", "--ignorant", "[tiny]"), "a model, or a directory of models or runs"),
         ((*given, "--p", "2"), "allowed"),
+        (("--knowing", "[tiny]", "--ignorant", "[tiny]"), "ignorant: got 'tiny', allowed: models that are not among"),
+        ((*given, "--scores", "[]"), "scores: got [], allowed: at least one"),
     ):
         refused = command("meta-evaluate", *options, "--output", tmp_path / "other")
         assert (refused.status, refused.err.count("\n")) == (2, 1), refused.err
         assert told in refused.err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_its_model_and_not_what_an_attack_left_beside_it(tmp_path: Path) -> None:
+    for place in ("one/model", "one/attacked_harmful", "two/model", "bare"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").touch()
+    assert _models("knowing", [str(tmp_path / "one")]) == [str(tmp_path / "one" / "model")]
+    found = [str(tmp_path / place) for place in ("bare", "one/model", "two/model")]
+    assert _models("knowing", [str(tmp_path)]) == found

@@ -10,6 +10,7 @@ from toys.compare import attacked, curves, spread, table, write_run
 from lightning_ssiuu.reports.compare.plots import panels
 from lightning_ssiuu.reports.compare.reading import read_runs
 from lightning_ssiuu.reports.compare.table import compare_runs
+from lightning_ssiuu.reports.compare.writing import caption
 
 
 def test_controls_of_relearning_are_columns_and_no_lines(tmp_path: Path) -> None:
@@ -30,3 +31,24 @@ def test_controls_of_relearning_are_columns_and_no_lines(tmp_path: Path) -> None
     (lines,) = panels(compare_runs(read_runs([run])[0], "probability").rows[1:2]).values()
     assert {key: [curve["model"] for curve in of] for key, of in lines.items()} == {0: ["unlearned"]}
     assert (tmp_path / "out" / "plots" / "recovery_curves.pdf").exists()
+
+
+def test_each_control_is_explained(tmp_path: Path) -> None:
+    def row(attack: str, variant: str) -> dict[str, object]:
+        told = {"attack": attack, "kind": attack, "p": None, "variant": variant, "score": "probability"}
+        return told | {
+            "unlearned": {"before": spread(9.0), "forget_score": spread(8.0)},
+            "control": {"forget_score": spread(7.0)},
+        }
+
+    def said(name: str, *rows: dict[str, object]) -> str:
+        return caption(compare_runs(read_runs([write_run(tmp_path / name, attacks=list(rows))])[0], "probability"))
+
+    neurons, labels = "as many random neurons.", "probes of labels of which half are turned round."
+    probes, zero = row("layer_probes", "layer=0"), row("ablation", "zero")
+    assert f"control: {neurons}" in (alone := said("a", zero))
+    assert labels not in alone
+    assert f"control: {labels}" in (alone := said("b", probes))
+    assert neurons not in alone
+    both = said("c", probes, zero)
+    assert f"control of ablation: {neurons} control of layer probes: {labels}" in both

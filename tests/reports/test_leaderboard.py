@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -12,6 +13,7 @@ from toys.compare import edit
 from toys.leaderboard import HOSTILE, board_page, write_audit
 
 from lightning_ssiuu.cli.leaderboard import leaderboard
+from lightning_ssiuu.reports.leaderboard.table import provenance_of
 from lightning_ssiuu.reports.leaderboard.writing import leaderboard_html
 from lightning_ssiuu.utils.errors import UserError
 
@@ -107,6 +109,13 @@ def test_names_on_the_page_are_text(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
     assert page.count('class="badge"') == 1
     assert "<script" not in board_page(tmp_path / "many")
+
+
+def test_commands_of_any_directory_can_be_pasted(tmp_path: Path) -> None:
+    folder = write_audit(tmp_path / "a run; <b>", run={})
+    (board,) = leaderboard([folder], tmp_path / "out")
+    (told,) = [one for line in board.lines for one in provenance_of(line)]
+    assert shlex.split(told["commands"][0]) == ["lightning-ssiuu", "fit", "--config", f"{folder}/config.yaml"]
 
 
 def test_mistakes_are_one_line_and_write_nothing(audits: Path) -> None:

@@ -14,6 +14,11 @@ from lightning_ssiuu.reports.compare.table import Column, Comparison, Figure, Ro
 from lightning_ssiuu.utils.errors import one_line
 
 _WIDEST_NAME = 30
+#: What the controls of attacks without training are.
+_CONTROLS = {
+    "ablation": "as many random neurons",
+    "layer_probes": "probes of labels of which half are turned round",
+}
 _TEX = {
     **{"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{character: f"\\{character}" for character in "&%$#_"},
@@ -62,7 +67,9 @@ def caption(comparison: Comparison) -> str:
     keys = {column.key for column in columns_with_figures(comparison)}
     attacked = any(column.attacked for column in comparison.columns)
     taught = {f"{column.key}_control" for column in comparison.columns if column.relearned} & keys
-    neurons = any(key.endswith("_control") for key in keys - taught)
+    controls = [key for key in keys - taught if key.endswith("_control")]
+    others = [name for name in _CONTROLS if any(key.startswith(f"{name}_") for key in controls)]
+    of = "control of {}" if taught or len(others) > 1 else "control"
     edge = any(figure.edge for row in comparison.rows for figure in row.cells.values())
     found = "found at the largest learning rate or in the last epoch"
     sentences = (
@@ -76,8 +83,7 @@ def caption(comparison: Comparison) -> str:
         (attacked, "±: standard deviation over training seeds, of a single run over the attack's seeds."),
         (not attacked, "±: standard deviation over training seeds."),
         (taught, "control: the same attack on facts nobody was taught."),
-        (neurons and not taught, "control: as many random neurons."),
-        (neurons and taught, "control of ablation: as many random neurons."),
+        *((True, f"{of.format(name.replace('_', ' '))}: {_CONTROLS[name]}.") for name in others),
         (edge, f"(edge): {found}; a stronger attack may find more."),
         ("d_plus_total" in keys, "D⁺, D⁻: influence erased and hidden; spurious: neurons flagged."),
         ("attribution_correlation" in keys, "corr.: of attributions before and after the attack."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,7 +198,8 @@ def provenance_of(line: Line) -> list[dict[str, Any]]:
     for run in line.runs:
         block = run.audit["provenance"]
         weights = block.get("weights_sha256") or {}
-        fitted = [f"lightning-ssiuu fit --config {run.path.as_posix()}/config.yaml"] * bool(run.metrics.get("steps"))
+        config = shlex.quote(f"{run.path.as_posix()}/config.yaml")
+        fitted = [f"lightning-ssiuu fit --config {config}"] * bool(run.metrics.get("steps"))
         told.append(
             {
                 "run": run.path.as_posix(),
