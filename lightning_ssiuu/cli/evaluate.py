@@ -17,7 +17,7 @@ from lightning_ssiuu.evaluation.runs import run_data, run_of
 from lightning_ssiuu.evaluation.signals import find_signal
 from lightning_ssiuu.evaluation.suites import SUITES, Suite
 from lightning_ssiuu.evaluation.suites.logs import FIGURES, beside, check_examples, check_log
-from lightning_ssiuu.evaluation.suites.measure import check_encoding, measure_suite, suite_sets
+from lightning_ssiuu.evaluation.suites.measure import check_readings, measure_suite, suite_sets
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.files import print_written
@@ -95,7 +95,7 @@ def evaluate(
             if log is not None:
                 check_examples(log, chosen, chosen.of_reference(names), sets)
             _check_another(reference, report.weights_sha256, digests)
-        check_encoding(data, sets, readings)
+        check_readings(data, sets, readings)
         report.__dict__["data_sha256"] = _sha256(data, sets)
         devices.tokens_of_a_pass = partial(_tokens_of_a_pass, data, sets)
         with devices.launched():

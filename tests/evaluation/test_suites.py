@@ -21,6 +21,7 @@ from toys.models import answer_model
 
 from lightning_ssiuu import TOFU, UserError, evaluate
 from lightning_ssiuu.datamodules import QAExample
+from lightning_ssiuu.evaluation.options import split_options
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scores import find_score
 from lightning_ssiuu.evaluation.signals import signal_of
@@ -158,11 +159,20 @@ def test_options_of_scores(models: dict[str, AnswerModel], data: TOFU) -> None:
         ("probability(eos=maybe)", "probability with any of these options: eos=true"),
         ("rouge_l(new_tokens=0)", r"rouge_l with .*; new_tokens: a number ≥ 1"),
         ("rouge_l_f1(new_tokens=3)", "rouge_l_f1, which takes no options"),
+        ("rouge_l(measure=f2)", "measure=recall or f1, stemmed=false"),
+        ("memorized_share(least=0)", r"score: got .memorized_share.*; least: a number ≥ 1"),
+        ("rouge_l(measure=f1", r"options as name\(option=value, ...\), each once, and in a list the whole in quotes"),
+        ("probability(eos=true)(eos=true)", r"options as name\(option=value, ...\), each once"),
+        ("probability()", r"options as name\(option=value, ...\), each once"),
         ("probability(eos)", r"options as name\(option=value, ...\), each once"),
         ("min_k(k=2)", "one of .*'probability'"),
     ):
         with pytest.raises(UserError, match=told):
-            find_score(name)
+            find_score(name, "score")
+    assert split_options('class_probability(new_tokens=2, classifier="a, (b)\\u00e9")') == (
+        "class_probability",
+        {"new_tokens": 2, "classifier": "a, (b)é"},
+    )
     with pytest.raises(UserError, match=r"min_k with any of these options: k=0.4, eos=true; k: a fraction"):
         signal_of("min_k(k=2)")
 

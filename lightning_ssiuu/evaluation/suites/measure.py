@@ -15,7 +15,7 @@ from lightning_ssiuu.datamodules.chunks import Chunk
 from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.evaluation.predictions import Predictions, grouped
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.evaluation.scores import Score, find_score
+from lightning_ssiuu.evaluation.scores import Score, check_score, find_score
 from lightning_ssiuu.evaluation.signals import Signal, find_signal
 from lightning_ssiuu.evaluation.suites.base import Log, Reading, Suite, Values
 from lightning_ssiuu.models.answers import AnswerModel, Part
@@ -43,14 +43,18 @@ def suite_sets(data: UnlearningDataModule, readings: Iterable[Reading]) -> dict[
     return sets
 
 
-def check_encoding(
+def check_readings(
     data: UnlearningDataModule, sets: Mapping[str, Sequence[QAExample]], readings: Iterable[Reading]
 ) -> None:
-    """Encode whatever :func:`measure_suite` will ask.
+    """Check what :func:`measure_suite` will ask and read, as far as it goes without the model.
 
     Raises:
-        UserError: If an example is too long.
+        UserError: If an example is too long, or a score lacks what it needs, such as its classifier.
     """
+    readings = list(readings)
+    for reading, kind in _kinds(readings).items():
+        if isinstance(kind, Score):
+            check_score(reading.score)
     for group in _by_answers(readings).values():
         asked, _, needs_options = _asked(sets[group[0].set], group)
         data.encoder.encode(asked, needs_options)
