@@ -147,6 +147,7 @@ def test_options_of_scores(models: dict[str, AnswerModel], data: TOFU) -> None:
     assert predictions.generated(6) == [tokens[:6] for tokens in predictions.generated(9)]
     with_end, without = (find_score(f"probability(eos={eos})").values(predictions) for eos in ("true", "false"))
     own = predictions.answers
+    assert own.without_end([0]).targets.tolist() == own.targets.tolist()  # letters and passages have no end token
     for row in range(len(part["labels"])):
         tokens = own.token_logps[own.sequence_index == row].double()
         assert with_end[row].item() == pytest.approx(tokens.mean().exp().item())
