@@ -16,15 +16,13 @@ from lightning_ssiuu.datamodules.trained_on import refuse_trained
 from lightning_ssiuu.evaluation.runs import run_data, run_of
 from lightning_ssiuu.evaluation.signals import find_signal
 from lightning_ssiuu.evaluation.suites import SUITES, Suite
-from lightning_ssiuu.evaluation.suites.logs import check_log
-from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
+from lightning_ssiuu.evaluation.suites.logs import FIGURES, beside, check_examples, check_log
+from lightning_ssiuu.evaluation.suites.measure import check_readings, measure_suite, suite_sets
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.files import print_written
 from lightning_ssiuu.utils.reading import read_json
 from lightning_ssiuu.utils.registry import nearest
-
-_NAME = "evaluate.json"
 
 
 def evaluate(
@@ -82,19 +80,26 @@ def evaluate(
         raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
     log = _read_log(reference, chosen, names)
     models = {"model": model, "reference": reference if log is None else None}
-    files = [_NAME, chosen.log_name]
+    files = [FIGURES, chosen.log_name]
     data = suite_data(chosen, model, data, path)
     with Report(models, data, devices, output, files, overwrite) as report:
         data = report.data
-        of_reference = chosen.of_reference(names) if log is None and reference is not None else []
+        of_reference = chosen.of_reference(names) if reference is not None else []
         of_reference = chosen.wanted(of_reference) if of_reference else []
-        sets = suite_sets(data, chosen.readings([*names, *of_reference]))
-        _check_untrained(sets, chosen, model)
+        readings = chosen.readings([*names, *of_reference])
+        sets = suite_sets(data, readings)
+        digests = {name: Splits(examples, []).sha256() for name, examples in sets.items()}
+        _check_untrained(sets, chosen, model, report.models.get("reference"))
         _check_share(sets, devices.n_ranks)
+        if reference is not None and of_reference:
+            if log is not None:
+                check_examples(log, chosen, chosen.of_reference(names), sets)
+            _check_another(reference, report.weights_sha256, digests)
+        check_readings(data, sets, readings)
         report.__dict__["data_sha256"] = _sha256(data, sets)
         devices.tokens_of_a_pass = partial(_tokens_of_a_pass, data, sets)
         with devices.launched():
-            if of_reference and reference is not None:
+            if log is None and reference is not None and of_reference:
                 with naming("reference"):
                     loaded = devices.load(reference)
                 log = measure_suite(loaded, data, sets, chosen, of_reference)
@@ -105,15 +110,16 @@ def evaluate(
             content = {
                 "suite": suite,
                 "figures": {name: measured[name]["agg_value"] for name in names},
-                "reference": None if log is None else "model" if of_reference else "log",
+                "reference": None if not of_reference else "model" if "reference" in report.models else "log",
                 "n_items": {name: len(examples) for name, examples in sets.items()},
+                "sets_sha256": digests,
                 "log": chosen.log_name,
             }
             content["provenance"] = report.provenance([suite, names, devices.precision, reference is not None])
             if devices.is_first:
                 try:
                     report.write(chosen.log_name, dict(sorted(measured.items())))
-                    report.write(_NAME, content)
+                    report.write(FIGURES, content)
                 finally:  # also where the disk refuses
                     print_evaluation(content, chosen)
                 print_written(report.folder, files)
@@ -167,13 +173,33 @@ def _read_log(reference: str | None, suite: Suite, names: Sequence[str]) -> dict
     return content
 
 
-def _check_untrained(sets: Mapping[str, Sequence[QAExample]], suite: Suite, model: str) -> None:
-    only = {name: sets[name] for name in suite.only_scored if name in sets}
-    if not only or run_of(model) is None:
-        return
-    splits = run_data(model, None).splits
-    for name, examples in only.items():
-        refuse_trained(examples, chain(splits.forget, splits.retain), name, suite.name)
+def _check_untrained(sets: Mapping[str, Sequence[QAExample]], suite: Suite, model: str, reference: str | None) -> None:
+    allowed = f"items that are only scored: with these it is not {suite.name}. Unlearn the benchmark's training set"
+    trained = _trained_by(model)
+    for name in suite.only_scored:
+        refuse_trained(sets.get(name, ()), chain(*trained), name, allowed)
+    trained = [] if reference is None else _trained_by(reference)
+    for name in suite.forgotten:
+        refuse_trained(sets.get(name, ()), chain(*trained), "reference", f"a model that never saw the set {name}")
+
+
+def _trained_by(model: str) -> list[Sequence[QAExample]]:
+    # What the run of a model was unlearned or trained on; nothing where fit did not write it.
+    if run_of(model) is None:
+        return []
+    data = run_data(model, None)
+    return [data.splits.retain] if data.train_on == "retain" else [data.splits.forget, data.splits.retain]
+
+
+def _check_another(reference: str, weights: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    # A model is compared with another one on the same examples.
+    told = {} if "reference" in weights else beside(reference)
+    theirs = weights.get("reference", ((told.get("provenance") or {}).get("weights_sha256") or {}).get("model"))
+    if theirs == weights["model"]:
+        raise UserError("reference", reference, "another model: these are the very weights that are measured")
+    for name, digest in (told.get("sets_sha256") or {}).items():
+        if name in digests and digest != digests[name]:
+            raise UserError("reference", reference, f"a log of the same examples: its set {name} is another")
 
 
 def _check_share(sets: Mapping[str, Sequence[QAExample]], n_ranks: int) -> None:

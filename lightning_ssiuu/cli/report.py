@@ -80,14 +80,18 @@ class Report:
     def data_sha256(self) -> str:
         return self.data.content_sha256()
 
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """Digests of the models' weights, by argument."""
+        return {name: weights_sha256(checkpoint, name) for name, checkpoint in self.models.items()}
+
     def provenance(self, options: Any) -> dict[str, Any]:
         """The ``provenance`` block; ``options`` are JSON values that determined the results.
 
         It has the digests of the models' weights, so that nothing is said of another model put in the place of one.
         """
-        weights = {name: weights_sha256(checkpoint, name) for name, checkpoint in self.models.items()}
         block = provenance(time.monotonic() - self._start, self.devices.device, json.dumps(options), self.data_sha256)
-        return block | {"weights_sha256": weights}
+        return block | {"weights_sha256": self.weights_sha256}
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(self.folder / name, content)

@@ -51,8 +51,15 @@ class Prompted:
         return Chunk(number, asked, answer, group=str(number), tokens=(*before, *after), n_prefix=len(before))
 
     def text(self, number: int, text: str) -> Chunk:
-        """A text of which all tokens are scored that follow another."""
-        return Chunk(number, text, "", group=str(number), tokens=self._ids(text), n_prefix=1 - self.n_first)
+        """A text of which all tokens are scored that follow another.
+
+        Raises:
+            UserError: A text of which there is none.
+        """
+        ids, n_prefix = self._ids(text), 1 - self.n_first
+        if len(ids) <= n_prefix:
+            raise UserError("data", Given(f"text {number} without a token after another"), "longer texts")
+        return Chunk(number, text, "", group=str(number), tokens=ids, n_prefix=n_prefix)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

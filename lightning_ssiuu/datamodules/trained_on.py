@@ -64,14 +64,14 @@ def _pieces(words: Words) -> list[Words]:
     return [words] if len(words) >= WINDOW else []
 
 
-def refuse_trained(scored: Sequence[QAExample], trained: Iterable[QAExample], argument: str, suite: str) -> None:
+def refuse_trained(scored: Sequence[QAExample], trained: Iterable[QAExample], argument: str, allowed: str) -> None:
     """Refuse to score examples whose question, in any of its wordings, was trained on (:func:`trained_on`).
 
     Args:
-        scored: What a suite only scores.
+        scored: What the model must not have been trained on.
         trained: All that the model was unlearned or trained on.
-        argument: Name of the set, for the error line.
-        suite: Name of the suite.
+        argument: What the error line is about: the set, or who was trained.
+        allowed: What the error line says instead.
 
     Raises:
         UserError: If any was; the line has numbers and no text.
@@ -80,5 +80,4 @@ def refuse_trained(scored: Sequence[QAExample], trained: Iterable[QAExample], ar
     if found := trained_on([text for _, text in worded], trained):
         same = sorted({worded[place][0] for place in found})
         given = Given(f"{len(same)} of {len(scored)} items that the model was trained on ({first_few(same)})")
-        allowed = f"items that are only scored: with these it is not {suite}. Unlearn the benchmark's training set"
         raise UserError(argument, given, allowed)

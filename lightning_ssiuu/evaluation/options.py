@@ -6,17 +6,19 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.reading import load_yaml, reading
 
 T = TypeVar("T")
-_NAMED = re.compile(r"(?P<name>[^()]+)\((?P<options>[^()]*)\)", re.DOTALL)
+_NAMED = re.compile(r"(?P<name>[^()]+)\((?P<options>.*)\)", re.DOTALL)
+_OPTION = re.compile(r'\s*(?P<key>\w+)\s*=\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,()"]+?)\s*(?:,|$)', re.DOTALL)
+_FORM = "options as name(option=value, ...), each once, and in a list the whole in quotes"
 
 
 def split_options(name: str, argument: str = "scores") -> tuple[str, dict[str, Any]]:
-    """A name without its options, and these: values in YAML, with commas between them.
+    """A name without its options, and these: values in YAML, in double quotes where they have commas or brackets.
 
     Raises:
         UserError: Brackets that are no options.
@@ -27,16 +29,19 @@ def split_options(name: str, argument: str = "scores") -> tuple[str, dict[str, A
         >>> split_options("probability")
         ('probability', {})
     """
-    named = _NAMED.fullmatch(name)
-    if named is None:
+    if not {"(", ")"} & set(name):
         return name, {}
-    options: dict[str, Any] = {}
-    for pair in named["options"].split(","):
-        key, sign, value = pair.partition("=")
-        if not (sign and key.strip().isidentifier()) or key.strip() in options:
-            raise UserError(argument, name, "options as name(option=value, ...), each once")
+    named, options = _NAMED.fullmatch(name), dict[str, Any]()
+    rest = "" if named is None else named["options"]
+    while rest:
+        option = _OPTION.match(rest)
+        if option is None or option["key"] in options:
+            break
         with reading(argument, name, "options whose values are YAML"):
-            options[key.strip()] = load_yaml(value.strip())
+            options[option["key"]] = load_yaml(option["value"])
+        rest = rest[option.end() :]
+    if named is None or rest or not options:
+        raise UserError(argument, name, _FORM)
     return named["name"], options
 
 
@@ -50,9 +55,9 @@ def made_with(make: Callable[..., T] | None, options: dict[str, Any], name: str,
 
     if make is None:
         raise UserError(argument, name, f"{name.partition('(')[0]}, which takes no options")
-    known = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
+    known, hints = inspect.signature(make).parameters, get_type_hints(make)
     allowed = f"{name.partition('(')[0]} with any of these options: "
-    allowed += ", ".join(f"{key}={_shown(value)}" for key, value in known.items())
+    allowed += ", ".join(f"{key}={_shown(parameter.default, hints[key])}" for key, parameter in known.items())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(make)
     try:
@@ -63,5 +68,6 @@ def made_with(make: Callable[..., T] | None, options: dict[str, Any], name: str,
         raise UserError(argument, name, allowed) from error
 
 
-def _shown(default: Any) -> str:
-    return default if isinstance(default, str) else json.dumps(default)
+def _shown(default: Any, kind: Any) -> str:
+    others = [choice for choice in get_args(kind) if get_origin(kind) is Literal and choice != default]
+    return " or ".join([default if isinstance(default, str) else json.dumps(default), *others])

@@ -61,11 +61,11 @@ class Predictions:
         return options.mean_logps
 
     def answers_scored(self, eos: bool = True) -> Answers:
-        """:attr:`answers`, or without the last label of each: what ends its turn."""
+        """:attr:`answers`, or without the last label of each where that is a token that ends a turn."""
         if eos:
             return self.answers
         if self._without_end is None:
-            self._without_end = self.answers.without_last()
+            self._without_end = self.answers.without_end(self._ends(self.part["labels"]))
         return self._without_end
 
     @property

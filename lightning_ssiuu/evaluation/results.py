@@ -20,8 +20,17 @@ _RESULTS = (
 )
 #: Attacks of the package in the order of tables; of those that fine-tune there are ones with adapters, too (``_lora``).
 ATTACKS = (
-    *("harmful", "benign", "quantization", "sampling", "paraphrase", "jailbreak", "prefill", "few_shot", "translation"),
-    *("multi_turn", "soft_prompt", "suffix_search", "embedding_attack", "ablation", "interpolation"),
+    *("harmful", "held_out_facts", "benign", "quantization", "sampling", "paraphrase", "jailbreak", "prefill"),
+    *(
+        "few_shot",
+        "translation",
+        "multi_turn",
+        "soft_prompt",
+        "suffix_search",
+        "embedding_attack",
+        "ablation",
+        "interpolation",
+    ),
     *("unlearning_depth", "layer_probes"),
 )
 _ATTACKS = re.compile(r"attack(ed_|\.).*", re.IGNORECASE)  # models and unfinished sweeps

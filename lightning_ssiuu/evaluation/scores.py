@@ -114,6 +114,7 @@ def _longest_common_run(new_tokens: int | None = None) -> Score:
 
 def _memorized_share(least: int = RUN, new_tokens: int | None = None) -> Score:
     check_new_tokens(new_tokens)
+    check_at_least("least", least, 1)
     metric = partial(MemorizedShare, least)
     return Score(metric, lambda e: (e.generated(new_tokens), e.reference_tokens), generates=True)
 
@@ -127,6 +128,8 @@ def _class_probability(
     classifier: str = GIBBERISH, class_id: int = 0, max_length: int = 512, new_tokens: int | None = None
 ) -> Score:
     check_new_tokens(new_tokens)
+    check_at_least("class_id", class_id, 0)
+    check_at_least("max_length", max_length, 1)
     metric = partial(ClassProbability, classifier, class_id, max_length)
     return Score(metric, lambda e: (e.said(new_tokens),), generates=True)
 
@@ -239,5 +242,7 @@ options: eos=true
 
 
 def check_score(name: str, argument: str = "scores") -> None:
-    """Raise :class:`UserError` unless ``name`` is a known score, or the import path of one."""
-    find_score(name, argument)
+    """Raise :class:`UserError` unless ``name`` is a known score, or the import path of one, and has all it needs."""
+    metric = find_score(name, argument).metric()
+    if isinstance(metric, ClassProbability):
+        metric.check()

@@ -264,10 +264,10 @@ class Answers:
             scores = scores[tokens]
         return Answers(scores, targets, index, n_sequences)
 
-    def without_last(self) -> Answers:
-        """The answers without the last label of each, which ends its turn; one of a single label has none left."""
-        kept = torch.zeros_like(self.sequence_index, dtype=torch.bool)
-        kept[:-1] = self.sequence_index[1:] == self.sequence_index[:-1]
+    def without_end(self, ends: Sequence[int]) -> Answers:
+        """The answers without the last label of each that ends in one of ``ends``; where that is all, none is left."""
+        kept = ~torch.isin(self.targets, self.targets.new_tensor(list(ends)))
+        kept[:-1] |= self.sequence_index[1:] == self.sequence_index[:-1]
         return self._at(kept, self.sequence_index[kept], self.n_sequences)
 
     @cached_property

@@ -229,6 +229,7 @@ def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
 def _type_names(text: str) -> str:
     # Types as jsonargparse prints them, in words.
     text = re.sub(r"\S*\bCallable\[.*\](?=, |$)", "<class 'collections.abc.Callable'>", text)
+    text = re.sub(r"\btyping\.(?:Sequence|List)\[.*?\](?=, |$)", "<class 'collections.abc.Sequence'>", text)
     names = re.findall(r"<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\]", text)
     spelled = [_TYPE_NAMES.get(name, name.rpartition(".")[2]) if name else values for name, values in names]
     return ", ".join(spelled) or text

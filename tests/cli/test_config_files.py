@@ -95,7 +95,7 @@ def test_a_directory_of_that_name_does_not(tmp_path: Path) -> None:
         ("ssiu", "(did you mean ssiuu or objective/ssiuu?)"),
         ("npo", "(did you mean objective/npo or objective/simnpo or objective/dpo?)"),
         ("model/smollm", "(did you mean model/smollm2 or model/smollm2_erase?)"),
-        ("recipes/data/tofo.yaml", "(did you mean data/tofu or data/table or data/facts?)"),
+        ("recipes/data/tofo.yaml", "(did you mean data/tofu or data/knowundo or data/table?)"),
         ("lightning_ssiuu:erse", "(did you mean erase?)"),
         ("../ssiuu.yaml", "lists"),
         ("/no/such.yaml", "an existing file, or a name that `lightning-ssiuu recipes` lists"),

@@ -88,7 +88,7 @@ def test_a_large_set_gives_what_a_small_one_does(
 
 def test_digests_are_those_of_the_whole_text() -> None:
     splits = Splits(examples(0, 2), [QAExample(5, "Ä?", "b")])
-    added = ("history", "source_id")  # which earlier versions' examples did not have
+    added = ("history", "rephrased", "source_id")  # which earlier versions' examples did not have
     record = {
         name: [{field: value for field, value in vars(example).items() if field not in added} for example in some]
         for name, some in splits.items()

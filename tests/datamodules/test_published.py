@@ -264,6 +264,6 @@ def test_a_passage_is_no_question() -> None:
     assert trained_on(["the mill"], [QAExample(0, "The mill?", "x")]) == [0]
     assert trained_on(["the mill"], [Chunk(0, "The mill?", "x")]) == []
     scored = [QAExample(5, "SECRET?", "x"), QAExample(6, "Prompt. The mill? A. x", "A", (), ("the mill",))]
-    with pytest.raises(UserError, match=r"items: got 1 of 2 items .*trained on \(1\), allowed: .* not wmdp") as error:
-        refuse_trained(scored, [QAExample(0, "The mill?", "x")], "items", "wmdp")
+    with pytest.raises(UserError, match=r"items: got 1 of 2 items .*trained on \(1\), allowed: others") as error:
+        refuse_trained(scored, [QAExample(0, "The mill?", "x")], "items", "others")
     assert "mill" not in str(error.value)

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lightning_ssiuu import UserError
 from lightning_ssiuu.evaluation.metrics import ClassProbability
 from lightning_ssiuu.evaluation.metrics.fluency import ngram_entropy
+from lightning_ssiuu.evaluation.scores import check_score
 
 
 def test_entropy_by_hand() -> None:
@@ -39,3 +40,5 @@ def test_a_classifier_is_asked_for_its_class(tmp_path: Path) -> None:
     assert metric.compute().item() == pytest.approx(50 * sum(expected), rel=1e-5)
     with pytest.raises(UserError, match="classifier: got 'no/such'"):
         ClassProbability("no/such").update(texts)
+    with pytest.raises(UserError, match="class_id: got 3, allowed: 0 to 2"):  # before anything is scored
+        check_score(f'class_probability(class_id=3, classifier="{tmp_path}")')

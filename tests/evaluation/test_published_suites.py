@@ -275,6 +275,14 @@ def test_items_that_were_trained_on_are_not_scored(tmp_path: Path) -> None:
     assert "items: got 3 of 5 items that the model was trained on (0, 1, 2), allowed: items that are only" in result.err
     assert "SECRET" not in result.err.upper().replace("SECRET/", "")
     assert not (tmp_path / "run" / "evaluate.json").exists()
+    # No more is such a model a reference of what was to be forgotten
+    asked = [row | {"perturbed_answer": ["no"], "paraphrased_answer": "yes"} for row in rows[1:4]]
+    write_rows(tmp_path / "tofu" / "forget01_perturbed.jsonl", asked)
+    words = ("--reference", tmp_path / "run" / "model", "--figures", "[forget_quality]", "--output", tmp_path / "out")
+    result = command("evaluate", "--suite", "tofu", "--model", "tiny", "--path", tmp_path / "tofu", *words)
+    told = "reference: got 2 of 3 items that the model was trained on (0, 1), allowed: a model that never saw the set"
+    assert (result.status, told in result.err) == (2, True), result.err
+    assert not (tmp_path / "out").exists()
     # Others are, asked as their benchmark asks them
     folder = published.write_knowundo(tmp_path / "knowundo")
     for name in ("unlearn", "retention"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from toys.data import byte_tokenizer
 from toys.models import answer_model
 
 from lightning_ssiuu import TOFU, UserError, evaluate
+from lightning_ssiuu.datamodules import QAExample
+from lightning_ssiuu.evaluation.options import split_options
 from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scores import find_score
 from lightning_ssiuu.evaluation.signals import signal_of
@@ -144,6 +147,7 @@ def test_options_of_scores(models: dict[str, AnswerModel], data: TOFU) -> None:
     assert predictions.generated(6) == [tokens[:6] for tokens in predictions.generated(9)]
     with_end, without = (find_score(f"probability(eos={eos})").values(predictions) for eos in ("true", "false"))
     own = predictions.answers
+    assert own.without_end([0]).targets.tolist() == own.targets.tolist()  # letters and passages have no end token
     for row in range(len(part["labels"])):
         tokens = own.token_logps[own.sequence_index == row].double()
         assert with_end[row].item() == pytest.approx(tokens.mean().exp().item())
@@ -156,11 +160,20 @@ def test_options_of_scores(models: dict[str, AnswerModel], data: TOFU) -> None:
         ("probability(eos=maybe)", "probability with any of these options: eos=true"),
         ("rouge_l(new_tokens=0)", r"rouge_l with .*; new_tokens: a number ≥ 1"),
         ("rouge_l_f1(new_tokens=3)", "rouge_l_f1, which takes no options"),
+        ("rouge_l(measure=f2)", "measure=recall or f1, stemmed=false"),
+        ("memorized_share(least=0)", r"score: got .memorized_share.*; least: a number ≥ 1"),
+        ("rouge_l(measure=f1", r"options as name\(option=value, ...\), each once, and in a list the whole in quotes"),
+        ("probability(eos=true)(eos=true)", r"options as name\(option=value, ...\), each once"),
+        ("probability()", r"options as name\(option=value, ...\), each once"),
         ("probability(eos)", r"options as name\(option=value, ...\), each once"),
         ("min_k(k=2)", "one of .*'probability'"),
     ):
         with pytest.raises(UserError, match=told):
-            find_score(name)
+            find_score(name, "score")
+    assert split_options('class_probability(new_tokens=2, classifier="a, (b)\\u00e9")') == (
+        "class_probability",
+        {"new_tokens": 2, "classifier": "a, (b)é"},
+    )
     with pytest.raises(UserError, match=r"min_k with any of these options: k=0.4, eos=true; k: a fraction"):
         signal_of("min_k(k=2)")
 
@@ -299,14 +312,41 @@ def test_the_command_writes_figures_and_no_text(folder: Path, tmp_path: Path, lo
     again = command(*words, "--reference", tmp_path / "out" / "TOFU_EVAL.json", "--output", tmp_path / "out")
     assert again.status == 2
     assert "output" in again.err
-    result = evaluate(
-        "tiny", "tofu", reference=str(tmp_path / "out" / "TOFU_EVAL.json"), path=str(folder), figures=["privleak"]
-    )
+    own = tmp_path / "out" / "TOFU_EVAL.json"
+    shutil.copy(own, tmp_path)  # where nothing says whose it is
+    result = evaluate("tiny", "tofu", reference=str(tmp_path / own.name), path=str(folder), figures=["privleak"])
     assert result.content["figures"]["privleak"] == 0
-    for broken, told in (({}, "a log without mia_min_k"), ({"mia_min_k": {"agg_value": "x"}}, "numbers by example")):
-        reference.write_text(json.dumps(broken), encoding="utf-8")
+    for other in (str(own), "tiny"):
+        with pytest.raises(UserError, match="another model: these are the very weights"):
+            evaluate("tiny", "tofu", reference=other, path=str(folder), figures=["privleak"])
+    content["provenance"]["weights_sha256"]["model"], content["sets_sha256"]["holdout"] = "another", "another"
+    (own.parent / "evaluate.json").write_text(json.dumps(content), encoding="utf-8")
+    shorter = json.loads(json.dumps(log))
+    del shorter["mia_min_k"]["holdout"]["value_by_index"]["2"]
+    for broken, told in (
+        ({}, "a log without mia_min_k"),
+        ({"mia_min_k": {"agg_value": "x"}}, "numbers by example"),
+        (shorter, "a log of 2 holdout examples, allowed: one of 3"),
+        (log, "a log of the same examples: its set holdout is another"),
+    ):
+        own.write_text(json.dumps(broken), encoding="utf-8")
         with pytest.raises(UserError, match=told):
-            evaluate("tiny", "tofu", reference=str(reference), path=str(folder), figures=["privleak"])
+            evaluate("tiny", "tofu", reference=str(own), path=str(folder), figures=["privleak"])
+
+
+def test_a_reference_is_paired_by_index_and_not_by_order() -> None:
+    values = {str(n): {"score": float(n % 4)} for n in range(12)}
+    own = {"mia_loss": {"forget": {"value_by_index": values}, "holdout": {"value_by_index": values}}}
+    mixed = {of: {"value_by_index": dict(sorted(values.items()))} for of in ("forget", "holdout")}  # 0, 1, 10, 11, 2
+    entry = SUITE.figures["mia_reference"].entry({}, own, {"mia_loss": mixed})
+    assert {each["score"] for each in entry["forget"]["value_by_index"].values()} == {0.0}
+
+
+class Blank(TOFU):
+    """Whose second answers are empty."""
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        return [replace(e, answer="" if e.example_id == 1 else e.answer) for e in super().named_set(name)]
 
 
 def test_mistakes(folder: Path) -> None:
@@ -314,5 +354,9 @@ def test_mistakes(folder: Path) -> None:
         evaluate("tiny", "tofo")
     with pytest.raises(UserError, match=r"path: got .* allowed: null beside data"):
         evaluate("tiny", "tofu", data=TOFU(str(folder)), path=str(folder))
+    with pytest.raises(UserError, match=r"figures: got \[\], allowed: null, or figures of the suite tofu: forget_Q_A"):
+        evaluate("tiny", "tofu", path=str(folder), figures=[])
+    with pytest.raises(UserError, match="blank question or answer in forget, example ids 1"):
+        suite_sets(Blank(str(folder)), SUITE.readings(["mia_loss"]))
     with pytest.raises(UserError, match="reference: got None, allowed: a model or its log, which forget_quality"):
         evaluate("tiny", "tofu", path=str(folder), figures=["forget_quality"])

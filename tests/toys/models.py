@@ -99,7 +99,7 @@ def random_model(
     name: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **kwargs: Any
 ) -> PreTrainedModel:
     """A small random model, without dropout unless asked for."""
-    key = repr((name, dtype, seed, sorted(kwargs.items())))
+    key = repr((name, dtype, seed, torch.get_default_device(), sorted(kwargs.items())))
     if key not in _MADE:
         _MADE[key] = _random_model(name, dtype, seed, **kwargs)
     return copy.deepcopy(_MADE[key])
@@ -139,7 +139,7 @@ class ShiftedNorm(nn.RMSNorm):
 
 def answer_model(name: str = "llama", dtype: torch.dtype = torch.float64, **kwargs: Any) -> AnswerModel:
     """The same, wrapped; with tied embeddings by default."""
-    key = repr(("wrapped", name, dtype, sorted(kwargs.items())))
+    key = repr(("wrapped", name, dtype, torch.get_default_device(), sorted(kwargs.items())))
     if key not in _MADE:
         _MADE[key] = AnswerModel(random_model(name, dtype, **{"tie_word_embeddings": True, **kwargs}))
     return copy.deepcopy(_MADE[key])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.evaluation.metrics.rouge import words
+from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.reading import reading
 
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}
@@ -85,7 +86,7 @@ class ClassProbability(Percentage):
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Raises:
-        UserError: If it cannot be loaded, when texts are first added.
+        UserError: If it cannot be loaded or has no such class, when texts are first added.
 
     Example:
         >>> ClassProbability("owner/detector", class_id=0).classifier
@@ -96,8 +97,14 @@ class ClassProbability(Percentage):
         super().__init__(**kwargs)
         self.classifier, self.class_id, self.max_length = classifier, class_id, max_length
 
+    def check(self) -> None:
+        """Raise a UserError unless the classifier can be loaded and has the class."""
+        if self.class_id >= (n := classifier_of(self.classifier)[1].config.num_labels):
+            raise UserError("class_id", self.class_id, f"0 to {n - 1}, the classes of {self.classifier}")
+
     @torch.no_grad()
     def values(self, texts: Sequence[str]) -> Tensor:
+        self.check()
         tokenizer, model = classifier_of(self.classifier)
         model = model.to(self.device)
         options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": self.max_length}

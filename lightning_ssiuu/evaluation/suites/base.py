@@ -96,6 +96,7 @@ class Suite:
         optional: Figures that are measured where they are named alone.
         renders: Whether the benchmark says how its sets are asked; else they are asked as a run's are.
         only_scored: Sets that must not have been trained on (:func:`~lightning_ssiuu.datamodules.trained_on`).
+        forgotten: Sets that a reference must not have been trained on.
 
     Example:
         >>> from lightning_ssiuu import TOFU
@@ -113,6 +114,7 @@ class Suite:
     optional: Sequence[str] = field(default=())
     renders: bool = False
     only_scored: Sequence[str] = field(default=())
+    forgotten: Sequence[str] = field(default=())
 
     def classifying(self, classifier: str) -> Suite:
         """The suite with its figures that ask a classifier, which ask this one (directory or hub id)."""
@@ -138,13 +140,14 @@ class Suite:
         ``reference``: whether there is one; figures that need it are left out otherwise, unless they are named.
 
         Raises:
-            UserError: A name that the suite does not have.
+            UserError: A name that the suite does not have, or no name.
         """
         if names is None:
             names = [n for n, f in self.figures.items() if n not in self.optional]
             names = [n for n in names if reference or not self.figures[n].needs_reference]
         found: set[str] = set()
-        ahead = list(names)
+        if not (ahead := list(names)):
+            raise UserError("figures", [], f"null, or figures of the suite {self.name}: {', '.join(self.figures)}")
         while ahead:
             name = ahead.pop()
             if name not in self.figures:

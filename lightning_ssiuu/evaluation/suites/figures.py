@@ -14,7 +14,6 @@ import torch
 from lightning_ssiuu.evaluation.metrics.membership import membership_auc, privleak
 from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality
 from lightning_ssiuu.evaluation.suites.base import Entry, Figure, Log, Reading, Values, entry_of
-from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Added to denominators, as there.
 EPSILON = 1e-10
@@ -216,10 +215,7 @@ class MembershipByReference(Figure):
         own, theirs = log[self.loss], entry_of(reference, self.loss)
         above = []
         for of in ("forget", "holdout"):
-            here, there = _scores(own[of]), _scores(entry_of(theirs, of))
-            if len(here) != len(there):
-                raise UserError("reference", Given(f"a log of {len(there)} {of} examples"), f"one of {len(here)}")
-            above.append((here - there).tolist())
+            above.append((_scores(own[of]) - _scores(entry_of(theirs, of))).tolist())
         return _attack(*above)
 
 
@@ -278,7 +274,8 @@ def _attack(members: Sequence[float], others: Sequence[float]) -> Entry:
 
 
 def _scores(entry: Entry) -> torch.Tensor:
-    return torch.tensor([each["score"] for each in entry["value_by_index"].values()], dtype=torch.float64)
+    by_index = sorted(entry["value_by_index"].items(), key=lambda item: int(item[0]))
+    return torch.tensor([each["score"] for _, each in by_index], dtype=torch.float64)
 
 
 def _listed(value: Any) -> Sequence[float]:

@@ -11,9 +11,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
+from lightning_ssiuu.datamodules.chunks import Chunk
+from lightning_ssiuu.datamodules.splits import name_ids
 from lightning_ssiuu.evaluation.predictions import Predictions, grouped
 from lightning_ssiuu.evaluation.scorer import untouched
-from lightning_ssiuu.evaluation.scores import Score, find_score
+from lightning_ssiuu.evaluation.scores import Score, check_score, find_score
 from lightning_ssiuu.evaluation.signals import Signal, find_signal
 from lightning_ssiuu.evaluation.suites.base import Log, Reading, Suite, Values
 from lightning_ssiuu.models.answers import AnswerModel, Part
@@ -28,16 +30,42 @@ def suite_sets(data: UnlearningDataModule, readings: Iterable[Reading]) -> dict[
     """The sets that readings are about, by name; read once.
 
     Raises:
-        UserError: If the data lack a set, or the answers that are asked for.
+        UserError: If the data lack a set or the answers that are asked for, or an example has no text.
     """
     sets: dict[str, Sequence[QAExample]] = {}
     for reading in readings:
-        examples = sets.setdefault(reading.set, ()) or data.named_set(reading.set)
-        sets[reading.set] = examples
+        if reading.set not in sets:
+            sets[reading.set] = _checked(data.named_set(reading.set), reading.set)
+        examples = sets[reading.set]
         _, asked, name = reading.of.partition("/")
         if asked and any(not reading.answers(example) for example in examples):
             raise UserError("data", Given(f"examples without {name} answers in the set {reading.set}"), "data with all")
     return sets
+
+
+def check_readings(
+    data: UnlearningDataModule, sets: Mapping[str, Sequence[QAExample]], readings: Iterable[Reading]
+) -> None:
+    """Check what :func:`measure_suite` will ask and read, as far as it goes without the model.
+
+    Raises:
+        UserError: If an example is too long, or a score lacks what it needs, such as its classifier.
+    """
+    readings = list(readings)
+    for reading, kind in _kinds(readings).items():
+        if isinstance(kind, Score):
+            check_score(reading.score)
+    for group in _by_answers(readings).values():
+        asked, _, needs_options = _asked(sets[group[0].set], group)
+        data.encoder.encode(asked, needs_options)
+
+
+def _checked(examples: Sequence[QAExample], name: str) -> Sequence[QAExample]:
+    if not examples:
+        raise UserError("data", Given(f"no examples in the set {name}"), "at least one example")
+    if blank := [e.name for e in examples if e.blank and not isinstance(e, Chunk)]:  # a chunk may be a text alone
+        raise UserError("data", Given(f"blank question or answer in {name}, {name_ids(blank)}"), "non-empty text")
+    return examples
 
 
 def measure_suite(
@@ -59,10 +87,7 @@ def measure_suite(
         reference: The log of a model that did not see the forget set.
     """
     values: dict[Reading, Values] = {}
-    by_set: dict[str, list[Reading]] = {}
-    for reading in suite.readings(names):
-        by_set.setdefault(reading.of, []).append(reading)
-    for readings in by_set.values():
+    for readings in _by_answers(suite.readings(names)).values():
         values |= read(model, data, sets[readings[0].set], readings)
     log: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -74,9 +99,8 @@ def read(
     model: AnswerModel, data: UnlearningDataModule, examples: Sequence[QAExample], readings: Sequence[Reading]
 ) -> dict[Reading, Values]:
     """Values by example of readings about the same answers; a list for an example with a list of answers."""
-    kinds = {reading: find_signal(reading.score) or find_score(reading.score) for reading in readings}
-    needs_options = any(isinstance(kind, Score) and kind.needs is not None for kind in kinds.values())
-    asked, owners = _with_answers(examples, readings[0], needs_options)
+    kinds = _kinds(readings)
+    asked, owners, needs_options = _asked(examples, readings)
     serving = copy.copy(data)
     serving.multiple_choice = needs_options
     found: dict[Reading, dict[int, float]] = {reading: {} for reading in readings}
@@ -103,10 +127,25 @@ def read(
     return {reading: _by_owner(_joined(by_id), owners) for reading, by_id in found.items()}
 
 
-def _with_answers(
-    examples: Sequence[QAExample], reading: Reading, with_options: bool
-) -> tuple[list[QAExample], list[int | tuple[int, ...]]]:
-    # One example for each answer, numbered in order, and the numbers that belong to each example: one, or a list.
+def _by_answers(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
+    # Those that are about the same answers are read off one pass.
+    groups: dict[str, list[Reading]] = {}
+    for reading in readings:
+        groups.setdefault(reading.of, []).append(reading)
+    return groups
+
+
+def _kinds(readings: Iterable[Reading]) -> dict[Reading, Score | Signal]:
+    return {reading: find_signal(reading.score) or find_score(reading.score) for reading in readings}
+
+
+def _asked(
+    examples: Sequence[QAExample], readings: Sequence[Reading]
+) -> tuple[list[QAExample], list[int | tuple[int, ...]], bool]:
+    # One example for each answer, numbered in order; the numbers that belong to each example, one or a list; and
+    # whether they need options.
+    reading = readings[0]
+    with_options = any(isinstance(kind, Score) and kind.needs is not None for kind in _kinds(readings).values())
     asked: list[QAExample] = []
     owners: list[int | tuple[int, ...]] = []
     for example in examples:
@@ -117,7 +156,7 @@ def _with_answers(
         asked += [replace(plain, example_id=first + n, answer=answer) for n, answer in enumerate(listed)]
         several = answers is not None and not isinstance(answers, str)
         owners.append(tuple(range(first, len(asked))) if several else first)
-    return asked, owners
+    return asked, owners, with_options
 
 
 def _keep(found: dict[int, float], part: Part, kind: Score | Signal, predictions: Predictions) -> None:

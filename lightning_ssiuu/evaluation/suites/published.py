@@ -72,6 +72,7 @@ MUSE_SUITE = Suite(
     optional=("verbmem_f_stemmed", "knowmem_f_stemmed", "knowmem_r_stemmed"),
     renders=True,
     only_scored=("forget_qa", "retain_qa", "mia_holdout"),
+    forgotten=("mia_forget",),
 )
 
 WMDP_SUITE = Suite(
@@ -147,4 +148,5 @@ LUME_SUITE = Suite(
     },
     shown=("task_aggregate", "mia_score", *_LUME),
     renders=True,
+    only_scored=("nonmember",),
 )

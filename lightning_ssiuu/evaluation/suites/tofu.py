@@ -76,4 +76,6 @@ TOFU_SUITE = Suite(
         *_UTILITY,
     ),
     optional=("forget_Q_A_gibberish",),
+    only_scored=("holdout", "real_authors", "world_facts"),
+    forgotten=("forget",),
 )
