@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.evaluation.predictions import Predictions, grouped
-from lightning_ssiuu.evaluation.scores import SCORES, check_score
+from lightning_ssiuu.evaluation.scores import SCORES, find_score
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.loading import evaluation_mode
@@ -42,7 +42,7 @@ class Scorer:
         also: Sequence[str] = (),
     ) -> None:
         for name in [*(scores or []), *also]:
-            check_score(name)
+            find_score(name)
         self.model, self.tokenizer, self.scores, self.also = model, tokenizer, scores, also
         self._metrics: dict[str, dict[str, Metric]] = {}
         self._waiting: dict[str, list[Part]] = {}  # to be generated for
