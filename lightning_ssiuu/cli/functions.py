@@ -315,10 +315,10 @@ def meta_evaluate(knowing: Sequence[str], ignorant: Sequence[str], output: str |
         UserError: As the command.
 
     Example:
-        >>> meta_evaluate(["tiny"], ["tiny"], scores=["first_token"])  # a model against itself: nothing to tell
-        Meta-evaluation, %
-        score        faithfulness
-        first_token          50.0
+        >>> meta_evaluate(["tiny"], ["tiny"], scores=["first_token"])
+        Traceback (most recent call last):
+        ...
+        lightning_ssiuu.UserError: ignorant: got 'tiny', allowed: models that are not among the knowing ones
     """
     from lightning_ssiuu.cli.meta_evaluate import meta_evaluate as command
 
