@@ -45,9 +45,8 @@ def measure(
 ) -> Measured:
     """Run every attack that needs one model: ``data``'s forget set against ``others``, never trained on."""
     measured = Measured()
-    names = {"loss": "loss", "min_k": f"min_k(k={k})", "min_k_plus_plus": f"min_k_plus_plus(k={k})", "zlib": "zlib"}
-    signals = {name: signal_of(signal) for name, signal in ({"gradient_norm": "gradient_norm"} | names).items()}
-    signals = {name: signal for name, signal in signals.items() if gradient_norm or not signal.gradient}
+    names = ["gradient_norm"] * gradient_norm + ["loss", f"min_k(k={k})", f"min_k_plus_plus(k={k})", "zlib"]
+    signals = {name.partition("(")[0]: signal_of(name) for name in names}
     device = next(model.parameters()).device
     ratios = []
     for name, loader in zip(_SETS, (data.eval_dataloader("forget"), data.eval_dataloader("test", others)), strict=True):
@@ -55,7 +54,6 @@ def measure(
         with untouched(model):
             for batch in progress(loader, "membership"):
                 predictions = Predictions(model, data.tokenizer, move_data_to_device(batch[name], device))
-                scores = {}
                 with torch.set_grad_enabled(gradient_norm):
                     answers = predictions.answers
                 scores = {attack: signal.values(predictions).detach() for attack, signal in signals.items()}

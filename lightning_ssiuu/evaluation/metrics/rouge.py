@@ -66,7 +66,7 @@ def rouge_l_recall(prediction: str, reference: str) -> float:
     :func:`words` are compared, without stemming; a text without any scores 0. Lin (2004), "ROUGE: A Package for
     Automatic Evaluation of Summaries".
     """
-    return _rouge(prediction, reference, "rougeL_recall", use_stemmer=False, normalizer=str, tokenizer=words)
+    return rouge(prediction, reference, "rougeL_recall", use_stemmer=False, normalizer=str, tokenizer=words)
 
 
 def rouge_l_f1(prediction: str, reference: str) -> float:
@@ -76,7 +76,7 @@ def rouge_l_f1(prediction: str, reference: str) -> float:
         >>> rouge_l_f1("the cat sat on a mat", "the cat sat")
         0.6666666865348816
     """
-    return _rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=False, normalizer=str, tokenizer=words)
+    return rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=False, normalizer=str, tokenizer=words)
 
 
 def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
@@ -85,12 +85,12 @@ def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
     As the package ``rouge_score`` with ``use_stemmer=True``: words are runs of ``a–z0–9`` after lowercasing, those of
     more than three letters stemmed (Porter, with NLTK's changes). Needs nltk.
     """
-    return _rouge(prediction, reference, "rougeL_recall", use_stemmer=True)
+    return rouge(prediction, reference, "rougeL_recall", use_stemmer=True)
 
 
 def rouge_l_f1_stemmed(prediction: str, reference: str) -> float:
     """The F-measure beside :func:`rouge_l_recall_stemmed`, as open-unlearning (arXiv 2506.12618) takes it for MUSE."""
-    return _rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=True)
+    return rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=True)
 
 
 #: By name of the score.
@@ -102,7 +102,8 @@ ROUGE: dict[str, Callable[[str, str], float]] = {
 }
 
 
-def _rouge(prediction: str, reference: str, figure: str, **options: Any) -> float:
+def rouge(prediction: str, reference: str, figure: str, **options: Any) -> float:
+    """One figure of torchmetrics' ``rouge_score``, such as ``rougeL_recall``, in [0, 1], with its options."""
     from torchmetrics.functional.text import rouge_score  # with it come all of torchmetrics, scipy and matplotlib
 
     return float(rouge_score(prediction, reference, rouge_keys="rougeL", **options)[figure])

@@ -132,9 +132,8 @@ class TruthRatio(_OfOptions):
         ratios = {}
         for index, right, wrong in self._pairs(log, "avg_loss"):
             true, false = math.exp(-_mean(right)), math.exp(-_mean(wrong))
-            ratios[index] = (true if self.aggregate == "prob_mean" else false) / (
-                true + (false if self.aggregate == "prob_mean" else 0.0) + EPSILON
-            )
+            share = true / (true + false + EPSILON)
+            ratios[index] = share if self.aggregate == "prob_mean" else false / (true + EPSILON)
         worth = mean(map(WORTH[self.aggregate], ratios.values()))
         return {"agg_value": worth, "value_by_index": {n: {"score": v} for n, v in ratios.items()}}
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ssiuu.evaluation.metrics.base import Percentage
+from lightning_ssiuu.evaluation.metrics.rouge import rouge
 from lightning_ssiuu.evaluation.scores import Score
 
 #: A text and the true one, to a fraction.
@@ -58,11 +59,9 @@ def rouge_l(figure: str, stemmed: bool, stops: Sequence[str] = ()) -> Compare:
     """
 
     def compare(text: str, true: str) -> float:
-        from torchmetrics.functional.text import rouge_score  # with it come scipy and matplotlib
-
         for stop in stops:
             text = text.split(stop)[0]
-        return float(rouge_score(text, true, rouge_keys="rougeL", use_stemmer=stemmed)[f"rougeL_{figure}"])
+        return rouge(text, true, f"rougeL_{figure}", use_stemmer=stemmed)
 
     return compare
 
