@@ -1,0 +1,80 @@
+"""A real browser, where there is one: Chromium with its driver."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+SIZES = {"phone": (375, 812), "desktop": (1280, 900)}
+
+
+def no_browser() -> str | None:
+    """Why there is none, for ``pytest.skip`` in the test's own file; None: there is one."""
+    if find_spec("selenium") is None:
+        return "no selenium: it is in the extra [test]"
+    return None if _program() and shutil.which("chromedriver") else "no browser: Chromium with its driver"
+
+
+def _program() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextmanager
+def open_browser() -> Iterator[Any]:
+    """A browser without a window."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = _program()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield started
+    finally:
+        started.quit()
+
+
+def show(browser: Any, page: Path, size: str, scheme: str) -> None:
+    """Open a page in a window of one of the sizes, in light or dark."""
+    width, height = SIZES[size]
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``rgb(r, g, b)``, by WCAG 2."""
+    parts = [int(part) / 255 for part in colour.strip("rgba()").split(",")[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+_CONTRASTS = """
+return [...document.querySelector(arguments[0])
+    .querySelectorAll('p, td, th, dt, dd, li, h1, h2, h3, .says, .badge, figcaption, a, svg text')]
+  .map(one => {
+    let behind = one;
+    while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+    const style = getComputedStyle(one);
+    return [one.tagName === 'text' ? style.fill : style.color, getComputedStyle(behind).backgroundColor];
+  });
+"""
+
+
+def contrasts(browser: Any, inside: str) -> dict[tuple[str, str], float]:
+    """Contrast of every text colour on the one behind it, by WCAG 2: 21 is black on white."""
+    pairs = {tuple(pair) for pair in browser.execute_script(_CONTRASTS, inside)}
+    found = {}
+    for pair in pairs:
+        low, high = sorted(map(luminance, pair))
+        found[pair] = (high + 0.05) / (low + 0.05)
+    return found
