@@ -34,6 +34,8 @@ ROOMS = {
 }
 #: The sections of a configuration that are classes of any name: which page lists them.
 ANY_CLASS = {"model": "objectives.md", "data": "datamodules.md", "attack": "attacks.md"}
+_CONFIG = "A YAML file with these options, or a recipe's name; may be given several times."
+_STATUSES = "Exit statuses](../how-to/runs.md#exit-statuses)"
 
 
 class Docstrings(Extension):
@@ -87,10 +89,9 @@ def _files() -> str:
 def _commands() -> str:
     text = [
         "# Commands\n",
-        "`lightning-ssiuu COMMAND --help` prints the same. Every command that has an option `data`,",
+        "`lightning-ssiuu COMMAND --help` prints the same. An option that takes a class is followed",
     ]
-    text += ["`attack` or `model` of a class takes the class's own options after it: `--attack.p`, "]
-    text += ["`--data.init_args.batch_size`. [Exit statuses](../how-to/runs.md#exit-statuses).\n"]
+    text += ["by the class's own: `--attack.p`, `--data.init_args.batch_size`.", f"[{_STATUSES}.\n"]
     for name, (module, said) in _COMMANDS.items():
         text += [f"## {name}\n", f"{said[0].upper()}{said[1:]}.\n"]
         text += [f"```\nlightning-ssiuu {name} {_EXAMPLES.get(name, '')}".rstrip() + "\n```\n"]
@@ -107,7 +108,7 @@ def _commands() -> str:
 
 def _sections(tree: ast.Module, command: str) -> Iterator[tuple[str, str]]:
     """The sections of a configuration, and what stands beside them."""
-    yield "`--config`", "A YAML file or a recipe's name; may be given several times."
+    yield "`--config`", _CONFIG
     for section, said in {"model": "An objective", "data": "A data module"}.items():
         yield f"`--{section}`", f"{said}: its class, and `--{section}.init_args.*` ([classes]({ANY_CLASS[section]}))."
     yield "`--trainer.*`", "Lightning's Trainer."
@@ -126,19 +127,20 @@ def _sections(tree: ast.Module, command: str) -> Iterator[tuple[str, str]]:
 
 def _parameters(module: str, function: str) -> Iterator[tuple[str, str, str]]:
     """The options of a command that is a function: its parameters."""
+    yield "`--config`", "", _CONFIG
     for option, default, text, kind in _documented(module, function, kinds=True):
         if kind.startswith("Devices"):
-            yield from (
-                (f"`--{one}`", d, said) for one, d, said in _documented("lightning_ssiuu.training.devices", "Devices")
-            )
+            yield from _options("--", "lightning_ssiuu.training.devices", "Devices")
             continue
         page = ANY_CLASS.get(option) if "DataModule" in kind or kind.startswith("Attack") else None
         yield f"`--{option}`", default, text + (f" [Classes]({page})." if page else "")
         if option == "probe":
-            yield from (
-                (f"`--probe.{one}`", d, said)
-                for one, d, said in _documented("lightning_ssiuu.reports.audit.evidence", "RelearningProbe")
-            )
+            yield from _options("--probe.", "lightning_ssiuu.reports.audit.evidence", "RelearningProbe")
+
+
+def _options(prefix: str, module: str, kind: str) -> Iterator[tuple[str, str, str]]:
+    for option, default, text in _documented(module, kind):
+        yield f"`{prefix}{option}`", default, text
 
 
 def _documented(module: str, name: str, kinds: bool = False) -> Iterator[tuple[str, ...]]:

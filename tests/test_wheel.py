@@ -24,16 +24,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 QUICKER = {
     "fit": _QUICK,
     "oracle": ("--steps", "1"),
-    "audit": (
-        "--probe_examples",
-        "4",
-        "--scores",
-        "[first_token]",
-        "--score",
-        "first_token",
-        "--relearning_probe",
-        "false",
-    ),
+    "audit": ("--probe_examples", "4", "--scores", "[first_token]", "--score", "first_token"),
 }
 ATTACK = [
     *("attack", "--config", "mine.yaml", "--model", "runs/erase/model", "--control", "none"),

@@ -45,7 +45,7 @@ JSON_FILES = {
             "score": "the score that `stopping` looks at",
             "collapsed": "whether the retain score fell to chance; null where no chance is known",
             "retain_chance": "that level, percent, or null",
-            "before": f"`forget_score`, `retain_score`, `test_score` (percent), `scores` {_SCORES}, `influence` (zeros)",
+            "before": f"`forget_score`, `retain_score`, `test_score` (percent), `scores` {_SCORES}, `influence` (0)",
             "after": "the same after the run; `influence`: D⁺, D⁻ and flagged neurons; `elicited` {score: percent} "
             "where an adversary was asked",
             "provenance": _PROVENANCE,
@@ -54,8 +54,8 @@ JSON_FILES = {
     "attack.json": JsonFile(
         "`attack`, which puts every attack on a model into one file",
         {
-            "attacks": "rows, one for each attack and p or variant: `attack`, `kind`, `p`, `variant`, `score`, the scores "
-            "of `unlearned` and, where given, `oracle` or `control`, and the `gap` (percent: `mean`, `std`, `per_seed`)",
+            "attacks": "a row for each attack and p or variant: `attack`, `kind`, `p`, `variant`, `score`, the scores "
+            "of `unlearned` and, where given, `oracle` or `control`, and the `gap` (`mean`, `std`, `per_seed`)",
             "curves": "of attacks that train: scores by epoch, for each model, p, seed, learning rate and attacker",
             "outcomes": "of the others: the score before and under attack, for each model and variant",
             "settings": "by attack: its options and `provenance`",
@@ -145,7 +145,7 @@ JSON_FILES = {
             "reference": "`model`, `log` or null: what figures were compared with",
             "n_items": "{set: items}",
             "sets_sha256": "{set: digest of its examples}",
-            "log": "the file beside it with values by example (`TOFU_EVAL.json` and the like, open-unlearning's format)",
+            "log": "the file beside it with values by example (`TOFU_EVAL.json` …; open-unlearning's format)",
             "provenance": _PROVENANCE,
         },
     ),
