@@ -94,7 +94,7 @@ def _commands() -> str:
     text += ["by the class's own: `--attack.p`, `--data.init_args.batch_size`.", f"[{_STATUSES}.\n"]
     for name, (module, said) in _COMMANDS.items():
         text += [f"## {name}\n", f"{said[0].upper()}{said[1:]}.\n"]
-        text += [f"```\nlightning-ssiuu {name} {_EXAMPLES.get(name, '')}".rstrip() + "\n```\n"]
+        text += [f"```\nlightning-ssiuu {name} {_EXAMPLES[name]}\n```\n"] if name in _EXAMPLES else []
         tree = _tree(module)
         if module.endswith(".fit"):
             text += _table(("option", "what it is"), [*_sections(tree, name)])

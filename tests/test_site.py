@@ -8,20 +8,24 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import pytest
 import yaml
-from toys.browser import SIZES, contrasts, no_browser, open_browser, show
+from toys.browser import SIZES, contrasts, no_browser, open_browser, requests, show
 from toys.cli import RECIPES, ROOT, default_run
+from toys.json_files import undocumented
 
 import lightning_ssiuu
 from lightning_ssiuu.__main__ import _COMMANDS
-from lightning_ssiuu.evaluation.json_files import JSON_FILES, undocumented
+from lightning_ssiuu.evaluation.json_files import JSON_FILES
 from lightning_ssiuu.evaluation.results import _RESULTS
 
 DOCS = ROOT / "docs"
@@ -173,12 +177,10 @@ def test_reference_has_every_json_file(site: Path) -> None:
 
 def test_table_of_json_files_is_what_fit_writes() -> None:
     """Of ``erase``, ``attack``, ``audit``, ``certify``: tests/test_wheel.py; of the others their own tests."""
-    folder, _ = default_run()
-    assert (folder / "metrics.json").is_file()
-    assert not list(undocumented(folder))
+    assert not undocumented(default_run()[0])
 
 
-MAIN = ("index", "how-to/audit", "reference/commands", "evidence/results")
+MAIN = ("index", "how-to/audit", "how-to/extending", "reference/commands", "evidence/results")
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +191,39 @@ def browser() -> Iterator[Any]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """Where the site is served, as a search needs it."""
+    handler = partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_pages_in_a_browser(browser: Any, site: Path, size: str, scheme: str) -> None:
+def test_pages_in_a_browser(browser: Any, address: str, size: str, scheme: str) -> None:
     for name in MAIN:
-        page = site / f"{name}.html"
-        show(browser, page, size, scheme)
+        browser.get_log("performance")  # of the page before
+        show(browser, f"{address}/{name}.html", size, scheme)
         needed, visible = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert needed <= visible == SIZES[size][0], name
         found = contrasts(browser, ".md-content")
         assert min(found.values()) >= 4.5, (name, found)
+        assert all(url.startswith(address) for url in requests(browser)), name
+
+
+def test_search_finds(browser: Any, address: str) -> None:
+    show(browser, f"{address}/index.html?q=UnlearningDepth", "desktop", "light")
+    found = "return [...document.querySelectorAll('.md-search-result__link')].map(one => one.pathname)"
+    for _ in range(100):
+        if links := browser.execute_script(found):
+            break
+        browser.execute_async_script("setTimeout(arguments[0], 100)")
+    assert "/reference/attacks.html" in links

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from toys.cli import FAST, RECIPES, ROOT, attacking, files
 from toys.docs import PAGES, blocks_of, shown_commands
-
-from lightning_ssiuu.evaluation.json_files import undocumented
+from toys.json_files import undocumented
 
 _SOURCES = ("lightning_ssiuu", "recipes", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 _QUICK = (*FAST, "--trainer.max_steps", "2", "--attribution.write", "false", "--stopping.threshold", "null")
@@ -136,7 +135,7 @@ def test_the_walk_of_a_deletion_request(place: Path, tmp_path: Path) -> None:
     assert certificate["verdict"]["label"] == "hidden"
     assert certificate["forget"]["ids"] == ["C01", "C02", "C03", "C04"]
     assert {path.name for path in tmp_path.iterdir()} == {"customers.csv", "delete.txt", "runs"}
-    assert not list(undocumented(tmp_path / "runs"))  # metrics, attack, audit, erase and certificate
+    assert not undocumented(tmp_path / "runs")  # metrics, attack, audit, erase and certificate
 
 
 def test_the_walk_of_a_researcher(place: Path, tmp_path: Path) -> None:

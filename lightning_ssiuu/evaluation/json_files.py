@@ -5,10 +5,8 @@ The reference is made from this table (docs/hooks.py), and tests hold it against
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 _VERSION = "the package's version, in `provenance.versions`"
 _PROVENANCE = (
@@ -162,22 +160,3 @@ JSON_FILES = {
         },
     ),
 }
-
-
-def undocumented(folder: Path) -> Iterator[str]:
-    """What JSON files below a directory have that the table has not, or lack that it promises, a line for each.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "utility.json").write_text('{"tasks": {}, "mood": 1}')
-        >>> list(undocumented(folder))[:2]
-        ['utility.json: mood is not in the table', 'utility.json: n_items is missing']
-    """
-    for name, known in JSON_FILES.items():
-        for path in sorted(folder.rglob(name)):
-            found = set(json.loads(path.read_text(encoding="utf-8")))
-            for one in sorted(found - {*known.fields, *known.sometimes}):
-                yield f"{name}: {one} is not in the table"
-            for one in sorted(set(known.fields) - found):
-                yield f"{name}: {one} is missing"

@@ -14,11 +14,11 @@ import torch
 from toys import published
 from toys.cli import BARE, RECIPES, command, fit, read_json, write_rows
 from toys.data import CHAT
+from toys.json_files import undocumented
 from toys.models import answer_model
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules import LUME, MUSE, RWKU, WMDP, KnowUnDo, UnlearningDataModule, WMDPDeduped
-from lightning_ssiuu.evaluation.json_files import undocumented
 from lightning_ssiuu.evaluation.suites import SUITES
 from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
 from lightning_ssiuu.evaluation.suites.texts import exact_match, rouge_l, word_recall
@@ -293,7 +293,7 @@ def test_items_that_were_trained_on_are_not_scored(tmp_path: Path) -> None:
     result = command("evaluate", "--suite", "knowundo", "--model", tmp_path / "run" / "model", "--path", folder)
     assert result.status == 0, result.err
     content = read_json(tmp_path / "run" / "evaluate.json")
-    assert not list(undocumented(tmp_path))
+    assert not undocumented(tmp_path)
     assert content["n_items"] == {"unlearn_val": 2, "retention_val": 2}
     assert content["figures"]["unlearn_success"] == 100 - content["figures"]["unlearn_accuracy"]
     assert "SECRET" not in (tmp_path / "run" / "KNOWUNDO_EVAL.json").read_text()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from toys.cli import command, read_json
 from toys.data import Toy
+from toys.json_files import undocumented
 
 from lightning_ssiuu import Facts
 from lightning_ssiuu.datamodules import WorldFacts
 from lightning_ssiuu.datamodules.embedded import FACTS
-from lightning_ssiuu.evaluation.json_files import undocumented
 from lightning_ssiuu.evaluation.lm_eval import PAPER
 from lightning_ssiuu.evaluation.utility import seen_questions, suite_of, suite_tasks
 from lightning_ssiuu.models.export import save_pretrained
@@ -55,7 +55,7 @@ def test_embedded_suite_equals_a_loop(damaged: str, tmp_path: Path) -> None:
     result = command("utility", "--model", damaged, "--output", tmp_path, "--batch_size", "5")
     assert result.status == 0, result.err
     content = read_json(tmp_path / "utility.json")
-    assert not list(undocumented(tmp_path))
+    assert not undocumented(tmp_path)
     expected = by_hand(damaged)
     assert len(set(expected.values())) > 2
     assert content["tasks"] == pytest.approx(expected)

@@ -7,14 +7,13 @@ a directory, which gets a PNG of each.
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from toys.browser import SIZES, contrasts, luminance, no_browser, open_browser, show
+from toys.browser import SIZES, contrasts, luminance, no_browser, open_browser, requests, show
 from toys.leaderboard import board_page
 from toys.reports import report, report_without_oracle
 
@@ -42,19 +41,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return written
 
 
-def requests(browser: Any) -> set[str]:
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return {url for url in sent if not url.startswith("data:")}
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["plain", "hostile", "leaderboard"])
 def test_page(browser: Any, pages: dict[str, Path], name: str, size: str, scheme: str) -> None:
     for log in ("browser", "performance"):
         browser.get_log(log)  # of the page before
-    show(browser, pages[name], size, scheme)
+    show(browser, pages[name].as_uri(), size, scheme)
     assert requests(browser) == {pages[name].as_uri()}
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.hacked") is None
@@ -80,7 +73,7 @@ return [...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth >
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["plain", "alone", "control"])
 def test_no_table_is_cut(browser: Any, pages: dict[str, Path], name: str, size: str) -> None:
-    show(browser, pages[name], size, "light")
+    show(browser, pages[name].as_uri(), size, "light")
     cut = browser.execute_script(CUT)
     assert "Table of attacks" not in cut
     assert size == "phone" or cut == []  # on a phone the widest ones scroll in a box of their own
@@ -88,7 +81,7 @@ def test_no_table_is_cut(browser: Any, pages: dict[str, Path], name: str, size: 
 
 def test_print(browser: Any, pages: dict[str, Path]) -> None:
     """Printed on A4 from a dark screen: on white paper, with no table cut off at the edge."""
-    show(browser, pages["plain"], "desktop", "dark")
+    show(browser, pages["plain"].as_uri(), "desktop", "dark")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     metrics = {"width": 718, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
