@@ -115,7 +115,7 @@ def _sections(tree: ast.Module, command: str) -> Iterator[tuple[str, str]]:
     yield "`--seed_everything`", "The seed of the run (0)."
     yield "`--ckpt_path`", "A checkpoint to go on from; `last`, `hpc` or a path."
     for call in _calls(_function(tree, "add_arguments_to_parser")):
-        if call.func.attr in ("add_lightning_class_args", "add_class_arguments"):  # type: ignore[attr-defined]
+        if call.func.attr in ("add_lightning_class_args", "add_class_arguments"):
             kind, section = ast.unparse(call.args[0]), ast.literal_eval(call.args[1])
             module = next(iter(_imported(tree, kind)))
             for option, _, text in _documented(module, kind):
@@ -184,7 +184,7 @@ def _spelled_out(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             known.setdefault(f"{node.targets[0].id} {node.lineno}", ast.unparse(node.value))
     for call in _calls(function):
-        if call.func.attr == "add_argument":  # type: ignore[attr-defined]
+        if call.func.attr == "add_argument":
             (value,) = (keyword.value for keyword in call.keywords if keyword.arg == "help")
             if isinstance(value, ast.Name):  # the assignment before
                 lines = [key for key in known if key.split()[0] == value.id and int(key.split()[1]) < call.lineno]

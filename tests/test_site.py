@@ -19,7 +19,7 @@ from typing import Any
 import jsonargparse
 import pytest
 import yaml
-from toys.browser import SIZES, contrasts, no_browser, open_browser, requests, show
+from toys.browser import SIZES, contrasts, needs_browser, requests, show
 from toys.cli import RECIPES, ROOT, default_run
 from toys.json_files import undocumented
 
@@ -184,14 +184,6 @@ MAIN = ("index", "how-to/audit", "how-to/extending", "reference/commands", "evid
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if missing := no_browser():
-        pytest.skip(missing)
-    with open_browser() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
     """Where the site is served, as a search needs it."""
     handler = partial(Quiet, directory=str(site))
@@ -206,6 +198,7 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_pages_in_a_browser(browser: Any, address: str, size: str, scheme: str) -> None:
@@ -219,6 +212,7 @@ def test_pages_in_a_browser(browser: Any, address: str, size: str, scheme: str) 
         assert all(url.startswith(address) for url in requests(browser)), name
 
 
+@needs_browser
 def test_search_finds(browser: Any, address: str) -> None:
     show(browser, f"{address}/index.html?q=UnlearningDepth", "desktop", "light")
     found = "return [...document.querySelectorAll('.md-search-result__link')].map(one => one.pathname)"

@@ -58,11 +58,12 @@ JSON_FILES = {
             "outcomes": "of the others: the score before and under attack, for each model and variant",
             "settings": "by attack: its options and `provenance`",
         },
+        schema="the package's version, in `settings.ATTACK.provenance.versions`; earlier ones are read, too",
     ),
     "audit.json": JsonFile(
         "`audit`",
         {
-            "verdict": "`label`, `sentence`, `uncertainty`, `grounds`, `share_fallen` and more: all that the page says",
+            "verdict": "`label`, `sentence`, `grounds`, `uncertainty`, `collapsed`, `oracle_retains`",
             "scores": "{model: {split: {score: percent}}}",
             "influence": "by changed model: D⁺ and D⁻, all and the 100 largest, and the number of flagged neurons",
             "flagged": "the first flagged neurons: where they are and what they carry",
@@ -107,13 +108,14 @@ JSON_FILES = {
         "`erase`",
         {
             "asked": "what the command was asked for; data as digests",
-            "known": "items, template, what the model knows of them and by chance, percent",
+            "known": "items, template, what the model knows of them and by chance (percent)",
             "trials": "each setting that was tried, with its scores",
             "seconds": "by step: how long each took",
             "verdict": "the label of the verdict",
             "sentence": "the verdict in words",
         },
         {"chosen": "the trial that was taken"},
+        schema="none of its own: `erase` alone reads it, to go on",
     ),
     "utility.json": JsonFile(
         "`utility`",
@@ -133,6 +135,11 @@ JSON_FILES = {
             "n_nonmembers": "others",
             "nonmembers": "`test`, or `given`",
             "provenance": _PROVENANCE,
+        },
+        {
+            "reference_auc": "with `--oracle`: AUC of the reference attack, percent",
+            "privleak": "with `--oracle`: {attack: how far the AUC is from the oracle's, percent, with its sign}",
+            "forget_quality": "with `--oracle`: p-value of truth ratios, or null without distractors",
         },
     ),
     "evaluate.json": JsonFile(

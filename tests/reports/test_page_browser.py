@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from toys.browser import SIZES, contrasts, luminance, no_browser, open_browser, requests, show
+from toys.browser import SIZES, contrasts, luminance, needs_browser, requests, show
 from toys.leaderboard import board_page
 from toys.reports import report, report_without_oracle
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if missing := no_browser():
-        pytest.skip(missing)
-    with open_browser() as started:
-        yield started
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,25 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SIZES = {"phone": (375, 812), "desktop": (1280, 900)}
 
 
-def no_browser() -> str | None:
-    """Why there is none, for ``pytest.skip`` in the test's own file; None: there is one."""
-    if find_spec("selenium") is None:
-        return "no selenium: it is in the extra [test]"
-    return None if _program() and shutil.which("chromedriver") else "no browser: Chromium with its driver"
-
-
 def _program() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+_MISSING = (
+    "no selenium: it is in the extra [test]"
+    if find_spec("selenium") is None
+    else "no browser: Chromium with its driver"
+    if _program() is None or shutil.which("chromedriver") is None
+    else None
+)
+#: For the tests themselves, whose file .ci/run looks for among those that were skipped.
+needs_browser = pytest.mark.skipif(_MISSING is not None, reason=_MISSING or "")
 
 
 @contextmanager
