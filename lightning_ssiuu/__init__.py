@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> where it lives. Names are imported on first use: the command line must answer before torch is loaded.
+# Public name -> where it lives, here and for type checkers below. Names are imported on first use: the command line must
+# answer before torch is loaded.
 _EXPORTS = {
     "Ablation": "attacks",
     "AdversarialUnlearning": "objectives.adversarial_unlearning",
