@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> where it lives, here and for type checkers below. Names are imported on first use: the command line must
+# Public name -> where it lives; again for type checkers below. Names are imported on first use: the command line must
 # answer before torch is loaded.
 _EXPORTS = {
     "Ablation": "attacks",
