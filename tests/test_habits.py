@@ -60,7 +60,7 @@ def test_hooks_are_the_lints_of_ci() -> None:
 def test_workflows_run_what_everybody_can_run() -> None:
     runs = {name: [step["run"] for step in steps(name) if "run" in step] for name in ("tests", "docs", "release")}
     assert runs == {
-        "tests": [".ci/run", ".ci/bounds ${{ matrix.versions }}"],
+        "tests": [".ci/run", "pip install uv", ".ci/bounds ${{ matrix.versions }}"],
         "docs": ['pip install -c constraints.txt -e ".[docs]"', "mkdocs build --strict"],
         "release": ["pip install build twine", "python -m build", "twine check --strict dist/*"],
     }
