@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from toys.cli import DRAWN, RECIPES, ROOT, command
-from toys.docs import PAGES, WALKS, blocks_of, shown_commands
+from toys.docs import PAGES, ROOT_PAGES, WALKS, blocks_of, shown_commands
 
 import lightning_ssiuu
 from lightning_ssiuu.cli.fit import UnlearningCLI
@@ -120,10 +120,11 @@ def test_recipes_named_in_commands_exist(marker: str | None, text: str) -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_links_of_the_readme() -> None:
-    """Those between pages are looked at where the site is built (tests/test_site.py)."""
-    for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert "://" in target or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ROOT_PAGES, ids=lambda page: page.name)
+def test_links_of_pages_outside_the_site(page: Path) -> None:
+    """Those of docs/ are looked at where the site is built (tests/test_site.py)."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name", PUBLIC)
