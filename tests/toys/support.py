@@ -1,4 +1,4 @@
-"""Which objective refuses which option, and the columns of docs/reference/features.md, which running this file writes anew."""
+"""Which objective refuses which option, and the columns of docs/reference/features.md, which this file writes anew."""
 
 from __future__ import annotations
 
