@@ -120,6 +120,12 @@ def test_recipes_named_in_commands_exist(marker: str | None, text: str) -> None:
         assert (ROOT / name).is_file(), name
 
 
+def test_marks_are_known() -> None:
+    """A misspelt one would leave out a block in silence; what each means is in docs/contributing/index.md."""
+    used = {block.marker for page in PAGES for block in blocks_of(page)} - {None}
+    assert used <= {"run", "not-run", "main-job", "test-command", *WALKS}
+
+
 @pytest.mark.parametrize("page", ROOT_PAGES, ids=lambda page: page.name)
 def test_links_of_pages_outside_the_site(page: Path) -> None:
     """Those of docs/ are looked at where the site is built (tests/test_site.py)."""
