@@ -17,6 +17,7 @@ _COMMANDS = {
     "audit": ("lightning_ssiuu.cli.audit", "erased or hidden? compare a model before and after unlearning"),
     "certify": ("lightning_ssiuu.cli.certify", "a certificate of an audited run, to print and to hand out"),
     "verify": ("lightning_ssiuu.cli.verify", "is this the model of a certificate? are these rows among the forgotten?"),
+    "publish": ("lightning_ssiuu.cli.publish", "push a run's model to the Hugging Face hub, with a model card"),
     "utility": ("lightning_ssiuu.cli.utility", "what a model can do besides: embedded items, or lm-eval's tasks"),
     "evaluate": ("lightning_ssiuu.cli.evaluate", "a benchmark by its own protocol: evaluate --suite tofu"),
     "privacy": ("lightning_ssiuu.cli.privacy", "membership inference and forget quality, beside an oracle"),
