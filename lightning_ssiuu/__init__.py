@@ -72,6 +72,7 @@ _EXPORTS = {
     "PDU": "objectives.pdu",
     "Prefill": "attacks",
     "privacy": "cli.functions",
+    "publish": "cli.publish",
     "Quantization": "attacks",
     "Regularizer": "regularizers",
     "RelearnDataModule": "datamodules",

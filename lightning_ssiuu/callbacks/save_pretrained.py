@@ -90,6 +90,10 @@ class SavePretrained(L.Callback):
             return
         root = Path(run_directory(trainer))
         model = root / (self.folder if self.merged else f"{self.folder}{ADAPTER_END}")
-        content = publication(root, model, Subject(self.push_to_hub))
-        push("saving.push_to_hub", self.push_to_hub, content, self.private)
+        try:
+            content = publication(root, model, Subject(self.push_to_hub), checkpoint=pl_module.checkpoint)
+            push("saving.push_to_hub", self.push_to_hub, content, self.private)
+        except UserError as error:
+            later = f"the run is complete: lightning-ssiuu publish {root} --to {self.push_to_hub}"
+            raise UserError("saving.push_to_hub", self.push_to_hub, f"{error.allowed}; {later}") from error
         print(f"Pushed to {self.push_to_hub}: {', '.join(content.files)}")

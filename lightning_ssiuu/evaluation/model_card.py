@@ -43,10 +43,10 @@ class Base:
         revision: Of a hub id.
 
     Example:
-        >>> base_of_run({"model": {"init_args": {"checkpoint": "runs/mine/model"}}})
+        >>> base_of("runs/mine/model")
         Base(name=None, revision=None)
-        >>> base_of_run({"model": {"init_args": {"checkpoint": "tiny"}}}).hub_id is None
-        True
+        >>> Base("org/model", "v1").checkpoint
+        'org/model@v1'
     """
 
     name: str | None = None
@@ -63,18 +63,13 @@ class Base:
         return None if self.name is None or self.name == "tiny" or self.name.startswith("package:") else self.name
 
 
-def base_of_run(config: Mapping[str, Any], given: str | None = None) -> Base:
-    """The base of a run by its ``config.yaml``: only a name that means the same to everybody.
+def base_of(checkpoint: Any, revision: str | None = None) -> Base:
+    """The base of a model by the checkpoint it was trained from: only a name that means the same to everybody.
 
     A relative path looks like a hub id. So one counts only with its configuration in the hub's cache, where loading it
-    has put that, or as ``given`` (perhaps with ``@REVISION``).
+    has put that.
     """
-    if given is not None:
-        own, _, tag = given.partition("@")
-        return Base(own, tag or None)
-    options = (config.get("model") or {}).get("init_args") or {}
-    checkpoint = options.get("checkpoint")
-    if not isinstance(checkpoint, str):
+    if not isinstance(checkpoint, str) or not checkpoint:
         return Base()
     if checkpoint == "tiny" or checkpoint.startswith("package:"):
         return Base(checkpoint)
@@ -82,7 +77,7 @@ def base_of_run(config: Mapping[str, Any], given: str | None = None) -> Base:
         name, of_name = hub_options(checkpoint)
     except UserError:  # a path that leads nowhere from here
         return Base()
-    revision = of_name.get("revision") or options.get("revision")
+    revision = of_name.get("revision") or revision
     if Path(name).exists() or not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return Base()
     return Base(name, revision)
@@ -127,7 +122,7 @@ def model_card(findings: Findings, subject: Subject) -> str:
         "subject": subject,
         "verdict": verdict.get("sentence") or _NOT_AUDITED,
         "uncertainty": verdict.get("uncertainty"),
-        "objective": metrics.get("objective"),
+        **{name: metrics.get(name) for name in ("objective", "steps", "collapsed")},
         "scores": _score_rows(metrics),
         "attacks": [_attack_row(row, findings) for row in _in_order(findings.attacks)],
         "not_tried": [name.replace("_", " ") for name in ATTACKS if name not in kinds],

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lightning_ssiuu.evaluation.findings import findings_of, is_place
-from lightning_ssiuu.evaluation.model_card import Base, Subject, base_of_run, model_card
+from lightning_ssiuu.evaluation.model_card import Base, Subject, base_of, model_card
 from lightning_ssiuu.models.adapter_directory import CONFIG, is_adapter_directory
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space, written_atomically
@@ -107,14 +107,17 @@ def check_hub(argument: str, name: str, private: bool = True, overwrite: bool = 
     return held
 
 
-def publication(run: Path, model: Path, subject: Subject, base_model: str | None = None) -> Publication:
+def publication(
+    run: Path, model: Path, subject: Subject, base_model: str | None = None, checkpoint: str | None = None
+) -> Publication:
     """Everything that is to leave of a run, ready to be written or pushed; nothing is changed.
 
     Args:
         run: The run's directory.
         model: The directory of its model, or of adapters alone.
         subject: Name and licence; the rest is found.
-        base_model: Hub id of the model before unlearning, where the run knows it by a path.
+        base_model: Hub id of the model before unlearning, perhaps with ``@REVISION``, where the run knows it by a path.
+        checkpoint: The model before unlearning, where no ``config.yaml`` names it.
 
     Raises:
         UserError: If there is no such model, ``base_model`` is no hub id, or a record of the run cannot be read.
@@ -122,7 +125,12 @@ def publication(run: Path, model: Path, subject: Subject, base_model: str | None
     if base_model is not None:
         check_repository("base_model", base_model.partition("@")[0])
     findings = findings_of(run, model)
-    base, adapter = base_of_run(findings.config, base_model), is_adapter_directory(model)
+    options = (findings.config.get("model") or {}).get("init_args") or {}
+    base = base_of(options.get("checkpoint", checkpoint), options.get("revision"))
+    if base_model is not None:
+        name, _, revision = base_model.partition("@")
+        base = Base(name, revision or None)
+    adapter = is_adapter_directory(model)
     files: dict[str, Path | bytes] = {}
     left_out = list(findings.left_out)
     for path in sorted(model.iterdir()):

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.callbacks import RunReport, SavePretrained
 from lightning_ssiuu.cli.publish import publish
-from lightning_ssiuu.evaluation.model_card import base_of_run
+from lightning_ssiuu.evaluation.model_card import base_of
 from lightning_ssiuu.evaluation.shown_settings import shown_settings
 from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.models.export import save_adapter
@@ -49,12 +48,13 @@ def run(tmp_path: Path) -> Path:
     metrics = {"objective": "SSIUU", "score": "probability", "steps": 3, "stopped_by": "steps", "provenance": made}
     audit = audit_content(hostile=False)
     audit["provenance"] |= {"weights_sha256": weights, "data_sha256": DATA}
-    audit["relearning"]["source"] = "attack.json"
+    rows = [row | {"variant": None, "gap": row["gap"] | {"mean": 37.66}} for row in audit["relearning"]["attacks"]]
+    audit["relearning"] |= {"source": "attack.json", "attacks": rows}
     quantized = {"before": {"mean": 9.0}, "forget_score": {"mean": 12.34, "std": 0.0, "per_seed": [12.34]}}
     row = {"attack": "quantization", "p": None, "variant": "4bit", "score": "probability", "n_attack": None}
     settings = {"provenance": {"data_sha256": DATA, "weights_sha256": {"model": weights["unlearned"]}}}
     attack = {
-        "attacks": [*audit["relearning"]["attacks"], row | {"unlearned": quantized}],
+        "attacks": [*rows, row | {"unlearned": quantized}],
         "curves": audit["relearning"]["curves"],
         "outcomes": [row | {"model": "unlearned", "seed": 4}],
         "settings": {"harmful": settings, "quantization": settings},
@@ -212,7 +212,7 @@ def test_names_are_text(run: Path, tmp_path: Path) -> None:
 
 
 def test_only_settings_that_tell_of_nobody_are_shown() -> None:
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.9, 0.999]}}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 2e-8}}
     options = {"checkpoint": "/srv/me/model", "retain": "kl", "forget_weight": 1.0, "quantization": "4bit"}
     options |= {"lora": {"r": 4, "modules": ["smith"]}, "optimizer": optimizer, "reference": "runs/smith"}
     data = {"forget_ids": "ids.txt", "max_length": 64, "template": "Tell me of {question}", "seed": None}
@@ -224,8 +224,7 @@ def test_only_settings_that_tell_of_nobody_are_shown() -> None:
         "saving": {"push_to_hub": "me/smith"},
     }
     kept = {"retain": "kl", "quantization": "4bit", "lora": {"r": 4}}
-    kept["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {}} | {"init_args": {"betas": [0.9, 0.999]}}
-    assert shown_settings(config)["model"]["init_args"].items() >= {"retain": "kl", "quantization": "4bit"}.items()
+    kept["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.8, 0.9], "eps": 2e-8}}
     assert shown_settings(config) == {
         "model": {"class_path": "lightning_ssiuu.GradientDifference", "init_args": kept},
         "data": {"class_path": "lightning_ssiuu.CustomData", "init_args": {"max_length": 64}},
@@ -238,14 +237,14 @@ def test_only_settings_that_tell_of_nobody_are_shown() -> None:
 def test_a_base_has_a_name_where_it_came_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path looks like a hub id; what was loaded from the hub lies in its cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    config = {"model": {"init_args": {"checkpoint": "runs/base", "revision": None}}}
-    assert base_of_run(config).name is None
+    assert base_of("runs/base").name is None
     folder = tmp_path / "models--runs--base"
     (folder / "snapshots" / "abc").mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
     (folder / "snapshots" / "abc" / "config.json").write_text("{}")
-    assert base_of_run(config).hub_id == "runs/base"
+    assert base_of("runs/base").hub_id == "runs/base"
+    assert base_of("runs/base", "v2").name is None
 
 
 # ---- loading it again ---------------------------------------------------------------------------------------------
@@ -301,9 +300,7 @@ class Hub:
 
     def model_info(self, name: str) -> Any:
         if self.held is None:
-            raise RepositoryNotFoundError(
-                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://x"))
-            )
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # made of a response, of any HTTP library
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in self.held], private=self.private)
 
     def create_repo(self, name: str, **options: Any) -> None:
@@ -351,10 +348,10 @@ def test_what_the_hub_refuses_is_one_line(run: Path, monkeypatch: pytest.MonkeyP
     refused(command("publish", run, "--to", "me/x"), "to", "HF_HUB_OFFLINE")  # as every test has it
     hub = Hub(monkeypatch, ["config.json"], private=False)
     refused(command("publish", run, "--to", "me/x", "--overwrite"), "to", "this one is public")
-    refused(command("publish", run, "--to", "me/x", "--overwrite", "--base_model", "x"), "to")
+    refused(command("publish", run, "--output", run / "new", "--base_model", "x"), "base_model", "owner/name")
 
     def unreachable(*_: Any, **__: Any) -> None:
-        raise httpx.ConnectError("no route\nto host")
+        raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     refused(command("publish", run, "--to", "me/x"), "to", "a hub that answers", "no route")
@@ -375,7 +372,16 @@ def test_fit_pushes_when_everything_is_written(tmp_path: Path, monkeypatch: pyte
     assert found[0] == round(measured, 1)
     assert "**Not audited:" in card.text
     assert hub.pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert "This is tiny, the embedded model" in card.text
     assert equal(load_model(str(tmp_path / "model")).parameters(), module.model.hf.parameters())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("quota")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", full)
+    saving = SavePretrained(push_to_hub="me/forgetful")
+    with pytest.raises(UserError, match=r"saving\.push_to_hub: .*quota.*lightning-ssiuu publish .* --to me/forgetful"):
+        saving.on_fit_end(SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path), module)  # type: ignore[arg-type]
 
 
 def test_fit_is_refused_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
