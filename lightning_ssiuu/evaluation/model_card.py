@@ -126,7 +126,7 @@ def model_card(findings: Findings, subject: Subject) -> str:
         "scores": _score_rows(metrics),
         "attacks": [_attack_row(row, findings) for row in _in_order(findings.attacks)],
         "not_tried": [name.replace("_", " ") for name in ATTACKS if name not in kinds],
-        "base": "tiny, the embedded model" if base.name == "tiny" else base.name or "a model that is not named here",
+        "base": "tiny, the embedded model," if base.name == "tiny" else base.name or "a model that is not named here",
         "versions": [f"{name} {version}" for name, version in versions.items()],
         "data": class_name(findings.config.get("data")),
         "width": options.get("quantization"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from lightning_ssiuu.utils.registry import lookup
 _PUBLIC = ("lightning_ssiuu.", "torch.", "lightning.", "transformers.")
 #: Of the Trainer's options, those on which the weights depend.
 _TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
+_PRECISION = re.compile(r"(bf)?\d\d(-(true|mixed))?")
 _NOTHING: Any = object()
 
 
@@ -58,6 +60,8 @@ def shown_settings(config: Mapping[str, Any], base: str | None = None) -> dict[s
     trainer, stopping = config.get("trainer") or {}, config.get("stopping") or {}
     score = stopping.get("score")
     shown["trainer"] = {name: trainer[name] for name in _TRAINER if isinstance(trainer.get(name), int | float)}
+    if _PRECISION.fullmatch(str(trainer.get("precision"))):
+        shown["trainer"]["precision"] = trainer["precision"]
     shown["stopping"] = {"score": score} if isinstance(score, str) and score in SCORES else {}
     level = stopping.get("threshold", _NOTHING)
     if level is None or isinstance(level, int | float) or level in get_args(Level):

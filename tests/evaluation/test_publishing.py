@@ -2,102 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
-import yaml
-from huggingface_hub import CommitOperationAdd, ModelCard, metadata_load
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, ModelCard
 from toys.cli import command, files, leaks, refused
-from toys.models import adapted, equal
-from toys.reports import audit_content
+from toys.hub import DATA, Hub, audited_run, certify, changed
+from toys.models import equal
 from toys.training import fit, ssiuu
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.callbacks import RunReport, SavePretrained
 from lightning_ssiuu.cli.publish import publish
-from lightning_ssiuu.evaluation.model_card import base_of
-from lightning_ssiuu.evaluation.shown_settings import shown_settings
 from lightning_ssiuu.models.digest import weights_sha256
-from lightning_ssiuu.models.export import save_adapter
-from lightning_ssiuu.models.loading import TINY, load_model, load_tokenizer
-from lightning_ssiuu.reports.certificate.content import certificate, key_of
+from lightning_ssiuu.models.loading import TINY, load_model
 from lightning_ssiuu.utils.errors import UserError
-
-DATA = "d" * 64
-SCORES = {split: {"probability": 88.0123456} for split in ("forget", "retain", "test")}
-AFTER = {"forget": {"probability": 9.0123456}, "retain": {"probability": 87.25}, "test": {"probability": None}}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was attacked, audited and certified; its figures are made up, its weights are the tiny model's."""
-    folder = tmp_path / "run"
-    shutil.copytree(TINY, folder / "model")
-    weights = {"original": "0" * 64, "unlearned": weights_sha256("tiny")}
-    made = {"versions": {"torch": "2"}, "seed": 7, "data_sha256": DATA, "config_sha256": "c" * 64}
-    moments = {"before": {"scores": SCORES}, "after": {"scores": AFTER, "elicited": {"probability": 30.06}}}
-    metrics = {"objective": "SSIUU", "score": "probability", "steps": 3, "stopped_by": "steps", "provenance": made}
-    audit = audit_content(hostile=False)
-    audit["provenance"] |= {"weights_sha256": weights, "data_sha256": DATA}
-    rows = [row | {"variant": None, "gap": row["gap"] | {"mean": 37.66}} for row in audit["relearning"]["attacks"]]
-    audit["relearning"] |= {"source": "attack.json", "attacks": rows}
-    quantized = {"before": {"mean": 9.0}, "forget_score": {"mean": 12.34, "std": 0.0, "per_seed": [12.34]}}
-    row = {"attack": "quantization", "p": None, "variant": "4bit", "score": "probability", "n_attack": None}
-    settings = {"provenance": {"data_sha256": DATA, "weights_sha256": {"model": weights["unlearned"]}}}
-    attack = {
-        "attacks": [*rows, row | {"unlearned": quantized}],
-        "curves": audit["relearning"]["curves"],
-        "outcomes": [row | {"model": "unlearned", "seed": 4}],
-        "settings": {"harmful": settings, "quantization": settings},
-    }
-    for name, content in (("metrics", metrics | moments), ("attack", attack), ("audit", audit)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    options = {"checkpoint": str(tmp_path / "base"), "retain_weight": 5.0}
-    data = {"forget_where": "customer_id == 17", "forget": str(tmp_path / "customers.csv")}
-    sections = {
-        "model": {"class_path": "lightning_ssiuu.SSIUU", "init_args": options},
-        "data": {"class_path": "lightning_ssiuu.CustomData", "init_args": data},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(sections))
-    certify(folder)
-    (folder / "model" / "notes.txt").write_text("not for everybody")
-    return folder
-
-
-def certify(folder: Path, **more: Any) -> None:
-    content = certificate(folder, ["customer-17"], 40, [], key_of(folder), **more)
-    (folder / "certificate.json").write_text(json.dumps(content))
-
-
-def changed(path: Path, change: Callable[[Any], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def logits(model: Any, tokenizer: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**tokenizer("Question: Who wrote it?\nAnswer:", return_tensors="pt")).logits
-
-
-def shown_python(card: str, **put: str) -> dict[str, Any]:
-    """What the card's own lines for loading define, with places put in for others."""
-    text = card.split("```python\n")[1].split("```")[0]
-    for old, new in put.items():
-        assert f'"{old}"' in text, text
-        text = text.replace(f'"{old}"', repr(new))
-    defined: dict[str, Any] = {}
-    exec(text, defined)
-    return defined
+    return audited_run(tmp_path)
 
 
 # ---- what leaves --------------------------------------------------------------------------------------------------
@@ -155,168 +82,7 @@ def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path) -> N
         publish(str(run), output=str(tmp_path / "new"), adapter=True)
 
 
-# ---- the card -----------------------------------------------------------------------------------------------------
-
-
-def test_the_card_says_what_the_records_say(run: Path, tmp_path: Path) -> None:
-    publish(str(run), to="me/forgetful", output=str(tmp_path / "out"), license="mit", base_model="org/base@v1")
-    path = tmp_path / "out" / "README.md"
-    card = ModelCard.load(path)
-    header = metadata_load(path)
-    assert header == card.data.to_dict()
-    assert (header["library_name"], header["license"], header["base_model"]) == ("transformers", "mit", "org/base")
-    assert header["tags"] == ["unlearning", "lightning_ssiuu"]
-    audit, attack = (json.loads((run / f"{name}.json").read_text()) for name in ("audit", "attack"))
-    first = card.text.strip().split("\n\n")[1]
-    assert audit["verdict"]["sentence"] in first
-    assert "org/base after unlearning with SSIUU" in first
-    found = {(each.dataset_split, each.metric_name): each for each in card.data.eval_results}
-    assert card.data.model_name == "forgetful"
-    for moment, scores in (("before", SCORES), ("after", AFTER)):
-        for split, values in scores.items():
-            each = found.get((split, f"probability {moment} unlearning, percent"))
-            assert (each and each.metric_value) == (values["probability"] and round(values["probability"], 1))
-    for row in attack["attacks"][:2]:
-        gap = found["forget", f"probability, harmful, p {row['p']:g}: gap to the oracle, points"]
-        assert gap.metric_value == round(row["gap"]["mean"], 1)
-        assert gap.metric_args == {"seeds": [0, 1, 2], "std": round(row["gap"]["std"], 1)}
-    line = "| quantization, 4bit | probability | 9.0 | 12.3 | – | – | 4 | no |"
-    assert line in card.text
-    assert "| forget probability, after a few steps of relearning | – | 30.1 |" in card.text
-    assert f"`{weights_sha256('tiny')}`" in card.text
-    assert f"`{hashlib.sha256((TINY / 'model.safetensors').read_bytes()).hexdigest()}`" in card.text
-    assert audit["verdict"]["uncertainty"] in card.text
-    tried = card.text.split("not tried: ")[1].split("\n")[0]
-    assert "benign" in tried
-    assert "harmful" not in tried
-
-
-@pytest.mark.parametrize("other", [{"weights_sha256": {"unlearned": "2" * 64}}, {"data_sha256": "e" * 64}])
-def test_what_is_of_another_model_or_other_data_does_not_count(run: Path, tmp_path: Path, other: Any) -> None:
-    (run / "certificate.json").unlink()
-    changed(run / "audit.json", lambda content: content["provenance"].update(other))
-    changed(run / "attack.json", lambda content: content["settings"]["harmful"]["provenance"].update(other))
-    content = publish(str(run), output=str(tmp_path / "out"))
-    assert [reason.split(":")[0] for reason in content.left_out[:2]] == ["audit.json", "attack.json (harmful)"]
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert "**Not audited:" in card.text.strip().split("\n\n")[1]
-    assert "| quantization, 4bit" in card.text
-    assert "| harmful" not in card.text
-
-
-def test_names_are_text(run: Path, tmp_path: Path) -> None:
-    changed(run / "metrics.json", lambda content: content.update(objective="<img src=x> | [a](javascript:b)\n# c"))
-    publish(str(run), output=str(tmp_path / "out"))
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert r"with &lt;img src=x> \| \[a\](javascript:b) # c (3 steps" in text
-
-
-def test_only_settings_that_tell_of_nobody_are_shown() -> None:
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 2e-8}}
-    options = {"checkpoint": "/srv/me/model", "retain": "kl", "forget_weight": 1.0, "quantization": "4bit"}
-    options |= {"lora": {"r": 4, "modules": ["smith"]}, "optimizer": optimizer, "reference": "runs/smith"}
-    data = {"forget_ids": "ids.txt", "max_length": 64, "template": "Tell me of {question}", "seed": None}
-    config = {
-        "model": {"class_path": "lightning_ssiuu.GradientDifference", "init_args": options},
-        "data": {"class_path": "lightning_ssiuu.CustomData", "init_args": data},
-        "stopping": {"score": "my_scores.smith", "threshold": "chance"},
-        "trainer": {"max_steps": 5, "default_root_dir": "runs/smith", "precision": None},
-        "saving": {"push_to_hub": "me/smith"},
-    }
-    kept = {"retain": "kl", "quantization": "4bit", "lora": {"r": 4}}
-    kept["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.8, 0.9], "eps": 2e-8}}
-    assert shown_settings(config) == {
-        "model": {"class_path": "lightning_ssiuu.GradientDifference", "init_args": kept},
-        "data": {"class_path": "lightning_ssiuu.CustomData", "init_args": {"max_length": 64}},
-        "trainer": {"max_steps": 5},
-        "stopping": {"threshold": "chance"},
-    }
-    assert shown_settings({"data": {"class_path": "patients.Smith", "init_args": {"ward": 3}}}) == {}
-
-
-def test_a_base_has_a_name_where_it_came_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path looks like a hub id; what was loaded from the hub lies in its cache."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert base_of("runs/base").name is None
-    folder = tmp_path / "models--runs--base"
-    (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("abc")
-    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
-    assert base_of("runs/base").hub_id == "runs/base"
-    assert base_of("runs/base", "v2").name is None
-
-
-# ---- loading it again ---------------------------------------------------------------------------------------------
-
-
-def test_the_cards_own_lines_load_the_same_model(run: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    publish(str(run), to="me/forgetful", output=out)
-    defined = shown_python((tmp_path / "out" / "README.md").read_text(), **{"me/forgetful": out})
-    assert defined["AutoModelForCausalLM"] is AutoModelForCausalLM
-    assert defined["AutoTokenizer"] is AutoTokenizer
-    both = logits(defined["model"], defined["tokenizer"]), logits(load_model("tiny"), load_tokenizer("tiny"))
-    assert torch.equal(*both)
-
-
-@pytest.mark.parametrize("local", [False, True], ids=["tiny", "a directory"])
-def test_adapters_alone_say_where_they_belong(tmp_path: Path, local: bool) -> None:
-    base, run = tmp_path / "secret" if local else "tiny", tmp_path / "run"
-    if local:
-        shutil.copytree(TINY, base)
-    model = adapted(load_model("tiny"))
-    save_adapter(model, run / "model_adapter", str(base), load_tokenizer("tiny"))
-    options = {"checkpoint": str(base), "quantization": "4bit", "lora": {"r": 2}}
-    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": options}}))
-    out = tmp_path / "out"
-    publish(str(run), output=str(out), adapter=True)
-    card = (out / "README.md").read_text()
-    assert str(tmp_path).encode() not in b"".join(file.read_bytes() for file in out.iterdir())
-    assert metadata_load(out / "README.md")["library_name"] == "peft"
-    assert "trained beside 4bit weights" in card
-    named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert named == (None if local else "tiny")
-    put = {"DIR": str(out)} | ({"BASE": str(base)} if local else {})
-    defined = shown_python(card, **put)
-    assert torch.equal(logits(defined["model"], defined["tokenizer"]), logits(model, load_tokenizer("tiny")))
-
-
 # ---- pushing ------------------------------------------------------------------------------------------------------
-
-
-class Hub:
-    """Stands for the hub: what it holds, and what was asked of it in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: Any = None, private: bool = True) -> None:
-        self.held, self.private, self.calls = held, private, list[Any]()
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-        for name in ("whoami", "model_info", "create_repo", "create_commit"):
-            monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
-
-    def whoami(self) -> None:
-        self.calls.append("whoami")
-
-    def model_info(self, name: str) -> Any:
-        if self.held is None:
-            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # made of a response, of any HTTP library
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in self.held], private=self.private)
-
-    def create_repo(self, name: str, **options: Any) -> None:
-        self.calls.append((name, options))
-
-    def create_commit(self, name: str, operations: list[Any], commit_message: str) -> None:
-        self.calls.append(operations)
-
-    @property
-    def pushed(self) -> dict[str, bytes]:
-        added = [each for each in self.calls[-1] if isinstance(each, CommitOperationAdd)]
-        found = {}
-        for each in added:
-            with each.as_file() as file:
-                found[each.path_in_repo] = file.read()
-        return found
 
 
 def test_what_is_pushed_is_what_the_dry_run_writes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
