@@ -38,6 +38,7 @@ _EXAMPLES = {
     "utility": "--model tiny --output runs/tiny",
     "evaluate": "--suite tofu --model runs/ssiuu/model --path DIR",
     "privacy": "--model runs/ssiuu/model",
+    "publish": "runs/ssiuu --output published",
     "compare": "runs/*",
     "meta-evaluate": "--knowing '[tiny]' --ignorant '[runs/oracle/model]' --output runs/meta",
     "leaderboard": "runs/*",
