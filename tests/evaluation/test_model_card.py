@@ -110,6 +110,17 @@ def test_names_are_text(run: Path, tmp_path: Path) -> None:
     assert r"with &lt;img src=x> \| \[a\](javascript:b) # c (3 steps" in text
 
 
+@pytest.mark.parametrize(
+    ("width", "said"), [("4bit", "beside 4bit weights. The weights here are plain"), (None, "merged")]
+)
+def test_merged_models_say_what_they_were_trained_as(run: Path, tmp_path: Path, width: str | None, said: str) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["init_args"] |= {"lora": {"r": 2}, "quantization": width}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    publish(str(run), output=str(tmp_path / "out"))
+    assert said in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_only_settings_that_tell_of_nobody_are_shown() -> None:
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 2e-8}}
     options = {"checkpoint": "/srv/me/model", "retain": "kl", "forget_weight": 1.0, "quantization": "4bit"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -81,7 +82,16 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
         for name in ("whoami", "model_info", "create_repo", "create_commit"):
-            monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
+            monkeypatch.setattr(huggingface_hub.HfApi, name, self._asked(name))
+
+    def _asked(self, name: str) -> Callable[..., Any]:
+        real, own = inspect.signature(getattr(huggingface_hub.HfApi, name)), getattr(self, name)
+
+        def asked(*args: Any, **options: Any) -> Any:
+            real.bind(*args, **options)  # the library would take it, too
+            return own(*args[1:], **options)
+
+        return asked
 
     def whoami(self) -> None:
         self.calls.append("whoami")
