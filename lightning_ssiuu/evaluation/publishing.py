@@ -102,7 +102,7 @@ def check_hub(argument: str, name: str, private: bool = True, overwrite: bool = 
     if private and info.private is False:
         raise UserError(argument, name, "a private repository, or private false: this one is public")
     if held and not overwrite:
-        allowed = "a repository without files, or lightning-ssiuu publish with --overwrite once the run has ended"
+        allowed = f"a repository without files (there are {len(held)}), or lightning-ssiuu publish with --overwrite"
         raise UserError(argument, name, allowed)
     return held
 
