@@ -73,6 +73,7 @@ _EXPORTS = {
     "PDU": "objectives.pdu",
     "Prefill": "attacks",
     "privacy": "cli.functions",
+    "publish": "cli.publish",
     "Quantization": "attacks",
     "Regularizer": "regularizers",
     "RelearnDataModule": "datamodules",
@@ -150,6 +151,7 @@ if TYPE_CHECKING:  # type checkers see every name and its type, and a name that 
     from lightning_ssiuu.cli.functions import meta_evaluate as meta_evaluate
     from lightning_ssiuu.cli.functions import privacy as privacy
     from lightning_ssiuu.cli.functions import utility as utility
+    from lightning_ssiuu.cli.publish import publish as publish
     from lightning_ssiuu.datamodules import LUME as LUME
     from lightning_ssiuu.datamodules import MUSE as MUSE
     from lightning_ssiuu.datamodules import RWKU as RWKU
