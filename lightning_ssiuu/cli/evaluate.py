@@ -44,7 +44,8 @@ def evaluate(
 
     Args:
         model: The model: a directory written by ``fit``, or any checkpoint.
-        suite: ``tofu``, ``muse``, ``wmdp``, ``wmdp_deduped``, ``rwku``, ``knowundo`` or ``lume``.
+        suite: ``tofu``, ``muse``, ``wmdp``, ``wmdp_deduped``, ``rwku``, ``knowundo``, ``lume`` or
+            ``faithun``.
         reference: A model that was not trained on the forget set, or the log of one (a ``.json`` file, ours or
             open-unlearning's): for figures such as forget quality. Without one these are left out.
         data: The data module, of the suite's class, with its options; by default the run's if it is one, else one that
@@ -148,7 +149,8 @@ def suite_data(
     try:
         return suite.data(tokenizer=model, **options, **({} if own is None or suite.renders else own.encoding))
     except TypeError as error:
-        raise UserError("path", path, f"null: give --data {suite.data.__name__} and its options") from error
+        allowed = "a directory of the published files, or null with" if path is None else "null: give"
+        raise UserError("path", path, f"{allowed} --data {suite.data.__name__} and its options") from error
 
 
 def print_evaluation(content: Mapping[str, Any], suite: Suite) -> None:

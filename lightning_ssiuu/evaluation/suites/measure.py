@@ -57,6 +57,11 @@ def check_readings(
             check_score(reading.score)
     for group in _by_answers(readings).values():
         asked, _, needs_options = _asked(sets[group[0].set], group)
+        needs = {kind.needs for kind in _kinds(group).values() if isinstance(kind, Score)}
+        if "choices" in needs and data.choice_template is None:
+            raise UserError("data.choice_template", None, "one: the options of a question stand in its prompt")
+        if needs_options and not all(example.distractors for example in asked):
+            raise UserError("data", Given(f"examples without wrong options in the set {group[0].set}"), "data with all")
         data.encoder.encode(asked, needs_options)
 
 
