@@ -26,7 +26,8 @@ SMALL = (
 def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     same = ("--original", "tiny", "--unlearned", "tiny", "--after_attack", "tiny")
     method = ("--method", "log_probability", "--memory_budget", "200MB")
-    result = command("audit", *same, "--output", tmp_path, *FEW, *method)
+    few = ("--data", "Facts", "--data.max_eval_examples", "8", "--relearning_probe", "false")
+    result = command("audit", *same, "--output", tmp_path, *FEW, *method, *few)
     assert result.status == 0, result.err
     content = read_json(tmp_path / "audit.json")
     assert content["verdict"]["label"] == "not unlearned"
@@ -34,6 +35,8 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert content["verdict"]["grounds"][0]["share"] == 0
     assert content["relearning"] is None
     assert content["method"] == "log_probability"
+    assert content["data_options"] == {"max_eval_examples": 8}
+    assert all(word in content["command"] for word in (" ".join(few[:4]), " ".join(few[4:]), "--memory_budget 200MB"))
     assert set(content["influence"]) == {"unlearned"}
     assert all(value == 0 for value in content["influence"]["unlearned"].values())
     assert content["attribution_correlation"] == pytest.approx(1.0, abs=1e-6)

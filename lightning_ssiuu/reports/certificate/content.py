@@ -105,6 +105,7 @@ def certificate(
             model: {split: _rounded(dict(sorted(scores.items())), _PERCENT) for split, scores in by_split.items()}
             for model, by_split in audit["scores"].items()
         },
+        "scored": {"data_options": audit.get("data_options", {})},
         "tried": tried,
         "not_tried": [name for name in ATTACKS if name not in kinds],
         "settings": {
