@@ -203,7 +203,7 @@ def audit(
                 "probe_examples": probe_examples,
             }
             named: dict[str, Any] = {"method": method, "output": output, "suite": suite, "suite_data": suite_data}
-            named |= {"memory_budget": memory_budget, "keep_oracle": keep_oracle and suite is None}
+            named |= {"memory_budget": memory_budget}
             chosen |= {name: value for name, value in named.items() if value}
             chosen |= {"control": control} if control != "auto" else {}
             chosen |= {"precision": devices.precision} if devices.precision != "32-true" else {}
@@ -213,6 +213,7 @@ def audit(
             words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
             words += ["--own_change false"] * (not own_change) + ["--show_text"] * show_text
             words += ["--relearning_probe false"] * (not relearning_probe)
+            words += ["--keep_oracle"] * (keep_oracle and suite is None)
             words += report.data_words if suite is None else []
             command = " ".join(["lightning-ssiuu audit", *words])
             content |= {"data_options": report.data_options if suite is None else {}}

@@ -82,7 +82,7 @@ class Report:
 
     @property
     def data_words(self) -> list[str]:
-        """Options of the command line that name the data given, and how they are asked; none for the run's.
+        """The option of the command line that names the data given, and how they are asked; none for the run's.
 
         Where the data lie is not said: conditions and ids may stand there.
         """
@@ -90,8 +90,8 @@ class Report:
             return []
         kind = type(self.data)
         name = kind.__name__ if kind.__module__.startswith("lightning_ssiuu.") else f"{kind.__module__}.{kind.__name__}"
-        options = {n: v if isinstance(v, str) else json.dumps(v) for n, v in self.data_options.items()}
-        return [f"--data {name}", *(f"--data.{n} {shlex.quote(value)}" for n, value in options.items())]
+        section = {"class_path": name, "init_args": self.data_options}  # as JSON, for a template may have a colon
+        return [f"--data {shlex.quote(json.dumps(section)) if self.data_options else name}"]
 
     @cached_property
     def data_sha256(self) -> str:
