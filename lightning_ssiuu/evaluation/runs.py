@@ -123,8 +123,8 @@ def asking(data: UnlearningDataModule, options: Mapping[str, Any]) -> Unlearning
         >>> asking(Facts(), {"max_eval_examples": 3}).n_scored("forget")
         3
     """
-    for name in ASKING:
-        setattr(data, name, options.get(name, getattr(data, name)))
+    for name in options.keys() & set(ASKING):
+        setattr(data, name, options[name])
     return data
 
 
