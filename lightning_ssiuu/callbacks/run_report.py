@@ -20,6 +20,7 @@ from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.version import commit
 
 Scores = dict[str, dict[str, float]]
 
@@ -58,6 +59,7 @@ class RunReport(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start = time.monotonic()
+        commit()  # of the code that was loaded; another one may be checked out by the end
         if not self.before:
             self.before = self._evaluate(trainer, pl_module)
             self.chance = self._retain_chance(trainer, pl_module)

@@ -69,7 +69,7 @@ def test_metrics_keys() -> None:
     assert metrics["collapsed"] is False
     assert metrics["retain_chance"] == 0.0  # no question gets an answer that is its own
     provenance = metrics["provenance"]
-    assert {"versions", "seed", "config_sha256", "data_sha256", "device", "wall_s"} == set(provenance)
+    assert {"versions", "commit", "seed", "config_sha256", "data_sha256", "device", "wall_s"} == set(provenance)
     assert provenance["seed"] == 0
 
 
