@@ -121,7 +121,7 @@ def process_group() -> str:
     store, sums = distributed.HashStore(), {}
 
     def add(rank: int) -> None:
-        group = distributed.ProcessGroupGloo(store, rank, 2, timedelta(seconds=_PATIENCE))
+        group: Any = distributed.ProcessGroupGloo(store, rank, 2, timedelta(seconds=_PATIENCE))
         value = torch.tensor([rank + 1.0])
         group.allreduce([value]).wait()
         sums[rank] = value.item()

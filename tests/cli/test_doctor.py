@@ -102,7 +102,7 @@ class Names:
 class Hub(BaseHTTPRequestHandler):
     """Knows nothing, but is there."""
 
-    def do_HEAD(self) -> None:  # noqa: N802 (http.server's)
+    def do_HEAD(self) -> None:
         self.send_response(404)
         self.end_headers()
 
