@@ -111,8 +111,8 @@ def erase(
         trials: How many settings to try, ≥ 1.
         budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
             limit.
-        search: Who proposes the settings: ``own``, as above, or ``optuna``, its Gaussian process with ``seed``, over the
-            same factors; needs the extra ``search``. ``erase.json`` says which it was.
+        search: Who proposes the settings: ``own``, as above, or ``optuna``, its Gaussian process with ``seed``, over
+            the same factors; needs the extra ``search``. ``erase.json`` says which it was.
         retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
         oracle: A model retrained without the forget set, for attack and audit; None: their control.
         seed: Of everything.
