@@ -273,7 +273,7 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert set(content) == {"objective", "steps", "stopped_by", "score", "collapsed"} | {
-        *("retain_chance", "before", "after", "provenance")
+        *("retain_chance", "before", "after", "loggers", "provenance")
     }
     assert content["collapsed"] is False
     assert 0 < content["retain_chance"] < content["after"]["retain_score"]

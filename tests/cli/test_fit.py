@@ -53,7 +53,18 @@ def test_default_recipe_writes_what_is_promised() -> None:
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
 
 
-_METRICS = {"objective", "steps", "stopped_by", "score", "collapsed", "retain_chance", "before", "after", "provenance"}
+_METRICS = {
+    "objective",
+    "steps",
+    "stopped_by",
+    "score",
+    "collapsed",
+    "retain_chance",
+    "before",
+    "after",
+    "loggers",
+    "provenance",
+}
 
 
 def test_metrics_keys() -> None:
