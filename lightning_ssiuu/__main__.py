@@ -23,6 +23,10 @@ _COMMANDS = {
     "oracle": ("lightning_ssiuu.cli.oracle", "train the embedded model anew without the forget set"),
     "doctor": ("lightning_ssiuu.cli.doctor", "versions, devices, extras, and what works here; --json for bug reports"),
     "recipes": ("lightning_ssiuu.cli.recipes", "list the recipes that --config takes by name; show or copy one"),
+    "completion": (
+        "lightning_ssiuu.cli.completion",
+        "a script by which a shell completes options: completion bash",
+    ),
     "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
     "meta-evaluate": ("lightning_ssiuu.cli.meta_evaluate", "which scores tell models with the knowledge from others"),
     "leaderboard": ("lightning_ssiuu.cli.leaderboard", "audited models on one page: verdict, gap to the oracle, cost"),
@@ -38,6 +42,7 @@ _EXAMPLES = {
     "utility": "--model tiny --output runs/tiny",
     "evaluate": "--suite tofu --model runs/ssiuu/model --path DIR",
     "privacy": "--model runs/ssiuu/model",
+    "completion": "bash",
     "compare": "runs/*",
     "meta-evaluate": "--knowing '[tiny]' --ignorant '[runs/oracle/model]' --output runs/meta",
     "leaderboard": "runs/*",
