@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_ssiuu.utils.distributed import rank
@@ -22,16 +23,20 @@ def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], Figure], 
 
     Whatever has an ``experiment`` with an ``add_image`` is one of TensorBoard's kind. MLflow has a file per step.
     """
-    from lightning_ssiuu.utils.figures import pixels  # with it comes matplotlib
-
     drawn = cache(draw)
+
+    def image() -> np.ndarray:
+        from lightning_ssiuu.utils.figures import pixels  # with it comes matplotlib
+
+        return pixels(drawn())
+
     for logger in loggers if rank() == 0 else ():
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [pixels(drawn())], step)
+            logger.log_image(name, [image()], step)
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_figure(logger.run_id, drawn(), f"{name}/step_{step:06d}.png")
         elif callable(add_image := getattr(getattr(logger, "experiment", None), "add_image", None)):
-            add_image(name, pixels(drawn()), step, dataformats="HWC")
+            add_image(name, image(), step, dataformats="HWC")
 
 
 def log_text(loggers: Iterable[Logger], name: str, text: str, step: int) -> None:
