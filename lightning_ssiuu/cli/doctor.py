@@ -164,8 +164,10 @@ def _text(found: Diagnosis) -> str:
     for number, card in enumerate(found.devices.get("cuda", [])):
         bits = "bfloat16" if card["bfloat16"] else "no bfloat16"
         lines.append(f"  CUDA  {number}: {card['name']}, {card['memory_gb']} GB, {bits}")
-    if not found.devices.get("cuda"):
-        why = "" if found.devices.get("cuda_of_torch") else " (this torch was built without CUDA)"
+    if "torch" in found.devices:
+        lines.append(f"  CUDA  not known: torch cannot be imported ({found.devices['torch']})")
+    elif not found.devices["cuda"]:
+        why = "" if found.devices["cuda_of_torch"] else " (this torch was built without CUDA)"
         lines.append(f"  CUDA  none{why}")
     if found.devices.get("mps"):
         lines.append("  MPS   there")

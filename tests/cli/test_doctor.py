@@ -5,6 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -71,6 +73,16 @@ def test_as_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "rouge  installed" in result.out
     assert "The main job does not work" in result.out
     refused(command("doctor", "--jsn"), "--jsn", "--json")
+
+
+def test_without_torch_it_still_says_so() -> None:
+    text = (
+        "import sys; sys.modules['torch'] = None\nfrom lightning_ssiuu.__main__ import main\nsys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert re.search("NO  embedded model  ModuleNotFoundError: .*torch", done.stdout)
+    assert "CUDA  not known: torch cannot be imported" in done.stdout
 
 
 def test_wrong_results_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
