@@ -8,24 +8,31 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 from toys.cli import FAST, RECIPES, ROOT, attacking, files
-from toys.docs import blocks_of, shown_commands
+from toys.docs import PAGES, blocks_of, shown_commands
+from toys.json_files import undocumented
 
-_SOURCES = ("lightning_ssiuu", "recipes", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+_COPIED = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+#: What the Dockerfile copies, but for the constraints: the package is built of it there, and here.
+_SOURCES = {name for names in _COPIED for name in names.split()} - {"constraints.txt"}
 _QUICK = (*FAST, "--trainer.max_steps", "2", "--attribution.write", "false", "--stopping.threshold", "null")
+_LINK = re.compile(r"\]\(\s*([^)]*)\)|\b(?:src|href)=[\"']?([^\"'>\s]*)|^\[.*\]:\s*(\S+)", re.MULTILINE)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
-#: Each is a documented command, and what makes it quick.
-WALK = [
-    ["fit", "--config", "ssiuu", *_QUICK],
-    ["recipes", "copy", "attack/harmful", "mine.yaml"],
-    [
-        *("attack", "--config", "mine.yaml", "--model", "runs/ssiuu/model", "--control", "none"),
-        *attacking(epochs=1, seeds=[0], learning_rates=[1e-4], p=[0.3]),
-    ],
+#: What makes the commands of a newcomer (docs/index.md) quick, and ``attack`` beside them.
+QUICKER = {
+    "fit": _QUICK,
+    "oracle": ("--steps", "1"),
+    "audit": ("--probe_examples", "4", "--scores", "[first_token]", "--score", "first_token"),
+}
+ATTACK = [
+    *("attack", "--config", "mine.yaml", "--model", "runs/erase/model", "--control", "none"),
+    *attacking(epochs=1, seeds=[0], learning_rates=[1e-4], p=[0.3]),
 ]
 
 
@@ -38,17 +45,36 @@ def run(folder: Path, *args: str | Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, built without a network from a copy: a build leaves directories behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in _SOURCES:
-        path = ROOT / name
-        shutil.copytree(path, folder / name, ignore=ignore) if path.is_dir() else shutil.copy(path, folder / name)
-    quiet = ("--quiet", "--disable-pip-version-check")
-    run(folder, sys.executable, "-m", "pip", "wheel", *quiet, "--no-build-isolation", "--no-deps", "-w", "dist", ".")
-    (found,) = (folder / "dist").glob("*.whl")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built without a network from a copy: a build leaves directories behind."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in (*_SOURCES, "MANIFEST.in", "README.md", "tests"):
+        path, copy = ROOT / name, folder / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
+    for cache in ("lightning_ssiuu/__pycache__", "recipes/__pycache__"):
+        (folder / cache).mkdir(exist_ok=True)
+        (folder / cache / "left.cpython-311.pyc").touch()
+    run(folder, sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')")
+    (found,) = (folder / "dist").glob("*.tar.gz")
     return found
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel made of it, as ``python -m build`` makes it: what the one lacks the other does."""
+    quiet = ("--quiet", "--disable-pip-version-check")
+    run(sdist.parent, sys.executable, "-m", "pip", "wheel", *quiet, "--no-build-isolation", "--no-deps", sdist)
+    (found,) = sdist.parent.glob("*.whl")
+    return found
+
+
+def test_the_sdist_holds_no_tests_and_no_caches(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
+    made = {"MANIFEST.in", "PKG-INFO", "README.md", "lightning_ssiuu.egg-info"}
+    assert {path.parts[0] for path in held if path.parts} == {Path(name).parts[0] for name in _SOURCES} | made
+    assert not [path for path in held if "__pycache__" in path.parts or path.suffix == ".pyc"]
 
 
 def test_the_wheel_holds_all_files_of_the_package_and_every_recipe_once(wheel: Path) -> None:
@@ -57,7 +83,28 @@ def test_the_wheel_holds_all_files_of_the_package_and_every_recipe_once(wheel: P
     expected = [path.relative_to(ROOT).as_posix() for path in package]
     expected += [f"lightning_ssiuu/recipes/{path.relative_to(RECIPES).as_posix()}" for path in RECIPES.rglob("*.yaml")]
     assert sorted(held) == sorted(expected)
+    assert "lightning_ssiuu/py.typed" in held
     assert not any(path.is_symlink() for path in RECIPES.rglob("*"))
+
+
+def test_the_metadata_are_complete_and_an_index_can_show_them(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    told = Metadata.from_email(archive.read(name), validate=True)
+    assert (told.license_expression, told.license_files) == ("Apache-2.0", ["LICENSE"])
+    assert (told.author, told.author_email) == ("the lightning_ssiuu developers", None)
+    assert {"Source", "Documentation", "Changelog", "Issues"} <= set(told.project_urls or ())
+    assert "Typing :: Typed" in (told.classifiers or ())
+    assert told.keywords
+    assert (told.description or "").strip() == (ROOT / "docs" / "pypi.md").read_text(encoding="utf-8").strip()
+    links = _LINK.findall(told.description or "")
+    assert links
+    assert all("".join(link).startswith("https://") for link in links), links
+
+
+@pytest.mark.skipif(not shutil.which("twine"), reason="twine is not installed")
+def test_an_index_takes_both(sdist: Path, wheel: Path) -> None:
+    run(sdist.parent, "twine", "check", "--strict", sdist, wheel)
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +125,34 @@ def walked(place: Path, here: Path, steps: str) -> str:
     return run(here, sys.executable, "-c", script, PYTHONPATH=str(place))
 
 
-def test_a_wheel_is_all_one_needs(place: Path, tmp_path: Path) -> None:
-    """Used from an empty directory."""
+def test_a_wheel_is_all_a_newcomer_needs(place: Path, tmp_path: Path) -> None:
+    """The three commands of the start page from an empty directory, and a recipe to change."""
     listed = run(tmp_path, sys.executable, place / "bin" / "lightning-ssiuu", "recipes", PYTHONPATH=str(place))
     assert "objective/npo " in listed
-    shown = walked(place, tmp_path, "".join(f"assert main({words!r}) == 0\n" for words in WALK))
+    (page,) = (b for b in blocks_of(ROOT / "docs" / "index.md") if (b.marker, b.language) == ("newcomer", "bash"))
+    walk = [words[1:] for words in shown_commands(page.text)]
+    assert [words[0] for words in walk] == list(QUICKER)
+    walk = [[*words, *QUICKER[words[0]]] for words in walk]
+    walk += [["recipes", "copy", "attack/harmful", "mine.yaml"], ATTACK]
+    shown = walked(place, tmp_path, "".join(f"assert main({words!r}) == 0\n" for words in walk))
+    assert "Not unlearned: the forget score (first token) went from" in shown  # after two steps
     told = [line for line in shown.splitlines() if line.startswith("Written to ")]
     assert told == [
-        "Written to runs/ssiuu: model/, metrics.json, config.yaml",
+        "Written to runs/erase: model/, metrics.json, config.yaml",
+        "Written to runs/oracle: model/",
+        "Written to runs/erase: report.html, audit.json, audit_spurious_neurons.csv, plots/",
         "Written to .: mine.yaml",
-        "Written to runs/ssiuu: attack.json",
+        "Written to runs/erase: attack.json",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "mine.yaml"}
 
 
 def shown_by(place: Path, here: Path, walk: str) -> str:
-    """What a walk of docs/walks.md prints, and after each command its exit status; all that the page promises is in it.
+    """What a walk of docs/ prints, and after each command its exit status; all that the page promises is in it.
 
     Numbers are within 5 of the page's, or a quarter: other processors round otherwise.
     """
-    page = [block for block in blocks_of(ROOT / "docs" / "walks.md") if block.marker == walk]
+    page = [block for page in PAGES for block in blocks_of(page) if block.marker == walk]
     steps = {"python": lambda text: text, "bash": as_calls, "": lambda _: ""}
     shown = walked(place, here, "".join(steps[block.language](block.text) for block in page))
     lines = {_NUMBER.sub("#", line): line for line in map(_words, shown.splitlines())}
@@ -125,6 +180,7 @@ def test_the_walk_of_a_deletion_request(place: Path, tmp_path: Path) -> None:
     assert certificate["verdict"]["label"] == "hidden"
     assert certificate["forget"]["ids"] == ["C01", "C02", "C03", "C04"]
     assert {path.name for path in tmp_path.iterdir()} == {"customers.csv", "delete.txt", "runs"}
+    assert not undocumented(tmp_path / "runs")  # metrics, attack, audit, erase and certificate
 
 
 def test_the_walk_of_a_researcher(place: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def run(args: list[str]) -> None:
     """Parse and run ``completion``."""
     from jsonargparse import ArgumentParser
 
-    text = "A script by which a shell completes commands, options and recipes; where it belongs: docs/command_line.md."
+    text = "A script by which a shell completes commands, options and recipes (docs/how-to/command_line.md says how)."
     parser = ArgumentParser(prog="lightning-ssiuu completion", description=text, exit_on_error=False)
     parser.add_argument("shell", nargs="?", type=str, metavar="SHELL", help="bash or zsh (by its bashcompinit)")
     with parsing():
