@@ -17,6 +17,7 @@ from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
+from lightning_ssiuu.cli.run_loggers import log_verdict
 from lightning_ssiuu.cli.suites import published_model, suite_module
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
@@ -229,6 +230,7 @@ def audit(
                     _write(report.folder, content, table, measures)
                 finally:  # also where the disk refuses
                     print_audit(content)
+                log_verdict(str(unlearned), content, variations["unlearned"])
                 print_written(report.folder, ["report.html", "audit.json", "audit_spurious_neurons.csv", "plots"])
         return content
 

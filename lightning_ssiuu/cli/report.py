@@ -30,6 +30,7 @@ from lightning_ssiuu.utils.errors import naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.version import commit
 
 
 class Report:
@@ -54,6 +55,7 @@ class Report:
         needed: int = 1 << 20,
     ) -> None:
         self._start = time.monotonic()
+        commit()  # of the code that was loaded; another one may be checked out by the end
         self.models = {name: checkpoint for name, checkpoint in models.items() if checkpoint is not None}
         self.devices, self._given = devices, data is not None
         hide_short_bars(*resolve_models(self.models))

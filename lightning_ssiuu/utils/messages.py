@@ -35,6 +35,7 @@ _UNKNOWN = re.compile(
 )
 _WRONG_FUNCTION = re.compile(r"Expected '([^']+)' to be a function that returns (.+?)\.{1,2}(?:\s|$)")
 _NOT_INSTALLED = re.compile(r"Requirement '([\w.-]+)[^']*' not met")
+_LOGGERS = ("tensorboard", "wandb", "mlflow")  # extras, each called like its package
 _OPTION = re.compile(r"[\w.\-+/]{1,100}")
 _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
@@ -116,7 +117,8 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         return UserError(path or "arguments", found[1], f"{allowed} (that of {found[1]} does not)")
     if packages := _NOT_INSTALLED.findall(inner):
         called = classes[-1] if classes else "a class"
-        allowed = f"a class whose package is installed: pip install {' or '.join(dict.fromkeys(packages))}"
+        extra = next((f'"lightning-ssiuu[{name}]"' for name in packages if name in _LOGGERS), None)
+        allowed = f"a class whose package is installed: pip install {extra or ' or '.join(dict.fromkeys(packages))}"
         return UserError(path or "arguments", called, allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"
