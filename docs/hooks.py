@@ -35,6 +35,12 @@ ROOMS = {
 #: The sections of a configuration that are classes of any name: which page lists them.
 ANY_CLASS = {"model": "objectives.md", "data": "datamodules.md", "attack": "attacks.md"}
 _CONFIG = "A YAML file with these options, or a recipe's name; may be given several times."
+_JSON_FILES = """The files that commands write, with their fields at the top level. None holds text of the forget set.
+
+**Versions.** The version of this package is the version of the schema: a schema changes only in a release, and every file says
+which one wrote it (`provenance.versions["lightning-ssiuu"]`). The certificate has a number of its own, because people outside
+keep it. Fields are public names: how long they stay is in `CONTRIBUTING.md`, and changes are in `CHANGELOG.md`. The values
+by example that `evaluate` writes (`TOFU_EVAL.json`, or another suite's name) have open-unlearning's schema."""
 _STATUSES = "Exit statuses](../how-to/runs.md#exit-statuses)"
 
 
@@ -44,7 +50,13 @@ class Docstrings(Extension):
     def on_instance(self, *, obj: Any, **_: Any) -> None:
         if obj.docstring is not None:
             text = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
-            obj.docstring.value = re.sub(r":\w+:`~?([\w.]+)`", lambda role: f"`{role[1].split('.')[-1]}`", text)
+            obj.docstring.value = _without_roles(text)
+
+
+def _without_roles(text: str) -> str:
+    """Sphinx's ``:class:`~a.b.C``` is the code ``C``, and ``:mod:`words <a.b>``` are the words."""
+    text = re.sub(r":\w+:`([^`<]+?) *<[^`>]+>`", r"\1", text)
+    return re.sub(r":\w+:`~?([\w.]+)`", lambda role: f"`{role[1].split('.')[-1]}`", text)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -78,9 +90,9 @@ def _recipes() -> str:
 
 
 def _files() -> str:
-    text = ["# JSON files\n", "What commands write, with the fields at the top. None holds text of the forget set.\n"]
+    text = ["# JSON files\n", f"{_JSON_FILES}\n"]
     for name, file in JSON_FILES.items():
-        text += [f"## {name}\n", f"Written by {file.written_by}. Schema: {file.schema}.\n"]
+        text += [f"## {name}\n", f"Written by {file.written_by}. Version of the schema: {file.schema}.\n"]
         fields = (file.fields | {name: f"({said})" for name, said in file.sometimes.items()}).items()
         text += _table(("field", "what it is"), ((f"`{field}`", _escaped(said)) for field, said in fields))
     return "\n".join(text)
@@ -221,4 +233,4 @@ def _table(head: tuple[str, ...], rows: Any) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("<", "&lt;")
+    return _without_roles(" ".join(text.split())).replace("<", "&lt;")

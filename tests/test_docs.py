@@ -16,8 +16,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from toys.cli import DRAWN, RECIPES, ROOT, command
-from toys.docs import PAGES, ROOT_PAGES, WALKS, blocks_of, shown_commands
+import yaml
+from toys.cli import DRAWN, RECIPES, ROOT, command, default_run
+from toys.docs import PAGES, ROOT_PAGES, WALKS, blocks_of, check_promised, shown_commands
 
 import lightning_ssiuu
 from lightning_ssiuu.cli.fit import UnlearningCLI
@@ -119,6 +120,51 @@ def test_options_of_shown_commands_exist(
 def test_recipes_named_in_commands_exist(marker: str | None, text: str) -> None:
     for name in re.findall(r"recipes/[\w/.-]+\.yaml", text):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(("marker", "text"), blocks("bash"))
+def test_benchmarks_in_commands_exist_and_have_the_options(marker: str | None, text: str) -> None:
+    for words in shown_commands(text):
+        if words[0] == "python" and "benchmarks" in "".join(words[1:3]):
+            place = ROOT / (words[2].replace(".", "/") if words[1] == "-m" else words[1])
+            sources = [*place.glob("*.py")] if place.is_dir() else [place if place.suffix else place.with_suffix(".py")]
+            known = "".join(path.read_text(encoding="utf-8") for path in sources)
+            for option in [word for word in words if word.startswith("--")]:
+                assert f'"{option.replace("--no-", "--")}"' in known, option
+
+
+@pytest.mark.parametrize(("marker", "text"), blocks("yaml"))
+def test_yaml_blocks_are_configurations(
+    marker: str | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if marker == "not-run":
+        pytest.skip("marked as no configuration of a command")
+    monkeypatch.chdir(tmp_path)
+    Path("shown.yaml").write_text(text, encoding="utf-8")
+    before = ("attack",) if "attack" in yaml.safe_load(text) else ("fit", "--config", "objective/gradient_difference")
+    result = command(*before, "--config", "shown.yaml", "--print_config")
+    assert result.status == 0, result.err
+    assert result.out
+
+
+def test_every_block_is_of_a_language_that_is_looked_at() -> None:
+    """What a command prints has none."""
+    assert {block.language for page in PAGES for block in blocks_of(page)} <= {"", "bash", "python", "yaml"}
+
+
+def test_readme_shows_what_the_default_run_prints() -> None:
+    """But for the adversary's row: in the tests it takes fewer steps (conftest.py)."""
+    (shown,) = (b.text for b in blocks_of(ROOT / "README.md") if b.text.startswith("SSIUU, "))
+    kept = "".join(line for line in shown.splitlines(keepends=True) if "elicited" not in line)
+    folder, result = default_run()
+    check_promised(kept.replace("runs/ssiuu:", f"{folder}:"), result.out)
+
+
+def test_readme_counts_the_objectives() -> None:
+    """Fine-tuning, which unlearns nothing, is no objective there; two settings of one are one."""
+    recipes = (RECIPES / "objective").glob("*.yaml")
+    named = {yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["class_path"] for path in recipes}
+    assert f"any of {len(named - {'FineTuning'})} objectives" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_marks_are_known() -> None:

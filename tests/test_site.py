@@ -163,6 +163,13 @@ def test_reference_has_the_commands_that_score(name: str, site: Path) -> None:
     assert f'<h2 id="{name}"' in (site / "reference" / "commands.html").read_text(encoding="utf-8")
 
 
+def test_no_markup_is_left_as_text(pages: dict[Path, Page], site: Path) -> None:
+    """Sphinx's roles and unclosed code, which the build does not warn of."""
+    for path in pages:
+        text = re.sub(r"<(script|pre|style|code)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r":(class|func|meth|mod|data|attr|ref):|`|\*\*\w", text), path
+
+
 def test_reference_has_every_recipe(pages: dict[Path, Page], site: Path) -> None:
     names = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")]
     assert {name.replace("/", "-") for name in names} <= pages[site / "reference" / "recipes.html"].anchors

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.metadata import Metadata
 from toys.cli import FAST, RECIPES, ROOT, attacking, files
-from toys.docs import PAGES, blocks_of, shown_commands
+from toys.docs import PAGES, blocks_of, check_promised, shown_commands
 from toys.json_files import undocumented
 
 _COPIED = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -23,7 +23,6 @@ _COPIED = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encodin
 _SOURCES = {name for names in _COPIED for name in names.split()} - {"constraints.txt"}
 _QUICK = (*FAST, "--trainer.max_steps", "2", "--attribution.write", "false", "--stopping.threshold", "null")
 _LINK = re.compile(r"\]\(\s*([^)]*)\)|\b(?:src|href)=[\"']?([^\"'>\s]*)|^\[.*\]:\s*(\S+)", re.MULTILINE)
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 #: What makes the commands of a newcomer (docs/index.md) quick, and ``attack`` beside them.
 QUICKER = {
     "fit": _QUICK,
@@ -148,27 +147,16 @@ def test_a_wheel_is_all_a_newcomer_needs(place: Path, tmp_path: Path) -> None:
 
 
 def shown_by(place: Path, here: Path, walk: str) -> str:
-    """What a walk of docs/ prints, and after each command its exit status; all that the page promises is in it.
-
-    Numbers are within 5 of the page's, or a quarter: other processors round otherwise.
-    """
+    """What a walk of docs/ prints, and after each command its exit status; all that the page promises is in it."""
     page = [block for page in PAGES for block in blocks_of(page) if block.marker == walk]
     steps = {"python": lambda text: text, "bash": as_calls, "": lambda _: ""}
     shown = walked(place, here, "".join(steps[block.language](block.text) for block in page))
-    lines = {_NUMBER.sub("#", line): line for line in map(_words, shown.splitlines())}
-    for line in (_words(line) for block in page if not block.language for line in block.text.splitlines()):
-        found = lines[_NUMBER.sub("#", line)]
-        told, wanted = ([float(number) for number in _NUMBER.findall(text)] for text in (found, line))
-        assert told == pytest.approx(wanted, abs=5, rel=0.25), found
+    check_promised("".join(block.text for block in page if not block.language), shown)
     return shown
 
 
 def as_calls(text: str) -> str:
     return "".join(f"print('exit status', main({words[1:]!r}))\n" for words in shown_commands(text))
-
-
-def _words(line: str) -> str:
-    return " ".join(line.split())
 
 
 def test_the_walk_of_a_deletion_request(place: Path, tmp_path: Path) -> None:

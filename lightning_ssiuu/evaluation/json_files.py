@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_VERSION = "the package's version, in `provenance.versions`"
+_VERSION = "the package's, in `provenance.versions`"
 _PROVENANCE = (
     "`versions` (of this package, torch and others), `commit` (of this package; null where it is not known), `seed`, "
     "`config_sha256`, `data_sha256`, `device`, `wall_s` (seconds); but for `fit` also `weights_sha256` by model"
@@ -24,7 +24,7 @@ class JsonFile:
         written_by: The command.
         fields: What always stands at the top, and what it is.
         sometimes: The same of what is there under a condition.
-        schema: Where the version of its form is told.
+        schema: Which version its schema has, and where it stands.
     """
 
     written_by: str
@@ -59,7 +59,7 @@ JSON_FILES = {
             "outcomes": "of the others: the score before and under attack, for each model and variant",
             "settings": "by attack: its options and `provenance`",
         },
-        schema="the package's version, in `settings.ATTACK.provenance.versions`; earlier ones are read, too",
+        schema="the package's, for each attack in `settings.ATTACK.provenance.versions`",
     ),
     "audit.json": JsonFile(
         "`audit`",
@@ -87,7 +87,7 @@ JSON_FILES = {
     "certificate.json": JsonFile(
         "`certify` and `erase`",
         {
-            "schema": "name and number of this form",
+            "schema": "name and number of this schema",
             "made": "when, UTC",
             "versions": "of the packages that unlearned",
             "verdict": "as in `audit.json`, rounded",
@@ -103,7 +103,7 @@ JSON_FILES = {
             "settings": "by attack: its options",
             "seal": "keyed hash of all the rest",
         },
-        schema="its field `schema`, now `lightning-ssiuu certificate 1`; `verify` refuses another one",
+        schema="in its field `schema`, now `lightning-ssiuu certificate 1`; `verify` refuses any other",
     ),
     "erase.json": JsonFile(
         "`erase`",
@@ -117,7 +117,7 @@ JSON_FILES = {
             "sentence": "the verdict in words",
         },
         {"chosen": "the trial that was taken"},
-        schema="none of its own: `erase` alone reads it, to go on",
+        schema="none; only `erase` reads it, to continue",
     ),
     "utility.json": JsonFile(
         "`utility`",

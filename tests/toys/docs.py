@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from toys.cli import ROOT
 
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
@@ -16,6 +17,7 @@ PAGES = [*ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
 #: Marks of what is run with nothing but the package installed (tests/test_wheel.py).
 WALKS = ("newcomer", "privacy-engineer", "researcher")
 BASH = shutil.which("bash") or "bash"
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 _BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -46,3 +48,16 @@ def shown_commands(text: str) -> list[list[str]]:
     options: Any = {"env": {"PATH": ""}, "capture_output": True, "text": True, "check": False}
     done = subprocess.run([BASH, "-c", script + text.replace("<name>", "npo")], **options)
     return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+
+
+def check_promised(promised: str, shown: str) -> None:
+    """Every line of a block is printed; numbers are within 5, or a quarter: other processors round otherwise."""
+    lines = {_NUMBER.sub("#", line): line for line in map(_words, shown.splitlines())}
+    for line in map(_words, promised.splitlines()):
+        found = lines[_NUMBER.sub("#", line)]
+        told, wanted = ([float(number) for number in _NUMBER.findall(text)] for text in (found, line))
+        assert told == pytest.approx(wanted, abs=5, rel=0.25), found
+
+
+def _words(line: str) -> str:
+    return " ".join(line.split())
