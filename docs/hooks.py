@@ -37,10 +37,11 @@ ANY_CLASS = {"model": "objectives.md", "data": "datamodules.md", "attack": "atta
 _CONFIG = "A YAML file with these options, or a recipe's name; may be given several times."
 _JSON_FILES = """The files that commands write, with their fields at the top level. None holds text of the forget set.
 
-**Versions.** The version of this package is the version of the schema: a schema changes only in a release, and every file says
-which one wrote it (`provenance.versions["lightning-ssiuu"]`). The certificate has a number of its own, because people outside
-keep it. Fields are public names: how long they stay is in `CONTRIBUTING.md`, and changes are in `CHANGELOG.md`. The values
-by example that `evaluate` writes (`TOFU_EVAL.json`, or another suite's name) have open-unlearning's schema."""
+**Versions.** The version of this package is the version of the schemas: they change only in a release. Every file but
+`erase.json`, which only its own command reads, says which version wrote it. The certificate also has its own number,
+because other people keep it. Fields are public names: `CONTRIBUTING.md` says how long they stay, and `CHANGELOG.md` what
+changed. The values by example that `evaluate` writes (`TOFU_EVAL.json`, or another suite's name) have open-unlearning's
+schema."""
 _STATUSES = "Exit statuses](../how-to/runs.md#exit-statuses)"
 
 
@@ -108,8 +109,10 @@ def _commands() -> str:
         text += [f"## {name}\n", f"{said[0].upper()}{said[1:]}.\n"]
         text += [f"```\nlightning-ssiuu {name} {_EXAMPLES[name]}\n```\n"] if name in _EXAMPLES else []
         tree = _tree(module)
-        if module.endswith(".fit"):
-            text += _table(("option", "what it is"), [*_sections(tree, name)])
+        if name in ("validate", "test"):
+            text += ["It takes the options of [`fit`](#fit), except `--estimate-memory`.\n"]
+        elif name == "fit":
+            text += _table(("option", "default", "what it is"), [*_sections(tree)])
         elif "add_argument(" in ast.unparse(_function(tree, "run")):
             text += _table(("option", "what it is"), _spelled_out(_function(tree, "run")))
         else:
@@ -118,23 +121,24 @@ def _commands() -> str:
     return "\n".join(text)
 
 
-def _sections(tree: ast.Module, command: str) -> Iterator[tuple[str, str]]:
+def _sections(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
     """The sections of a configuration, and what stands beside them."""
-    yield "`--config`", _CONFIG
+    yield "`--config`", "", _CONFIG
     for section, said in {"model": "An objective", "data": "A data module"}.items():
-        yield f"`--{section}`", f"{said}: its class, and `--{section}.init_args.*` ([classes]({ANY_CLASS[section]}))."
-    yield "`--trainer.*`", "Lightning's Trainer."
-    yield "`--seed_everything`", "The seed of the run (0)."
-    yield "`--ckpt_path`", "A checkpoint to go on from; `last`, `hpc` or a path."
+        classes = f"[classes]({ANY_CLASS[section]})"
+        yield f"`--{section}`", "", f"{said}: its class, and `--{section}.init_args.*` ({classes})."
+    yield "`--trainer.*`", "", "Options of Lightning's Trainer."
+    yield "`--seed_everything`", "`0`", "The seed of the run."
+    yield "`--ckpt_path`", "", "A checkpoint to continue from: `last`, `hpc` or a path."
     for call in _calls(_function(tree, "add_arguments_to_parser")):
         if call.func.attr in ("add_lightning_class_args", "add_class_arguments"):
             kind, section = ast.unparse(call.args[0]), ast.literal_eval(call.args[1])
             module = next(iter(_imported(tree, kind)))
-            for option, _, text in _documented(module, kind):
-                yield f"`--{section}.{option}`", text
-    yield from _spelled_out(_function(tree, "add_arguments_to_parser"))
-    if command == "fit":
-        yield from _spelled_out(_function(tree, "_prepare_subcommand_parser"))
+            for option, default, text in _documented(module, kind):
+                yield f"`--{section}.{option}`", default, text
+    for function in ("add_arguments_to_parser", "_prepare_subcommand_parser"):
+        for option, text in _spelled_out(_function(tree, function)):
+            yield option, "", text
 
 
 def _parameters(module: str, function: str) -> Iterator[tuple[str, str, str]]:
@@ -167,6 +171,8 @@ def _documented(module: str, name: str, kinds: bool = False) -> Iterator[tuple[s
     sections = Docstring(ast.get_docstring(thing) or "", parser=Parser.google).parse(warnings=False)
     told = {one.name: one.description for section in sections if section.kind == "parameters" for one in section.value}
     for option, kind, default in _signature(thing):
+        if (name := default.strip("`")).isupper():
+            default = _code(_constant(tree, name))
         yield (option, default, _escaped(told.get(option, ""))) + ((kind,) if kinds else ())
 
 
@@ -183,6 +189,20 @@ def _signature(thing: ast.FunctionDef | ast.ClassDef) -> Iterator[tuple[str, str
     defaults: list[Any] = [None] * (len(args) - len(thing.args.defaults)) + thing.args.defaults
     for arg, default in zip(args, defaults, strict=True):
         yield arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", _code(default)
+
+
+def _constant(tree: ast.Module, name: str) -> ast.expr:
+    """What a name in capitals stands for, which its module has or imports."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            (target,) = node.targets
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = [*zip(target.elts, node.value.elts, strict=True)]
+            for one, value in pairs:
+                if isinstance(one, ast.Name) and one.id == name:
+                    return value
+    return _constant(_tree(next(_imported(tree, name))), name)
 
 
 def _code(value: ast.expr | None) -> str:
@@ -233,4 +253,6 @@ def _table(head: tuple[str, ...], rows: Any) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return _without_roles(" ".join(text.split())).replace("<", "&lt;")
+    """Text for a cell of a table; in code ``<`` may stay as it is."""
+    parts = re.split(r"(`+.*?`+)", _without_roles(" ".join(text.split())))
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)

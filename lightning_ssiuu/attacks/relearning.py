@@ -35,7 +35,7 @@ class Relearning(Attack):
     Args:
         learning_rates: Of each attacker that has none of its own; the default is the paper's harmful grid for 3B
             models. Small models need larger ones: widen until ``inside_grid`` is true.
-        seeds: Of the selection and the order.
+        seeds: Seeds of the selection and the order.
         epochs: Passes over the attacked examples.
         every_n_epochs: Epochs from one score to the next; the last is always scored. Scoring can cost more than the
             attack itself.

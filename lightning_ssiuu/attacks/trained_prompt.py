@@ -47,7 +47,7 @@ class TrainedPrompt(Attack):
 
     Args:
         p: Fractions of the forget set that are trained on, in (0, 1).
-        seeds: Of the selection, the order and the start.
+        seeds: Seeds of the selection, the order and the start.
         steps: Steps of training, ≥ 0.
         batch_size: Examples per step, over all devices.
     """

@@ -39,7 +39,7 @@ class ForgetThresholdStopping(L.Callback):
             score of questions and answers re-paired at random, ``"chance"``, of those worded alike, or ``"test"``, of
             a test set that the model never learned. None never stops.
         every_n_steps: Optimiser steps between two looks.
-        seed: Of the re-pairing.
+        seed: Seed of the re-pairing.
         unknown: What becomes of a run that unlearns where the model's forget score before the first step is no more
             than chance (that of re-paired questions and answers, or of guessing among options), whatever the threshold:
             it would end as a success that unlearned nothing. ``"refuse"`` names the template with which the model knows

@@ -66,7 +66,7 @@ class NeuronAttributionCallback(L.Callback):
             :func:`~lightning_ssiuu.models.answers.target_logps`.
         method: A name of :data:`~lightning_ssiuu.attribution.methods.METHODS`, or an ``AttributionMethod`` (or its
             import path), which has a target and a budget of its own; None takes activation × gradient.
-        write: Whether to write the files.
+        write: Whether to write the CSV files and the plots.
         memory_budget: Bytes an attribution may take beside the weights, or ``"2GB"``: the probes are batched anew to
             fit. None: batches of the evaluation loaders' size.
         elicited: The adversary (:class:`ElicitedLook`). A measurement takes its steps and one scoring of the forget

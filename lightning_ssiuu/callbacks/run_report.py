@@ -41,7 +41,7 @@ class RunReport(L.Callback):
     ``before``, ``after``: ``{split: {score: percent}}``.
 
     Args:
-        print_table: Whether to print it.
+        print_table: Whether to print the table of scores.
 
     Example:
         >>> RunReport().before

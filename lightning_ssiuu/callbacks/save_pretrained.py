@@ -34,7 +34,7 @@ class SavePretrained(L.Callback):
         push_to_hub: A repository ``owner/name`` of the Hugging Face hub to push the directory to when the run has
             ended, with a model card of what ``fit`` measured. It has to be empty or new. ``lightning-ssiuu publish``
             does the same later, when there are attacks and a verdict to tell of.
-        private: Whether that repository is private.
+        private: Whether the repository on the hub is private.
 
     Raises:
         UserError: If ``folder`` is no plain name or that of a result, the disk has too little room or cannot be

@@ -90,36 +90,35 @@ def erase(
     ended goes on where it was when it is given again. ``config.yaml`` repeats the chosen run with ``fit``.
 
     Args:
-        output: Directory for everything.
+        output: Directory for all results.
         model: The model before unlearning: a directory, a hub id, or ``tiny``.
-        forget: File of what is to be forgotten, or text: a ``.txt`` file, or a folder. Without it and ``data``: the
+        forget: File with the rows to forget, or text: a ``.txt`` file, or a folder. Without it and ``data``: the
             embedded facts, or what ``fit`` has.
-        retain: The same of what must stay.
-        test: File of bystanders, scored and never trained on.
-        data: One table instead of ``forget`` and ``retain``; what is not forgotten is retained.
+        retain: The same for what must stay.
+        test: File with other rows, which are scored but never trained on.
+        data: One table instead of ``forget`` and ``retain``; rows that are not forgotten are retained.
         forget_ids: File with the ids of the table's rows to forget, one a line.
         forget_where: Or a condition on its columns, e.g. ``customer_id == 17``.
-        recipe: Of the objective and its settings; by default ``erase`` for the embedded model and
+        recipe: The objective and its settings; by default ``erase`` for the embedded model and
             ``model/smollm2_erase`` after it for others.
         fit: YAML file (or a list of them) with options of ``fit``, read after the recipe: columns of the data, hashed
             ids, more steps.
-        template: How questions are asked; None: the one under which the model knows most.
+        template: How questions are asked; None: as the model knows most.
         threshold: Forget probability in percent that ends a run; ``chance``: that of other questions' answers, worded
             alike; ``test``: of a test set the model never learned; ``mismatched``: of questions and answers re-paired
             at random. None: what the ``oracle`` gives; without one ``chance``, but for the embedded facts, whose recipe
             has a number.
         trials: How many settings to try, ≥ 1.
-        budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
-            limit.
+        budget: Minutes for the whole command; after the first trial none starts that would exceed it. None: no limit.
         search: Who proposes the settings: ``own``, as above, or ``optuna``, its Gaussian process with ``seed``, over
             the same factors; needs the extra ``search``. ``erase.json`` says which it was.
-        retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
-        oracle: A model retrained without the forget set, for attack and audit; None: their control.
-        seed: Of everything.
-        accelerator: Lightning's.
-        devices: How many.
+        retain_at_least: Percent of the retain score that a setting must keep to be preferred.
+        oracle: A model trained without the forget set, for attack and audit; None: they use their control.
+        seed: The seed of every run, attack and search.
+        accelerator: As in Lightning's Trainer: ``auto``, ``cpu`` or ``gpu``.
+        devices: Number of devices.
         precision: ``32-true``, ``bf16-mixed`` or ``bf16-true``.
-        overwrite: Begin anew, and replace what is in ``output``.
+        overwrite: Start again, and replace what is in ``output``.
 
     Returns:
         The verdict, and where everything is. As a command the exit status is 0 if erased, and 3 if not, also where no

@@ -87,13 +87,13 @@ def attack(model: Any, oracle: Any = None, tokenizer: Any = None, output: str | 
 
     Args:
         model: The unlearned model: a checkpoint, or a transformers model with its ``tokenizer``.
-        oracle: The same for a model retrained without the forget set; None: invented facts stand in.
-        tokenizer: Of models in memory.
+        oracle: The same for a model retrained without the forget set; None: invented facts are used instead.
+        tokenizer: The tokenizer of models in memory.
         output: Directory for ``attack.json``; None: nothing is written.
-        **options: As the command ``attack`` has (:func:`lightning_ssiuu.cli.attack.attack`).
+        **options: The options of the command ``attack``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> from lightning_ssiuu import Facts, Harmful
@@ -137,12 +137,12 @@ def audit(
         original: The model before: a checkpoint, or a transformers model with its ``tokenizer``.
         unlearned: The model after.
         oracle: A model retrained without the forget set.
-        tokenizer: Of models in memory.
+        tokenizer: The tokenizer of models in memory.
         output: Directory for ``audit.json`` and ``report.html``; None: nothing is written.
-        **options: As the command ``audit`` has (:func:`lightning_ssiuu.cli.audit.audit`).
+        **options: The options of the command ``audit``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> audit("tiny", "tiny", relearning_probe=False, own_change=False, probe_examples=4).label
@@ -170,10 +170,10 @@ def utility(model: Any, tokenizer: Any = None, output: str | None = None, **opti
         model: A checkpoint, or a transformers model with its ``tokenizer``.
         tokenizer: Of a model in memory.
         output: Directory for ``utility.json``; None: nothing is written.
-        **options: As the command ``utility`` has (:func:`lightning_ssiuu.cli.utility.utility`).
+        **options: The options of the command ``utility``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> utility("tiny", limit=4).columns
@@ -194,12 +194,12 @@ def privacy(model: Any, oracle: Any = None, tokenizer: Any = None, output: str |
     Args:
         model: A checkpoint, or a transformers model with its ``tokenizer``.
         oracle: A model retrained without the forget set.
-        tokenizer: Of models in memory.
+        tokenizer: The tokenizer of models in memory.
         output: Directory for ``privacy.json``; None: nothing is written.
-        **options: As the command ``privacy`` has (:func:`lightning_ssiuu.cli.privacy.privacy`).
+        **options: The options of the command ``privacy``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> privacy("tiny", gradient_norm=False).columns
@@ -223,12 +223,12 @@ def evaluate(
         model: A checkpoint, or a transformers model with its ``tokenizer``.
         suite: Name of the suite, such as ``"tofu"``.
         reference: A model that did not see the forget set, or the log of one (``TOFU_EVAL.json``).
-        tokenizer: Of models in memory.
+        tokenizer: The tokenizer of models in memory.
         output: Directory for ``evaluate.json`` and the log; None: nothing is written.
-        **options: As the command ``evaluate`` has (:func:`lightning_ssiuu.cli.evaluate.evaluate`).
+        **options: The options of the command ``evaluate``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> evaluate("tiny", "tofu", path="nowhere")
@@ -251,10 +251,10 @@ def compare(runs: Sequence[Any], output: str | None = None, **options: Any) -> R
     Args:
         runs: Run directories.
         output: Directory for the table's files and plots; None: nothing is written.
-        **options: As the command ``compare`` has (:func:`lightning_ssiuu.cli.compare.compare`).
+        **options: The options of the command ``compare``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> compare(["nowhere"])
@@ -277,10 +277,10 @@ def leaderboard(runs: Sequence[Any], output: str | None = None, **options: Any) 
     Args:
         runs: Directories with an ``audit.json``.
         output: Directory for the page and the tables; None: nothing is written.
-        **options: As the command ``leaderboard`` has (:func:`lightning_ssiuu.cli.leaderboard.leaderboard`).
+        **options: The options of the command ``leaderboard``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> try:
@@ -309,10 +309,10 @@ def meta_evaluate(knowing: Sequence[str], ignorant: Sequence[str], output: str |
         knowing: Checkpoints that were taught the forget set.
         ignorant: Checkpoints that never saw it.
         output: Directory for ``meta_evaluation.json``; None: nothing is written.
-        **options: As the command ``meta-evaluate`` has (:func:`lightning_ssiuu.cli.meta_evaluate.meta_evaluate`).
+        **options: The options of the command ``meta-evaluate``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command does.
 
     Example:
         >>> meta_evaluate(["tiny"], ["tiny"], scores=["first_token"])

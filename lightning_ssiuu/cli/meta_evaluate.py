@@ -61,14 +61,14 @@ def meta_evaluate(
         inverted: Scores that are lower the more is known: 100 minus the score is judged.
         p: Fraction of the forget set that is relearned; the disjoint rest is scored.
         learning_rate: Of that, AdamW's; the default suits small models.
-        epochs: Passes over what is relearned.
-        seed: Of the selection and the order.
-        batch_size: Sequences per step of it.
+        epochs: Passes over the examples that are relearned.
+        seed: Seed of the selection and the order.
+        batch_size: Sequences per relearning step.
         quantization: Width of the rounded weights; null: none.
         output: Directory for ``meta_evaluation.json``; by default the run of the first model that lies in one.
-        accelerator: Lightning's; one device.
-        precision: Of the weights.
-        overwrite: Replace an earlier one.
+        accelerator: As in Lightning's Trainer: ``auto``, ``cpu`` or ``gpu``; one device.
+        precision: Precision of the weights.
+        overwrite: Replace an earlier result.
 
     Returns:
         The contents of ``meta_evaluation.json``, in percent.

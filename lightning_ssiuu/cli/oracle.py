@@ -28,7 +28,7 @@ def oracle(output: str = "runs/oracle", seed: int = 0, steps: int = STEPS, overw
         output: Directory that gets ``model/``.
         seed: Of initial weights and of the order of the training pairs.
         steps: Training steps.
-        overwrite: Replace an earlier one.
+        overwrite: Replace an earlier oracle.
 
     Raises:
         UserError: If the directory holds one already or cannot be written, or a number is out of its range.

@@ -42,8 +42,8 @@ def privacy(
         k: Share of the least probable tokens that min-k and min-k++ look at.
         gradient_norm: Whether to take the gradient norms, a backward pass for each answer.
         output: Directory for ``privacy.json``; by default the model's run.
-        accelerator: Lightning's; one device.
-        precision: Of the weights.
+        accelerator: As in Lightning's Trainer: ``auto``, ``cpu`` or ``gpu``; one device.
+        precision: Precision of the weights.
         overwrite: Replace an earlier ``privacy.json``.
 
     Returns:

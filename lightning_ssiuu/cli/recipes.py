@@ -162,7 +162,8 @@ def run(args: list[str]) -> None:
 
     text = "The recipes of the package, which --config takes by name: list them, show one, or copy one to change it."
     parser = ArgumentParser(prog="lightning-ssiuu recipes", description=text, exit_on_error=False)
-    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy"], help="(default: list)")
+    said = "list all recipes (the default), show one, or copy one to a file"
+    parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy"], help=said)
     parser.add_argument("name", nargs="?", type=str, metavar="NAME", help="a recipe, e.g. ssiuu or model/smollm2")
     text = "where to copy it: a file, or a directory (default: the recipe's file name, here)"
     parser.add_argument("dest", nargs="?", type=str, metavar="DEST", help=text)

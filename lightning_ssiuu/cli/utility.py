@@ -46,8 +46,8 @@ def utility(
         batch_size: Items at a time.
         chat: Ask lm-eval's tasks through the chat template.
         output: Directory for ``utility.json``; by default the model's run.
-        accelerator: Lightning's; one device.
-        precision: Of the weights.
+        accelerator: As in Lightning's Trainer: ``auto``, ``cpu`` or ``gpu``; one device.
+        precision: Precision of the weights.
         overwrite: Replace an earlier ``utility.json``.
 
     Returns:

@@ -38,7 +38,7 @@ class Devices:
     """The devices a command was given. Nothing is started before :meth:`launched`.
 
     Args:
-        accelerator: Lightning's.
+        accelerator: As in Lightning's Trainer: ``auto``, ``cpu`` or ``gpu``.
         devices: How many, one process each; ``"auto"``: all GPUs, or one process on the CPU.
         strategy: ``"ddp"``: the whole model on every device; ``"fsdp2"``: its weights cut over them; ``"auto"``:
             ``"ddp"`` where there are several devices.

@@ -40,7 +40,7 @@ class RelearningProbe:
     Args:
         p: Attacked fraction of the forget set; the disjoint rest is scored.
         learning_rates: AdamW's. The default suits small models; the paper's for 3 B parameters is 1e-5, 5e-6, 1e-6.
-        seeds: Of the selection and the order; at least two for a spread.
+        seeds: Seeds of the selection and the order; at least two for a spread.
         epochs: Passes over the attack set.
         batch_size: Attack sequences per step, over all devices.
     """
