@@ -39,9 +39,9 @@ _JSON_FILES = """The files that commands write, with their fields at the top lev
 
 **Versions.** The version of this package is the version of the schemas: they change only in a release. Every file but
 `erase.json`, which only its own command reads, says which version wrote it. The certificate also has its own number,
-because other people keep it. Fields are public names: `CONTRIBUTING.md` says how long they stay, and `CHANGELOG.md` what
-changed. The values by example that `evaluate` writes (`TOFU_EVAL.json`, or another suite's name) have open-unlearning's
-schema."""
+because other people keep it. Fields are public names: `CONTRIBUTING.md` says how long they stay, and `CHANGELOG.md`
+what changed. The values by example that `evaluate` writes (`TOFU_EVAL.json`, or another suite's name) have open-
+unlearning's schema."""
 _STATUSES = "Exit statuses](../how-to/runs.md#exit-statuses)"
 
 
