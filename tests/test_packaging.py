@@ -54,7 +54,7 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
 
 
 def test_extras_are_those_promised() -> None:
-    assert set(EXTRAS) == {"test", "docs", "lora", "gguf", "lm-eval", "rouge", "vllm"}
+    assert set(EXTRAS) == {"test", "docs", "lora", "quantization", "gguf", "lm-eval", "vllm"}
 
 
 def test_every_import_is_required() -> None:

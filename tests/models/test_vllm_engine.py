@@ -146,9 +146,9 @@ def test_attacks_that_change_the_model(attack: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm(tmp_path: Path) -> None:
     done = command(*ATTACK, "--attack", "Sampling", "--output", tmp_path / "out")
-    refused(done, "engine", "got 'vllm', allowed: transformers: vllm needs the extra")
+    refused(done, "engine", "got 'vllm', allowed: transformers without vllm: pip install")
     refused(command(*ATTACK[:-1], "fast", "--output", tmp_path / "out"), "engine")
-    refused(command("audit", "--original", "tiny", "--unlearned", "tiny", "--engine", "vllm"), "engine", "extra")
+    refused(command("audit", "--original", "tiny", "--unlearned", "tiny", "--engine", "vllm"), "engine", "[vllm]")
     with pytest.raises(UserError, match="engine"):
         Devices("cpu", engine="fast")  # type: ignore[arg-type]
 
