@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
@@ -85,6 +86,20 @@ def hide_extras(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PathFinder, "find_spec", found)
     for name in [name for name in sys.modules if name.partition(".")[0] in EXTRAS]:
         patch.delitem(sys.modules, name)
+
+
+def test_each_extra_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `\[([\w-]+)\]` \|", page, re.MULTILINE)) == set(CONFIG["options.extras_require"])
+
+
+def test_bounds_of_the_table_are_those_of_setup_cfg() -> None:
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ((?:[\w-]+ \d[\d.]*(?:, )?)+) \|", page, re.MULTILINE)
+    told = {f"{name}>={bound}" for line in lines for name, bound in re.findall(r"([\w-]+) (\d[\d.]*)", line)}
+    options = CONFIG["options"]["install_requires"] + CONFIG["options.extras_require"]["quantization"]
+    assert told
+    assert told <= set(options.replace("[signatures]", "").split())
 
 
 @pytest.fixture
