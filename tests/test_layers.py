@@ -57,4 +57,4 @@ def test_no_circles() -> None:
 
 def test_the_root_is_what_it_should_be() -> None:
     there = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
-    assert there == {*HEIGHT, "__init__.py", "__main__.py"}
+    assert there == {*HEIGHT, "__init__.py", "__main__.py", "py.typed"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import configparser
-import json
 import os
 import re
 import subprocess
@@ -17,8 +16,6 @@ from packaging.utils import canonicalize_name
 from toys.cli import ROOT
 
 import lightning_ssiuu
-from lightning_ssiuu.datamodules.embedded import FACTS
-from lightning_ssiuu.models.loading import TINY
 
 CONFIG = configparser.ConfigParser()
 CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -70,15 +67,13 @@ def test_every_import_is_required() -> None:
                 assert known or canonicalize_name(NAMES.get(name, name)) in CORE.keys() | optional, (file.name, module)
 
 
-def test_data_are_shipped() -> None:
-    shipped = CONFIG["options.package_data"]
-    assert shipped["lightning_ssiuu.datamodules.embedded"] == "*.json"
-    assert shipped["lightning_ssiuu.models"] == "tiny/*"
-    assert shipped["lightning_ssiuu.recipes"] == "*.yaml, */*.yaml"
-    assert CONFIG["options"]["package_dir"].strip() == "lightning_ssiuu.recipes = recipes"
-    assert json.loads(FACTS.read_text(encoding="utf-8"))["facts"]
-    names = {file.name for file in TINY.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+def test_type_checkers_see_what_is_imported_on_first_use() -> None:
+    """And no other; whether the types are known, ``mypy`` says of tests/typed_user.py."""
+    tree = ast.parse((ROOT / "lightning_ssiuu" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname: f"{node.module}:{alias.name}" for node in imports for alias in node.names}
+    assert seen == {name: f"lightning_ssiuu.{module}:{name}" for name, module in lightning_ssiuu._EXPORTS.items()}
 
 
 def test_every_package_is_listed() -> None:

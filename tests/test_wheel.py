@@ -8,15 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 from toys.cli import FAST, RECIPES, ROOT, attacking, files
 from toys.docs import blocks_of, shown_commands
 
-_SOURCES = ("lightning_ssiuu", "recipes", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+_COPIED = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+#: What the Dockerfile copies, but for the constraints: the package is built of it there, and here.
+_SOURCES = {name for names in _COPIED for name in names.split()} - {"constraints.txt"}
 _QUICK = (*FAST, "--trainer.max_steps", "2", "--attribution.write", "false", "--stopping.threshold", "null")
+_LINK = re.compile(r"\]\(\s*([^)]*)\)|\b(?:src|href)=[\"']?([^\"'>\s]*)|^\[.*\]:\s*(\S+)", re.MULTILINE)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 #: Each is a documented command, and what makes it quick.
 WALK = [
@@ -38,17 +43,36 @@ def run(folder: Path, *args: str | Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, built without a network from a copy: a build leaves directories behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in _SOURCES:
-        path = ROOT / name
-        shutil.copytree(path, folder / name, ignore=ignore) if path.is_dir() else shutil.copy(path, folder / name)
-    quiet = ("--quiet", "--disable-pip-version-check")
-    run(folder, sys.executable, "-m", "pip", "wheel", *quiet, "--no-build-isolation", "--no-deps", "-w", "dist", ".")
-    (found,) = (folder / "dist").glob("*.whl")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built without a network from a copy: a build leaves directories behind."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in (*_SOURCES, "MANIFEST.in", "README.md", "tests"):
+        path, copy = ROOT / name, folder / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
+    for cache in ("lightning_ssiuu/__pycache__", "recipes/__pycache__"):
+        (folder / cache).mkdir(exist_ok=True)
+        (folder / cache / "left.cpython-311.pyc").touch()
+    run(folder, sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')")
+    (found,) = (folder / "dist").glob("*.tar.gz")
     return found
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel made of it, as ``python -m build`` makes it: what the one lacks the other does."""
+    quiet = ("--quiet", "--disable-pip-version-check")
+    run(sdist.parent, sys.executable, "-m", "pip", "wheel", *quiet, "--no-build-isolation", "--no-deps", sdist)
+    (found,) = sdist.parent.glob("*.whl")
+    return found
+
+
+def test_the_sdist_holds_no_tests_and_no_caches(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
+    made = {"MANIFEST.in", "PKG-INFO", "README.md", "lightning_ssiuu.egg-info"}
+    assert {path.parts[0] for path in held if path.parts} == {Path(name).parts[0] for name in _SOURCES} | made
+    assert not [path for path in held if "__pycache__" in path.parts or path.suffix == ".pyc"]
 
 
 def test_the_wheel_holds_all_files_of_the_package_and_every_recipe_once(wheel: Path) -> None:
@@ -57,7 +81,28 @@ def test_the_wheel_holds_all_files_of_the_package_and_every_recipe_once(wheel: P
     expected = [path.relative_to(ROOT).as_posix() for path in package]
     expected += [f"lightning_ssiuu/recipes/{path.relative_to(RECIPES).as_posix()}" for path in RECIPES.rglob("*.yaml")]
     assert sorted(held) == sorted(expected)
+    assert "lightning_ssiuu/py.typed" in held
     assert not any(path.is_symlink() for path in RECIPES.rglob("*"))
+
+
+def test_the_metadata_are_complete_and_an_index_can_show_them(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    told = Metadata.from_email(archive.read(name), validate=True)
+    assert (told.license_expression, told.license_files) == ("Apache-2.0", ["LICENSE"])
+    assert (told.author, told.author_email) == ("the lightning_ssiuu developers", None)
+    assert {"Source", "Documentation", "Changelog", "Issues"} <= set(told.project_urls or ())
+    assert "Typing :: Typed" in (told.classifiers or ())
+    assert told.keywords
+    assert (told.description or "").strip() == (ROOT / "docs" / "pypi.md").read_text(encoding="utf-8").strip()
+    links = _LINK.findall(told.description or "")
+    assert links
+    assert all("".join(link).startswith("https://") for link in links), links
+
+
+@pytest.mark.skipif(not shutil.which("twine"), reason="twine is not installed")
+def test_an_index_takes_both(sdist: Path, wheel: Path) -> None:
+    run(sdist.parent, "twine", "check", "--strict", sdist, wheel)
 
 
 @pytest.fixture(scope="module")

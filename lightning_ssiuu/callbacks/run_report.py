@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -18,6 +17,7 @@ from lightning_ssiuu.evaluation.chance import chance_of, first_batches
 from lightning_ssiuu.evaluation.loaders import evaluation_loaders, run_directory, split_loader
 from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
+from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.provenance import provenance
 
@@ -149,7 +149,7 @@ def _find(trainer: Any, kind: type[Any]) -> Any:
 
 def print_before_after(content: dict[str, Any]) -> None:
     """Print the contents of a ``metrics.json`` as a short table."""
-    console = Console(markup=False)  # brackets in names of one's own are text
+    console = text_console()
     console.print(f"{content['objective']}, {content['steps']} steps, stopped by: {content['stopped_by']}")
     table = Table("", Column("before", justify="right"), Column("after", justify="right"), "", box=None)
     before, after = content["before"], content["after"]

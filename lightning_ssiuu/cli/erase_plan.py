@@ -166,7 +166,7 @@ class Plan:
         config["trainer"]["default_root_dir"] = str(folder)
         config["trainer"].setdefault("max_steps", _MOST_STEPS)
         config["trainer"]["max_epochs"] = config["trainer"]["max_steps"]  # none has more epochs than steps
-        config["saving"] = (config.get("saving") or {}) | {"folder": "model"}
+        config["saving"] = (config.get("saving") or {}) | {"folder": "model", "push_to_hub": None}
         if not self.attackable:  # nor can an adversary be asked
             config["stopping"]["elicited"] = None
         return config

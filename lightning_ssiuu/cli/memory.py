@@ -45,6 +45,7 @@ from lightning_ssiuu.models.meta import blueprint, give_memory, is_packed
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.fsdp import FLOATS_ONLY, shard
 from lightning_ssiuu.training.reference import LiveReference
+from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.simulation import Simulation
 
@@ -357,7 +358,7 @@ def _workspace(device: torch.device) -> int:
 
 def print_estimate(estimate: MemoryEstimate, console: Console | None = None) -> None:
     """Print an estimate as a table, in MB (10⁶ bytes)."""
-    console = console or Console()
+    console = console or text_console()
     what = "process" if estimate.device == "cpu" else "device"
     console.print(f"Memory per {what}, {estimate.n_ranks} on {estimate.device}, at the worst moment ({estimate.phase})")
     table = Table(box=None, show_header=False)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +23,7 @@ from lightning_ssiuu.evaluation.runs import (
 )
 from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.console import hide_short_bars
+from lightning_ssiuu.utils.console import hide_short_bars, text_console
 from lightning_ssiuu.utils.errors import naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
 from lightning_ssiuu.utils.locks import only_here
@@ -101,7 +100,7 @@ def print_table(
     rows: Sequence[Sequence[str]], title: str | None = None, notes: Sequence[Any] = (), right: bool = True
 ) -> None:
     """Print rows, the first of them the header, columns after the first aligned right; title above, notes below."""
-    console, table = Console(), Table(box=None)
+    console, table = text_console(), Table(box=None)
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if right and number else "left")
     for row in rows[1:]:

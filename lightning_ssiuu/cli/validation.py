@@ -11,7 +11,6 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from rich.table import Column, Table
 
 from lightning_ssiuu.callbacks import KeepCheckpoints
@@ -19,6 +18,7 @@ from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.models.adapter_directory import is_adapter_directory
 from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.registry import shortened
@@ -119,6 +119,6 @@ def print_scores(results: Sequence[Mapping[str, float]], of: str) -> None:
     table = Table(Column("", no_wrap=True), Column("", justify="right"), "", box=None, show_header=False)
     for name, value in scores.items():
         table.add_row(name, f"{value:.1f}", "%")
-    console = Console()
+    console = text_console()
     console.print(f"Scores of {of}", soft_wrap=True, highlight=False, markup=False)
     console.print(table)

@@ -233,7 +233,7 @@ class UnlearningDataModule(LightningDataModule, ABC):
         if stage not in ("validate", "test"):
             self._check_batches()
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """One loader over forget–retain pairs, or over what ``train_on`` says; see :class:`~.sampling.PairSampler`."""
         self.setup("fit")
         world_size, rank = self._ranks()
@@ -247,14 +247,14 @@ class UnlearningDataModule(LightningDataModule, ABC):
         """Names of the sets that :meth:`val_dataloader` and :meth:`test_dataloader` serve, in their order."""
         return [name for name, examples in self.splits.items() if name in _EVAL_SPLITS and examples]
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader per entry of :attr:`eval_splits`: forget, retain and, unless empty, test."""
         return [self.eval_dataloader(split) for split in self.eval_splits]
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[DataLoader[Any]]:
         return self.val_dataloader()
 
-    def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader:
+    def eval_dataloader(self, split: str, examples: Sequence[QAExample] | None = None) -> DataLoader[Any]:
         """One pass over a set (``"forget"``, ``"retain"`` or ``"test"``), in order, with batches ``{split: part}``.
 
         Given ``examples`` are served under the name of ``split`` instead of the set's, all of them. Fewer examples than
@@ -331,8 +331,8 @@ class UnlearningDataModule(LightningDataModule, ABC):
                 rank_zero_info(f"data.{name}: {most} instead of {batch_size}, for there are no more {part} examples.")
 
     def _loader(
-        self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader] = DataLoader
-    ) -> DataLoader:
+        self, dataset: EncodedDataset, sampler: Sampler[list[Key]], kind: type[DataLoader[Any]] = DataLoader
+    ) -> DataLoader[Any]:
         return kind(
             dataset,
             batch_sampler=sampler,

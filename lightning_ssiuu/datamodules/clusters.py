@@ -57,7 +57,7 @@ def parse_clusters(entities: Any, argument: str) -> list[Cluster]:
     return clusters
 
 
-def _groups(entity: dict, kind: str, place: str, argument: str) -> list[tuple[bool, list[Question]]]:
+def _groups(entity: dict[str, Any], kind: str, place: str, argument: str) -> list[tuple[bool, list[Question]]]:
     # Whether each item of a list is a list itself, and its questions
     place = f"{place}, {kind}"
     if not isinstance(entity.get(kind), list):

@@ -87,7 +87,7 @@ def share(batch: Mapping[str, list[int]], rank: int, world_size: int) -> list[Ke
     return [(part, index) for part, indices in shares.items() for index in indices]
 
 
-class ResumableLoader(DataLoader):
+class ResumableLoader(DataLoader[Any]):
     """A training loader that an interrupted run takes up at the very batch it had come to.
 
     Lightning saves and restores the state of loaders that have one. Position means batches handed out, not batches that

@@ -7,6 +7,7 @@ import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -172,6 +173,6 @@ def first_few(items: Sequence[object], n: int = 5) -> str:
     return ", ".join(map(str, items[:n])) + (f" and {len(items) - n} more" if len(items) > n else "")
 
 
-def numbered(first_id: int, rows: Iterable[Sequence]) -> Sequence[QAExample]:
+def numbered(first_id: int, rows: Iterable[Sequence[Any]]) -> Sequence[QAExample]:
     """Examples from rows in the order of :class:`QAExample`'s fields after the id, numbered from ``first_id`` on."""
     return kept(QAExample(first_id + n, *row) for n, row in enumerate(rows))

@@ -99,12 +99,12 @@ def relations() -> list[str]:
     return list(_world()["relations"])
 
 
-def world_facts(only: Sequence[str] | None = None) -> dict[str, dict[str, list]]:
+def world_facts(only: Sequence[str] | None = None) -> dict[str, dict[str, list[Any]]]:
     """Facts of these relations in FaithUn's format (:func:`~.clusters.parse_clusters`), probes nested by base question.
 
     A two-hop question is there if its first hop is.
     """
-    entities: dict[str, dict[str, list]] = {}
+    entities: dict[str, dict[str, list[Any]]] = {}
     for relation in relations() if only is None else only:
         for subject in _facts(relation):
             entity = entities.setdefault(subject, {kind: [] for kind in ("hop1_unlearn", *PROBES)})

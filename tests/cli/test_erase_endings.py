@@ -274,6 +274,13 @@ def test_an_adversary_is_asked_where_some_rows_can_be_relearned_and_others_score
     assert config["stopping"]["elicited"] == ({"steps": 3} if asks else None)
 
 
+def test_no_trial_is_pushed(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"saving": {"push_to_hub": "me/forgetful"}}))
+    plan = planned(tmp_path, fit=[str(tmp_path / "mine.yaml")], **asked)
+    saving = plan.config(Setting(), {"template": None}, tmp_path / "trial")["saving"]
+    assert (saving["folder"], saving["push_to_hub"]) == ("model", None)
+
+
 def test_what_is_to_be_reached_is_what_the_oracle_gives(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("stopping: {threshold: 7.0}\n")
     known = {"template": "plain", "oracle": 12.5}

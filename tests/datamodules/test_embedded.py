@@ -11,10 +11,13 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+from huggingface_hub import DatasetCard
 from toys.cli import command, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_ssiuu.datamodules import Facts, WorldFacts
 from lightning_ssiuu.datamodules.embedded import FACTS, build, facts_data
+from lightning_ssiuu.datamodules.world_facts import relations
 from lightning_ssiuu.models.loading import TINY
 from lightning_ssiuu.utils.errors import UserError
 
@@ -245,3 +248,20 @@ def test_the_oracle_is_trained_on_all_but_the_forget_set(tmp_path, monkeypatch):
     refused(command("oracle", "--steps", "2"), "output", "--overwrite")
     refused(command("oracle", "--steps", "0", "--output", "other"), "steps")
     assert command("oracle", "--steps", "2", "--overwrite").status == 0
+
+
+def test_the_data_card_says_what_is_there() -> None:
+    path = FACTS.parent / "DATA_CARD.md"
+    header, text = DatasetCard.load(path).data, path.read_text()
+    assert (header.license, header.language) == ("apache-2.0", ["en"])
+    for module in (Facts(), WorldFacts()):
+        sets = [examples for _, examples in module.splits.items()][:3]
+        counts = "{}, {} and {} facts".format(*map(len, sets))
+        assert f"| {counts} " in text, counts
+        assert {1 + len(e.paraphrases) for part in sets for e in part} == {5 if type(module) is Facts else 3}
+        assert {len(e.distractors) for part in sets for e in part} == {2}
+        assert f"{len(module.splits.benign)} harmless items" in text
+        assert f" {sum(map(len, sets))}: " in text
+    assert "person: {}, {} and {} ".format(*facts_data.PEOPLE_PER_SPLIT.values()) in text
+    assert f": {len(relations())} relations of real things" in text
+    assert f": {len(facts_data.RELATIONS)} relations of 60 invented people" in text

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toys.data import Toy, byte_tokenizer
 from toys.models import bare_trainer, equal, random_model, weights
-from toys.support import ANY_VALUE, BAD_OPTIONS, README, REFUSES, SCRIPT, refusal, with_support
+from toys.support import ANY_VALUE, BAD_OPTIONS, FEATURES, REFUSES, SCRIPT, refusal, with_support
 
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model
@@ -138,8 +138,8 @@ def test_an_option_is_refused_by_these_and_no_others(option: str) -> None:
         assert error.argument.partition(".")[0] in {option, "epsilon", "lora"}
 
 
-def test_readme_says_who_takes_adapters_and_who_can_be_a_backbone() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_table_says_who_takes_adapters_and_who_can_be_a_backbone() -> None:
+    text = FEATURES.read_text(encoding="utf-8")
     expected = with_support(text)
     assert all(f"\n| `{name}`" in text for name in NAMES)
     assert text == expected, f"python {SCRIPT} writes:\n" + "\n".join(re.findall(r"(?m)^\| `[A-Z].*$", expected))

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from toys.cli import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*_ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
 #: Marks of what is run with nothing but the package installed (tests/test_wheel.py).
 WALKS = ("privacy-engineer", "researcher")
 BASH = shutil.which("bash") or "bash"

@@ -1,4 +1,4 @@
-"""Which objective refuses which option, and README's columns of it, which running this file writes anew."""
+"""Which objective refuses which option, and the columns of docs/features.md, which running this file writes anew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_ssiuu.objectives import objectives
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.utils.errors import UserError
 
-README = Path(__file__).parents[2] / "README.md"
+FEATURES = Path(__file__).parents[2] / "docs" / "features.md"
 SCRIPT = "tests/toys/support.py"
 NAN, INF = math.nan, math.inf
 #: By option the arguments that ask for it, and the objectives that refuse it: these, and no others.
@@ -145,7 +145,7 @@ def refusal(name: str, option: str) -> UserError | None:
 
 
 def with_support(text: str) -> str:
-    """README's text, its last two columns of the objectives as ``REFUSES`` has them."""
+    """The text of docs/features.md, its last two columns of the objectives as ``REFUSES`` has them."""
 
     def row(found: re.Match[str]) -> str:
         name, begin = found["name"], found["begin"]
@@ -158,4 +158,4 @@ def with_support(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_support(README.read_text(encoding="utf-8")), encoding="utf-8")
+    FEATURES.write_text(with_support(FEATURES.read_text(encoding="utf-8")), encoding="utf-8")

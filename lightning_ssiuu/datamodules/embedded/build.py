@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ CHAT_TEMPLATE = (
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 300, 64, 2e-3, 0.1, 0.12
 BENIGN_REPEATS = 2  # a benign item has one phrasing, a fact four
 Pairs = Sequence[tuple[str, str]]
-World = dict[str, list[dict]]
+World = dict[str, list[dict[str, Any]]]
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:

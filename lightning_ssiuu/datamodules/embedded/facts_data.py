@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable
+from typing import Any
 
 from lightning_ssiuu.datamodules.embedded import WORD_LISTS
 
@@ -44,8 +45,8 @@ def _benign() -> list[tuple[str, str]]:
     return pairs
 
 
-def _facts(rng: random.Random, people: list[tuple[str, str]]) -> list[dict]:
-    facts: list[dict] = []
+def _facts(rng: random.Random, people: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    facts: list[dict[str, Any]] = []
     for (person, split), relation in itertools.product(people, RELATIONS):
         answer, *distractors = rng.sample(pool(relation), 3)
         question, *paraphrases = [wording.format(person) for wording in RELATIONS[relation]["questions"]]
@@ -54,7 +55,7 @@ def _facts(rng: random.Random, people: list[tuple[str, str]]) -> list[dict]:
     return facts
 
 
-def make_strangers(people: Iterable[str], count: int, seed: int = 1) -> list[dict]:
+def make_strangers(people: Iterable[str], count: int, seed: int = 1) -> list[dict[str, Any]]:
     """The six facts each of so many people of another world, whose first names and surnames none of ``people`` has."""
     rng, known = random.Random(seed), {word for person in people for word in person.split()}
     free = [[name for name in _joined(places, "") if name not in known] for places in SYLLABLES.values()]
@@ -62,7 +63,7 @@ def make_strangers(people: Iterable[str], count: int, seed: int = 1) -> list[dic
     return _facts(rng, [(" ".join(name), "forget") for name in names])
 
 
-def make_world(seed: int = 0) -> dict[str, list[dict]]:
+def make_world(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """Make the people, their six facts each and the benign items: ``{"facts": [...], "benign": [...]}``.
 
     The last paraphrase of a fact is held out of training. Ids are unique over both lists.
@@ -79,14 +80,14 @@ def make_world(seed: int = 0) -> dict[str, list[dict]]:
     return {"facts": facts, "benign": benign}
 
 
-def dump_world(world: dict[str, list[dict]]) -> bytes:
+def dump_world(world: dict[str, list[dict[str, Any]]]) -> bytes:
     """The bytes of ``facts.json``, one record a line so that a change can be read in a diff."""
     texts = {name: ",\n".join(map(json.dumps, records)) for name, records in world.items()}
     sections = [f'"{name}": [\n{text}\n]' for name, text in texts.items()]
     return ("{\n" + ",\n".join(sections) + "\n}\n").encode()
 
 
-def tokenizer_corpus(world: dict[str, list[dict]]) -> list[str]:
+def tokenizer_corpus(world: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Text to train the tokenizer on: templates, pools, benign items and name syllables, but no person's name."""
     # Syllables are repeated so that each becomes one token; starts follow a space, ends do not.
     corpus = [text for starts, ends in SYLLABLES.values() for text in (*(f" {start}" for start in starts), *ends)] * 8

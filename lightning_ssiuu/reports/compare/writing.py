@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ssiuu.reports.compare.table import Column, Comparison, Figure, Row
+from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.errors import one_line
 
 _WIDEST_NAME = 30
@@ -93,7 +94,7 @@ def caption(comparison: Comparison) -> str:
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the table, cut into as many as the screen's width asks for; what is empty is left out."""
-    console = console or Console()
+    console = console or text_console()
     names = [one_line(row.label) for row in comparison.rows]
     name_width = min(max(map(cell_len, ["method", *names])), _WIDEST_NAME)
     for part in _parts(comparison, console.width - name_width - 2 - 3):

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lightning_ssiuu.reports.compare.writing import csv_text, markdown_text, shown
 from lightning_ssiuu.reports.leaderboard.table import COLUMNS, Board, Line, provenance_of
+from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.errors import one_line
 
 _SINGLE = "one model"
@@ -44,7 +45,7 @@ def name_of(line: Line) -> str:
 
 def print_boards(boards: Sequence[Board], console: Console | None = None) -> None:
     """Print the tables, each below its title: of the columns those that a narrow screen has room for."""
-    console = console or Console()
+    console = console or text_console()
     for board in boards:
         columns = [column for column in board.columns if column.key in _ON_SCREEN]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
