@@ -1,4 +1,4 @@
-"""Arithmetic, memory and communication of a training step as formulas; docs/scaling.md explains them.
+"""Arithmetic, memory and communication of a training step as formulas; docs/how-to/scaling.md explains them.
 
 Llama-like models: N_b weights in the blocks' projections, N in all, L blocks of width d, q = heads · head width, k the
 same for keys or values, f the inner width, V the vocabulary. A part of a batch has τ tokens that answers are predicted

@@ -100,3 +100,12 @@ def few_facts(_first_people: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_ssiuu.datamodules.facts.FACTS", _first_people)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, for tests that are marked ``needs_browser``."""
+    from toys.browser import open_browser
+
+    with open_browser() as started:
+        yield started

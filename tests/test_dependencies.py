@@ -89,12 +89,12 @@ def hide_extras(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_extra_is_in_the_table() -> None:
-    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "installing.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `\[([\w-]+)\]` \|", page, re.MULTILINE)) == set(CONFIG["options.extras_require"])
 
 
 def test_bounds_of_the_table_are_those_of_setup_cfg() -> None:
-    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "installing.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| ((?:[\w-]+ \d[\d.]*(?:, )?)+) \|", page, re.MULTILINE)
     told = {f"{name}>={bound}" for line in lines for name, bound in re.findall(r"([\w-]+) (\d[\d.]*)", line)}
     options = "\n".join([CONFIG["options"]["install_requires"], *CONFIG["options.extras_require"].values()])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from toys.cli import DRAWN, RECIPES, ROOT, command
-from toys.docs import PAGES, WALKS, blocks_of, shown_commands
+from toys.docs import PAGES, ROOT_PAGES, WALKS, blocks_of, shown_commands
 
 import lightning_ssiuu
 from lightning_ssiuu.cli.fit import UnlearningCLI
@@ -45,21 +45,6 @@ def blocks(language: str, marked: str | None = None) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("marker", "text"), blocks("python"))
-def test_python_blocks_run(marker: str | None, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if marker == "not-run" or marker in WALKS:
-        pytest.skip("marked as not to be run here")
-    from lightning_ssiuu.evaluation.scores import SCORES
-
-    monkeypatch.chdir(tmp_path)
-    known = dict(SCORES)
-    try:
-        exec(compile(text, "<docs>", "exec", dont_inherit=True), {"__name__": "__docs__"})
-    finally:
-        SCORES.clear()
-        SCORES.update(known)
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One directory for all commands of all pages, as a reader would have."""
@@ -74,6 +59,24 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
     for module in [name for name in sys.modules if name.startswith("my_")]:  # others may write files of these names
         del sys.modules[module]
+
+
+@pytest.mark.parametrize(("marker", "text"), blocks("python"))
+def test_python_blocks_run(
+    marker: str | None, text: str, tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if marker == "not-run" or marker in WALKS:
+        pytest.skip("marked as not to be run here")
+    from lightning_ssiuu.evaluation.scores import SCORES
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(workplace)  # where the files lie that a page says to write
+    known = dict(SCORES)
+    try:
+        exec(compile(text, "<docs>", "exec", dont_inherit=True), {"__name__": "__docs__"})
+    finally:
+        SCORES.clear()
+        SCORES.update(known)
 
 
 @pytest.mark.parametrize(("marker", "text"), blocks("bash", marked="run"))
@@ -117,9 +120,16 @@ def test_recipes_named_in_commands_exist(marker: str | None, text: str) -> None:
         assert (ROOT / name).is_file(), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+def test_marks_are_known() -> None:
+    """A misspelt one would leave out a block in silence; what each means is in docs/contributing/index.md."""
+    used = {block.marker for page in PAGES for block in blocks_of(page)} - {None}
+    assert used <= {"run", "not-run", "main-job", "test-command", *WALKS}
+
+
+@pytest.mark.parametrize("page", ROOT_PAGES, ids=lambda page: page.name)
+def test_links_of_pages_outside_the_site(page: Path) -> None:
+    """Those of docs/ are looked at where the site is built (tests/test_site.py)."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
 
 
@@ -175,7 +185,7 @@ def test_no_file_names_a_machine() -> None:
     for file in ROOT.rglob("*"):
         inside = file.relative_to(ROOT).parts
         hidden = any(part.startswith(".") and part != ".ci" for part in inside)
-        built = any(part in ("runs", "build", "dist", "__pycache__", "lightning_logs") for part in inside)
+        built = any(part in ("runs", "build", "dist", "site", "__pycache__", "lightning_logs") for part in inside)
         if hidden or built or any(part.endswith(".egg-info") for part in inside) or not file.is_file():
             continue
         if file.suffix not in (".safetensors", ".png") and machine.search(file.read_bytes()):

@@ -94,7 +94,7 @@ def test_commands_of_the_page_are_read(capsys: pytest.CaptureFixture[str]) -> No
     from benchmarks.robustness import __main__ as benchmark
     from benchmarks.robustness import people, predictors
 
-    page = (ROOT / "docs/robustness.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/evidence/robustness.md").read_text(encoding="utf-8")
     for module, name in ((benchmark, "benchmarks.robustness"), (predictors, "benchmarks.robustness.predictors")):
         with pytest.raises(SystemExit) as end:
             module.main(["--help"])

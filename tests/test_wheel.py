@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.metadata import Metadata
 from toys.cli import FAST, RECIPES, ROOT, attacking, files
-from toys.docs import blocks_of, shown_commands
+from toys.docs import PAGES, blocks_of, shown_commands
+from toys.json_files import undocumented
 
 _COPIED = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
 #: What the Dockerfile copies, but for the constraints: the package is built of it there, and here.
@@ -23,14 +24,15 @@ _SOURCES = {name for names in _COPIED for name in names.split()} - {"constraints
 _QUICK = (*FAST, "--trainer.max_steps", "2", "--attribution.write", "false", "--stopping.threshold", "null")
 _LINK = re.compile(r"\]\(\s*([^)]*)\)|\b(?:src|href)=[\"']?([^\"'>\s]*)|^\[.*\]:\s*(\S+)", re.MULTILINE)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
-#: Each is a documented command, and what makes it quick.
-WALK = [
-    ["fit", "--config", "ssiuu", *_QUICK],
-    ["recipes", "copy", "attack/harmful", "mine.yaml"],
-    [
-        *("attack", "--config", "mine.yaml", "--model", "runs/ssiuu/model", "--control", "none"),
-        *attacking(epochs=1, seeds=[0], learning_rates=[1e-4], p=[0.3]),
-    ],
+#: What makes the commands of a newcomer (docs/index.md) quick, and ``attack`` beside them.
+QUICKER = {
+    "fit": _QUICK,
+    "oracle": ("--steps", "1"),
+    "audit": ("--probe_examples", "4", "--scores", "[first_token]", "--score", "first_token"),
+}
+ATTACK = [
+    *("attack", "--config", "mine.yaml", "--model", "runs/erase/model", "--control", "none"),
+    *attacking(epochs=1, seeds=[0], learning_rates=[1e-4], p=[0.3]),
 ]
 
 
@@ -123,26 +125,34 @@ def walked(place: Path, here: Path, steps: str) -> str:
     return run(here, sys.executable, "-c", script, PYTHONPATH=str(place))
 
 
-def test_a_wheel_is_all_one_needs(place: Path, tmp_path: Path) -> None:
-    """Used from an empty directory."""
+def test_a_wheel_is_all_a_newcomer_needs(place: Path, tmp_path: Path) -> None:
+    """The three commands of the start page from an empty directory, and a recipe to change."""
     listed = run(tmp_path, sys.executable, place / "bin" / "lightning-ssiuu", "recipes", PYTHONPATH=str(place))
     assert "objective/npo " in listed
-    shown = walked(place, tmp_path, "".join(f"assert main({words!r}) == 0\n" for words in WALK))
+    (page,) = (b for b in blocks_of(ROOT / "docs" / "index.md") if (b.marker, b.language) == ("newcomer", "bash"))
+    walk = [words[1:] for words in shown_commands(page.text)]
+    assert [words[0] for words in walk] == list(QUICKER)
+    walk = [[*words, *QUICKER[words[0]]] for words in walk]
+    walk += [["recipes", "copy", "attack/harmful", "mine.yaml"], ATTACK]
+    shown = walked(place, tmp_path, "".join(f"assert main({words!r}) == 0\n" for words in walk))
+    assert "Not unlearned: the forget score (first token) went from" in shown  # after two steps
     told = [line for line in shown.splitlines() if line.startswith("Written to ")]
     assert told == [
-        "Written to runs/ssiuu: model/, metrics.json, config.yaml",
+        "Written to runs/erase: model/, metrics.json, config.yaml",
+        "Written to runs/oracle: model/",
+        "Written to runs/erase: report.html, audit.json, audit_spurious_neurons.csv, plots/",
         "Written to .: mine.yaml",
-        "Written to runs/ssiuu: attack.json",
+        "Written to runs/erase: attack.json",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "mine.yaml"}
 
 
 def shown_by(place: Path, here: Path, walk: str) -> str:
-    """What a walk of docs/walks.md prints, and after each command its exit status; all that the page promises is in it.
+    """What a walk of docs/ prints, and after each command its exit status; all that the page promises is in it.
 
     Numbers are within 5 of the page's, or a quarter: other processors round otherwise.
     """
-    page = [block for block in blocks_of(ROOT / "docs" / "walks.md") if block.marker == walk]
+    page = [block for page in PAGES for block in blocks_of(page) if block.marker == walk]
     steps = {"python": lambda text: text, "bash": as_calls, "": lambda _: ""}
     shown = walked(place, here, "".join(steps[block.language](block.text) for block in page))
     lines = {_NUMBER.sub("#", line): line for line in map(_words, shown.splitlines())}
@@ -170,6 +180,7 @@ def test_the_walk_of_a_deletion_request(place: Path, tmp_path: Path) -> None:
     assert certificate["verdict"]["label"] == "hidden"
     assert certificate["forget"]["ids"] == ["C01", "C02", "C03", "C04"]
     assert {path.name for path in tmp_path.iterdir()} == {"customers.csv", "delete.txt", "runs"}
+    assert not undocumented(tmp_path / "runs")  # metrics, attack, audit, erase and certificate
 
 
 def test_the_walk_of_a_researcher(place: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 From the root of the repository. Settings of each objective are chosen on the tune data alone, as many tried for each.
 What is finished is never repeated: the same command goes on after a kill, and at the end of ``--minutes`` it says what
 is left (exit status 3). ``results.json`` and ``tables.md`` are written after every stage, ``plots/`` at the end
-(docs/robustness.md).
+(docs/evidence/robustness.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Cheap figures of an unlearned model that may tell before any attack how much an attack brings back.
 
-Which of them do, and how well, is in docs/attribution.md (``benchmarks/indicators.py`` measures them).
+Which of them do, and how well, is in docs/evidence/attribution.md (``benchmarks/indicators.py`` measures them).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class NeuronAttributionCallback(L.Callback):
 
     D⁻ says which neurons changed sides; what an attack will bring back is told better by ``elicited``, the forget score
     at the weights an adversary reaches who relearns a part of the forget set for a few steps and is scored on the rest
-    (``docs/attribution.md``). It is in ``history``, ``influence.csv`` and the loggers
+    (``docs/evidence/attribution.md``). It is in ``history``, ``influence.csv`` and the loggers
     (``attribution/elicited_<score>``, percent); ``elicited_value`` is the last one, ``score`` the stopping's, or the
     probability.
 

@@ -14,7 +14,7 @@ from lightning_ssiuu.utils.errors import Given, UserError
 #: Where a checkpoint holds the settings of its run.
 KEY = "settings"
 #: What changes neither weights nor scores, or no more than rounding does, or only when the run ends. An option stands
-#: for all below it. docs/guide.md has the same list.
+#: for all below it. docs/how-to/interrupted.md has the same list.
 HARMLESS = frozenset(
     [
         *("ckpt_path", "weights_only", "overwrite", "estimate_memory", "config"),

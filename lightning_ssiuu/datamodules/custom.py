@@ -24,7 +24,7 @@ class CustomData(UnlearningDataModule):
     there is a column of ids, messages and reports call the examples by them.
 
     Examples are numbered in the order of the sources: forget set first, then retain, then test. A set of more than 8192
-    examples is read from a private temporary file when it is needed, and may have millions (docs/scaling.md).
+    examples is read from a private temporary file when it is needed, and may have millions (docs/how-to/scaling.md).
 
     Args:
         forget: File or hub data set (``owner/name@revision:config:split``) of what is to be forgotten.

@@ -133,7 +133,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In at least float32, without history: differences of attributions are lost in bfloat16 (docs/precision.md)."""
+    """In at least float32, without history: bfloat16 loses what attributions differ by (docs/how-to/precision.md)."""
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("few_facts")
 PERPLEXITY, ACTIVATION = "my_scores.perplexity", "my_method.activation"
 #: File, where the documentation has its text, a word of it, and how many lines it may take.
 WRITTEN = (
-    ("my_scores.py", "guide.md", "perplexity = Score", 5),
-    ("my_method.py", "attribution_methods.md", "@from_activations", 15),
-    ("my_data.py", "guide.md", "class Sums", 5),
-    ("my_objective.py", "guide.md", "class BoundedAscent", 5),
+    ("my_scores.py", "how-to/extending.md", "perplexity = Score", 5),
+    ("my_method.py", "how-to/attribution_methods.md", "@from_activations", 15),
+    ("my_data.py", "how-to/extending.md", "class Sums", 5),
+    ("my_objective.py", "how-to/extending.md", "class BoundedAscent", 5),
 )
 
 
@@ -140,7 +140,7 @@ def test_modules_of_the_working_directory(option: tuple[str, ...], looked_in: bo
 
 
 def test_names_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "scores_of_mine.py").write_text(block("guide.md", "perplexity = Score"), encoding="utf-8")
+    (tmp_path / "scores_of_mine.py").write_text(block("how-to/extending.md", "perplexity = Score"), encoding="utf-8")
     (tmp_path / "needs_more.py").write_text("import not_installed_at_all", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     known = dict(SCORES)

@@ -17,10 +17,11 @@ from toys.cli import ROOT, attacking, command, default_run, files, leaks, read_j
 
 from lightning_ssiuu.objectives.fine_tuning import FineTuning
 
-#: The two examples of the guide, by the name of the class.
+PAGE = ROOT / "docs" / "how-to" / "extending.md"
+#: The two examples of how-to/extending.md, by the name of the class.
 WRITTEN = {
     found[1]: block
-    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text("utf-8"), re.M | re.S)
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
     if (found := re.search(r"class (\w+)\((?:Harmful|Attack)\)", block))
 }
 #: Attacks that give what cannot be summed up.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from toys.cli import command, read_json
+from toys.json_files import undocumented
 
 from lightning_ssiuu.cli.meta_evaluate import _models
 from lightning_ssiuu.evaluation.meta import faithfulness, joint, quantization_robustness, relearning_robustness
@@ -60,6 +61,7 @@ def test_the_command_judges_scores_by_models(tmp_path: Path) -> None:
     result = command("meta-evaluate", *given, *few, *scores)
     assert result.status == 0, result.err
     content = read_json(tmp_path / "out" / "meta_evaluation.json")
+    assert not undocumented(tmp_path)
     assert content["n"] == {"knowing": 2, "ignorant": 1, "unlearned": 1}
     found = content["scores"]
     assert (found["probability"]["faithfulness"], found["all_tokens"]["faithfulness"]) == (100.0, 0.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from toys.cli import command, read_json, write_rows
 from toys.data import Toy
+from toys.json_files import undocumented
 
 from lightning_ssiuu.datamodules.splits import QAExample
 from lightning_ssiuu.evaluation.metrics.truth_ratio import forget_quality
@@ -116,6 +117,7 @@ def test_command(tmp_path: Path) -> None:
     result = command(*given, "--oracle", "tiny")
     assert result.status == 0, result.err
     content = read_json(out / "privacy.json")
+    assert not undocumented(out)
     assert (content["n_forget"], content["n_nonmembers"], content["nonmembers"]) == (36, 6, "given")
     assert content["forget_quality"] == 1
     assert content["reference_auc"] == 50

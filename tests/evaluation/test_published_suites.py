@@ -14,6 +14,7 @@ import torch
 from toys import published
 from toys.cli import BARE, RECIPES, command, fit, read_json, write_rows
 from toys.data import CHAT
+from toys.json_files import undocumented
 from toys.models import answer_model
 from transformers import PreTrainedTokenizerBase
 
@@ -292,6 +293,7 @@ def test_items_that_were_trained_on_are_not_scored(tmp_path: Path) -> None:
     result = command("evaluate", "--suite", "knowundo", "--model", tmp_path / "run" / "model", "--path", folder)
     assert result.status == 0, result.err
     content = read_json(tmp_path / "run" / "evaluate.json")
+    assert not undocumented(tmp_path)
     assert content["n_items"] == {"unlearn_val": 2, "retention_val": 2}
     assert content["figures"]["unlearn_success"] == 100 - content["figures"]["unlearn_accuracy"]
     assert "SECRET" not in (tmp_path / "run" / "KNOWUNDO_EVAL.json").read_text()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from toys.cli import command, read_json
 from toys.data import Toy
+from toys.json_files import undocumented
 
 from lightning_ssiuu import Facts
 from lightning_ssiuu.datamodules import WorldFacts
@@ -54,6 +55,7 @@ def test_embedded_suite_equals_a_loop(damaged: str, tmp_path: Path) -> None:
     result = command("utility", "--model", damaged, "--output", tmp_path, "--batch_size", "5")
     assert result.status == 0, result.err
     content = read_json(tmp_path / "utility.json")
+    assert not undocumented(tmp_path)
     expected = by_hand(damaged)
     assert len(set(expected.values())) > 2
     assert content["tasks"] == pytest.approx(expected)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from toys.cli import ROOT
 
-_ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
-PAGES = [*_ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
 #: Marks of what is run with nothing but the package installed (tests/test_wheel.py).
-WALKS = ("privacy-engineer", "researcher")
+WALKS = ("newcomer", "privacy-engineer", "researcher")
 BASH = shutil.which("bash") or "bash"
 _BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -33,7 +33,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
     """The blocks of a page in their order."""
     text = page.read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
-        yield Block(page.name, text.count("\n", 0, match.start(3)), *match.groups())
+        yield Block(page.relative_to(ROOT).as_posix(), text.count("\n", 0, match.start(3)), *match.groups())
 
 
 def shown_commands(text: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Which objective refuses which option, and the columns of docs/features.md, which running this file writes anew."""
+"""Which objective refuses which option, and the columns of docs/reference/features.md, which this file writes anew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_ssiuu.objectives import objectives
 from lightning_ssiuu.objectives.ssiuu import SSIUU
 from lightning_ssiuu.utils.errors import UserError
 
-FEATURES = Path(__file__).parents[2] / "docs" / "features.md"
+FEATURES = Path(__file__).parents[2] / "docs" / "reference" / "features.md"
 SCRIPT = "tests/toys/support.py"
 NAN, INF = math.nan, math.inf
 #: By option the arguments that ask for it, and the objectives that refuse it: these, and no others.
@@ -145,7 +145,7 @@ def refusal(name: str, option: str) -> UserError | None:
 
 
 def with_support(text: str) -> str:
-    """The text of docs/features.md, its last two columns of the objectives as ``REFUSES`` has them."""
+    """The text of docs/reference/features.md, its last two columns of the objectives as ``REFUSES`` has them."""
 
     def row(found: re.Match[str]) -> str:
         name, begin = found["name"], found["begin"]

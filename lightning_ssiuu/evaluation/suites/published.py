@@ -1,4 +1,4 @@
-"""The suites of MUSE, WMDP, RWKU, KnowUnDo and LUME, each by its own protocol; docs/suites.md says what is exact."""
+"""The suites of MUSE, WMDP, RWKU, KnowUnDo and LUME, each by its own protocol (docs/how-to/suites.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Erased, hidden, mixed or not unlearned: the verdict of an audit, by the rules of ``docs/audit.md``.
+"""Erased, hidden, mixed or not unlearned: the verdict of an audit, by the rules of ``docs/how-to/audit.md``.
 
 Nothing here looks at a model: measured numbers go in, a label, a sentence and its grounds come out.
 """
@@ -158,7 +158,7 @@ def decide(
     retention: Retention | None = None,
     oracle: Retention | None = None,
 ) -> Verdict:
-    """Judge by the rules of ``docs/audit.md``; ``oracle`` is what the oracle has of the retain set.
+    """Judge by the rules of ``docs/how-to/audit.md``; ``oracle`` is what the oracle has of the retain set.
 
     1. Less than half of the way to the floor: *not unlearned*.
     2. Any piece of evidence clearly above the threshold: *hidden*.
