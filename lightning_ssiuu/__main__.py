@@ -22,7 +22,12 @@ _COMMANDS = {
     "evaluate": ("lightning_ssiuu.cli.evaluate", "a benchmark by its own protocol: evaluate --suite tofu"),
     "privacy": ("lightning_ssiuu.cli.privacy", "membership inference and forget quality, beside an oracle"),
     "oracle": ("lightning_ssiuu.cli.oracle", "train the embedded model anew without the forget set"),
+    "doctor": ("lightning_ssiuu.cli.doctor", "versions, devices, extras, and what works here; --json for bug reports"),
     "recipes": ("lightning_ssiuu.cli.recipes", "list the recipes that --config takes by name; show or copy one"),
+    "completion": (
+        "lightning_ssiuu.cli.completion",
+        "a script by which a shell completes options: completion bash",
+    ),
     "compare": ("lightning_ssiuu.cli.compare", "finished runs in one table, as CSV, Markdown, LaTeX and plots"),
     "meta-evaluate": ("lightning_ssiuu.cli.meta_evaluate", "which scores tell models with the knowledge from others"),
     "leaderboard": ("lightning_ssiuu.cli.leaderboard", "audited models on one page: verdict, gap to the oracle, cost"),
@@ -38,6 +43,7 @@ _EXAMPLES = {
     "utility": "--model tiny --output runs/tiny",
     "evaluate": "--suite tofu --model runs/ssiuu/model --path DIR",
     "privacy": "--model runs/ssiuu/model",
+    "completion": "bash",
     "publish": "runs/ssiuu --output published",
     "compare": "runs/*",
     "meta-evaluate": "--knowing '[tiny]' --ignorant '[runs/oracle/model]' --output runs/meta",
@@ -51,7 +57,7 @@ _USAGE = """usage: lightning-ssiuu COMMAND [options]
 
 {commands}
 
-  lightning-ssiuu COMMAND --help lists a command's options; --version prints the version.
+  lightning-ssiuu COMMAND --help lists a command's options; --version prints version and commit.
 """
 
 
@@ -64,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's.
 
     Example:
-        >>> main(["--version"])
-        0.1.0
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        0.1.0...
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -75,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE.format(commands=lines))
         return 0
     if arguments[0] == "--version":
-        from lightning_ssiuu import __version__
+        from lightning_ssiuu.utils.version import version
 
-        print(__version__)
+        print(version())
         return 0
     if arguments[0] not in _COMMANDS:
         return _refuse(f"COMMAND: got {arguments[0]!r}, allowed: {', '.join(_COMMANDS)}")

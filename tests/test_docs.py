@@ -103,8 +103,9 @@ def test_options_of_shown_commands_exist(
     monkeypatch.setattr(UnlearningCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(UnlearningCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.syspath_prepend(workplace)
-    well = SimpleNamespace(erased=True)  # what a command returns from which its exit status is made
+    well = SimpleNamespace(erased=True, works=True)  # what a command returns from which its exit status is made
     named = ("evaluate", "leaderboard", "meta_evaluate", "oracle", "privacy", "publish", "recipes", "utility", "verify")
+    named += ("completion", "doctor")
     for name in ("attack", "audit", "certify", "compare", "erase", *named):
         function = getattr(importlib.import_module(f"lightning_ssiuu.cli.{name}"), name)
         monkeypatch.setattr(f"lightning_ssiuu.cli.{name}.{name}", functools.wraps(function)(lambda *_, **__: well))

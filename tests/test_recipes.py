@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from toys import published
-from toys.cli import DEFAULT, RECIPES, SHORT, attacking, command, fit, question_rows, read_json, write_rows
+from toys.cli import DEFAULT, RECIPES, SHORT, attacking, command, fit, question_rows, read_json, refused, write_rows
 from toys.clusters import write_faithun
 from toys.ranks import ranks
 
@@ -44,7 +44,7 @@ SHORTER = dict.fromkeys(("MUSE", "WMDP"), ("--data.init_args.chunk_tokens", "64"
 SHORTER |= dict.fromkeys(("KnowUnDo", "LUME"), ("--data.init_args.max_length", "128"))
 SHORTER["WMDPDeduped"] = ("--data.init_args.chunk_tokens", "64")
 SHORTER["RWKU"] = ("--data.init_args.chunk_tokens", "64", "--data.init_args.prefix_tokens", "32")
-KINDS = ("objective", "model", "data", "teach", "optimizer", "regularizer", "scale", "attack")
+KINDS = ("objective", "model", "data", "teach", "optimizer", "regularizer", "scale", "attack", "logger")
 
 
 def recipes(kind: str) -> list[Path]:
@@ -143,6 +143,21 @@ def test_optimizers(recipe: Path, tmp_path: Path) -> None:
     chosen = resolved["model"]["init_args"]["optimizer"]
     assert chosen["class_path"].rpartition(".")[2] == given["class_path"].rpartition(".")[2]
     assert {name: chosen["init_args"][name] for name in given["init_args"]} == given["init_args"]
+
+
+@named("logger")
+def test_loggers(recipe: Path, tmp_path: Path) -> None:
+    """Each composes with a whole recipe; without its package one line names the extra (with it: test_loggers.py)."""
+    given = yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["logger"]
+    printed = command("fit", "--config", DEFAULT, "--config", recipe, "--print_config")
+    assert printed.status == 0, printed.err
+    chosen = yaml.safe_load(printed.out)["trainer"]["logger"]
+    assert chosen["class_path"] == f"lightning.pytorch.loggers.{given['class_path']}"
+    assert given["init_args"].items() <= chosen["init_args"].items()
+    if importlib.util.find_spec(recipe.stem) is None:
+        result = fit(tmp_path / "run", "--config", recipe, *SMALL)
+        refused(result, "trainer.logger", f'pip install "lightning-ssiuu[{recipe.stem}]"')
+        assert not (tmp_path / "run").exists()
 
 
 @named("data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -135,6 +136,7 @@ def parser_of(name: str, module: str) -> Any:
     run = importlib.import_module(module).run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)  # doctor's
         with pytest.raises(KeyboardInterrupt):
             run([name] if module.endswith(".fit") else [])
     return caught[0]

@@ -18,7 +18,6 @@ from lightning_ssiuu.utils.figures import (
     Series,
     heat_map_figure,
     line_chart,
-    pixels,
     save_png,
 )
 
@@ -31,12 +30,12 @@ _POINTS = 150  # of a curve, which show the shape of half a million
 
 def save_heat_maps(path: str | os.PathLike[str], variation: InfluenceVariation, top: int = 100) -> None:
     """Draw D⁺ and D⁻ as module × layer heat maps: the mean over each module's ``top`` neurons, on one colour scale."""
-    save_png(heat_map_figure(heat_maps(variation, top)), path)
+    save_png(heat_maps_figure(variation, top), path)
 
 
-def heat_map_pixels(variation: InfluenceVariation, top: int = 100) -> np.ndarray:
-    """The picture of :func:`save_heat_maps` as ``[height, width, 3]`` bytes, for a logger that takes images."""
-    return pixels(heat_map_figure(heat_maps(variation, top)))
+def heat_maps_figure(variation: InfluenceVariation, top: int = 100) -> Figure:
+    """The figure of :func:`save_heat_maps`."""
+    return heat_map_figure(heat_maps(variation, top))
 
 
 def heat_maps(variation: InfluenceVariation, top: int = 100) -> tuple[HeatMap, HeatMap]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import astuple
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Target
 from lightning_ssiuu.models.architectures import NeuronSite, architecture_of, neuron_sites
 from lightning_ssiuu.utils.console import progress
-from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import NotFinite, UserError
 from lightning_ssiuu.utils.files import write_csv
+from lightning_ssiuu.utils.loggers import log_image
 
 _ADVERSARY = ElicitedLook()
 #: Of the part of the forget set that it relearns, the same at every measurement; an attack's seeds are others.
@@ -50,9 +51,10 @@ class NeuronAttributionCallback(L.Callback):
     probability.
 
     Every measurement goes to the run's loggers (``attribution/d_plus_total``, …, ``attribution/layer3.mlp_up/d_minus``;
-    to TensorBoard also the heat maps, as the image ``attribution/heat_maps``) and, with all before it, to
-    ``influence.csv``. After ``fit``: ``variation`` (:class:`InfluenceVariation` on forget), ``flagged`` (list of
-    :class:`SpuriousNeuron`), ``history`` (totals per measurement), and under ``trainer.default_root_dir`` the files
+    to TensorBoard, W&B and MLflow also the heat maps, as the image ``attribution/heat_maps``, and at the end the
+    curves, ``attribution/cumulative_curves``) and, with all before it, to ``influence.csv``. After ``fit``:
+    ``variation`` (:class:`InfluenceVariation` on forget), ``flagged`` (list of :class:`SpuriousNeuron`), ``history``
+    (totals per measurement), and under ``trainer.default_root_dir`` the files
     ``influence.csv``, ``spurious_neurons.csv``, ``plots/heat_maps.png`` and ``plots/cumulative_curves.png``.
 
     Args:
@@ -148,6 +150,8 @@ class NeuronAttributionCallback(L.Callback):
             variation = self._measure(trainer, pl_module)
         retain = influence.influence_variation(self._before["retain"], self._attribute(model, "retain"))
         self.flagged = influence.spurious_neurons(variation, retain, self.alpha)
+        curves, step = partial(_drawn, "cumulative_figure", {"": variation}), trainer.global_step
+        log_image(trainer.loggers, "attribution/cumulative_curves", curves, step)
         if self.write and trainer.is_global_zero:
             from lightning_ssiuu.attribution.plots import save_cumulative_curves, save_heat_maps
 
@@ -221,14 +225,15 @@ class NeuronAttributionCallback(L.Callback):
         self.history.append({"step": step} | variation.summary() | ({} if back is None else {"elicited": back}))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
-            # TensorBoard's writer, tensorboardX's, and whatever else is one; on other ranks its stand-in does nothing.
-            add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
-            if callable(add_image) and rank() == 0:
-                from lightning_ssiuu.attribution.plots import heat_map_pixels
-
-                add_image("attribution/heat_maps", heat_map_pixels(variation), step, dataformats="HWC")
+        log_image(trainer.loggers, "attribution/heat_maps", partial(_drawn, "heat_maps_figure", variation), step)
         if self.write and trainer.is_global_zero:
             names = list(dict.fromkeys(name for entry in self.history for name in entry))
             rows = [[entry.get(name, "") for name in names] for entry in self.history]
             write_csv(Path(run_directory(trainer)) / "influence.csv", names, rows)
         return variation
+
+
+def _drawn(name: str, of: Any) -> Any:
+    from lightning_ssiuu.attribution import plots  # with it comes matplotlib
+
+    return getattr(plots, name)(of)

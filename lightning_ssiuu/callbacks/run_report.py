@@ -19,7 +19,9 @@ from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.files import write_json
+from lightning_ssiuu.utils.loggers import identities
 from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.version import commit
 
 Scores = dict[str, dict[str, float]]
 
@@ -32,8 +34,10 @@ class RunReport(L.Callback):
     2509.22263: on people neither unlearned nor held on to. ``collapsed`` says that the retain score is at chance
     (``retain_chance``) and was not before (:class:`~lightning_ssiuu.evaluation.retention.Retention`; None where no
     chance is known): such a model has forgotten everything. ``elicited`` is what came back to an adversary at the end
-    (where one was asked), ``{score: percent}``, ``stopped_by`` the rule that ended the run. No data-set text is
-    written. Give it after :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping.
+    (where one was asked), ``{score: percent}``, ``stopped_by`` the rule that ended the run, ``loggers`` what each of
+    the run's calls it (None but for TensorBoard, W&B and MLflow), so that ``audit`` can go on there. The scores go to
+    the loggers, too (``report/forget_probability``), before the first step and at the end. No data-set text is written.
+    Give it after :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping.
     ``before``, ``after``: ``{split: {score: percent}}``.
 
     Args:
@@ -58,12 +62,18 @@ class RunReport(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start = time.monotonic()
+        commit()  # of the code that was loaded; another one may be checked out by the end
         if not self.before:
             self.before = self._evaluate(trainer, pl_module)
             self.chance = self._retain_chance(trainer, pl_module)
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == batch_idx == 0:  # not before: a run that is refused logs nothing
+            _log(trainer, self.before)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.after = self._evaluate(trainer, pl_module)
+        _log(trainer, self.after)
         content = self._content(trainer, pl_module)
         if trainer.is_global_zero:
             try:
@@ -128,6 +138,7 @@ class RunReport(L.Callback):
             "retain_chance": self.chance,
             "before": _block(self.before, main) | {"influence": dict.fromkeys(influence, 0.0)},
             "after": _block(self.after, main) | _elicited(stopping, attribution) | {"influence": influence},
+            "loggers": identities(trainer.loggers) if trainer.is_global_zero else [],
             "provenance": provenance(time.monotonic() - self._start, pl_module.device, self.config_text, data_sha256),
         }
 
@@ -141,6 +152,12 @@ def _elicited(*callbacks: ForgetThresholdStopping | NeuronAttributionCallback | 
     # Of the model as it is after the last step, where an adversary was asked.
     values = {each.score: each.elicited_value for each in callbacks if each and each.elicited_value is not None}
     return {"elicited": values} if values else {}
+
+
+def _log(trainer: Any, scores: Scores) -> None:
+    figures = {f"report/{split}_{score}": value for split, own in scores.items() for score, value in own.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=trainer.global_step)
 
 
 def _find(trainer: Any, kind: type[Any]) -> Any:

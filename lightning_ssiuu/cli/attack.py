@@ -99,6 +99,7 @@ def attack(
                 settings = {"score": score, "precision": devices.precision, **method.settings()}
                 if beside is not None:
                     settings["control"] = beside.kind
+                settings["data_options"] = report.data_options
                 if devices.engine != "transformers":
                     settings["engine"] = devices.engine
                 settings["provenance"] = report.provenance(settings)

@@ -17,6 +17,7 @@ from lightning_ssiuu.attribution.methods import attribution_method
 from lightning_ssiuu.cli.control import control_beside
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.report import Report, print_table
+from lightning_ssiuu.cli.run_loggers import log_verdict
 from lightning_ssiuu.cli.suites import published_model, suite_module
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.runs import run_score
@@ -202,14 +203,21 @@ def audit(
                 "alpha": alpha,
                 "probe_examples": probe_examples,
             }
-            named = {"method": method, "output": output, "suite": suite, "suite_data": suite_data}
+            named: dict[str, Any] = {"method": method, "output": output, "suite": suite, "suite_data": suite_data}
+            named |= {"memory_budget": memory_budget}
             chosen |= {name: value for name, value in named.items() if value}
+            chosen |= {"control": control} if control != "auto" else {}
+            chosen |= {"precision": devices.precision} if devices.precision != "32-true" else {}
             chosen |= {"scores": list(scores)} if scores else {}
             if relearning is not None and relearning["source"] == "probe":
                 chosen |= {f"probe.{name}": value for name, value in relearning["options"].items()}
             words = [f"--{name} {shlex.quote(str(value))}" for name, value in chosen.items()]
             words += ["--own_change false"] * (not own_change) + ["--show_text"] * show_text
+            words += ["--relearning_probe false"] * (not relearning_probe)
+            words += ["--keep_oracle"] * (keep_oracle and suite is None)
+            words += report.data_words if suite is None else []
             command = " ".join(["lightning-ssiuu audit", *words])
+            content |= {"data_options": report.data_options if suite is None else {}}
             content |= {"score": score, "command": command, "provenance": report.provenance(options)}
             if published is not None and suite is not None:
                 content["suite"] = published.content(suite)
@@ -222,6 +230,7 @@ def audit(
                     _write(report.folder, content, table, measures)
                 finally:  # also where the disk refuses
                     print_audit(content)
+                log_verdict(str(unlearned), content, variations["unlearned"])
                 print_written(report.folder, ["report.html", "audit.json", "audit_spurious_neurons.csv", "plots"])
         return content
 

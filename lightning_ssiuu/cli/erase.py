@@ -8,24 +8,27 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from lightning_ssiuu.cli.certify import HTML, certify
 from lightning_ssiuu.cli.erase_plan import Plan, trial_of, with_attack
 from lightning_ssiuu.cli.functions import Result
+from lightning_ssiuu.cli.optuna_search import engine, proposed
 from lightning_ssiuu.cli.parsing import run_function
 from lightning_ssiuu.cli.steps import CommandRefused, Steps, minutes
 from lightning_ssiuu.cli.trials import Trial, best, candidates, following
 from lightning_ssiuu.evaluation.chance import Level
 from lightning_ssiuu.reports.certificate.content import FILE
-from lightning_ssiuu.utils.errors import Given, UserError, check_at_least
+from lightning_ssiuu.utils.errors import Given, UserError, check_at_least, check_choice
 from lightning_ssiuu.utils.files import refuse_existing, write_csv, write_json, written_atomically
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.reading import read_json
 
 STATE = "erase.json"
+OWN = "own"
+Search = Literal["own", "optuna"]
 #: What it writes, beside ``trials/`` and ``certificate.key``, which stays.
 _OURS = (
     *(STATE, "model", "config.yaml", "metrics.json", "attack.json", "audit.json", "report.html", "trials.csv"),
@@ -69,6 +72,7 @@ def erase(
     threshold: float | Level | None = None,
     trials: int = 3,
     budget: float | None = None,
+    search: Search = "own",
     retain_at_least: float = 95.0,
     oracle: str | None = None,
     seed: int = 0,
@@ -107,6 +111,8 @@ def erase(
         trials: How many settings to try, ≥ 1.
         budget: Minutes; after the first no trial is begun that would not end in time with what comes after it. None: no
             limit.
+        search: Who proposes the settings: ``own``, as above, or ``optuna``, its Gaussian process with ``seed``, over
+            the same factors; needs the extra ``search``. ``erase.json`` says which it was.
         retain_at_least: Percent of the retain score that a setting has to keep to be preferred.
         oracle: A model retrained without the forget set, for attack and audit; None: their control.
         seed: Of everything.
@@ -131,6 +137,8 @@ def erase(
     check_at_least("trials", trials, 1)
     if budget is not None:
         check_at_least("budget", budget, 0)
+    check_choice("search", search, Search)
+    chooser = OWN if search == OWN else engine(seed)
     files = (fit,) if isinstance(fit, str) else tuple(fit)
     plan = Plan(
         *(output, model, forget, retain, test, data, forget_ids, forget_where, recipe, files, template, threshold),
@@ -139,18 +147,20 @@ def erase(
     plan.check()
     # Not the directory itself, in which the commands that are run will be at work.
     with only_here("output", Path(output) / "trials"):
-        return _Erasing(plan, trials, budget, retain_at_least, overwrite).run()
+        return _Erasing(plan, trials, budget, chooser, retain_at_least, overwrite).run()
 
 
 class _Erasing:
-    def __init__(self, plan: Plan, trials: int, budget: float | None, retain_at_least: float, overwrite: bool) -> None:
-        self.plan, self.folder = plan, Path(plan.output)
+    def __init__(
+        self, plan: Plan, trials: int, budget: float | None, search: str, retain_at_least: float, overwrite: bool
+    ) -> None:
+        self.plan, self.folder, self.search = plan, Path(plan.output), search
         self.n, self.retain_at_least = trials, retain_at_least
         self.end = None if budget is None else time.monotonic() + 60 * budget
         state: dict[str, Any] = {}
         if (self.folder / STATE).exists() and not overwrite:
             state = read_json(self.folder / STATE, "output", allowed=f"a directory whose {STATE} this version writes")
-            now = plan.asked()
+            now = self._asked
             if other := [name for name in now | state["asked"] if state["asked"].get(name) != now.get(name)]:
                 differs = ", ".join(dict.fromkeys(name.removesuffix("_sha256") for name in other))
                 allowed = f"what was asked there before (other {differs}), or another directory, or --overwrite"
@@ -160,8 +170,13 @@ class _Erasing:
             refuse_existing("output", self.folder, [*_OURS, *tried], overwrite)
             for path in (self.folder / name for name in (*_OURS, *tried)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.state = state or {"asked": plan.asked(), "trials": [], "seconds": {}}
+        self.state = state or {"asked": self._asked, "trials": [], "seconds": {}}
         self.steps = Steps(self.folder, self.state["seconds"])
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        # Of the search no more than a name: another version of Optuna may go on.
+        return self.plan.asked() | ({} if self.search == OWN else {"search": self.search.partition(" ")[0]})
 
     @property
     def done(self) -> list[Trial]:
@@ -169,7 +184,7 @@ class _Erasing:
 
     def run(self) -> Erased:
         if "known" not in self.state:
-            self._save(known=self.plan.measure())
+            self._save(known=self.plan.measure(), search=self.search)
         self._say_known()
         if not self.plan.attackable:
             print(
@@ -226,7 +241,8 @@ class _Erasing:
     def _next(self) -> Any:
         if "chosen" in self.state:
             return None
-        setting = following(self.done, self.n, self.retain_at_least, self.plan.strength is not None)
+        given = self.done, self.n, self.retain_at_least, self.plan.strength is not None
+        setting = following(*given) if self.search == OWN else proposed(*given, self.plan.seed)
         if setting is None or not self.done or self.end is None:
             return setting
         # The longest trial so far, and what comes after the last one.
@@ -312,7 +328,8 @@ class _Erasing:
         columns = ("trial", "learning rate", "steps", "forget", "retain", "test", "comes back", "failed")
         write_csv(self.folder / "trials.csv", columns, rows)
         front(self.folder / "plots" / "trials.png", self.done, self.retain_at_least)
-        return Result("Trials, %", columns, rows, self.state)
+        chosen_by = "" if self.search == OWN else f", proposed by {self.search}"
+        return Result(f"Trials, %{chosen_by}", columns, rows, self.state)
 
 
 def front(path: Path, trials: Sequence[Trial], retain_at_least: float) -> None:

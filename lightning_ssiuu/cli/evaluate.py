@@ -44,7 +44,8 @@ def evaluate(
 
     Args:
         model: The model: a directory written by ``fit``, or any checkpoint.
-        suite: ``tofu``, ``muse``, ``wmdp``, ``wmdp_deduped``, ``rwku``, ``knowundo`` or ``lume``.
+        suite: ``tofu``, ``muse``, ``wmdp``, ``wmdp_deduped``, ``rwku``, ``knowundo``, ``lume`` or
+            ``faithun``.
         reference: A model that was not trained on the forget set, or the log of one (a ``.json`` file, ours or
             open-unlearning's): for figures such as forget quality. Without one these are left out.
         data: The data module, of the suite's class, with its options; by default the run's if it is one, else one that
@@ -64,49 +65,24 @@ def evaluate(
         UserError: If an argument is outside its range, or what the suite needs is not there; nothing is written then.
     """
     devices = devices if devices is not None else Devices()
-    if suite not in SUITES:
-        meant = nearest(suite, SUITES)
-        raise UserError("suite", suite, f"one of {list(SUITES)}" + (f" ({meant})" if meant else ""))
-    if devices.precision == "bf16-mixed":
-        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
-    chosen = SUITES[suite]
-    chosen = chosen if classifier is None else chosen.classifying(classifier)
-    names = chosen.wanted(figures, reference is not None)
-    compared = [name for name in names if chosen.figures[name].needs_reference]
-    if compared and reference is None:
-        raise UserError("reference", None, f"a model or its log, which {', '.join(compared)} compare with")
-    signals = (find_signal(reading.score) for reading in chosen.readings(names))
-    if devices.sharded and any(signal is not None and signal.gradient for signal in signals):
-        raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
+    chosen, names = _chosen(suite, classifier, figures, reference, devices)
     log = _read_log(reference, chosen, names)
     models = {"model": model, "reference": reference if log is None else None}
     files = [FIGURES, chosen.log_name]
-    data = suite_data(chosen, model, data, path)
-    with Report(models, data, devices, output, files, overwrite) as report:
-        data = report.data
+    with Report(models, suite_data(chosen, model, data, path), devices, output, files, overwrite) as report:
         of_reference = chosen.of_reference(names) if reference is not None else []
         of_reference = chosen.wanted(of_reference) if of_reference else []
-        readings = chosen.readings([*names, *of_reference])
-        sets = suite_sets(data, readings)
-        digests = {name: Splits(examples, []).sha256() for name, examples in sets.items()}
-        _check_untrained(sets, chosen, model, report.models.get("reference"))
-        _check_share(sets, devices.n_ranks)
+        sets, digests = _checked_sets(report, chosen, [*names, *of_reference])
         if reference is not None and of_reference:
             if log is not None:
                 check_examples(log, chosen, chosen.of_reference(names), sets)
             _check_another(reference, report.weights_sha256, digests)
-        check_readings(data, sets, readings)
-        report.__dict__["data_sha256"] = _sha256(data, sets)
-        devices.tokens_of_a_pass = partial(_tokens_of_a_pass, data, sets)
+        report.__dict__["data_sha256"] = _sha256(report.data, sets)
+        devices.tokens_of_a_pass = partial(_tokens_of_a_pass, report.data, sets)
         with devices.launched():
-            if log is None and reference is not None and of_reference:
-                with naming("reference"):
-                    loaded = devices.load(reference)
-                log = measure_suite(loaded, data, sets, chosen, of_reference)
-                del loaded  # before the next one is loaded
-            with naming("model"):
-                loaded = devices.load(model)
-            measured = measure_suite(loaded, data, sets, chosen, names, log)
+            if log is None and of_reference:
+                log = _measured("reference", report, sets, chosen, of_reference)
+            measured = _measured("model", report, sets, chosen, names, log)
             content = {
                 "suite": suite,
                 "figures": {name: measured[name]["agg_value"] for name in names},
@@ -114,8 +90,8 @@ def evaluate(
                 "n_items": {name: len(examples) for name, examples in sets.items()},
                 "sets_sha256": digests,
                 "log": chosen.log_name,
+                "provenance": report.provenance([suite, names, devices.precision, reference is not None]),
             }
-            content["provenance"] = report.provenance([suite, names, devices.precision, reference is not None])
             if devices.is_first:
                 try:
                     report.write(chosen.log_name, dict(sorted(measured.items())))
@@ -124,6 +100,49 @@ def evaluate(
                     print_evaluation(content, chosen)
                 print_written(report.folder, files)
         return content
+
+
+def _chosen(
+    suite: str, classifier: str | None, figures: Sequence[str] | None, reference: str | None, devices: Devices
+) -> tuple[Suite, list[str]]:
+    # The suite and the figures that are measured of it; refused is what they cannot be measured with.
+    if suite not in SUITES:
+        meant = nearest(suite, SUITES)
+        raise UserError("suite", suite, f"one of {list(SUITES)}" + (f" ({meant})" if meant else ""))
+    if devices.precision == "bf16-mixed":
+        raise UserError("precision", devices.precision, "'32-true', 'bf16-true': nothing is trained")
+    chosen = SUITES[suite] if classifier is None else SUITES[suite].classifying(classifier)
+    names = chosen.wanted(figures, reference is not None)
+    compared = [name for name in names if chosen.figures[name].needs_reference]
+    if compared and reference is None:
+        raise UserError("reference", None, f"a model or its log, which {', '.join(compared)} compare with")
+    signals = (find_signal(reading.score) for reading in chosen.readings(names))
+    if devices.sharded and any(signal is not None and signal.gradient for signal in signals):
+        raise UserError("strategy", "fsdp2", "auto, ddp, or figures without whole gradients: --figures")
+    return chosen, names
+
+
+def _checked_sets(
+    report: Report, suite: Suite, names: Sequence[str]
+) -> tuple[dict[str, Sequence[QAExample]], dict[str, str]]:
+    # The sets that figures are read off, and their digests.
+    readings = suite.readings(names)
+    sets = suite_sets(report.data, readings)
+    _check_untrained(sets, suite, report.models["model"], report.models.get("reference"))
+    for name, examples in sets.items():
+        if len(examples) < report.devices.n_ranks:
+            allowed = f"at most {len(examples)}, the number of examples of the set {name}"
+            raise UserError("devices", report.devices.n_ranks, allowed)
+    check_readings(report.data, sets, readings)
+    return sets, {name: Splits(examples, []).sha256() for name, examples in sets.items()}
+
+
+def _measured(
+    argument: str, report: Report, sets: Mapping[str, Sequence[QAExample]], suite: Suite, names: list[str], *log: Any
+) -> dict[str, dict[str, Any]]:
+    with naming(argument):
+        model = report.devices.load(report.models[argument])
+    return measure_suite(model, report.data, sets, suite, names, *log)
 
 
 def suite_data(
@@ -148,7 +167,8 @@ def suite_data(
     try:
         return suite.data(tokenizer=model, **options, **({} if own is None or suite.renders else own.encoding))
     except TypeError as error:
-        raise UserError("path", path, f"null: give --data {suite.data.__name__} and its options") from error
+        allowed = "a directory of the published files, or null with" if path is None else "null: give"
+        raise UserError("path", path, f"{allowed} --data {suite.data.__name__} and its options") from error
 
 
 def print_evaluation(content: Mapping[str, Any], suite: Suite) -> None:
@@ -200,12 +220,6 @@ def _check_another(reference: str, weights: Mapping[str, str], digests: Mapping[
     for name, digest in (told.get("sets_sha256") or {}).items():
         if name in digests and digest != digests[name]:
             raise UserError("reference", reference, f"a log of the same examples: its set {name} is another")
-
-
-def _check_share(sets: Mapping[str, Sequence[QAExample]], n_ranks: int) -> None:
-    for name, examples in sets.items():
-        if len(examples) < n_ranks:
-            raise UserError("devices", n_ranks, f"at most {len(examples)}, the number of examples of the set {name}")
 
 
 def _sha256(data: UnlearningDataModule, sets: Mapping[str, Sequence[QAExample]]) -> str:

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 
@@ -26,10 +27,27 @@ def run_function(
     from lightning_ssiuu.utils.processes import end_with_parent
     from lightning_ssiuu.utils.threads import remember_threads
 
+    class Parser(ArgumentParser):
+        def parse(self) -> Any:
+            config = self.parse_args(given)
+            return self.parse() if self._without_defaults(config) else config
+
+        def dump(self, cfg: Any, *args: Any, **options: Any) -> str:  # what --print_config prints
+            if self is parser and self._without_defaults(cfg):  # and not that of a class within
+                self.parse()  # prints, and ends
+            return str(super().dump(_as_given(cfg), *args, **options))
+
+        def _without_defaults(self, config: Any) -> bool:
+            # Options of the default class, filled in for it, would stay with another class that has some of their name.
+            own = {name: self.get_defaults()[name] for name in defaults or ()}
+            others = [name for name, one in own.items() if one and _path(config[name]) != _path(one)]
+            self.set_defaults(dict.fromkeys(others))
+            return bool(others)
+
     end_with_parent()
     remember_threads()  # before a module of the user's is imported, which may set another number
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = ArgumentParser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
+    parser = Parser(prog=f"lightning-ssiuu {name}", exit_on_error=False)
     text = "a YAML file with these options, or a recipe's name; may be given several times"
     parser.add_argument("--config", action=ConfigFileBesideFit, type=config_files, help=text)
     hints = get_type_hints(function)
@@ -39,19 +57,28 @@ def run_function(
         parser.add_class_arguments(Devices)
     parser.set_defaults(dict(defaults or {}))
     flags = {option for option, hint in hints.items() if hint is bool}
+    given = _spelled(args, flags)
     with parsing():
-        config = parser.parse_args(_spelled(args, flags))
-        own = {name: parser.get_defaults()[name].class_path for name in defaults or ()}
-        if others := [name for name, path in own.items() if getattr(config[name], "class_path", None) != path]:
-            # Options of the default class, filled in for it, would stay with another class that has some of their name.
-            parser.set_defaults(dict.fromkeys(others))
-            config = parser.parse_args(_spelled(args, flags))
+        config = parser.parse()
         config = parser.instantiate_classes(config)
     config.pop("config", None)
     options = config.as_dict()
     if devices:
         options[devices] = Devices(**{option: options.pop(option) for option in inspect.signature(Devices).parameters})
     return function(**options)
+
+
+def _path(config: Any) -> str | None:
+    return getattr(config, "class_path", None)
+
+
+def _as_given(value: Any) -> Any:
+    # Defaults that are objects, such as attackers, as a configuration has them.
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if type(value).__name__ == "Namespace":
+        return type(value)({name: _as_given(each) for name, each in vars(value).items()})
+    return [_as_given(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _spelled(args: list[str], flags: set[str]) -> list[str]:

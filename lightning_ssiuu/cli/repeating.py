@@ -11,7 +11,7 @@ from lightning_ssiuu.attacks import Attack, Relearning
 from lightning_ssiuu.cli.functions import attack
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.results import ATTACKS
-from lightning_ssiuu.evaluation.runs import made_of, run_data
+from lightning_ssiuu.evaluation.runs import asking, made_of, run_data
 from lightning_ssiuu.evaluation.scorer import evaluate
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import Given, UserError
@@ -51,7 +51,7 @@ def scored_again(
     content: Mapping[str, Any], model: str, data: UnlearningDataModule | None, devices: Devices
 ) -> Iterator[Figure]:
     """The forget score of a certificate."""
-    data = run_data(model, data)
+    data = asking(run_data(model, data), content.get("scored", {}).get("data_options", {}))
     data.setup("validate")
     wanted = content["scores"]["unlearned"]["forget"]
     score = "probability" if "probability" in wanted else next(iter(wanted))
@@ -90,7 +90,13 @@ class AttackAgain:
             raise UserError("seed", seed, f"one of {seeds}" if seeds else f"null with {name}, which trains nothing")
 
     def on(self, model: str, data: UnlearningDataModule | None, devices: Devices) -> Iterator[Figure]:
-        """The highest scores of a model under it, by p and variant."""
+        """The highest scores of a model under it, by p and variant.
+
+        Raises:
+            UserError: Another precision than that of the attack.
+        """
+        if devices.precision != self.settings.get("precision", devices.precision):
+            raise UserError("precision", devices.precision, f"{self.settings['precision']!r}, that of the attack")
         if self.seed is None:
             whole = self._found(self.attack, model, data, devices)
         for row in self.rows:
@@ -108,6 +114,7 @@ class AttackAgain:
 
     def _found(self, attacking: Attack, model: str, data: UnlearningDataModule | None, devices: Devices) -> Any:
         score = self.settings["score"]
+        data = asking(run_data(model, data), self.settings.get("data_options", {}))
         return attack(model, attack=attacking, data=data, score=score, control="none", devices=devices).content
 
     def _called(self, row: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from rich.text import Text
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.loaders import tokens_of_a_pass
 from lightning_ssiuu.evaluation.runs import (
+    asked_otherwise,
     check_tokenizers,
     output_directory,
     resolve_models,
@@ -28,6 +30,7 @@ from lightning_ssiuu.utils.errors import naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.version import commit
 
 
 class Report:
@@ -52,8 +55,9 @@ class Report:
         needed: int = 1 << 20,
     ) -> None:
         self._start = time.monotonic()
+        commit()  # of the code that was loaded; another one may be checked out by the end
         self.models = {name: checkpoint for name, checkpoint in models.items() if checkpoint is not None}
-        self.devices = devices
+        self.devices, self._given = devices, data is not None
         hide_short_bars(*resolve_models(self.models))
         judged = self.models[subject]
         devices.architecture = run_architecture(judged, devices.architecture, subject)
@@ -64,6 +68,8 @@ class Report:
             refuse_existing("output", self.folder, names, overwrite)
             check_space("output", self.folder, needed)
             self.data = run_data(judged, data, subject)
+            #: How the data are asked otherwise than the run's; nothing where they are the run's.
+            self.data_options = {} if data is None else asked_otherwise(judged, self.data)
             with naming(subject):
                 check_tokenizers(self.models, self.data)
             devices.tokens_of_a_pass = partial(tokens_of_a_pass, self.data)
@@ -74,6 +80,19 @@ class Report:
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+
+    @property
+    def data_words(self) -> list[str]:
+        """The option of the command line that names the data given, and how they are asked; none for the run's.
+
+        Where the data lie is not said: conditions and ids may stand there.
+        """
+        if not self._given:
+            return []
+        kind = type(self.data)
+        name = kind.__name__ if kind.__module__.startswith("lightning_ssiuu.") else f"{kind.__module__}.{kind.__name__}"
+        section = {"class_path": name, "init_args": self.data_options}  # as JSON, for a template may have a colon
+        return [f"--data {shlex.quote(json.dumps(section)) if self.data_options else name}"]
 
     @cached_property
     def data_sha256(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 #: Of the learning rate: where nothing forgets (or everything diverges), so many doublings (halvings) are enough.
-_FURTHEST = 64.0
+FURTHEST = 64.0
 #: Points by which two seeds of a small attack differ anyway.
 ALIKE = 2.0
 
@@ -107,7 +107,7 @@ def following(trials: Sequence[Trial], n: int, retain_at_least: float, has_stren
 
 
 def _is_near(rate: float) -> bool:
-    return 1 / _FURTHEST <= rate <= _FURTHEST
+    return 1 / FURTHEST <= rate <= FURTHEST
 
 
 def _or_all(recovered: float | None) -> float:

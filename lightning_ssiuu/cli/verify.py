@@ -103,6 +103,8 @@ def _check(content: Any) -> None:
     only(dict, content["weights_sha256"], content["settings"])
     only(str, content["weights_sha256"]["unlearned"], content["seal"], *content["forget"]["ids_hmac"])
     only((int, float), *content["scores"]["unlearned"]["forget"].values())
+    for each in (content.get("scored", {}), *content["settings"].values()):
+        only((int, type(None)), each.get("data_options", {}).get("max_eval_examples"))
     for row in content["tried"]:
         only(str, row["attack"])
         for found in row["unlearned"].get("by_seed", ()):

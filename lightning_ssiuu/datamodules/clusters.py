@@ -6,9 +6,11 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from lightning_ssiuu.datamodules.base import QAExample, Splits, UnlearningDataModule
+from lightning_ssiuu.datamodules.trained_on import trained_on
 from lightning_ssiuu.utils.errors import Given, UserError
 
 #: Questions asked about a fact after unlearning: reworded, one step further, another question with the same answer.
@@ -160,6 +162,20 @@ class ClusterDataModule(UnlearningDataModule):
                 if example.folded not in forgotten:
                     examples.setdefault(example.folded, example)
         return list(examples.values())
+
+    def named_set(self, name: str) -> Sequence[QAExample]:
+        """The sets of a suite: ``forget_hop1_test`` and so on, the :meth:`probes` of a set and kind; and others.
+
+        What forget or retain set are trained on is left out of probes: it would show what was taught, not its effects.
+        """
+        split, _, kind = name.partition("_")
+        if split not in _SPLITS or kind not in PROBES:
+            return super().named_set(name)
+        found = self.probes(split, kind)
+        taught = set(trained_on([each.question for each in found], chain(self.splits.forget, self.splits.retain)))
+        if left := [example for number, example in enumerate(found) if number not in taught]:
+            return left
+        raise UserError("data", Given(f"{type(self).__name__} without a set {name}"), "data with that set")
 
     @cached_property
     def _loaded(self) -> tuple[list[Cluster], dict[str, list[int]]]:

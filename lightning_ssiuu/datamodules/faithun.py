@@ -14,9 +14,10 @@ from lightning_ssiuu.utils.errors import Given, UserError
 class FaithUn(ClusterDataModule):
     """FaithUn (Yang et al. 2025, arXiv 2502.19207) from a local directory or the hub.
 
-    Trained on its base questions; :meth:`probes` gives the reworded, two-hop and same-answer questions. The format is
-    :func:`~.clusters.parse_clusters`'s; the split files list cluster numbers from 0, one a line, over all entities in
-    the file's order. The release lies on GitHub: give the directory of a copy, or a hub data set that holds its files.
+    Trained on its base questions; :meth:`probes` gives the reworded, two-hop and same-answer questions, which the suite
+    ``faithun`` scores. The format is :func:`~.clusters.parse_clusters`'s; the split files list cluster numbers from 0,
+    one a line, over all entities in the file's order. The release lies on GitHub: give the directory of a copy, or a
+    hub data set that holds its files.
 
     Verified in the description beside the published data: names of files and of the four kinds of questions, clusters
     numbered over all entities. Assumed, for no code of the authors' is public: the prompt that lists the options
@@ -29,6 +30,7 @@ class FaithUn(ClusterDataModule):
         retain: The same for the retain set.
         test: The same for the test set; None: no test set.
         n_distractors: Wrong options per question at most; the paper's 3 options are 2 wrong ones and the answer.
+        choice_template: As in :class:`UnlearningDataModule`, but on: FaithUn is scored by multiple choice.
         **kwargs: See :class:`UnlearningDataModule`.
 
     Raises:
@@ -49,9 +51,10 @@ class FaithUn(ClusterDataModule):
         retain: str = "retaining_set_split.txt",
         test: str | None = "test_set_split.txt",
         n_distractors: int = 2,
+        choice_template: str | None = "instruction",
         **kwargs: Any,
     ) -> None:
-        super().__init__(n_distractors=n_distractors, **kwargs)
+        super().__init__(n_distractors=n_distractors, choice_template=choice_template, **kwargs)
         self.path, self.file = path, file
         self.split_files = {"forget": forget, "retain": retain, "test": test}
 

@@ -56,9 +56,12 @@ class PairedFiles(UnlearningDataModule):
         self.retain_size, self.test_size = retain_size, test_size
 
     def load_splits(self) -> Splits:
-        forget = examples_of(self._rows(self.forget, "forget"), 0)
-        others = examples_of(self._rows(self.retain, "retain"), len(forget))
+        forget = self._examples(self.forget, "forget")
+        others = self._examples(self.retain, "retain", len(forget))
         return Splits(forget, *cut(others, self.retain_size, self.test_size, self.retain))
+
+    def _examples(self, name: str, argument: str, first_id: int = 0) -> Sequence[QAExample]:
+        return examples_of(self._rows(name, argument), first_id)
 
     def _rows(self, name: str, argument: str) -> Iterator[Record]:
         path = None if self.path is None else folder_or_hub(self.path)

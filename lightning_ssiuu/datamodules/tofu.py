@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from lightning_ssiuu.datamodules.paired import PairedFiles, examples_of
+from lightning_ssiuu.datamodules.paired import PairedFiles
 from lightning_ssiuu.datamodules.splits import QAExample
+from lightning_ssiuu.datamodules.spooled import kept
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
 Split = Literal["forget01", "forget05", "forget10"]
+Wording = Literal["question", "paraphrased_question"]
 #: What is left of TOFU without a forget set.
 RETAIN: dict[Split, str] = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 _PERTURBED = "_perturbed"
@@ -35,6 +38,9 @@ class TOFU(PairedFiles):
             None: the ``split``'s.
         retain: Name of the retain file or hub configuration, e.g. ``retain99``; None: the ``split``'s.
         split: ``forget01``, with ``retain99``, ``forget05``, with ``retain95``, or ``forget10``, with ``retain90``.
+        question: The column that is asked: ``question``, or ``paraphrased_question``, which the perturbed files have;
+            files without it are asked by ``question``, but the forget set has to have it. The other wording is then
+            the example's paraphrase. TOFU's own figures are those of ``question``.
         **kwargs: ``retain_size``, ``test_size`` (:class:`~.paired.PairedFiles`) and the options of
             :class:`UnlearningDataModule`.
 
@@ -58,10 +64,12 @@ class TOFU(PairedFiles):
         retain: str | None = None,
         *args: Any,
         split: Split = "forget01",
+        question: Wording = "question",
         **kwargs: Any,
     ) -> None:
         check_choice("split", split, Split)
-        self.split = split
+        check_choice("question", question, Wording)
+        self.split, self.question = split, question
         super().__init__(path, forget or split, retain or RETAIN[split], *args, **kwargs)
 
     def file_of(self, name: str) -> str | None:
@@ -76,7 +84,20 @@ class TOFU(PairedFiles):
     def named_set(self, name: str) -> Sequence[QAExample]:
         if (file := self.file_of(name)) is None:
             return super().named_set(name)
-        found = examples_of(self._rows(file, "path"), 0)
+        found = self._examples(file, "path")
         if not found:
             raise UserError("path", file, "a file with examples")
         return found
+
+    def _examples(self, name: str, argument: str, first_id: int = 0) -> Sequence[QAExample]:
+        found = super()._examples(name, argument, first_id)
+        if self.question == "question":
+            return found
+        if name in (self.forget, self.file_of("forget")) and not all(example.paraphrases for example in found):
+            raise UserError("question", self.question, f"question: {name} has no such column")
+        return kept(_reworded(example) if example.paraphrases else example for example in found)
+
+
+def _reworded(example: QAExample) -> QAExample:
+    asked, *others = example.paraphrases
+    return replace(example, question=asked, paraphrases=(example.question, *others))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 _VERSION = "the package's version, in `provenance.versions`"
 _PROVENANCE = (
-    "`versions` (of this package, torch and others), `seed`, `config_sha256`, `data_sha256`, `device`, `wall_s` "
-    "(seconds); but for `fit` also `weights_sha256` by model"
+    "`versions` (of this package, torch and others), `commit` (of this package; null where it is not known), `seed`, "
+    "`config_sha256`, `data_sha256`, `device`, `wall_s` (seconds); but for `fit` also `weights_sha256` by model"
 )
 _SCORES = "{split: {score: percent}}"
 
@@ -46,6 +46,7 @@ JSON_FILES = {
             "before": f"`forget_score`, `retain_score`, `test_score` (percent), `scores` {_SCORES}, `influence` (0)",
             "after": "the same after the run; `influence`: D⁺, D⁻ and flagged neurons; `elicited` {score: percent} "
             "where an adversary was asked",
+            "loggers": "what each logger calls the run (TensorBoard, W&B, MLflow; null for others), to go on there",
             "provenance": _PROVENANCE,
         },
     ),
@@ -108,6 +109,7 @@ JSON_FILES = {
         "`erase`",
         {
             "asked": "what the command was asked for; data as digests",
+            "search": "who proposed the settings: `own`, or Optuna's version, sampler and seed",
             "known": "items, template, what the model knows of them and by chance (percent)",
             "trials": "each setting that was tried, with its scores",
             "seconds": "by step: how long each took",

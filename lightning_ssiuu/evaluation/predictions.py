@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import ReferenceType
@@ -208,6 +208,14 @@ def grouped(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, parts: Itera
     predictions = [Predictions(model, tokenizer, part, group) for part in parts]
     group += map(ReferenceType, predictions)
     return predictions
+
+
+def generating(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, parts: Iterable[Part]) -> Iterator[Predictions]:
+    """:func:`grouped`, one after the other, each let go of with what was read off it."""
+    predictions = grouped(model, tokenizer, parts)
+    while predictions:
+        yield predictions[0]
+        del predictions[0]
 
 
 def texts(model: AnswerModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], rows: int) -> list[str]:

@@ -97,6 +97,37 @@ def run_data(model: str, data: UnlearningDataModule | None, argument: str = "mod
     return data
 
 
+#: Options of a data module that say how its sets are asked, and how many of their examples.
+ASKING = (
+    *("template", "system_prompt", "template_options", "date", "max_length"),
+    *("choice_template", "multiple_choice", "max_eval_examples"),
+)
+
+
+def asked_otherwise(model: str, data: UnlearningDataModule) -> dict[str, Any]:
+    """The options of :data:`ASKING` in which a data module is not as the run's is, or as that of a model without one.
+
+    All of them where the run's cannot be built here. They are what :func:`asking` needs to judge the model alike.
+    """
+    try:
+        own = run_data(model, None)
+    except UserError:
+        return {name: getattr(data, name) for name in ASKING}
+    return {name: getattr(data, name) for name in ASKING if getattr(data, name) != getattr(own, name)}
+
+
+def asking(data: UnlearningDataModule, options: Mapping[str, Any]) -> UnlearningDataModule:
+    """The same data, not read yet, asked by these options of :data:`ASKING`.
+
+    Example:
+        >>> asking(Facts(), {"max_eval_examples": 3}).n_scored("forget")
+        3
+    """
+    for name in options.keys() & set(ASKING):
+        setattr(data, name, options[name])
+    return data
+
+
 def run_architecture(
     model: str, architecture: str | Mapping[str, Any] | Architecture | None = None, argument: str = "model"
 ) -> Architecture | None:

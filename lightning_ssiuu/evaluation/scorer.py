@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.sampling import EvalSampler
 from lightning_ssiuu.evaluation.metrics.base import Percentage
-from lightning_ssiuu.evaluation.predictions import Predictions, grouped
+from lightning_ssiuu.evaluation.predictions import Predictions, generating
 from lightning_ssiuu.evaluation.scores import SCORES, find_score
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.checks import diverging
@@ -92,12 +92,10 @@ class Scorer:
 
     @torch.no_grad()
     def _generate(self, split: str) -> None:
-        predictions = grouped(self.model, self.tokenizer, self._waiting.pop(split))
         metrics = {name: metric for name, metric in self._metrics[split].items() if SCORES[name].generates}
-        while predictions:
+        for predictions in generating(self.model, self.tokenizer, self._waiting.pop(split)):
             for name, metric in metrics.items():
-                metric.update(*SCORES[name].measure(predictions[0]))
-            del predictions[0]  # with what else was read off it
+                metric.update(*SCORES[name].measure(predictions))
 
     def _new_metrics(self, part: Part, device: torch.device) -> dict[str, Metric]:
         return {name: SCORES[name].metric().to(device) for name in self.names(part)}

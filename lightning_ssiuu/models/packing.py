@@ -172,8 +172,8 @@ def allow_packing(hf: Any) -> str | None:
     if before != "sdpa":
         hf.config._attn_implementation = before
     if keeps_apart and (not has_values or kind in _allowed or _gives_the_same(hf)):
-        if kind is not None:
-            _allowed.add(kind)
+        if kind is not None and kind not in _allowed and all(map(_says_something, hf.parameters())):
+            _allowed.add(kind)  # not what a layer without weights gave, which says nothing of the next model's
         return None
     hf.config._attn_implementation = before
     return "packed rows give other values"
@@ -190,6 +190,11 @@ def _kind(hf: Any, attention: str | None) -> tuple[Any, ...] | None:
         return None
     config = {name: value for name, value in hf.config.to_dict().items() if name != "_name_or_path"}
     return repr(config), attention, hf.dtype, hf.device.type, *(type(m).forward for m in modules)
+
+
+def _says_something(weight: Tensor) -> bool:
+    # Whether it is no matrix of zeros, told at the first other value.
+    return weight.dim() < 2 or not torch.equal(weight, weight.new_zeros(()).expand_as(weight))
 
 
 # Two sequences of unequal length, and two with one beginning.

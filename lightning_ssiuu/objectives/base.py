@@ -29,7 +29,7 @@ from lightning_ssiuu.objectives.step_memory import StepMemory, together
 from lightning_ssiuu.regularizers import Regularizer
 from lightning_ssiuu.training.checkpoints import Stateful, check_states, put_state, take_state
 from lightning_ssiuu.training.fsdp import is_sharded, load_sharded
-from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters
+from lightning_ssiuu.training.hyperparameters import Restorable, hyperparameters, tell_loggers
 from lightning_ssiuu.training.optimizers import optimizer_of
 from lightning_ssiuu.training.progress import is_over, settle_progress
 from lightning_ssiuu.training.random_states import random_states, set_random_state, state_of_rank
@@ -304,8 +304,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         else:  # nothing draws any more before the first step
             set_random_state(self._random_states, self.device)
             self._random_states = None
-        for logger in self.loggers:  # by ourselves: a run that is refused by now has not written anything
-            logger.log_hyperparams(self.hparams_initial)
+        tell_loggers(self, self.trainer)  # by ourselves: a run that is refused by now has not written anything
 
     def on_train_batch_start(self, batch: Mapping[str, Part], batch_idx: int) -> None:
         self._last_batch = batch

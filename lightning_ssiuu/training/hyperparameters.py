@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch.core.saving import load_hparams_from_yaml
+from lightning.pytorch.core.saving import load_hparams_from_yaml, save_hparams_to_yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ssiuu.models.architectures import Architecture
@@ -24,6 +25,8 @@ from lightning_ssiuu.utils.errors import UserError
 _ARGUMENTS, _CLASS = "hyper_parameters", "objective_class"
 #: Key of what stands for a value that cannot be written down (a function, an object of a foreign class).
 _NOT_SAVED = "not_saved"
+#: Key of what loggers are told of the run beside the objective's arguments.
+_RUN = "run"
 _FACTORIES = (torch.optim.Optimizer, LRScheduler)  # given as partials: what makes one
 _RECORDS = (LoRA, Architecture)
 
@@ -58,6 +61,36 @@ def hyperparameters(of: Described) -> dict[str, Any]:
     given = defaults | dict(zip(_positional(type(of)), args, strict=False)) | kwargs
     values = {name: plain(value) for name, value in given.items()}
     return {n: v for n, v in values.items() if n not in defaults or given[n] is not defaults[n] or not _missing(v)}
+
+
+def for_loggers(module: Any, trainer: Any) -> dict[str, Any]:
+    """Hyperparameters of a run, for its loggers: the objective's arguments, and under ``run`` what else shaped it.
+
+    That is the objective's and the data module's class, the data module's numbers, the seed and the Trainer's numbers.
+    No text of the data module's is among them, which may hold data or say where they lie.
+    """
+    data = trainer.datamodule
+    family: Any = inspect.getmro(type(data))[:-1]
+    makers = [base.__init__ for base in family if "__init__" in vars(base)]
+    values = {name: vars(data).get(name) for make in makers for name in inspect.signature(make).parameters}
+    names = ("max_epochs", "max_steps", "precision", "world_size", "accumulate_grad_batches", "gradient_clip_val")
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    run = {
+        "objective": type(module).__name__,
+        "seed": None if seed is None else int(seed),
+        "data": {"class": type(data).__name__} | {n: v for n, v in values.items() if type(v) in (bool, int, float)},
+        "trainer": {name: plain(getattr(trainer, name)) for name in names},
+    }
+    return {**module.hparams_initial, _RUN: run}
+
+
+def tell_loggers(module: Any, trainer: Any) -> None:
+    """Give :func:`for_loggers` to the Trainer's loggers."""
+    values = for_loggers(module, trainer)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(values)
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:  # which wrote an empty file before
+            save_hparams_to_yaml(Path(logger.log_dir) / logger.NAME_HPARAMS_FILE, dict(logger.hparams))
 
 
 def _positional(kind: type) -> list[str]:
@@ -181,6 +214,7 @@ class Restorable(Described):
         arguments = dict(content.get(_ARGUMENTS, {}))
         if hparams_file is not None:
             arguments |= load_hparams_from_yaml(Path(hparams_file))
+            arguments.pop(_RUN, None)
         if _CLASS not in content:
             text = f"{checkpoint_path} holds no hyperparameters: whatever is not given now has its default"
             warnings.warn(f"load_from_checkpoint: {text}", stacklevel=2)

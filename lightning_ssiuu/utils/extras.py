@@ -11,8 +11,12 @@ EXTRAS = {
     "bitsandbytes": "quantization",
     "gguf": "gguf",
     "lm_eval": "lm-eval",
+    "mlflow": "mlflow",
+    "optuna": "search",
     "peft": "lora",
+    "tensorboard": "tensorboard",
     "vllm": "vllm",
+    "wandb": "wandb",
 }
 
 

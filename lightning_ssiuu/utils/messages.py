@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
+from lightning_ssiuu.utils.extras import EXTRAS, installing
 from lightning_ssiuu.utils.files import disk_refusal
 from lightning_ssiuu.utils.reading import load_yaml, reason
 from lightning_ssiuu.utils.registry import lookup, nearest, shortened, why_not_found
@@ -116,7 +117,9 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         return UserError(path or "arguments", found[1], f"{allowed} (that of {found[1]} does not)")
     if packages := _NOT_INSTALLED.findall(inner):
         called = classes[-1] if classes else "a class"
-        allowed = f"a class whose package is installed: pip install {' or '.join(dict.fromkeys(packages))}"
+        plain = f"pip install {' or '.join(dict.fromkeys(packages))}"
+        allowed = next((installing(name) for name in packages if name in EXTRAS), plain)
+        allowed = f"a class whose package is installed: {allowed}"
         return UserError(path or "arguments", called, allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"

@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("lightning-ssiuu", "torch", "lightning", "transformers", "torchmetrics", "datasets", "safetensors")
+import lightning_ssiuu
+from lightning_ssiuu.utils.version import DISTRIBUTION, commit
+
+_PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of this package and what its results rest on, by name."""
+    found = {"python": platform.python_version(), DISTRIBUTION: lightning_ssiuu.__version__}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # as where lightning is installed as pytorch-lightning
+            found[name] = metadata.version(name)
+    return found
 
 
 def provenance(
@@ -21,13 +33,10 @@ def provenance(
 
     ``wall_s`` are the seconds the command took; the resolved configuration ``config`` appears as its hash only.
     """
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):  # e.g. run from a source tree that is not installed
-            versions[name] = metadata.version(name)
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {
-        "versions": versions,
+        "versions": versions(),
+        "commit": commit(),
         "seed": int(seed) if seed is not None else None,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest() if config is not None else None,
         "data_sha256": data_sha256,

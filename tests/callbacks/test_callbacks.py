@@ -273,7 +273,7 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert set(content) == {"objective", "steps", "stopped_by", "score", "collapsed"} | {
-        *("retain_chance", "before", "after", "provenance")
+        *("retain_chance", "before", "after", "loggers", "provenance")
     }
     assert content["collapsed"] is False
     assert 0 < content["retain_chance"] < content["after"]["retain_score"]
@@ -291,7 +291,7 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     assert content["after"]["forget_score"] <= 50 < content["before"]["forget_score"]
     assert content["after"]["forget_score"] == content["after"]["scores"]["forget"]["probability"]
     provenance = content["provenance"]
-    assert set(provenance) == {"versions", "seed", "config_sha256", "data_sha256", "device", "wall_s"}
+    assert set(provenance) == {"versions", "commit", "seed", "config_sha256", "data_sha256", "device", "wall_s"}
     assert provenance["data_sha256"] == data.content_sha256()
     # No question or answer of the forget set, in whole, in any file: not even in a checkpoint's pickles.
     secrets = [text.encode() for fact in data.splits.forget for text in (fact.question, fact.answer, fact.group)]

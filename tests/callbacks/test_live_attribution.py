@@ -14,9 +14,10 @@ from toys.training import FewFacts, fit, ssiuu
 
 from lightning_ssiuu.attribution.influence import module_layer_means
 from lightning_ssiuu.attribution.methods import attribution_method
-from lightning_ssiuu.attribution.plots import heat_map_pixels
+from lightning_ssiuu.attribution.plots import heat_maps_figure
 from lightning_ssiuu.callbacks import NeuronAttributionCallback
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.figures import pixels
 
 
 class Writer:
@@ -86,7 +87,8 @@ def test_logged_figures_are_those_of_the_callback(run: Run) -> None:
 
 
 def test_heat_maps_are_drawn_where_there_is_a_writer(run: Run) -> None:
-    images = run.drawing.given.images
+    *images, curves = run.drawing.given.images
+    assert (curves[0], curves[2]) == ("attribution/cumulative_curves", 3)
     assert [(tag, step, kind) for tag, _, step, kind in images] == [
         ("attribution/heat_maps", 2, "HWC"),
         ("attribution/heat_maps", 3, "HWC"),
@@ -96,7 +98,7 @@ def test_heat_maps_are_drawn_where_there_is_a_writer(run: Run) -> None:
     assert last.ndim == 3
     assert last.shape[2] == 3
     assert run.callback.variation is not None
-    assert np.array_equal(last, heat_map_pixels(run.callback.variation))
+    assert np.array_equal(last, pixels(heat_maps_figure(run.callback.variation)))
     assert not np.array_equal(first, last)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ SMALL = (
 def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     same = ("--original", "tiny", "--unlearned", "tiny", "--after_attack", "tiny")
     method = ("--method", "log_probability", "--memory_budget", "200MB")
-    result = command("audit", *same, "--output", tmp_path, *FEW, *method)
+    few = ("--data", "Facts", "--data.max_eval_examples", "8", "--relearning_probe", "false")
+    result = command("audit", *same, "--output", tmp_path, *FEW, *method, *few)
     assert result.status == 0, result.err
     content = read_json(tmp_path / "audit.json")
     assert content["verdict"]["label"] == "not unlearned"
@@ -34,6 +38,10 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert content["verdict"]["grounds"][0]["share"] == 0
     assert content["relearning"] is None
     assert content["method"] == "log_probability"
+    assert content["data_options"] == {"max_eval_examples": 8}
+    words = shlex.split(content["command"])
+    assert json.loads(words[words.index("--data") + 1])["init_args"] == {"max_eval_examples": 8}
+    assert {"--relearning_probe": "false", "--memory_budget": "200MB"}.items() <= dict(pairwise(words)).items()
     assert set(content["influence"]) == {"unlearned"}
     assert all(value == 0 for value in content["influence"]["unlearned"].values())
     assert content["attribution_correlation"] == pytest.approx(1.0, abs=1e-6)

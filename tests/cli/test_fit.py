@@ -53,7 +53,18 @@ def test_default_recipe_writes_what_is_promised() -> None:
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
 
 
-_METRICS = {"objective", "steps", "stopped_by", "score", "collapsed", "retain_chance", "before", "after", "provenance"}
+_METRICS = {
+    "objective",
+    "steps",
+    "stopped_by",
+    "score",
+    "collapsed",
+    "retain_chance",
+    "before",
+    "after",
+    "loggers",
+    "provenance",
+}
 
 
 def test_metrics_keys() -> None:
@@ -69,7 +80,7 @@ def test_metrics_keys() -> None:
     assert metrics["collapsed"] is False
     assert metrics["retain_chance"] == 0.0  # no question gets an answer that is its own
     provenance = metrics["provenance"]
-    assert {"versions", "seed", "config_sha256", "data_sha256", "device", "wall_s"} == set(provenance)
+    assert {"versions", "commit", "seed", "config_sha256", "data_sha256", "device", "wall_s"} == set(provenance)
     assert provenance["seed"] == 0
 
 

@@ -1,19 +1,26 @@
-"""An attack of a certificate is the one that was made, option by option; nothing is run."""
+"""An attack of a certificate is the one that was made, option by option, on as many examples."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
+from toys.cli import read_json
 
 import lightning_ssiuu.attacks
 from lightning_ssiuu.attacks import Attacker, Harmful, Quantization, Relearning
 from lightning_ssiuu.attacks.base import Attack
-from lightning_ssiuu.cli.repeating import AttackAgain, Figure, _alone, _class
+from lightning_ssiuu.cli.attack import attack
+from lightning_ssiuu.cli.repeating import AttackAgain, Figure, _alone, _class, scored_again
+from lightning_ssiuu.datamodules import Facts
 from lightning_ssiuu.evaluation.results import ATTACKS
 from lightning_ssiuu.models.lora import LoRA
+from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 
 SGD = Attacker(optimizer="sgd", learning_rates=[0.1, 1.0])
@@ -43,6 +50,32 @@ def test_it_has_all_options(made: Callable[[], Attack]) -> None:
     again = AttackAgain(certified(attack), attack.name, None, None)
     assert type(again.attack) is type(attack)
     assert again.attack.settings() == attack.settings()
+
+
+def test_it_is_asked_as_it_was(tmp_path: Path) -> None:
+    """A smaller sample of the forget set, in the precision of the attack; of a score, too."""
+    asked: dict[str, Any] = {
+        "attack": Quantization(widths=["4bit"]),
+        "data": Facts(max_eval_examples=3),
+        "control": "none",
+    }
+    with redirect_stdout(StringIO()):
+        rows = attack("tiny", **asked, output=str(tmp_path))
+    settings = read_json(tmp_path / "attack.json")["settings"]
+    assert settings["quantization"]["data_options"] == {"max_eval_examples": 3}
+    highest = rows[0]["unlearned"]["forget_score"] | {"std": 0.0}
+    tried = [rows[0] | {"unlearned": {"highest": highest}}]
+    scores = {"unlearned": {"forget": {"probability": rows[0]["unlearned"]["before"]["mean"]}}}
+    content = {"tried": tried, "settings": settings, "scores": scores, "scored": settings["quantization"]}
+    again = AttackAgain(content, "quantization", None, None)
+    (now,) = again.on("tiny", None, Devices("cpu"))
+    assert now.now == pytest.approx(now.then, abs=1e-6)
+    (now,) = scored_again(content, "tiny", None, Devices("cpu"))
+    assert now.now == pytest.approx(now.then, abs=1e-6)
+    (now,) = scored_again(content | {"scored": {}}, "tiny", None, Devices("cpu"))
+    assert now.now != pytest.approx(now.then, abs=1e-6), "all of the set has another score"
+    with pytest.raises(UserError, match="precision: got 'bf16-true', allowed: '32-true', that of the attack"):
+        list(again.on("tiny", None, Devices("cpu", precision="bf16-true")))
 
 
 def test_a_seed_is_the_run_that_found_most_in_it() -> None:

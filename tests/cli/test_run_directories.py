@@ -21,6 +21,7 @@ from toys.cli import (
     attacking,
     command,
     counted,
+    csv_logger,
     default_run,
     files,
     fit,
@@ -236,7 +237,7 @@ def test_a_refused_run_leaves_no_log_and_what_was_there(tmp_path: Path) -> None:
     (root / "notes.txt").write_text("mine")
     met = ("--stopping.score", "probability", "--stopping.threshold", "99")
     with counted(CSVLogger, "save") as written:
-        refused(fit(root, *BARE, *met), "stopping.threshold")
+        refused(fit(root, *BARE, *met, *csv_logger(root)), "stopping.threshold")
     assert written
     assert files(root) == {"lightning_logs/version_0/metrics.csv", "notes.txt"}
     assert [path.name for path in (root / "lightning_logs").iterdir()] == ["version_0"]
@@ -246,7 +247,8 @@ def test_a_run_that_is_refused_after_it_began_keeps_its_log(tmp_path: Path) -> N
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    result = script(tmp_path, *FIT, first=at(RunReport, "on_train_end", full))
+    logger = csv_logger(Path("run"))
+    result = script(tmp_path, *FIT, *logger, first=at(RunReport, "on_train_end", full))
     assert result.status == 2, result.err
     assert "run/lightning_logs/version_0/metrics.csv" in files(tmp_path)
     assert "run/config.yaml" in files(tmp_path)

@@ -61,9 +61,27 @@ def test_tofu_sizes(tofu: str, sizes: dict, expected: tuple[int, int]) -> None:
     assert splits.retain[0].paraphrases == ("SECRET other?",)
 
 
+def test_tofu_is_asked_in_other_words(tofu: str) -> None:
+    other = [{"paraphrased_question": f"SECRET and {n}?"} for n in range(4)]
+    perturbed = [row | more for row, more in zip(rows(0, 4, perturbed_answer=["no"]), other, strict=True)]
+    write_rows(Path(tofu) / "forget01_perturbed.jsonl", perturbed)
+    write_rows(Path(tofu) / "holdout01.jsonl", rows(20, 2))
+    data = TOFU(tofu, forget="forget01_perturbed", question="paraphrased_question")
+    plain = TOFU(tofu, forget="forget01_perturbed")
+    for asked, one in ((data.splits.forget, plain.splits.forget), (data.named_set("forget"), plain.splits.forget)):
+        assert [each.question for each in asked] == [f"SECRET and {n}?" for n in range(4)]
+        assert [each.paraphrases for each in asked] == [(each.question,) for each in one]
+        assert [each.answer for each in asked] == [each.answer for each in one]
+    assert data.splits.retain[0].question == "SECRET other?"
+    assert data.named_set("holdout")[0].question == rows(20, 1)[0]["question"]  # it has no other one
+    with pytest.raises(UserError, match="question: got 'paraphrased_question', allowed: question: forget01 has no"):
+        _ = TOFU(tofu, question="paraphrased_question").splits
+
+
 @pytest.mark.parametrize(
     ("arguments", "argument"),
     [
+        ({"question": "query"}, "question"),
         ({"retain_size": 11}, "retain_size"),
         ({"retain_size": 0}, "retain_size"),
         ({"test_size": 10}, "test_size"),

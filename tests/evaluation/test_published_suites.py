@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
+from itertools import product
 from pathlib import Path
+from random import Random
 from statistics import harmonic_mean, mean
 from typing import Any
 
@@ -13,14 +16,15 @@ import pytest
 import torch
 from toys import published
 from toys.cli import BARE, RECIPES, command, fit, read_json, write_rows
+from toys.clusters import write_faithun
 from toys.data import CHAT
 from toys.json_files import undocumented
 from toys.models import answer_model
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules import LUME, MUSE, RWKU, WMDP, KnowUnDo, UnlearningDataModule, WMDPDeduped
+from lightning_ssiuu.datamodules import LUME, MUSE, RWKU, WMDP, FaithUn, KnowUnDo, UnlearningDataModule, WMDPDeduped
 from lightning_ssiuu.evaluation.suites import SUITES
-from lightning_ssiuu.evaluation.suites.measure import measure_suite, suite_sets
+from lightning_ssiuu.evaluation.suites.measure import check_readings, measure_suite, suite_sets
 from lightning_ssiuu.evaluation.suites.texts import exact_match, rouge_l, word_recall
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_tokenizer
@@ -158,6 +162,76 @@ def test_multiple_choice(tmp_path: Path, model: AnswerModel, tokenizer: PreTrain
     assert found["forget"] == pytest.approx(mean(found[f"part_{n}"] for n in range(5)))
 
 
+@pytest.fixture
+def faithun(tmp_path: Path) -> Path:
+    """A release in which one same-answer question of the forget set is a base question of the retain set."""
+    folder = write_faithun(tmp_path / "faithun", 4)
+    file = folder / "dataset" / "FaithUn_Dataset.json"
+    entities = json.loads(file.read_text())
+    for number, entity in enumerate(entities.values()):  # of equally long options none is the most probable one
+        for fact, kind in product(range(2), entity):
+            question = entity[kind][fact] if kind == "hop1_unlearn" else entity[kind][fact][0]
+            words = [f"SECRET {published.PLACES[(number + fact + 3 * n + len(kind)) % 10]}" for n in range(3)]
+            question |= {"answers": words[:1], "false_answer_options": words[1:]}
+    entities["Q0"]["same_object"][1].append(entities["Q1"]["hop1_unlearn"][0])
+    file.write_text(json.dumps(entities))
+    return folder
+
+
+def test_faithun(faithun: Path, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = FaithUn(str(faithun), tokenizer=tokenizer, eval_batch_size=2)
+    found = measured("faithun", model, data, figures=list(SUITES["faithun"].figures))
+    # By plain loops, from the published file
+    entities = json.loads((faithun / "dataset" / "FaithUn_Dataset.json").read_text())
+    clusters = [(entity, fact) for entity in entities.values() for fact in range(2)]
+    sets = {"UA": ("hop1_unlearn", (1, 3, 5)), "TA": ("hop1_unlearn", (7,))}
+    sets |= {"UA_paraphrased": ("hop1_test", (1, 3, 5)), "SA": ("same_object", (1, 3, 5))}
+    sets |= {"MA_f": ("hop2_test", (1, 3, 5)), "MA_t": ("hop2_test", (7,))}
+    for figure, (kind, numbers) in sets.items():
+        asked = [clusters[number][0][kind][clusters[number][1]] for number in numbers]
+        right = []
+        for number, each in enumerate(asked):
+            question = each if kind == "hop1_unlearn" else each[0]
+            options = [question["answers"][0], *question["false_answer_options"][:2]]
+            listed = options.copy()
+            Random(f"choices {number}").shuffle(listed)
+            lines = "\n".join(f"- {option}" for option in listed)
+            prompt = "Answer the question with one of the options.\n"
+            prompt += f"Question: {question['question']}\nOptions:\n{lines}\nAnswer:"
+            before = len(tokenizer(prompt)["input_ids"])
+            logps = [
+                mean(
+                    token_logps(model, [*tokenizer(f"{prompt} {option}")["input_ids"], tokenizer.eos_token_id])[
+                        before - 1 :
+                    ]
+                )
+                for option in options
+            ]
+            right.append(max(range(3), key=logps.__getitem__) == 0)
+        assert found[figure] == pytest.approx(100 * mean(right)), figure
+    assert len({found[figure] for figure in sets}) > 2, "not all right, nor all wrong"
+    assert found["MA"] == pytest.approx((100 - found["MA_f"] + found["MA_t"]) / 2)
+    parts = [100 - found["UA_paraphrased"], *(found[name] for name in ("TA", "SA", "MA"))]
+    assert found["Score"] == pytest.approx(mean(parts))
+    assert (found["FS"], found["RS"]) == (found["UA"], found["TA"])
+    assert SUITES["faithun"].wanted() == ["UA", "UA_paraphrased", "TA", "SA", "MA_f", "MA_t"]
+
+
+def test_faithun_has_options_in_the_prompt(faithun: Path, tmp_path: Path) -> None:
+    suite = SUITES["faithun"]
+    readings = suite.readings(["UA"])
+    for options, told in (
+        ({"choice_template": None}, "data.choice_template: got None, allowed: one"),
+        ({"n_distractors": 0}, "data: got examples without wrong options in the set forget"),
+    ):
+        data = FaithUn(str(faithun), **options)
+        with pytest.raises(UserError, match=re.escape(told)):
+            check_readings(data, suite_sets(data, readings), readings)
+    result = command("evaluate", "--suite", "faithun", "--model", "tiny", "--output", tmp_path / "out")
+    assert (result.status, "path: got None, allowed: a directory of the published files" in result.err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_knowundo(tmp_path: Path, model: AnswerModel, tokenizer: PreTrainedTokenizerBase) -> None:
     data = KnowUnDo(str(published.write_knowundo(tmp_path)), tokenizer=tokenizer, max_length=2000)
     found = measured("knowundo", model, data)
@@ -276,6 +350,28 @@ def test_items_that_were_trained_on_are_not_scored(tmp_path: Path) -> None:
     assert "items: got 3 of 5 items that the model was trained on (0, 1, 2), allowed: items that are only" in result.err
     assert "SECRET" not in result.err.upper().replace("SECRET/", "")
     assert not (tmp_path / "run" / "evaluate.json").exists()
+    # The same of FaithUn's other questions
+    released = write_faithun(tmp_path / "faithun", 3)
+    file = released / "dataset" / "FaithUn_Dataset.json"
+    file.write_text(file.read_text().replace("SECRET reworded 1-1?", published.question(1)))
+    asked = (
+        "--suite",
+        "faithun",
+        "--model",
+        tmp_path / "run" / "model",
+        "--path",
+        released,
+        "--output",
+        tmp_path / "f",
+    )
+    result = command("evaluate", *asked)
+    assert result.status == 2
+    assert "forget_hop1_test: got 1 of 2 items that the model was trained on (1), allowed: items" in result.err
+    result = command("evaluate", *asked, "--figures", "[UA,SA,MA_f,MA]")
+    assert result.status == 0, result.err
+    figures = read_json(tmp_path / "f" / "evaluate.json")["figures"]
+    assert list(figures) == ["UA", "SA", "MA_f", "MA_t", "MA"]
+    assert "SECRET" not in (tmp_path / "f" / "FAITHUN_EVAL.json").read_text()
     # No more is such a model a reference of what was to be forgotten
     asked = [row | {"perturbed_answer": ["no"], "paraphrased_answer": "yes"} for row in rows[1:4]]
     write_rows(tmp_path / "tofu" / "forget01_perturbed.jsonl", asked)

@@ -140,6 +140,16 @@ def test_layers_that_go_along_the_row_are_found_out_where_values_hardly_show_it(
     assert not AnswerModel(transformers.AutoModelForCausalLM.from_config(config).to(dtype)).packs
 
 
+def test_a_layer_without_weights_says_nothing_of_the_next_model() -> None:
+    """All its rows are alike, however they are laid out."""
+    options = TOYS["llama"][1] | HYBRIDS["Lfm2Config"] | {"initializer_range": 0.02}
+    empty, whole = (transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**options)) for _ in range(2))
+    with torch.no_grad():
+        empty.model.layers[0].conv.in_proj.weight.zero_()
+    assert AnswerModel(empty).packs
+    assert not AnswerModel(whole).packs
+
+
 def test_the_window_of_a_model_of_text_and_images() -> None:
     text = TOYS["gemma3_text"][1] | {"sliding_window": 6}
     assert longest_packed(transformers.Gemma3Config(text_config=text)) == 6

@@ -192,6 +192,25 @@ def test_what_the_verdict_does_not_count_stands_beside_it(run: Path) -> None:
     assert text in certificate_html(content)
 
 
+@pytest.mark.parametrize(("left", "n"), [((20.0, 41.6), 1), ((9.0, 8.0), 0)])
+def test_a_figure_that_is_no_score_is_counted_beside_the_oracle(left: tuple[float, float], n: int, run: Path) -> None:
+    """Unlearning depth starts from 100 by construction; of several layers the one with most is named."""
+    attacks = json.loads((run / "attack.json").read_text())
+    rows = [
+        {"attack": "unlearning_depth", "kind": "unlearning_depth", "p": None, "variant": variant, "score": "1 - UDS"}
+        | {"n_attack": None, "n_scored": 3}
+        | {"unlearned": {"before": spread(100.0), "forget_score": spread(mean)}}
+        | {"oracle": {"before": spread(100.0), "forget_score": spread(0.0)}}
+        for variant, mean in zip(("layer=0", "layer=1"), left, strict=True)
+    ]
+    (run / "attack.json").write_text(json.dumps(attacks | {"attacks": [*attacks["attacks"], *rows]}))
+    told = made(run)["not_counted"]
+    assert len(told) == n
+    assert all(
+        "depth layer=1 attack" in text and "(1 - UDS) is 41.6 %, and of the oracle 0.0 %." in text for text in told
+    )
+
+
 def fields_of(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(content, (dict, list)):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):

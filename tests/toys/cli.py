@@ -145,6 +145,11 @@ def fit(folder: Path, *args: str | Path, recipe: Path = DEFAULT) -> Result:
     return command("fit", "--config", recipe, "--trainer.default_root_dir", folder, *args)
 
 
+def csv_logger(folder: Path) -> tuple[str | Path, ...]:
+    """Options for figures in ``metrics.csv``; Lightning's own choice depends on whether TensorBoard is installed."""
+    return ("--trainer.logger", "CSVLogger", "--trainer.logger.init_args.save_dir", folder)
+
+
 @functools.cache
 def default_run() -> tuple[Path, Result]:
     """The whole default recipe, run once per test session: by the first process that asks, the others wait for it."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from toys.cli import SHORT, fit, refused
+from toys.cli import SHORT, csv_logger, fit, refused
 from toys.models import answer_model, bare_trainer, batch, loader
 
 from lightning_ssiuu import GradientDifference
@@ -92,7 +92,8 @@ def test_the_end_of_a_run_has_to_be_known() -> None:
 
 def test_on_the_command_line(tmp_path: Path) -> None:
     named = ("--model.init_args.lr_scheduler", "linear_with_warmup", "--model.init_args.warmup_steps", "1")
-    result = fit(tmp_path / "run", *SHORT, *named, "--trainer.callbacks", "LearningRateMonitor")
+    logged_to = csv_logger(tmp_path / "run")
+    result = fit(tmp_path / "run", *SHORT, *named, *logged_to, "--trainer.callbacks", "LearningRateMonitor")
     assert result.status == 0, result.err
     [logged] = (tmp_path / "run").rglob("metrics.csv")
     with logged.open(encoding="utf-8") as file:

@@ -47,6 +47,11 @@ class Mean(Figure):
         return {str(n): {self.key: value} for n, value in enumerate(found)}
 
 
+def percent(of: str, score: str) -> Mean:
+    """Mean of a score over a set, in percent."""
+    return Mean(of, score, scale=100.0)
+
+
 @dataclass(frozen=True)
 class Classified(Mean):
     """Mean probability that a classifier gives the generated texts of being of its first class.
@@ -242,6 +247,27 @@ class PrivLeak(Figure):
         theirs = self.alone if reference is None else entry_of(reference, self.attack)["agg_value"]
         own = log[self.attack]["agg_value"]
         return {"agg_value": None if None in (own, theirs) or theirs >= 1 else privleak(own, theirs)}
+
+
+@dataclass(frozen=True)
+class Made(Figure):
+    """A number made of other figures: None where one of them is.
+
+    Args:
+        figures: Their names.
+        number: From their values to this one's.
+    """
+
+    figures: tuple[str, ...]
+    number: Callable[..., float]
+
+    @property
+    def made_of(self) -> Sequence[str]:
+        return self.figures
+
+    def entry(self, values: Mapping[Reading, Values], log: Log, reference: Log | None) -> Entry:
+        parts = [log[name]["agg_value"] for name in self.figures]
+        return {"agg_value": None if None in parts else self.number(*parts)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning_ssiuu.datamodules import QAExample, UnlearningDataModule
 from lightning_ssiuu.datamodules.chunks import Chunk
 from lightning_ssiuu.datamodules.splits import name_ids
-from lightning_ssiuu.evaluation.predictions import Predictions, grouped
+from lightning_ssiuu.evaluation.predictions import Predictions, generating
 from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.evaluation.scores import Score, check_score, find_score
 from lightning_ssiuu.evaluation.signals import Signal, find_signal
@@ -57,6 +57,11 @@ def check_readings(
             check_score(reading.score)
     for group in _by_answers(readings).values():
         asked, _, needs_options = _asked(sets[group[0].set], group)
+        needs = {kind.needs for kind in _kinds(group).values() if isinstance(kind, Score)}
+        if "choices" in needs and data.choice_template is None:
+            raise UserError("data.choice_template", None, "one: the options of a question stand in its prompt")
+        if needs_options and not all(example.distractors for example in asked):
+            raise UserError("data", Given(f"examples without wrong options in the set {group[0].set}"), "data with all")
         data.encoder.encode(asked, needs_options)
 
 
@@ -100,6 +105,8 @@ def read(
 ) -> dict[Reading, Values]:
     """Values by example of readings about the same answers; a list for an example with a list of answers."""
     kinds = _kinds(readings)
+    said = {reading: kind for reading, kind in kinds.items() if isinstance(kind, Score) and kind.generates}
+    seen = {reading: kind for reading, kind in kinds.items() if reading not in said}
     asked, owners, needs_options = _asked(examples, readings)
     serving = copy.copy(data)
     serving.multiple_choice = needs_options
@@ -108,22 +115,14 @@ def read(
     taking_gradients = any(isinstance(kind, Signal) and kind.gradient for kind in kinds.values())
     waiting: list[Part] = []
     with untouched(model):
-        for batch in progress(serving.eval_dataloader(_SERVED, asked), "reading"):
-            part = move_data_to_device(batch[_SERVED], device)
-            predictions = Predictions(model, data.tokenizer, part)
-            with torch.set_grad_enabled(taking_gradients):
-                for reading, kind in kinds.items():
-                    if not (isinstance(kind, Score) and kind.generates):
-                        _keep(found[reading], part, kind, predictions)
-            if any(isinstance(kind, Score) and kind.generates for kind in kinds.values()):
-                waiting.append(part)
+        with torch.set_grad_enabled(taking_gradients):
+            for batch in progress(serving.eval_dataloader(_SERVED, asked), "reading"):
+                predictions = Predictions(model, data.tokenizer, move_data_to_device(batch[_SERVED], device))
+                _keep(found, seen, predictions)
+                waiting += [predictions.part] if said else []
         with torch.no_grad():
-            generated = grouped(model, data.tokenizer, waiting)
-            while generated:
-                for reading, kind in kinds.items():
-                    if isinstance(kind, Score) and kind.generates:
-                        _keep(found[reading], generated[0].part, kind, generated[0])
-                del generated[0]
+            for predictions in generating(model, data.tokenizer, waiting):
+                _keep(found, said, predictions)
     return {reading: _by_owner(_joined(by_id), owners) for reading, by_id in found.items()}
 
 
@@ -159,9 +158,12 @@ def _asked(
     return asked, owners, with_options
 
 
-def _keep(found: dict[int, float], part: Part, kind: Score | Signal, predictions: Predictions) -> None:
-    values = kind.values(predictions)
-    found.update(zip(part["example_id"].tolist(), values.detach().double().tolist(), strict=True))
+def _keep(
+    found: Mapping[Reading, dict[int, float]], kinds: Mapping[Reading, Score | Signal], predictions: Predictions
+) -> None:
+    for reading, kind in kinds.items():
+        values = kind.values(predictions).detach().double().tolist()
+        found[reading].update(zip(predictions.part["example_id"].tolist(), values, strict=True))
 
 
 def _joined(by_id: Mapping[int, float]) -> dict[int, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import ClassVar
@@ -12,29 +11,8 @@ from lightning_ssiuu.datamodules import LUME, MUSE, RWKU, WMDP, KnowUnDo, WMDPDe
 from lightning_ssiuu.datamodules.rwku import PROBES
 from lightning_ssiuu.datamodules.wmdp_deduped import PARTS
 from lightning_ssiuu.evaluation.suites import texts
-from lightning_ssiuu.evaluation.suites.base import Entry, Figure, Log, Reading, Suite, Values
-from lightning_ssiuu.evaluation.suites.figures import HarmonicMean, Mean, Membership, PrivLeak
-
-
-@dataclass(frozen=True)
-class Made(Figure):
-    """A number made of other figures: None where one of them is.
-
-    Args:
-        figures: Their names.
-        number: From their values to this one's.
-    """
-
-    figures: tuple[str, ...]
-    number: Callable[..., float]
-
-    @property
-    def made_of(self) -> Sequence[str]:
-        return self.figures
-
-    def entry(self, values: Mapping[Reading, Values], log: Log, reference: Log | None) -> Entry:
-        parts = [log[name]["agg_value"] for name in self.figures]
-        return {"agg_value": None if None in parts else self.number(*parts)}
+from lightning_ssiuu.evaluation.suites.base import Figure, Suite
+from lightning_ssiuu.evaluation.suites.figures import HarmonicMean, Made, Mean, Membership, PrivLeak, percent
 
 
 @dataclass(frozen=True)
@@ -48,10 +26,6 @@ def _text(name: str) -> str:
     return f"{texts.__name__}.{name}"
 
 
-def _percent(of: str, score: str) -> Mean:
-    return Mean(of, score, scale=100.0)
-
-
 def _complement(value: float) -> float:
     return 1 - value
 
@@ -60,14 +34,14 @@ MUSE_SUITE = Suite(
     name="muse",
     data=MUSE,
     figures={
-        "verbmem_f": _percent("verbmem", _text("MUSE_VERBMEM")),
-        "knowmem_f": _percent("forget_qa", _text("MUSE_KNOWMEM")),
-        "knowmem_r": _percent("retain_qa", _text("MUSE_KNOWMEM")),
+        "verbmem_f": percent("verbmem", _text("MUSE_VERBMEM")),
+        "knowmem_f": percent("forget_qa", _text("MUSE_KNOWMEM")),
+        "knowmem_r": percent("retain_qa", _text("MUSE_KNOWMEM")),
         "mia_min_k": Membership("min_k(k=0.4)", "mia_forget", "mia_holdout"),
         "privleak": RetrainedPrivLeak("mia_min_k"),
-        "verbmem_f_stemmed": _percent("verbmem", _text("MUSE_VERBMEM_STEMMED")),
-        "knowmem_f_stemmed": _percent("forget_qa", _text("MUSE_KNOWMEM_STEMMED")),
-        "knowmem_r_stemmed": _percent("retain_qa", _text("MUSE_KNOWMEM_STEMMED")),
+        "verbmem_f_stemmed": percent("verbmem", _text("MUSE_VERBMEM_STEMMED")),
+        "knowmem_f_stemmed": percent("forget_qa", _text("MUSE_KNOWMEM_STEMMED")),
+        "knowmem_r_stemmed": percent("retain_qa", _text("MUSE_KNOWMEM_STEMMED")),
     },
     optional=("verbmem_f_stemmed", "knowmem_f_stemmed", "knowmem_r_stemmed"),
     renders=True,
@@ -78,7 +52,7 @@ MUSE_SUITE = Suite(
 WMDP_SUITE = Suite(
     name="wmdp",
     data=WMDP,
-    figures={"wmdp": _percent("items", "multiple_choice"), "mmlu": _percent("mmlu", "multiple_choice")},
+    figures={"wmdp": percent("items", "multiple_choice"), "mmlu": percent("mmlu", "multiple_choice")},
     renders=True,
     only_scored=("items", "mmlu"),
 )
@@ -87,9 +61,9 @@ WMDP_DEDUPED_SUITE = Suite(
     name="wmdp_deduped",
     data=WMDPDeduped,
     figures={
-        **{f"part_{n}": _percent(f"part_{n}", "multiple_choice") for n in range(PARTS)},
+        **{f"part_{n}": percent(f"part_{n}", "multiple_choice") for n in range(PARTS)},
         "forget": Made(tuple(f"part_{n}" for n in range(PARTS)), lambda *parts: mean(parts)),
-        "retain": _percent("kept", "multiple_choice"),
+        "retain": percent("kept", "multiple_choice"),
     },
     renders=True,
     only_scored=(*(f"part_{n}" for n in range(PARTS)), "kept"),
@@ -99,7 +73,7 @@ RWKU_SUITE = Suite(
     name="rwku",
     data=RWKU,
     figures={
-        **{name: _percent(name, _text("RWKU_RECALL")) for name in PROBES},
+        **{name: percent(name, _text("RWKU_RECALL")) for name in PROBES},
         **{
             f"{of}_{signal}": Mean(of, name)
             for of in ("mia_forget", "mia_retain")
@@ -115,7 +89,7 @@ def _accuracy_of(split: str, success: str) -> dict[str, Figure]:
     accuracy = f"{split}_accuracy"
     worth: dict[str, Figure] = {success: Made((accuracy,), lambda value: 100 - value if split == "unlearn" else value)}
     return {
-        accuracy: _percent(f"{split}_val", "exact_memorization"),
+        accuracy: percent(f"{split}_val", "exact_memorization"),
         **worth,
         f"{split}_log_likelihood": Mean(f"{split}_val", "loss"),
         f"{split}_perplexity": Made((f"{split}_log_likelihood",), lambda value: math.exp(-value)),

@@ -105,6 +105,7 @@ def certificate(
             model: {split: _rounded(dict(sorted(scores.items())), _PERCENT) for split, scores in by_split.items()}
             for model, by_split in audit["scores"].items()
         },
+        "scored": {"data_options": audit.get("data_options", {})},
         "tried": tried,
         "not_tried": [name for name in ATTACKS if name not in kinds],
         "settings": {
@@ -146,21 +147,25 @@ def _rounded(content: Any, digits: int) -> Any:
 
 
 def _not_counted(rows: Iterable[Mapping[str, Any]], audit: Mapping[str, Any]) -> list[str]:
-    # A verdict rests on the relearning attacks of one score. What another attack brings back stands beside it.
+    # A verdict rests on the relearning attacks of one score. What another attack brings back stands beside it, of each
+    # the most; of a figure that is no score of the audit's, such as a depth, what lies above the oracle's.
     counted = [(row["attack"], row["p"], row["score"]) for row in (audit.get("relearning") or {}).get("attacks", [])]
-    found = []
+    most: dict[tuple[str, str], tuple[float, str]] = {}
     for row in rows:
-        score, result = row["score"], row["unlearned"]
+        attack, score, result = row["attack"], row["score"], row["unlearned"]
         before, highest = result["before"]["mean"], result["forget_score"]["mean"]
-        original = audit["scores"]["original"]["forget"].get(score, 100.0)
-        if (row["attack"], row["p"], score) in counted or highest - before <= THRESHOLD * (original - before):
-            continue
-        called = " ".join(filter(None, (row["attack"].replace("_", " "), row["variant"])))
-        found.append(
-            f"The verdict does not count the {called} attack, under which the forget score "
-            f"({score.replace('_', ' ')}) goes from {before:.1f} % to {highest:.1f} %."
-        )
-    return found
+        original = audit["scores"]["original"]["forget"].get(score)
+        changed = f"goes from {before:.1f} % to {highest:.1f} %"
+        oracle = (row.get("oracle") or {}).get("forget_score")
+        if original is None and oracle is not None:
+            before, changed = oracle["mean"], f"is {highest:.1f} %, and of the oracle {oracle['mean']:.1f} %"
+        back = highest - before
+        known = (attack, row["p"], score) in counted or back <= THRESHOLD * ((original or 100.0) - before)
+        if not known and back > most.get((attack, score), (0.0, ""))[0]:
+            called = " ".join(filter(None, (attack.replace("_", " "), row["variant"])))
+            named = f"The verdict does not count the {called} attack, under which the forget score"
+            most[attack, score] = back, f"{named} ({score.replace('_', ' ')}) {changed}."
+    return [text for _, text in most.values()]
 
 
 def _attack(row: Mapping[str, Any], attacks: Mapping[str, Any]) -> dict[str, Any]:
