@@ -117,9 +117,9 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         return UserError(path or "arguments", found[1], f"{allowed} (that of {found[1]} does not)")
     if packages := _NOT_INSTALLED.findall(inner):
         called = classes[-1] if classes else "a class"
-        plain = f"pip install {' or '.join(dict.fromkeys(packages))}"
-        allowed = next((installing(name) for name in packages if name in EXTRAS), plain)
-        allowed = f"a class whose package is installed: {allowed}"
+        otherwise = f"pip install {' or '.join(dict.fromkeys(packages))}"
+        how = next((installing(name) for name in packages if name in EXTRAS), otherwise)
+        allowed = f"a class whose package is installed: {how}"
         return UserError(path or "arguments", called, allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"
