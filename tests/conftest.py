@@ -84,7 +84,7 @@ def _read_signatures_once() -> None:
 
 
 def _look_for_plugins_once() -> None:
-    """Every Trainer asks all installed packages for callbacks of theirs, a fifth of a short training's time."""
+    """Every Trainer asks all installed packages for callbacks of theirs, most of the time that making one takes."""
     from lightning.fabric.utilities import registry
 
     registry.entry_points = cache(registry.entry_points)
