@@ -64,7 +64,7 @@ def meta_evaluate(
         epochs: Passes over the examples that are relearned.
         seed: Seed of the selection and the order.
         batch_size: Sequences per relearning step.
-        quantization: Width of the rounded weights; null: none.
+        quantization: Width of the rounded weights (extra ``[quantization]``); null: none.
         output: Directory for ``meta_evaluation.json``; by default the run of the first model that lies in one.
         accelerator: As in Lightning's Trainer: ``auto``, ``cpu`` or ``gpu``; one device.
         precision: Precision of the weights.
