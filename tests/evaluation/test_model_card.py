@@ -125,7 +125,8 @@ def test_only_settings_that_tell_of_nobody_are_shown() -> None:
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 2e-8}}
     options = {"checkpoint": "/srv/me/model", "retain": "kl", "forget_weight": 1.0, "quantization": "4bit"}
     options |= {"lora": {"r": 4, "modules": ["smith"]}, "optimizer": optimizer, "reference": "runs/smith"}
-    data = {"forget_ids": "ids.txt", "max_length": 64, "template": "Tell me of {question}", "seed": None}
+    data = {"forget_ids": [4711, 4712], "max_length": 64, "template": "Tell me of {question}", "seed": None}
+    data |= {"id_column": 4711, "smith": 3, "template_options": {"smith": 1}}
     config = {
         "model": {"class_path": "lightning_ssiuu.GradientDifference", "init_args": options},
         "data": {"class_path": "lightning_ssiuu.CustomData", "init_args": data},

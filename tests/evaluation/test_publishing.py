@@ -42,7 +42,8 @@ def test_the_dry_run_holds_the_model_the_card_and_the_certificate(run: Path, tmp
 
 def test_nothing_of_the_data_or_of_the_machine_leaves(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
-        changed(run / "model" / name, lambda content: content.update(name_or_path="runs/base", kept=str(run)))
+        nested = {"parts": [{"_name_or_path": "runs/base", "kept": str(run)}]}
+        changed(run / "model" / name, lambda content, own=nested: content.update(name_or_path="runs/base", **own))
     out = tmp_path / "out"
     publish(str(run), output=str(out))
     assert not leaks(out)
@@ -58,11 +59,20 @@ def test_a_certificate_with_ids_or_a_path_stays(run: Path, tmp_path: Path) -> No
     certify(run, shown=True)
     content = publish(str(run), output=str(tmp_path / "ids"))
     assert "certificate.json: it holds ids as they are; certify again without --show_ids" in content.left_out
-    certify(run)
-    changed(run / "certificate.json", lambda c: c["settings"]["harmful"].update(questions="/srv/me/questions.csv"))
-    content = publish(str(run), output=str(tmp_path / "path"))
-    assert "certificate.json" not in content.files
-    assert "There is no certificate." in (tmp_path / "path" / "README.md").read_text()
+    for number, told in enumerate(({"questions": "/srv/me/questions.csv"}, {"benign_path": "smith.csv"})):
+        certify(run)
+        changed(run / "certificate.json", lambda c, own=told: c["settings"]["harmful"].update(own))
+        content = publish(str(run), output=str(tmp_path / str(number)))
+        assert "certificate.json" not in content.files
+    assert "There is no certificate." in (tmp_path / "0" / "README.md").read_text()
+
+
+def test_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    weights = run / "model" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    refused(command("publish", run, "--output", tmp_path / "out"), "run", "model.safetensors", "symbolic link")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path) -> None:
