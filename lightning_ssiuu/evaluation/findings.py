@@ -123,24 +123,17 @@ def _certificate(path: Path, argument: str, weights: str, left_out: list[str]) -
 
 
 def holds_path(content: Any) -> bool:
-    """Whether any text in JSON values is a place on a machine (:func:`is_place`), or a file under a ``path``.
+    """Whether any text in JSON values is a place on a machine (:func:`is_place`).
 
     Example:
         >>> holds_path({"path": ["~/questions.csv"]}), holds_path({"model": "org/name"})
         (True, False)
-        >>> holds_path({"benign_path": "patients/smith.csv"}), holds_path({"benign_path": "org/name"})
-        (True, False)
     """
     if isinstance(content, Mapping):
-        return any(holds_path(value) or (name.endswith("path") and _is_file(value)) for name, value in content.items())
+        return any(map(holds_path, content.values()))
     if isinstance(content, list):
         return any(map(holds_path, content))
     return is_place(content)
-
-
-def _is_file(value: Any) -> bool:
-    # By its ending, for it may be gone; without one it may be a data set of the hub.
-    return isinstance(value, str) and (bool(PurePosixPath(value).suffix) or Path(value).exists())
 
 
 def is_place(value: Any) -> bool:
