@@ -149,3 +149,9 @@ def test_tensorboard_by_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert told["run"]["data"]["class"] == "Facts"
     assert any(b"run/data/batch_size" in path.read_bytes() for path in place.glob("events.*"))  # the tab of them
     assert leaks(tmp_path, but_for=("tokenizer.json",)) == []
+    elsewhere = tmp_path / "elsewhere"  # where no other run must get it
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.warns(UserWarning, match=r"not logged to TensorBoardLogger: there is no runs/tensorboard/version_0"):
+        log_verdict("../runs/ssiuu/model", content, variation(0))
+    assert not list(elsewhere.iterdir())
