@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lightning_ssiuu.evaluation.publishing import (
 from lightning_ssiuu.evaluation.results import read_config
 from lightning_ssiuu.utils.errors import UserError, one_line
 from lightning_ssiuu.utils.files import print_written
+
+_LICENSE = re.compile(r"[a-z\d][a-z\d.+-]*")
 
 
 def publish(
@@ -64,6 +67,8 @@ def publish(
     """
     if to is None and output is None:
         raise UserError("to", None, "owner/name, a repository on the hub, or an --output directory")
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise UserError("license", license, "an identifier as the hub has them, such as apache-2.0, or other")
     folder = Path(run)
     model = _model(folder, adapter)
     held: list[str] = []

@@ -103,7 +103,7 @@ def _of(content: Mapping[str, Any], kept: set[str]) -> tuple[tuple[Any, ...], tu
 
 def _check_audit(content: Mapping[str, Any]) -> None:
     only(str, content["verdict"]["label"], content["verdict"]["sentence"])
-    only(dict, content["provenance"])
+    only(dict, content["provenance"], content["provenance"].get("weights_sha256") or {})
     check_attacks(content.get("relearning") or {})
 
 

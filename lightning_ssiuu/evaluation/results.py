@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.utils.files import check_name
-from lightning_ssiuu.utils.reading import only, read_json, read_yaml
+from lightning_ssiuu.utils.reading import only, read_json, read_yaml, reading
 
 #: What commands write into a run directory, beside folders whose names are options.
 _RESULTS = (
@@ -33,6 +33,8 @@ ATTACKS = (
     ),
     *("unlearning_depth", "layer_probes"),
 )
+#: Of a ``config.yaml``, what commands ask for.
+_SECTIONS = ("model", "data", "trainer", "stopping", "saving")
 _ATTACKS = re.compile(r"attack(ed_|\.).*", re.IGNORECASE)  # models and unfinished sweeps
 
 
@@ -66,8 +68,14 @@ def check_metrics(content: Mapping[str, Any]) -> None:
 
 
 def read_config(run: Path, argument: str) -> dict[str, Any]:
-    """The ``config.yaml`` of a run; a UserError unless it is a mapping."""
-    return read_yaml(run / "config.yaml", argument, "valid YAML, as fit writes it")
+    """The ``config.yaml`` of a run; a UserError unless it is a mapping, and so are its sections."""
+    path, allowed = run / "config.yaml", "valid YAML, as fit writes it"
+    content = read_yaml(path, argument, allowed)
+    with reading(argument, str(path), allowed, quote=False):
+        sections = [content.get(name) or {} for name in _SECTIONS]
+        only(dict, *sections)
+        only(dict, *(section.get("init_args") or {} for section in sections))
+    return content
 
 
 def check_attacks(content: Mapping[str, Any]) -> None:
@@ -91,6 +99,7 @@ def check_attacks(content: Mapping[str, Any]) -> None:
         only(list, *curve.get("utility", {}).values())
     for settings in (content.get("settings") or {}).values():
         only(dict, settings, settings.get("provenance") or {})
+        only(dict, (settings.get("provenance") or {}).get("weights_sha256") or {})
 
 
 def described(attacker: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def test_without_attacks_the_audits_own_is_told(run: Path, tmp_path: Path) -> No
     text = (tmp_path / "out" / "README.md").read_text()
     row = "| harmful, p 0.3 | probability | 9.0 ± 0.0 | 50.0 ± 1.0 ‡ | oracle 12.0 ± 1.0 | 37.7 ± 0.0 | 0, 1, 2 | yes |"
     assert row in text
+
+
+def test_no_number_is_none_of_the_hubs(run: Path, tmp_path: Path) -> None:
+    changed(run / "metrics.json", lambda content: content["after"]["scores"]["forget"].update(probability=math.nan))
+    publish(str(run), output=str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| forget probability | 88.0 | – |" in text
+    assert "nan" not in text.lower()
 
 
 def test_names_are_text(run: Path, tmp_path: Path) -> None:

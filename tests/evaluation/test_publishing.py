@@ -91,6 +91,21 @@ def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path) -> N
         publish(str(run), output=str(tmp_path / "new"), adapter=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "data: 3"),
+        ("config.yaml", "model: {init_args: [1]}"),
+        ("audit.json", '{"verdict": {"label": "a", "sentence": "b"}, "provenance": {"weights_sha256": 3}}'),
+        ("attack.json", '{"settings": {"harmful": {"provenance": {"weights_sha256": 3}}}}'),
+    ],
+)
+def test_damaged_records_are_refused(run: Path, tmp_path: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    refused(command("publish", run, "--output", tmp_path / "out"), "run", name)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- pushing ------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +133,7 @@ def test_shards_of_an_earlier_model_go(run: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_the_hub_refuses_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(command("publish", run), "to", "owner/name")
+    refused(command("publish", run, "--output", run / "new", "--license", "all mine"), "license", "apache-2.0")
     for name in ("forgetful", "me/for/getful", "me/for getful", "./me", "me/x--y"):
         refused(command("publish", run, "--to", name), "to", "owner/name")
     refused(command("publish", run, "--to", "me/x"), "to", "HF_HUB_OFFLINE")  # as every test has it
@@ -147,7 +163,7 @@ def test_fit_pushes_when_everything_is_written(tmp_path: Path, monkeypatch: pyte
     assert found[0] == round(measured, 1)
     assert "**Not audited:" in card.text
     assert hub.pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
-    assert "This is tiny, the embedded model" in card.text
+    assert "This is tiny (the embedded model)" in card.text
     assert equal(load_model(str(tmp_path / "model")).parameters(), module.model.hf.parameters())
 
     def full(*_: Any, **__: Any) -> None:
