@@ -18,7 +18,7 @@ from lightning_ssiuu.evaluation.publishing import (
     push,
     write,
 )
-from lightning_ssiuu.evaluation.results import read_config
+from lightning_ssiuu.evaluation.results import read_sections
 from lightning_ssiuu.utils.errors import UserError, one_line
 from lightning_ssiuu.utils.files import print_written
 
@@ -92,7 +92,7 @@ def publish(
 
 
 def _model(run: Path, adapter: bool) -> Path:
-    saved = (read_config(run, "run").get("saving") or {}).get("folder") if (run / "config.yaml").is_file() else None
+    saved = read_sections(run, "run")["saving"].get("folder") if (run / "config.yaml").is_file() else None
     name = saved if isinstance(saved, str) else "model"
     model = run / (f"{name}{ADAPTER_END}" if adapter else name)
     if not model.is_dir():

@@ -33,7 +33,7 @@ ATTACKS = (
     ),
     *("unlearning_depth", "layer_probes"),
 )
-#: Of a ``config.yaml``, what commands ask for.
+_CONFIG, _CONFIGURATION = "config.yaml", "valid YAML, as fit writes it"
 _SECTIONS = ("model", "data", "trainer", "stopping", "saving")
 _ATTACKS = re.compile(r"attack(ed_|\.).*", re.IGNORECASE)  # models and unfinished sweeps
 
@@ -68,14 +68,18 @@ def check_metrics(content: Mapping[str, Any]) -> None:
 
 
 def read_config(run: Path, argument: str) -> dict[str, Any]:
-    """The ``config.yaml`` of a run; a UserError unless it is a mapping, and so are its sections."""
-    path, allowed = run / "config.yaml", "valid YAML, as fit writes it"
-    content = read_yaml(path, argument, allowed)
-    with reading(argument, str(path), allowed, quote=False):
-        sections = [content.get(name) or {} for name in _SECTIONS]
-        only(dict, *sections)
-        only(dict, *(section.get("init_args") or {} for section in sections))
-    return content
+    """The ``config.yaml`` of a run; a UserError unless it is a mapping."""
+    return read_yaml(run / _CONFIG, argument, _CONFIGURATION)
+
+
+def read_sections(run: Path, argument: str) -> dict[str, Any]:
+    """The sections that ``fit`` writes into a run's ``config.yaml``; a UserError unless each is a mapping."""
+    content = read_config(run, argument)
+    sections = {name: content.get(name) or {} for name in _SECTIONS}
+    with reading(argument, str(run / _CONFIG), _CONFIGURATION, quote=False):
+        only(dict, *sections.values())
+        only(dict, *(section.get("init_args") or {} for section in sections.values()))
+    return content | sections
 
 
 def check_attacks(content: Mapping[str, Any]) -> None:
