@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,16 @@ def test_sigterm_ends_a_command_with_143(name: str, tmp_path: Path) -> None:
     assert result.err.splitlines()[-1] == "lightning-ssiuu: ended by SIGTERM"
     assert "Traceback" not in result.err
     assert files(tmp_path) == before
+
+
+def test_a_reader_that_has_ended_is_no_defect() -> None:
+    """As ``recipes | head`` has it; without a traceback, and with the status of a program that SIGPIPE ends."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "lightning_ssiuu", "recipes"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_sigterm_while_libraries_are_imported(tmp_path: Path) -> None:
