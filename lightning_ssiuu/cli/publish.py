@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.cli.parsing import positional, run_function
-from lightning_ssiuu.evaluation.publishing import (
+from lightning_ssiuu.evaluation.results import read_sections
+from lightning_ssiuu.publishing.publication import (
     Publication,
     Subject,
     check_hub,
@@ -18,7 +19,6 @@ from lightning_ssiuu.evaluation.publishing import (
     push,
     write,
 )
-from lightning_ssiuu.evaluation.results import read_sections
 from lightning_ssiuu.utils.errors import UserError, one_line
 from lightning_ssiuu.utils.files import print_written
 

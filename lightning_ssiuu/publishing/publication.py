@@ -20,9 +20,9 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from lightning_ssiuu.evaluation.findings import findings_of, is_place
-from lightning_ssiuu.evaluation.model_card import Base, Subject, base_of, model_card
 from lightning_ssiuu.models.adapter_directory import CONFIG, is_adapter_directory
+from lightning_ssiuu.publishing.findings import findings_of, is_place
+from lightning_ssiuu.publishing.model_card import Base, Subject, base_of, model_card
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space, written_atomically
 from lightning_ssiuu.utils.reading import read_json, reading

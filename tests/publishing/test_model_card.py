@@ -19,11 +19,11 @@ from toys.models import adapted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.cli.publish import publish
-from lightning_ssiuu.evaluation.model_card import base_of
-from lightning_ssiuu.evaluation.shown_settings import shown_settings
 from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.models.export import save_adapter
 from lightning_ssiuu.models.loading import TINY, load_model, load_tokenizer
+from lightning_ssiuu.publishing.model_card import base_of
+from lightning_ssiuu.publishing.shown_settings import shown_settings
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lightning_ssiuu.evaluation.findings import Findings
 from lightning_ssiuu.evaluation.results import ATTACKS, attack_order
-from lightning_ssiuu.evaluation.shown_settings import class_name, shown_settings
 from lightning_ssiuu.models.loading import hub_options
+from lightning_ssiuu.publishing.findings import Findings
+from lightning_ssiuu.publishing.shown_settings import class_name, shown_settings
 from lightning_ssiuu.utils.errors import UserError, one_line
 
 _TASK = "text-generation"
