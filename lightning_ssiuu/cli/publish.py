@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.cli.parsing import positional, run_function
 from lightning_ssiuu.evaluation.results import read_sections
+from lightning_ssiuu.models.adapter_directory import is_adapter_directory
 from lightning_ssiuu.publishing.publication import (
     Publication,
     Subject,
@@ -98,6 +99,8 @@ def _model(run: Path, adapter: bool) -> Path:
     if not model.is_dir():
         other = run / (name if adapter else f"{name}{ADAPTER_END}")
         hint = f" (there is {other.name}, with{'out' if adapter else ''} --adapter)" if other.is_dir() else ""
+        if (run / "config.json").is_file() or is_adapter_directory(run):
+            hint = f", as {run.parent} may be: this is a model"
         raise UserError("run", str(run), f"a directory of fit or erase with {model.name} in it{hint}")
     return model
 

@@ -75,6 +75,16 @@ def test_hyperparameters_without_text_of_the_data(loggers: tuple[Wandb, MLflow, 
     assert not any(text in told for text in ("secret", "where", "Ada"))
     assert '"batch_size": 3' in told
 
+    class Patient(FewFacts):
+        def __init__(self, patient: int) -> None:
+            super().__init__(2, batch_size=5)
+            self.patient = patient
+
+    trainer.datamodule = Patient(4711)
+    told = json.dumps(for_loggers(ssiuu(), trainer))
+    assert "4711" not in told
+    assert '"batch_size": 5' in told
+
 
 def test_a_csv_file_is_not_begun_anew() -> None:
     assert reopened(CSVLogger, {"save_dir": "x"}, 0) is None

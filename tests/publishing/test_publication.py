@@ -89,6 +89,8 @@ def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path) -> N
             publish(str(run), output=str(run / inside), overwrite=True)
     with pytest.raises(UserError, match=r"run: .*with model_adapter in it \(there is model, without --adapter\)"):
         publish(str(run), output=str(tmp_path / "new"), adapter=True)
+    with pytest.raises(UserError, match=rf"run: .*, as {run} may be: this is a model"):
+        publish(str(run / "model"), output=str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize(
