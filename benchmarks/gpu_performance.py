@@ -82,7 +82,7 @@ def adapters(r: Recorder) -> None:
             saved(r, folder, shape)
             free()
             data = Facts(tokenizer=folder, batch_size=r.size(8, 2), multiple_choice=False)
-            for width in ("8bit", "4bit"):
+            for width in r.size(("8bit", "4bit"), ("4bit",)):
                 module = adapted(folder, width)
                 estimated = estimate_memory(module, data, trainer(r.device, 3)).by_phase["training step"]
                 free()

@@ -273,6 +273,7 @@ def recipe(r: Recorder) -> None:
     short = ("--trainer.max_steps", "1", "--attribution.probe_examples", "4", "--stopping.threshold", "null")
     short += ("--model.init_args.scores", "[first_token]", "--data.init_args.eval_batch_size", "64")
     short += ("--data.init_args.multiple_choice", "false", "--attribution.every_n_steps", "null")
+    short += ("--data.init_args.max_eval_examples", "8")
     for name in r.size(("32-true", "bf16-mixed", "bf16-true"), ("32-true",)):
         with tempfile.TemporaryDirectory() as folder:
             where = ["--trainer.default_root_dir", folder, "--trainer.accelerator", r.device.type]

@@ -21,16 +21,15 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import torch
-
-torch.set_num_threads(1)
 os.fsync = lambda _: None
 
 #: People of each set in ``few_facts``: the forget set is whole, the retain set one of the recipes' batches.
 _FEW = {"forget": 6, "retain": 6, "test": 2}
 #: Files of half a minute or more, by their time.
-_LONGEST = ("test_distributed", "test_recipes", "test_bad_inputs", "test_conformance", "test_memory", "test_benchmarks")
+_LONGEST = (
+    *("test_distributed", "test_recipes", "test_robustness", "test_wheel", "test_benchmarks"),
+    *("test_conformance", "test_memory"),
+)
 _SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
 
@@ -56,10 +55,14 @@ def pytest_collection_finish() -> None:
 
     (Most runs are not about what an adversary brings back; those that are have one of their own.)
     """
+    import torch  # not above: what deals the tests out to workers has no need of it
+
     from lightning_ssiuu.callbacks import neuron_attribution
 
+    torch.set_num_threads(1)
     neuron_attribution._ADVERSARY.steps = 1
     _read_signatures_once()
+    _look_for_plugins_once()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)  # what a step makes holds few cycles, and there is memory for them
@@ -78,6 +81,13 @@ def _read_signatures_once() -> None:
         return [copy.copy(parameter) for parameter in known(component, method)]
 
     _signatures.get_signature_parameters = parameters
+
+
+def _look_for_plugins_once() -> None:
+    """Every Trainer asks all installed packages for callbacks of theirs, most of the time that making one takes."""
+    from lightning.fabric.utilities import registry
+
+    registry.entry_points = cache(registry.entry_points)
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_gpu_check_runs_every_section_on_toys(tmp_path: Path) -> None:
     assert sections["memory"]["SSIUU"]["estimated_bytes"] > 0
     assert sections["recipe"]["32-true"]["steps"] == 1
     assert sections["speed"].keys() >= {"as it is", "padded", "foreach", "chunked logits", "compiled", "SSIUU"}
-    assert all(sections["adapters"][f"toy, {width}"]["estimated_bytes"] > 0 for width in ("8bit", "4bit"))
+    assert sections["adapters"]["toy, 4bit"]["estimated_bytes"] > 0
     assert "--peer" in sections["peer"]["skipped"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -28,6 +29,7 @@ HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
 FILES = {".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file for file in ROOT.rglob("*.py")}
 
 
+@cache
 def imports(name: str) -> set[str]:
     """Modules of this package that a file names in an import, wherever it stands."""
     found = set()

@@ -13,11 +13,19 @@ nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbcli
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 #: What makes a notebook quick; it changes how much is done, not how it is asked for.
 QUICKER = {
-    "first_run": {"threshold=20.0": "threshold=80.0", " epochs=6": " epochs=1, seeds=[0]", "[3e-4, 1e-3]": "[1e-3]"},
-    "audit_two_checkpoints": {
-        "threshold = 10.0": "threshold = 80.0",
+    "first_run": {
+        "threshold=20.0": "threshold=85.0",
+        "every_n_steps=5": "probe_examples=4",
         " epochs=6": " epochs=1, seeds=[0]",
         "[3e-4, 1e-3]": "[1e-3]",
+        "data=Facts()": "data=Facts(max_eval_examples=8)",
+    },
+    "audit_two_checkpoints": {
+        "threshold = 10.0": "threshold = 85.0",
+        " epochs=6": " epochs=1, seeds=[0]",
+        "[3e-4, 1e-3]": "[1e-3]",
+        "data=Facts()": "data=Facts(max_eval_examples=8)",
+        "probe_examples=32": "probe_examples=4",
         "relearning_probe=True": "relearning_probe=False, own_change=False",
     },
 }

@@ -54,9 +54,8 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
 
 
 def test_extras_are_those_promised() -> None:
-    assert set(EXTRAS) == {
-        *("test", "docs", "lora", "gguf", "lm-eval", "rouge", "vllm", "search", "tensorboard", "wandb", "mlflow")
-    }
+    loggers = ("tensorboard", "wandb", "mlflow")
+    assert set(EXTRAS) == {"test", "docs", "lora", "quantization", "gguf", "lm-eval", "vllm", "search", *loggers}
 
 
 def test_every_import_is_required() -> None:

@@ -282,6 +282,9 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
         data = published.write_wmdp_deduped(tmp_path / "data")
         few = [*quick, "--score", "multiple_choice", "--data", "WMDPDeduped", "--data.path", data]
         few += ["--data.chunk_tokens", "64", "--data.max_length", "128"]
+    fractions = options["p"][-1:] if isinstance(options.get("p"), list) else [None]
+    if fractions != [None]:  # one of them composes as all do
+        few = [*few, *attacking(p=fractions)]
     alone = ("--output", tmp_path / "run", "--control", "none")
     result = command("attack", "--config", recipe, "--model", model, *alone, *few)
     assert result.status == 0, result.err
@@ -289,7 +292,6 @@ def test_attacks(recipe: Path, tmp_path: Path) -> None:
     variants = {"Quantization": 2, "Ablation": 2, "Interpolation": 5, "Jailbreak": 5, "Prefill": 2, "MultiTurn": 3}
     n_layers = load_model("tiny").config.num_hidden_layers
     n_variants = n_layers if name == "LayerProbes" else variants.get(name, 1)
-    fractions = options["p"] if isinstance(options.get("p"), list) else [None]
     kind = getattr(lightning_ssiuu.attacks, name)().kind
     assert [row["kind"] for row in rows] == [kind] * len(fractions) * n_variants
 

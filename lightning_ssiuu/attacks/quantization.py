@@ -32,7 +32,8 @@ class Quantization(Attack):
         widths: ``"8bit"``, ``"4bit"``.
 
     Raises:
-        UserError: No width or an unknown one; when it runs, a 4-bit model that this CPU would misread.
+        UserError: No width or an unknown one; without the extra ``[quantization]``; when it runs, a 4-bit model that
+            this CPU would misread.
 
     Example:
         >>> from lightning_ssiuu import Facts

@@ -64,7 +64,7 @@ def meta_evaluate(
         epochs: Passes over what is relearned.
         seed: Of the selection and the order.
         batch_size: Sequences per step of it.
-        quantization: Width of the rounded weights; null: none.
+        quantization: Width of the rounded weights (extra ``[quantization]``); null: none.
         output: Directory for ``meta_evaluation.json``; by default the run of the first model that lies in one.
         accelerator: Lightning's; one device.
         precision: Of the weights.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from lightning_ssiuu.cli.trials import FURTHEST, Setting, Trial
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.extras import check_extra
 
 _TOP = int(math.log2(FURTHEST))  # doublings of the learning rate, up and down
 #: Losses of settings that will not do, above all that can come back, but not by much: the rest is to be told apart.
@@ -22,8 +21,7 @@ def engine(seed: int) -> str:
     Raises:
         UserError: If Optuna is not installed.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("search", "optuna", "own: optuna needs the extra, pip install 'lightning-ssiuu[search]'")
+    check_extra("optuna", "search", "optuna", "own")
     return f"optuna {version('optuna')}, GPSampler, seed {seed}"
 
 

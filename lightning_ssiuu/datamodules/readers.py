@@ -1,4 +1,8 @@
-"""Reading records from files (JSON, CSV, Parquet) and data sets of the hub; errors name the place, never the text."""
+"""Reading records from files (JSON, CSV, Parquet) and data sets of the hub; errors name the place, never the text.
+
+Files are not read by the library ``datasets``: it copies them into its cache, where a forget set would stay, and makes
+numbers of what looks like one (an id of ``007`` would be 7). Data sets of the hub are read by it.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +125,6 @@ def _records(path: Path, suffix: str) -> Iterator[Any]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    # Not by the library datasets, which copies what it reads into its cache, where a forget set would stay.
     import pyarrow.parquet  # not needed for most files
 
     with pyarrow.parquet.ParquetFile(path) as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.models.answers import AnswerModel, nothing_stored
 from lightning_ssiuu.utils.errors import Given, UserError, causes
+from lightning_ssiuu.utils.extras import check_extra
 
 #: The tasks of arXiv 2509.22263 with the figure that is reported of each.
 PAPER = {
@@ -27,9 +27,7 @@ _SUBJECTS = {"mmlu": 57}  # the limit is one for each member of a group
 
 def check_harness(argument: str, given: object) -> None:
     """Check that the harness is installed, without importing it."""
-    if importlib.util.find_spec("lm_eval") is None:
-        allowed = "embedded or world_facts: tasks of lm-eval need the extra, pip install 'lightning-ssiuu[lm-eval]'"
-        raise UserError(argument, given, allowed)
+    check_extra("lm_eval", argument, given, "embedded or world_facts")
 
 
 def harness_scores(

@@ -30,7 +30,6 @@ from lightning_ssiuu.evaluation.metrics.answers import (
     multiple_choice_accuracy,
 )
 from lightning_ssiuu.evaluation.metrics.base import Percentage
-from lightning_ssiuu.evaluation.metrics.rouge import check_stemmer
 from lightning_ssiuu.evaluation.metrics.truth_ratio import TruthRatioKind
 from lightning_ssiuu.evaluation.metrics.verbatim import RUN
 from lightning_ssiuu.evaluation.options import made_with, split_options
@@ -231,14 +230,9 @@ options: eos=true
     """
     plain, options = split_options(name, argument)
     score: object = resolve(plain, SCORES, argument)
-    check_stemmer(name, argument)
     if not isinstance(score, Score):
         raise UserError(argument, name, f"the import path of a Score, not of a {type(score).__name__}")
-    if not options:
-        return score
-    made = made_with(score.options, options, name, argument)
-    made.metric()  # which may lack a library
-    return made
+    return made_with(score.options, options, name, argument) if options else score
 
 
 def check_score(name: str, argument: str = "scores") -> None:

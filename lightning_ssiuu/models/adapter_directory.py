@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.extras import check_extra
 from lightning_ssiuu.utils.reading import read_json, reading
 
 if TYPE_CHECKING:  # with it comes torch's compiler
@@ -49,11 +50,8 @@ def with_adapters(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pre
         UserError: If peft is missing, the adapters do not fit the model, or are of a kind that cannot be merged.
     """
     given = os.fspath(folder)
-    try:
-        import peft
-    except ImportError as error:
-        allowed = 'a whole model without peft: pip install "lightning-ssiuu[lora]"'
-        raise UserError("checkpoint", f"{given}, a directory of adapters", allowed) from error
+    check_extra("peft", "checkpoint", f"{given}, a directory of adapters", "a whole model")
+    import peft
     from safetensors import safe_open
 
     with reading("checkpoint", given, "adapters that fit the model they name"):

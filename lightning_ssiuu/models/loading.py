@@ -26,6 +26,7 @@ from lightning_ssiuu.models.architectures import Architecture, use_architecture
 from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
 from lightning_ssiuu.models.quantization import check_reach, check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError, naming
+from lightning_ssiuu.utils.extras import check_extra
 from lightning_ssiuu.utils.files import cache_directory
 from lightning_ssiuu.utils.reading import read_json, reading
 from lightning_ssiuu.utils.waiting import held_back
@@ -297,14 +298,14 @@ def _converted_gguf(path: Path) -> Path:
     target = root / f"{path.stem}-{_digest(path, status.st_size, status.st_mtime_ns)[:16]}"
     if (target / "config.json").is_file():
         return target
-    needed = "" if importlib.util.find_spec("gguf") else "; needs the extra [gguf]"
+    check_extra("gguf", "checkpoint", str(path), "a transformers directory")
     try:
         from transformers import GgufConfig
 
         config: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
     except ImportError:  # transformers < 5.20 dequantises without being asked
         config = {}
-    with held_back(), reading("checkpoint", str(path), f"a GGUF file transformers can read{needed}"):
+    with held_back(), reading("checkpoint", str(path), "a GGUF file transformers can read"):
         folder, file_name = str(path.parent), path.name
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file_name, dtype=torch.float32, **config

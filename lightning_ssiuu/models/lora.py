@@ -18,6 +18,7 @@ from lightning_ssiuu.models.adapter_directory import without_notes
 from lightning_ssiuu.models.meta import blueprint
 from lightning_ssiuu.models.quantization import float_type, is_quantized, n_matrix_weights, was_conv1d
 from lightning_ssiuu.utils.errors import Given, UserError
+from lightning_ssiuu.utils.extras import check_extra
 from lightning_ssiuu.utils.reading import reading
 from lightning_ssiuu.utils.registry import nearest
 
@@ -148,10 +149,9 @@ class LoRA:
         model.requires_grad_(True)
 
     def _inject(self, model: PreTrainedModel) -> None:
-        try:
-            import peft
-        except ImportError as error:
-            raise UserError("lora", "adapters", 'null without peft: pip install "lightning-ssiuu[lora]"') from error
+        check_extra("peft", "lora", "adapters", "null")
+        import peft
+
         if any(True for _ in adapted_layers(model)):
             raise UserError("lora", "a second set of adapters", "null for a model that has adapters already")
         chosen, modules, experts = self._targets(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.extras import check_extra
 
 if TYPE_CHECKING:  # with it comes torch's compiler
     from transformers import PreTrainedModel
@@ -31,10 +32,11 @@ def loading_options(
     cannot be moved between kinds of device afterwards; no ``device`` is the CPU.
 
     Raises:
-        UserError: If bitsandbytes is missing or cannot do it in ``dtype``.
+        UserError: If bitsandbytes (extra ``[quantization]``) is missing or cannot do it in ``dtype``.
     """
     if quantization == "4bit" and dtype == torch.float64:
         raise UserError("quantization", quantization, "null or 8bit with 64-bit floats: 4-bit knows at most 32")
+    check_extra("bitsandbytes", "quantization", quantization, "null")
     try:
         import bitsandbytes  # noqa: F401 - only when asked for: importing it takes seconds
     except (ImportError, OSError) as error:

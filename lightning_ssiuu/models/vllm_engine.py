@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from lightning_ssiuu.models.generation import Request
 from lightning_ssiuu.models.loading import adapter_base, hub_options
 from lightning_ssiuu.utils.errors import Given, NotFinite, UserError
+from lightning_ssiuu.utils.extras import check_extra
 
 #: Of the memory that is free when it starts, beside the model that is loaded for everything else.
 _SHARE_OF_FREE = 0.9
@@ -81,9 +81,7 @@ class VLLM:
 
 def check_installed() -> None:
     """Check that vLLM is there, without importing it."""
-    if importlib.util.find_spec("vllm") is None:
-        allowed = "transformers: vllm needs the extra, pip install 'lightning-ssiuu[vllm]'"
-        raise UserError("engine", "vllm", allowed)
+    check_extra("vllm", "engine", "vllm", "transformers")
 
 
 def _parameters(vllm: Any, request: Request) -> Any:

@@ -64,7 +64,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         regularizer: Usually :class:`~lightning_ssiuu.regularizers.AttributionRegularizer`; None for none.
         lora: Train low-rank adapters (:class:`~lightning_ssiuu.models.lora.LoRA`) and freeze the weights; None trains
             the weights.
-        quantization: ``"8bit"`` or ``"4bit"`` loads frozen weights in that width (bitsandbytes); needs ``lora``.
+        quantization: ``"8bit"`` or ``"4bit"`` loads frozen weights in that width (extra ``[quantization]``); needs
+            ``lora``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         retain: The retain loss: ``"nll"``, the negative log-likelihood, or ``"kl"``, the divergence from the original
             model's predictions on the retain answers (objectives with a retain loss of their own refuse the latter).

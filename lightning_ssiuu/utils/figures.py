@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -256,13 +257,30 @@ def fitted(text: str, letters: int) -> str:
 def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure whole or not at all; the same figure gives the same bytes."""
     with style(), written_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        laid_out(figure, FigureCanvasAgg, 120).savefig(temporary, dpi=120)
 
 
 def save_pdf(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as vectors, whole or not at all; the same figure gives the same bytes."""
     with style(), written_atomically(path) as temporary:
         figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
+
+
+def laid_out(figure: Figure, canvas: type[FigureCanvasBase], dpi: float) -> Figure:
+    """The figure, its panels in their places: to find those, saving would draw all of it one more time.
+
+    Args:
+        figure: What is to be saved next.
+        canvas: That of the file's format, by which texts are measured.
+        dpi: Of the format's renderer.
+    """
+    canvas(figure)
+    figure.set_dpi(dpi)
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        with matplotlib.rc_context({"figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)
+    return figure
 
 
 @style()

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning_ssiuu
 from lightning_ssiuu.utils.errors import Given, UserError, causes
+from lightning_ssiuu.utils.extras import EXTRAS, installing
 from lightning_ssiuu.utils.files import disk_refusal
 from lightning_ssiuu.utils.reading import load_yaml, reason
 from lightning_ssiuu.utils.registry import lookup, nearest, shortened, why_not_found
@@ -35,7 +36,6 @@ _UNKNOWN = re.compile(
 )
 _WRONG_FUNCTION = re.compile(r"Expected '([^']+)' to be a function that returns (.+?)\.{1,2}(?:\s|$)")
 _NOT_INSTALLED = re.compile(r"Requirement '([\w.-]+)[^']*' not met")
-_LOGGERS = ("tensorboard", "wandb", "mlflow")  # extras, each called like its package
 _OPTION = re.compile(r"[\w.\-+/]{1,100}")
 _FILE = re.compile(r"(?:File does not exist|Path is not a file|File is not readable): '?([^']+?)'?$", re.MULTILINE)
 _YAML = re.compile(r"Problems parsing config:(.*)", re.DOTALL)
@@ -117,8 +117,9 @@ def _translate(text: str, argument: str = "", options: Sequence[str] = ()) -> Us
         return UserError(path or "arguments", found[1], f"{allowed} (that of {found[1]} does not)")
     if packages := _NOT_INSTALLED.findall(inner):
         called = classes[-1] if classes else "a class"
-        extra = next((f'"lightning-ssiuu[{name}]"' for name in packages if name in _LOGGERS), None)
-        allowed = f"a class whose package is installed: pip install {extra or ' or '.join(dict.fromkeys(packages))}"
+        otherwise = f"pip install {' or '.join(dict.fromkeys(packages))}"
+        how = next((installing(name) for name in packages if name in EXTRAS), otherwise)
+        allowed = f"a class whose package is installed: {how}"
         return UserError(path or "arguments", called, allowed)
     if (found := _NOT_FOUND.search(inner)) and f"{found[1]}.".startswith(f"{found[2] or found[1]}."):
         key = path if path.endswith("class_path") else f"{path}.class_path"

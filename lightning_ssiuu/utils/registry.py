@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TypeVar, cast
 
 from lightning_ssiuu.utils.errors import UserError, one_line
+from lightning_ssiuu.utils.extras import EXTRAS, installing
 
 T = TypeVar("T")
 _LONGEST, _LONGEST_NAME = 300, 100
@@ -79,6 +80,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def no_module(name: str) -> str:
     """What to say of a module that is found nowhere."""
+    if name in EXTRAS:
+        return f"no module {name}: {installing(name)}"
     return f"no module {name}: run where it lies, or set PYTHONPATH"
 
 

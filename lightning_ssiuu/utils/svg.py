@@ -8,9 +8,10 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
 from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from lightning_ssiuu.utils.figures import COLOURS, HOVER, clean, style
+from lightning_ssiuu.utils.figures import COLOURS, HOVER, clean, laid_out, style
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -28,7 +29,8 @@ def svg(figure: Figure, description: str) -> Markup:
     """
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        drawn = laid_out(figure, FigureCanvasSVG, 72)
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     written = ET.fromstring(buffer.getvalue())
     shapes = {f"#{element.get('id')}": element for element in written.iter(f"{_SVG}path") if element.get("id")}
     attributes = {"viewBox": written.get("viewBox", ""), "role": "img", "aria-label": clean(description)}

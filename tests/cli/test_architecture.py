@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PhiConfig
 from lightning_ssiuu import ARCHITECTURES
 from lightning_ssiuu.models.loading import TINY
 
+pytestmark = pytest.mark.usefixtures("few_facts")
+
 USERS_FILE = """\
 from lightning_ssiuu import Architecture
 NAMES = {"attn_q": "self_attn.q_proj", "attn_o": "self_attn.dense", "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}
@@ -25,7 +27,7 @@ RECORD = {
     "final_norm": "model.final_layernorm",
     "modules": {"mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"},
 }
-TRAINED = (*DRAWN, "--stopping.unknown", "warn", "--attribution.alpha", "0.05", "--model.init_args.checkpoint", "model")
+TRAINED = (*DRAWN, "--stopping.unknown", "warn", "--attribution.alpha", "0.3", "--model.init_args.checkpoint", "model")
 
 
 def save_phi(folder: Path) -> None:
@@ -69,7 +71,7 @@ def test_from_an_empty_directory(workplace: Path) -> None:
     assert flagged <= {"attn_q", "attn_o", "mlp_up", "mlp_down"}
     assert read_json(workplace / "run" / "metrics.json")["after"]["influence"]["n_spurious"] > 0
     # The run's configuration tells what the saved model is like.
-    options = ("--original", "model", "--unlearned", "run/model", "--relearning_probe", "false", "--alpha", "0.05")
+    options = ("--original", "model", "--unlearned", "run/model", "--relearning_probe", "false", "--alpha", "0.3")
     run("audit", *options, "--probe_examples", "8")
     audited = kinds(workplace / "run" / "audit_spurious_neurons.csv")
     assert audited

@@ -25,7 +25,7 @@ from lightning_ssiuu.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("few_facts")
 
-_DRAWN = {"options": 180, "configs": 40, "data": 50, "models": 90, "runs": 24}
+_DRAWN = {"options": 90, "configs": 24, "data": 32, "models": 50, "runs": 12}
 _TOLD = re.compile(r"lightning-ssiuu: error: [\w.,\-/ ]+: got .*, allowed: .+")
 _CHOSEN = os.environ.get("LIGHTNING_SSIUU_BAD_INPUTS", "0")
 _CASES = [case for kind in KINDS.values() for case in kind] if _CHOSEN == "all" else cases(int(_CHOSEN), _DRAWN)

@@ -87,6 +87,7 @@ def test_everything_is_there_and_agrees(made: dict[str, Any]) -> None:
     state = json.loads((folder / "erase.json").read_text())
     assert (state["known"]["n_forget"], state["known"]["n_retain"], state["known"]["template"]) == (10, 20, "plain")
     assert not list((folder / "trials").rglob("*.safetensors"))
+    assert (folder / "plots" / "trials.png").read_bytes().startswith(b"\x89PNG")
 
 
 ALL = {f"C{number}": row for number, row in enumerate((*Facts().splits.forget[:10], *Facts().splits.retain[:20]))}

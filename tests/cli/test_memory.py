@@ -276,6 +276,7 @@ def test_command_prints_and_neither_loads_nor_writes(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", forbid)
     few = ("--data.init_args.batch_size", "1", "--data.init_args.retain_batch_size", "1")
+    few += ("--data.init_args.max_eval_examples", "8")
     small = (*FAST, *few, "--model.init_args.checkpoint", checkpoint)
     result = command("fit", "--config", DEFAULT, "--estimate-memory", *small)
     assert result.status == 0, result.err
@@ -289,7 +290,7 @@ def test_command_prints_and_neither_loads_nor_writes(
 def test_command_beside_an_earlier_run(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
     on_two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.default_root_dir", tmp_path)
-    small = (*FAST, "--model.init_args.checkpoint", checkpoint)
+    small = (*FAST, "--attribution.probe_examples", "0", "--model.init_args.checkpoint", checkpoint)
     recipes = ("--config", DEFAULT, "--config", RECIPES / "scale/fsdp2.yaml")
     result = command("fit", *recipes, *on_two, "--estimate_memory", *small)
     assert result.status == 0, result.err

@@ -1,4 +1,4 @@
-"""What a user names by import path, as the documentation has it, through the console script from another directory."""
+"""What a user names by import path, as the documentation has it, in a directory of the user's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toys.cli import ROOT, attacking, installed, read_json, script
+from toys.cli import ROOT, attacking, read_json, script
 
 from lightning_ssiuu.evaluation.scores import SCORES, Score, check_score, find_score
 from lightning_ssiuu.utils.errors import UserError
@@ -49,7 +49,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(here: Path) -> Path:
     """An unlearned model: the user's data, stopping score, table score and attribution method."""
-    done = installed(
+    done = script(
         *(here, "fit", "--model", "my_objective.BoundedAscent", "--model.checkpoint", "tiny", "--data", "my_data.Sums"),
         *("--model.scores", f"[{PERPLEXITY}]", "--stopping.score", PERPLEXITY, "--stopping.threshold", "0"),
         *("--stopping.unknown", "warn"),  # the model was never told these sums

@@ -103,6 +103,6 @@ def test_erase_asks_it_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_without_optuna_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^search: got 'optuna', allowed: own: .*lightning-ssiuu\[search\]"):
+    with pytest.raises(UserError, match=r"^search: got 'optuna', allowed: own .*lightning-ssiuu\[search\]"):
         erase(str(tmp_path / "out"), search="optuna")
     assert not (tmp_path / "out").exists()

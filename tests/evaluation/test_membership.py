@@ -151,6 +151,7 @@ def test_auc_by_loop() -> None:
     assert membership_auc(OTHERS, MEMBERS) == pytest.approx(1 - EXPECTED, abs=1e-12)
     assert membership_auc(MEMBERS, MEMBERS) == 0.5
     assert membership_auc(MEMBERS + 100, OTHERS) == 1.0
+    assert membership_auc(MEMBERS - 2000, OTHERS - 2000) == pytest.approx(EXPECTED, abs=1e-12)  # e^-2000 is 0
     assert membership_auc(torch.tensor([math.inf, -math.inf]), torch.tensor([0.0, -math.inf])) == 5 / 8
     bad = torch.tensor([1.0, math.nan])
     for pair in ((MEMBERS, bad), (bad, OTHERS), (MEMBERS[:0], OTHERS), (MEMBERS, OTHERS[:0])):

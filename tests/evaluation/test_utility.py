@@ -224,5 +224,5 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opti
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = command("utility", "--model", "tiny", "--output", tmp_path, *options)
     assert result.status == 2
-    assert "pip install 'lightning-ssiuu[lm-eval]'" in result.err
+    assert 'pip install "lightning-ssiuu[lm-eval]"' in result.err
     assert result.err.count("\n") == 1

@@ -149,8 +149,10 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for quantization in (None, "8bit", "4bit"):
         with pytest.raises(UserError, match=r"checkpoint: got .*quantised already: bitsandbytes"):
             load_model(tmp_path / "packed", quantization=quantization)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"quantization: got '8bit', allowed: null without a working bitsandbytes"):
+    (tmp_path / "bitsandbytes.py").write_text("raise OSError('libcudart.so is missing')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    with pytest.raises(UserError, match=r"got '8bit', allowed: null without a working bitsandbytes \(libcudart"):
         load_model("tiny", quantization="8bit")
 
 

@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -32,7 +31,7 @@ SHARED = "LIGHTNING_SSIUU_TEST_SESSION"
 FAST = (
     *("--model.init_args.scores", "[first_token]"),
     *("--attribution.probe_examples", "8"),
-    *("--data.init_args.eval_batch_size", "64"),
+    *("--data.init_args.eval_batch_size", "64", "--data.init_args.retain_batch_size", "12"),
 )
 SHORT = (
     *(*FAST, "--trainer.max_steps", "2", "--stopping.threshold", "null", "--attribution.every_n_steps", "null"),
@@ -77,21 +76,12 @@ def command(*args: str | Path) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def installed(folder: Path, *args: str | Path, **environment: str) -> Result:
-    """Run the console script in an interpreter of its own; it lies in ``folder/bin``, not in the working directory."""
-    place = folder / "bin" / "lightning-ssiuu"
-    place.parent.mkdir(exist_ok=True)
-    text = "import sys\nfrom lightning_ssiuu.__main__ import main\nsys.exit(main())\n"
-    place.write_text(text, encoding="utf-8")
-    options: Any = {"env": os.environ | {"PYTHONPATH": str(ROOT)} | environment, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, str(place), *map(str, args)], cwd=folder, check=False, **options)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
 def script(
     folder: Path, *args: str | Path, path: Sequence[Path] = (), first: Callable[[], object] = lambda: None
 ) -> Result:
-    """The same in a fork of this process, which has everything heavy imported already and is left as it was.
+    """Run the command as its script does, in a fork of this process, which is left as it was.
+
+    Everything heavy is imported there already; tests/test_wheel.py has the script itself.
 
     Args:
         folder: The working directory.

@@ -102,6 +102,8 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(__main__, "_PATIENCE", 1.0)
     for name in ("_DYING", "_NOTICING"):
         monkeypatch.setattr(together, name, 1.0)
+    # How often a worker looks whether its rank is still there; five seconds otherwise.
+    monkeypatch.setattr("torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL", 0.5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -147,7 +149,7 @@ def test_sigterm_ends_ranks_and_their_workers_with_143(how: str, tmp_path: Path)
     assert "Traceback" not in end.err
     last = time.monotonic() + LIMIT
     while members(int((tmp_path / "session").read_text())) and time.monotonic() < last:
-        time.sleep(0.1)  # a worker looks every five seconds whether its rank is still there
+        time.sleep(0.1)
     assert members(int((tmp_path / "session").read_text())) == []
 
 

@@ -116,7 +116,8 @@ def gradient_norm_score(losses: Tensor, parameters: Iterable[Tensor], each: bool
 def membership_auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
     """Area under the ROC curve: the probability that a member scores higher than a non-member, ties counting half.
 
-    In [0, 1]; 0.5: nothing tells them apart. NaN if one sample is empty or has a NaN.
+    In [0, 1]; 0.5: nothing tells them apart. NaN if one sample is empty or has a NaN. Exact for scores of any size;
+    torchmetrics' ``binary_auroc`` puts them through a sigmoid first, where all below −745 are ties.
     """
     members, others = (scores.detach().flatten() for scores in (member_scores, nonmember_scores))
     if not (members.numel() and others.numel()) or members.isnan().any() or others.isnan().any():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from torch import Tensor
-from torchmetrics.utilities.imports import _NLTK_AVAILABLE
 
 from lightning_ssiuu.evaluation.metrics.base import Percentage
 from lightning_ssiuu.utils.errors import UserError
 
+#: What is compared; see :func:`rouge`.
+Units = Literal["words", "plain", "stems"]
 #: Beginnings of the Unicode names of characters of scripts that put no spaces between words.
 _UNSPACED = (
     "CJK ",
@@ -66,7 +69,7 @@ def rouge_l_recall(prediction: str, reference: str) -> float:
     :func:`words` are compared, without stemming; a text without any scores 0. Lin (2004), "ROUGE: A Package for
     Automatic Evaluation of Summaries".
     """
-    return rouge(prediction, reference, "rougeL_recall", use_stemmer=False, normalizer=str, tokenizer=words)
+    return rouge(prediction, reference, "recall", "words")
 
 
 def rouge_l_f1(prediction: str, reference: str) -> float:
@@ -74,23 +77,23 @@ def rouge_l_f1(prediction: str, reference: str) -> float:
 
     Example:
         >>> rouge_l_f1("the cat sat on a mat", "the cat sat")
-        0.6666666865348816
+        0.6666666666666666
     """
-    return rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=False, normalizer=str, tokenizer=words)
+    return rouge(prediction, reference, "fmeasure", "words")
 
 
 def rouge_l_recall_stemmed(prediction: str, reference: str) -> float:
     """ROUGE-L recall of English texts, in [0, 1], as TOFU (arXiv 2401.06121) has it.
 
     As the package ``rouge_score`` with ``use_stemmer=True``: words are runs of ``a–z0–9`` after lowercasing, those of
-    more than three letters stemmed (Porter, with NLTK's changes). Needs nltk.
+    more than three letters stemmed (Porter, with NLTK's changes).
     """
-    return rouge(prediction, reference, "rougeL_recall", use_stemmer=True)
+    return rouge(prediction, reference, "recall", "stems")
 
 
 def rouge_l_f1_stemmed(prediction: str, reference: str) -> float:
     """The F-measure beside :func:`rouge_l_recall_stemmed`, as open-unlearning (arXiv 2506.12618) takes it for MUSE."""
-    return rouge(prediction, reference, "rougeL_fmeasure", use_stemmer=True)
+    return rouge(prediction, reference, "fmeasure", "stems")
 
 
 #: By name of the score.
@@ -102,17 +105,22 @@ ROUGE: dict[str, Callable[[str, str], float]] = {
 }
 
 
-def rouge(prediction: str, reference: str, figure: str, **options: Any) -> float:
-    """One figure of torchmetrics' ``rouge_score``, such as ``rougeL_recall``, in [0, 1], with its options."""
-    from torchmetrics.functional.text import rouge_score  # with it come all of torchmetrics, scipy and matplotlib
+def rouge(prediction: str, reference: str, figure: Literal["recall", "fmeasure"], units: Units) -> float:
+    """One figure of ROUGE-L, in [0, 1], by the package ``rouge_score``.
 
-    return float(rouge_score(prediction, reference, rouge_keys="rougeL", **options)[figure])
+    ``units``: ``"words"`` are those of :func:`words`; ``"plain"`` and ``"stems"`` the package's own without and with
+    its stemmer, runs of ``a–z0–9`` after lowercasing.
+    """
+    return float(getattr(_scorer(units).score(reference, prediction)["rougeL"], figure))
 
 
-def check_stemmer(score: str, argument: str = "scores") -> None:
-    """Raise a UserError where a score stems words and nltk is missing."""
-    if score in ROUGE and score.endswith("_stemmed") and not _NLTK_AVAILABLE:
-        raise UserError(argument, score, 'rouge_l, without nltk: pip install "lightning-ssiuu[rouge]"')
+@cache
+def _scorer(units: Units) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # with it comes nltk: a second
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    tokenizer = SimpleNamespace(tokenize=words) if units == "words" else DefaultTokenizer(units == "stems")
+    return RougeScorer(["rougeL"], tokenizer=tokenizer)
 
 
 class RougeL(Percentage):
@@ -124,7 +132,7 @@ class RougeL(Percentage):
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Raises:
-        UserError: If the score is unknown, or needs nltk and that is missing.
+        UserError: If the score is unknown.
 
     Example:
         >>> rouge = RougeL()
@@ -137,7 +145,6 @@ class RougeL(Percentage):
         super().__init__(**kwargs)
         if score not in ROUGE:
             raise UserError("score", score, f"one of {list(ROUGE)}")
-        check_stemmer(score)
         self.score = score
 
     def values(self, predictions: Sequence[str], references: Sequence[str]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -45,8 +45,8 @@ def exact_match(text: str, true: str) -> float:
     return float(text.strip().lower() == true.strip().lower())
 
 
-def rouge_l(figure: str, stemmed: bool, stops: Sequence[str] = ()) -> Compare:
-    r"""ROUGE-L over words of ``a–z0–9``, as the package ``rouge_score`` has it; stemming needs nltk.
+def rouge_l(figure: Literal["recall", "fmeasure"], stemmed: bool, stops: Sequence[str] = ()) -> Compare:
+    r"""ROUGE-L over words of ``a–z0–9``, as the package ``rouge_score`` has it.
 
     Args:
         figure: ``"fmeasure"`` or ``"recall"``.
@@ -55,13 +55,13 @@ def rouge_l(figure: str, stemmed: bool, stops: Sequence[str] = ()) -> Compare:
 
     Example:
         >>> rouge_l("fmeasure", False, ["\n\n"])("the cat sat\n\nQuestion", "the cat")
-        0.800000011920929
+        0.8
     """
 
     def compare(text: str, true: str) -> float:
         for stop in stops:
             text = text.split(stop)[0]
-        return rouge(text, true, f"rougeL_{figure}", use_stemmer=stemmed)
+        return rouge(text, true, figure, "stems" if stemmed else "plain")
 
     return compare
 
