@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from lightning_ssiuu.utils.distributed import rank
+
 # Said by libraries about themselves; nothing a user of this package did causes or could change them.
 _CHATTER = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -54,6 +56,4 @@ T = TypeVar("T")
 
 def progress(items: Iterable[T], description: str) -> Iterator[T]:
     """Pass items on and show a bar once three seconds have gone by, on the first rank only; it vanishes at the end."""
-    from lightning_ssiuu.utils.distributed import rank  # with it comes torch, which `compare` does without
-
     return iter(tqdm(items, desc=description, delay=3, leave=False, disable=rank() > 0))
