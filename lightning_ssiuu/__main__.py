@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ _EXAMPLES = {
 }
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_UNREAD = 141  # what a shell reports for SIGPIPE
 _PATIENCE = 5.0  # seconds in which the first process of a run ends the others, if it has found the same mistake
 
 _USAGE = """usage: lightning-ssiuu COMMAND [options]
@@ -64,7 +66,8 @@ _USAGE = """usage: lightning-ssiuu COMMAND [options]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    That is 0, 2 for a mistake of the user's, told in one line, 130 after Ctrl-C, and 143 after SIGTERM.
+    That is 0, 2 for a mistake of the user's, told in one line, 130 after Ctrl-C, 143 after SIGTERM, and 141 if
+    whatever reads the output has ended (``| head``).
 
     Args:
         argv: Arguments without the program's name; None takes the process's.
@@ -135,6 +138,8 @@ def _run(command: Callable[[], object], load: Callable[[], object] = lambda: Non
 def _status(error: BaseException, example: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED
+    if isinstance(error, BrokenPipeError) and _is_unread():
+        return _UNREAD
     if isinstance(error, SystemExit):  # --help, or Lightning's way out after an interrupt
         if isinstance(error.__context__, KeyboardInterrupt):
             return _INTERRUPTED
@@ -144,6 +149,16 @@ def _status(error: BaseException, example: str) -> int:
     if (mistake := user_error(error)) is None:
         raise error
     return _refuse(f"{mistake}; for example: lightning-ssiuu {example}" if example else str(mistake))
+
+
+def _is_unread() -> bool:
+    """Whether what reads the output has ended (``| head``); then nothing more is written, at the end neither."""
+    waiting = select.poll()
+    waiting.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _refuse(text: str) -> int:

@@ -62,7 +62,7 @@ def test_workflows_run_what_everybody_can_run() -> None:
     assert runs == {
         "tests": [".ci/run", "pip install uv", ".ci/bounds ${{ matrix.versions }}"],
         "docs": ['pip install -c constraints.txt -e ".[docs]"', "mkdocs build --strict"],
-        "release": ["pip install build twine", "python -m build", "twine check --strict dist/*"],
+        "release": [".ci/run", "pip install build twine", "python -m build", "twine check --strict dist/*"],
     }
     assert {path.stem for path in WORKFLOWS.iterdir()} == set(runs)
 

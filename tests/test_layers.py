@@ -18,7 +18,7 @@ LAYERS = (
     ("reports",),
     ("attacks", "callbacks"),
     ("objectives",),
-    ("attribution", "regularizers"),
+    ("attribution", "publishing", "regularizers"),
     ("evaluation",),
     ("datamodules",),
     ("training",),

@@ -17,10 +17,10 @@ from lightning_ssiuu.evaluation.chance import chance_of, first_batches
 from lightning_ssiuu.evaluation.loaders import evaluation_loaders, run_directory, split_loader
 from lightning_ssiuu.evaluation.retention import Retention
 from lightning_ssiuu.evaluation.scorer import evaluate, untouched
-from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.loggers import identities
 from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.terminal import text_console
 from lightning_ssiuu.utils.version import commit
 
 Scores = dict[str, dict[str, float]]

@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 
 from lightning_ssiuu.evaluation.loaders import run_directory
-from lightning_ssiuu.evaluation.publishing import Subject, check_hub, check_repository, publication, push
 from lightning_ssiuu.evaluation.results import check_folder
 from lightning_ssiuu.models.export import plain_bytes, save_adapter, save_pretrained
+from lightning_ssiuu.publishing.publication import Subject, check_hub, check_repository, publication, push
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space
 

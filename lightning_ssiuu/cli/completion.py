@@ -21,11 +21,13 @@ _ENTRY = re.compile(r"^  (?=-)", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w.-])--[\w.-]*\w")
 _CHOICES = re.compile(r"\{([^{}]+)\}")
 _CLASSES = re.compile(r"known subclasses: ([\w., ]+)\)")
-#: What stands without an option before it, by the word before; recipes' names after `None`.
+#: What no help lists, by command and word before; recipes' names after `None`.
 _PLAIN: dict[str, tuple[str, ...] | None] = {
     "recipes recipes": ("list", "show", "copy"),
     "recipes show": None,
     "recipes copy": None,
+    "erase --fit": None,
+    "erase --recipe": None,
     "completion completion": get_args(Shell),
 }
 _ZSH = """(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }

@@ -99,8 +99,10 @@ def private(text: str) -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # an id without a name, as in some containers
         user = ""
-    # Letters of a longer name are none of this one.
-    text = re.sub(rf"(?<![\w.-]){re.escape(str(Path.home()))}(?![\w.-])", "~", text)
+    # Letters of a longer name are none of this one. Path.home() would raise where there is none.
+    home = Path(os.path.expanduser("~"))
+    if home.is_absolute() and home != Path(home.anchor):
+        text = re.sub(rf"(?<![\w.-]){re.escape(str(home))}(?![\w.-])", "~", text)
     return re.sub(rf"(?<=[/\\]){re.escape(user)}(?![\w.-])", "USER", text) if user else text
 
 

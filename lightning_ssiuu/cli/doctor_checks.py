@@ -143,12 +143,15 @@ def caches() -> str:
     from lightning_ssiuu.utils.files import cache_directory
 
     told = []
-    for folder in (cache_directory(), Path(constants.HF_HUB_CACHE)):
+    for name, folder in (("LIGHTNING_SSIUU_CACHE", cache_directory()), ("HF_HOME", Path(constants.HF_HUB_CACHE))):
         existing = folder.absolute()
         while not existing.exists():  # it is made when there is something to keep
             existing = existing.parent
-        with tempfile.TemporaryFile(dir=existing):
-            told.append(f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                told.append(f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
+        except OSError as error:
+            raise OSError(f"no file can be made in {folder} ({error.strerror}); {name} names another place") from error
     return ", ".join(told)
 
 

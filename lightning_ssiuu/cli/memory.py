@@ -45,9 +45,9 @@ from lightning_ssiuu.models.meta import blueprint, give_memory, is_packed
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.fsdp import FLOATS_ONLY, shard
 from lightning_ssiuu.training.reference import LiveReference
-from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.simulation import Simulation
+from lightning_ssiuu.utils.terminal import text_console
 
 #: What memory is used for, in the order in which it is shown, and how that is called.
 USES = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.cli.parsing import positional, run_function
-from lightning_ssiuu.evaluation.publishing import (
+from lightning_ssiuu.evaluation.results import read_sections
+from lightning_ssiuu.models.adapter_directory import is_adapter_directory
+from lightning_ssiuu.publishing.publication import (
     Publication,
     Subject,
     check_hub,
@@ -17,9 +20,10 @@ from lightning_ssiuu.evaluation.publishing import (
     push,
     write,
 )
-from lightning_ssiuu.evaluation.results import read_config
 from lightning_ssiuu.utils.errors import UserError, one_line
 from lightning_ssiuu.utils.files import print_written
+
+_LICENSE = re.compile(r"[a-z\d][a-z\d.+-]*")
 
 
 def publish(
@@ -64,6 +68,8 @@ def publish(
     """
     if to is None and output is None:
         raise UserError("to", None, "owner/name, a repository on the hub, or an --output directory")
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise UserError("license", license, "an identifier as the hub has them, such as apache-2.0, or other")
     folder = Path(run)
     model = _model(folder, adapter)
     held: list[str] = []
@@ -87,12 +93,14 @@ def publish(
 
 
 def _model(run: Path, adapter: bool) -> Path:
-    saved = (read_config(run, "run").get("saving") or {}).get("folder") if (run / "config.yaml").is_file() else None
+    saved = read_sections(run, "run")["saving"].get("folder") if (run / "config.yaml").is_file() else None
     name = saved if isinstance(saved, str) else "model"
     model = run / (f"{name}{ADAPTER_END}" if adapter else name)
     if not model.is_dir():
         other = run / (name if adapter else f"{name}{ADAPTER_END}")
         hint = f" (there is {other.name}, with{'out' if adapter else ''} --adapter)" if other.is_dir() else ""
+        if (run / "config.json").is_file() or is_adapter_directory(run):
+            hint = f", as {run.parent} may be: this is a model"
         raise UserError("run", str(run), f"a directory of fit or erase with {model.name} in it{hint}")
     return model
 

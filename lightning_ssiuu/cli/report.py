@@ -25,11 +25,12 @@ from lightning_ssiuu.evaluation.runs import (
 )
 from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.training.devices import Devices
-from lightning_ssiuu.utils.console import hide_short_bars, text_console
+from lightning_ssiuu.utils.console import hide_short_bars
 from lightning_ssiuu.utils.errors import naming
 from lightning_ssiuu.utils.files import check_space, refuse_existing, write_json
 from lightning_ssiuu.utils.locks import only_here
 from lightning_ssiuu.utils.provenance import provenance
+from lightning_ssiuu.utils.terminal import text_console
 from lightning_ssiuu.utils.version import commit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -137,4 +138,9 @@ def config_text(parser: LightningArgumentParser, config: Namespace) -> str:
     config = config.clone()
     config["ckpt_path"], config["overwrite"] = None, False
     config.pop("estimate_memory", None)
+    loggers = config.get("trainer.logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        options = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if options and options.get("tracking_uri", "") == os.environ.get("MLFLOW_TRACKING_URI"):
+            del options["tracking_uri"]  # MLFlowLogger's default, which may hold a password
     return parser.dump(config, skip_none=False, skip_validation=True)  # parsed, so checked

@@ -18,10 +18,10 @@ from lightning_ssiuu.callbacks.save_pretrained import ADAPTER_END
 from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.models.adapter_directory import is_adapter_directory
 from lightning_ssiuu.objectives import UnlearningModule
-from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.distributed import rank
 from lightning_ssiuu.utils.errors import Given, UserError
 from lightning_ssiuu.utils.registry import shortened
+from lightning_ssiuu.utils.terminal import text_console
 
 #: ``trainer.check_val_every_n_epoch`` where nobody asked for validation. The package's callbacks look at the model when
 #: they need to; a validation run per epoch would cost more than the training.

@@ -76,6 +76,7 @@ JSON_FILES = {
             "alpha": "false-positive rate of the flags",
             "score": "the score of the verdict",
             "command": "the command that repeats it",
+            "data_options": "how the data were asked where that is not the run's: template, prompt, how many examples",
             "provenance": _PROVENANCE,
         },
         {
@@ -98,6 +99,7 @@ JSON_FILES = {
             "retain": "`rows`",
             "run": "`objective`, `steps`, `stopped_by`, `seed`",
             "scores": "as in `audit.json`, rounded",
+            "scored": "`data_options`, as in `audit.json`",
             "tried": "every attack that was made",
             "not_tried": "the attacks of the package that were not",
             "settings": "by attack: its options",

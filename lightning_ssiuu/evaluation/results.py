@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssiuu.utils.files import check_name
-from lightning_ssiuu.utils.reading import only, read_json, read_yaml
+from lightning_ssiuu.utils.reading import only, read_json, read_yaml, reading
 
 #: What commands write into a run directory, beside folders whose names are options.
 _RESULTS = (
@@ -33,6 +33,8 @@ ATTACKS = (
     ),
     *("unlearning_depth", "layer_probes"),
 )
+_CONFIG, _CONFIGURATION = "config.yaml", "valid YAML, as fit writes it"
+_SECTIONS = ("model", "data", "trainer", "stopping", "saving")
 _ATTACKS = re.compile(r"attack(ed_|\.).*", re.IGNORECASE)  # models and unfinished sweeps
 
 
@@ -67,7 +69,17 @@ def check_metrics(content: Mapping[str, Any]) -> None:
 
 def read_config(run: Path, argument: str) -> dict[str, Any]:
     """The ``config.yaml`` of a run; a UserError unless it is a mapping."""
-    return read_yaml(run / "config.yaml", argument, "valid YAML, as fit writes it")
+    return read_yaml(run / _CONFIG, argument, _CONFIGURATION)
+
+
+def read_sections(run: Path, argument: str) -> dict[str, Any]:
+    """The sections that ``fit`` writes into a run's ``config.yaml``; a UserError unless each is a mapping."""
+    content = read_config(run, argument)
+    sections = {name: content.get(name) or {} for name in _SECTIONS}
+    with reading(argument, str(run / _CONFIG), _CONFIGURATION, quote=False):
+        only(dict, *sections.values())
+        only(dict, *(section.get("init_args") or {} for section in sections.values()))
+    return content | sections
 
 
 def check_attacks(content: Mapping[str, Any]) -> None:
@@ -91,6 +103,7 @@ def check_attacks(content: Mapping[str, Any]) -> None:
         only(list, *curve.get("utility", {}).values())
     for settings in (content.get("settings") or {}).values():
         only(dict, settings, settings.get("provenance") or {})
+        only(dict, (settings.get("provenance") or {}).get("weights_sha256") or {})
 
 
 def described(attacker: Mapping[str, Any]) -> str:

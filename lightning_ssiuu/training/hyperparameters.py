@@ -27,6 +27,7 @@ _ARGUMENTS, _CLASS = "hyper_parameters", "objective_class"
 _NOT_SAVED = "not_saved"
 #: Key of what loggers are told of the run beside the objective's arguments.
 _RUN = "run"
+_PACKAGE = __name__.partition(".")[0]
 _FACTORIES = (torch.optim.Optimizer, LRScheduler)  # given as partials: what makes one
 _RECORDS = (LoRA, Architecture)
 
@@ -67,10 +68,11 @@ def for_loggers(module: Any, trainer: Any) -> dict[str, Any]:
     """Hyperparameters of a run, for its loggers: the objective's arguments, and under ``run`` what else shaped it.
 
     That is the objective's and the data module's class, the data module's numbers, the seed and the Trainer's numbers.
-    No text of the data module's is among them, which may hold data or say where they lie.
+    No text of the data module's is among them, which may hold data or say where they lie, and no number of an option
+    that is the user's own, which may be an id.
     """
     data = trainer.datamodule
-    family: Any = inspect.getmro(type(data))[:-1]
+    family: Any = [base for base in inspect.getmro(type(data)) if base.__module__.startswith(f"{_PACKAGE}.")]
     makers = [base.__init__ for base in family if "__init__" in vars(base)]
     values = {name: vars(data).get(name) for make in makers for name in inspect.signature(make).parameters}
     names = ("max_epochs", "max_steps", "precision", "world_size", "accumulate_grad_batches", "gradient_clip_val")

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
 from tqdm.auto import tqdm
 
 from lightning_ssiuu.utils.distributed import rank
@@ -28,11 +27,6 @@ _SHORT = 64 << 20  # bytes of weights that load in about a second
 
 def _no_tip(record: logging.LogRecord) -> bool:
     return _TIP not in record.getMessage()
-
-
-def text_console() -> Console:
-    """A console that prints text as it is, in a notebook too: there rich would show HTML past a redirected stdout."""
-    return Console(markup=False, force_jupyter=False)
 
 
 @contextmanager

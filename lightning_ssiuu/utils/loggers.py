@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_ssiuu.utils.distributed import rank
@@ -59,10 +60,15 @@ def reopened(kind: Any, options: dict[str, Any], identity: Any) -> Logger | None
     """The logger made anew that goes on where one of this class, with these options and this identity, was.
 
     None for a class that cannot: CSVLogger would begin its file anew.
+
+    Raises:
+        FileNotFoundError: TensorBoard's folder is not where it was, or the working directory is another one.
     """
     for known, argument in _IDENTITY.items():
         if isinstance(kind, type) and issubclass(kind, known) and identity is not None:
             made: Logger = kind(**options | {argument: identity})
+            if isinstance(made, TensorBoardLogger) and not get_filesystem(made.log_dir).isdir(made.log_dir):
+                raise FileNotFoundError(f"there is no {made.log_dir}, seen from the working directory")
             return made
     return None
 

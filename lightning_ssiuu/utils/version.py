@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from configparser import ConfigParser, ParsingError
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -23,8 +25,8 @@ def commit() -> str | None:
     (``pip install git+https://...``, PEP 610). A wheel does not say.
     """
     package = Path(str(lightning_ssiuu.__file__)).resolve().parent
-    if (package.parent / ".git").exists():
-        return _of_checkout(package.parent)
+    if (package.parent / ".git").exists() and _is_ours(package.parent):
+        return _of_checkout(package)
     with suppress(metadata.PackageNotFoundError):
         installed = metadata.distribution(DISTRIBUTION)
         if Path(str(installed.locate_file(package.name))).resolve() == package:
@@ -32,12 +34,28 @@ def commit() -> str | None:
     return None
 
 
-def _of_checkout(root: Path) -> str | None:
-    # A mounted checkout may belong to somebody else, for whom git would answer nothing.
-    words = ["git", "-c", "safe.directory=*", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
+def _is_ours(root: Path) -> bool:
+    # Others' repositories may hold this package, too: copied into them, or with all that is installed.
+    described = ConfigParser()
+    with suppress(OSError, ValueError, ParsingError):
+        described.read_string((root / "setup.cfg").read_text(encoding="utf-8"))
+    return described.get("metadata", "name", fallback=None) == DISTRIBUTION
+
+
+def _of_checkout(package: Path) -> str | None:
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return _git(package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    # A mounted checkout may belong to somebody else, for whom git would answer nothing; and what runs this (a hook)
+    # may have named another repository.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    given = ["git", "-c", "safe.directory=*", "-C", str(folder), *words]
     try:
-        done = subprocess.run([*words, "--dirty"], capture_output=True, text=True, check=True, timeout=_PATIENCE)
-    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        done = subprocess.run(given, capture_output=True, text=True, check=True, timeout=_PATIENCE, env=own)
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, not in it
         return None
     return done.stdout.strip() or None
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from toys.cli import BARE, DEFAULT, command, leaks, read_json
@@ -19,6 +20,7 @@ from toys.training import FewFacts, fit, ssiuu
 
 from lightning_ssiuu.attribution.plots import heat_maps_figure
 from lightning_ssiuu.callbacks import NeuronAttributionCallback, RunReport
+from lightning_ssiuu.cli.resume import config_text
 from lightning_ssiuu.cli.run_loggers import log_verdict
 from lightning_ssiuu.datamodules import CustomData
 from lightning_ssiuu.training.hyperparameters import for_loggers
@@ -73,11 +75,36 @@ def test_hyperparameters_without_text_of_the_data(loggers: tuple[Wandb, MLflow, 
     assert not any(text in told for text in ("secret", "where", "Ada"))
     assert '"batch_size": 3' in told
 
+    class Patient(FewFacts):
+        def __init__(self, patient: int) -> None:
+            super().__init__(2, batch_size=5)
+            self.patient = patient
+
+    trainer.datamodule = Patient(4711)
+    told = json.dumps(for_loggers(ssiuu(), trainer))
+    assert "4711" not in told
+    assert '"batch_size": 5' in told
+
 
 def test_a_csv_file_is_not_begun_anew() -> None:
     assert reopened(CSVLogger, {"save_dir": "x"}, 0) is None
     assert reopened(Wandb, {}, None) is None
     assert reopened("not.there", {}, 1) is None
+
+
+def test_where_mlflow_is_reached_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning takes it for the argument's default: it would stand in config.yaml, with a password perhaps."""
+    server = "https://me:password@host"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    uris = (server, "https://named.by/the/user")
+    loggers = [Namespace(class_path="MLFlowLogger", init_args=Namespace(tracking_uri=uri)) for uri in uris]
+    parser: Any = SimpleNamespace(dump=lambda config, **_: str(config))
+    for given in (loggers, loggers[0], True, None):
+        config = Namespace(trainer=Namespace(logger=given))
+        text = config_text(parser, config)
+        assert server not in text
+        assert ("named.by" in text) == isinstance(given, list)
+    assert loggers[0].init_args.tracking_uri == server  # the run itself has it
 
 
 def run_with(folder: Path, *kinds: str, identities: list[Any]) -> str:
@@ -149,3 +176,9 @@ def test_tensorboard_by_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert told["run"]["data"]["class"] == "Facts"
     assert any(b"run/data/batch_size" in path.read_bytes() for path in place.glob("events.*"))  # the tab of them
     assert leaks(tmp_path, but_for=("tokenizer.json",)) == []
+    elsewhere = tmp_path / "elsewhere"  # where no other run must get it
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.warns(UserWarning, match=r"not logged to TensorBoardLogger: there is no runs/tensorboard/version_0"):
+        log_verdict("../runs/ssiuu/model", content, variation(0))
+    assert not list(elsewhere.iterdir())

@@ -120,7 +120,7 @@ def test_writes_numbers_table_plots_and_page(audited: Path) -> None:
     plain = {"audit.json", "audit_spurious_neurons.csv", "report.html"}
     assert files(audited) - {"shown.txt"} == plain | {f"plots/{name}.png" for name in plots}
     content = read_json(audited / "audit.json")
-    kept = {"scores", "score", "command", "influence", "target", "method", "alpha", "provenance"}
+    kept = {"scores", "score", "command", "influence", "target", "method", "alpha", "data_options", "provenance"}
     assert set(content) == kept | {"verdict", "flagged", "relearning", "ablation", "logit_lens"}
     with (audited / "audit_spurious_neurons.csv").open(encoding="utf-8") as file:
         rows = list(csv.reader(file))

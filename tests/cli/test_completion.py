@@ -61,7 +61,7 @@ def test_commands_and_their_options(sourced: Path) -> None:
 def test_recipes_are_offered_where_they_are_taken(sourced: Path) -> None:
     loggers = [name for name in recipe_names() if name.startswith("logger/")]
     assert loggers
-    for line in ("fit --config", "fit -c", "attack --config ssiuu --config", "recipes show", "recipes copy"):
+    for line in ("fit --config", "fit -c", "attack --config ssiuu --config", "recipes show", "erase --fit"):
         assert offered(sourced, f"{line} ''") == recipe_names(), line
         assert offered(sourced, f"{line} logg") == loggers
     assert offered(sourced, "fit --config = logg") == loggers  # bash splits there

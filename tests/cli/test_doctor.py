@@ -58,11 +58,18 @@ def test_nothing_private(shown: Result) -> None:
     assert f"/{getpass.getuser()}/" not in shown.out
 
 
+@pytest.mark.parametrize("home", ["/", ""])
+def test_a_container_without_a_home(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.setenv("HOME", home)
+    text = "https://huggingface.co answers. It took / 5 s"
+    assert doctor.private(text) == text
+
+
 def test_as_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken() -> str:
         raise OSError(f"cannot read {tmp_path}\nnor anything else")
 
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "CHECKS", {"embedded model": broken, "cache": lambda: "well"})
     monkeypatch.setattr(doctor, "extras", lambda: {"rouge": [], "vllm": ["vllm>=1 (missing)"]})
     result = command("doctor")

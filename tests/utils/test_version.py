@@ -35,8 +35,9 @@ def git(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_a_checkout(package: Path) -> None:
+def test_a_checkout(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = package.parent
+    (place / "setup.cfg").write_text("[metadata]\nname = lightning-ssiuu\n")
     git(place, "init")
     assert commit() is None  # there is none yet
     commit.cache_clear()
@@ -47,6 +48,10 @@ def test_a_checkout(package: Path) -> None:
     assert commit() == head
     assert version() == f"{lightning_ssiuu.__version__} (commit {head})"
     assert command("--version").out == f"{version()}\n"
+    monkeypatch.setenv("GIT_DIR", str(place / "nowhere"))  # as a hook of another repository has it
+    commit.cache_clear()
+    assert commit() == head
+    monkeypatch.delenv("GIT_DIR")
     assert provenance(1.0, "cpu")["commit"] == head
     assert provenance(1.0, "cpu")["versions"]["lightning-ssiuu"] == lightning_ssiuu.__version__
     commit.cache_clear()
@@ -57,6 +62,21 @@ def test_a_checkout(package: Path) -> None:
     environment = package.parent / "deeper" / "site-packages" / "lightning_ssiuu"  # somebody else's checkout
     shutil.copytree(package, environment)
     lightning_ssiuu.__file__ = str(environment / "__init__.py")
+    assert commit() is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_a_repository_of_something_else(package: Path) -> None:
+    """That holds this package among its own files, or in which somebody unpacked it."""
+    place = package.parent
+    git(place, "init")
+    git(place, "add", ".")
+    git(place, "commit", "-m", "all that is installed here")
+    assert commit() is None
+    (place / "setup.cfg").write_text("[metadata]\nname = lightning-ssiuu\n")
+    git(place, "rm", "--cached", "-r", "lightning_ssiuu")
+    git(place, "commit", "-m", "something else")
+    commit.cache_clear()
     assert commit() is None
 
 

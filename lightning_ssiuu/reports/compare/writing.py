@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ssiuu.reports.compare.table import Column, Comparison, Figure, Row
-from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.errors import one_line
+from lightning_ssiuu.utils.terminal import text_console
 
 _WIDEST_NAME = 30
 #: What the controls of attacks without training are.

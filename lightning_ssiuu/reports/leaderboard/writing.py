@@ -11,8 +11,8 @@ from rich.text import Text
 
 from lightning_ssiuu.reports.compare.writing import csv_text, markdown_text, shown
 from lightning_ssiuu.reports.leaderboard.table import COLUMNS, Board, Line, provenance_of
-from lightning_ssiuu.utils.console import text_console
 from lightning_ssiuu.utils.errors import one_line
+from lightning_ssiuu.utils.terminal import text_console
 
 _SINGLE = "one model"
 _ON_SCREEN = ("gap", "relearned", "forget_score", "kept")

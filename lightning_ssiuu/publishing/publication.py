@@ -20,9 +20,9 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from lightning_ssiuu.evaluation.findings import findings_of, is_place
-from lightning_ssiuu.evaluation.model_card import Base, Subject, base_of, model_card
 from lightning_ssiuu.models.adapter_directory import CONFIG, is_adapter_directory
+from lightning_ssiuu.publishing.findings import findings_of, is_place
+from lightning_ssiuu.publishing.model_card import Base, Subject, base_of, model_card
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import check_space, written_atomically
 from lightning_ssiuu.utils.reading import read_json, reading
@@ -134,8 +134,10 @@ def publication(
     files: dict[str, Path | bytes] = {}
     left_out = list(findings.left_out)
     for path in sorted(model.iterdir()):
-        if not _is_listed(path.name) or path.is_symlink() or not path.is_file():
+        if not _is_listed(path.name) or not path.is_file():
             left_out.append(f"{model.name}/{path.name}: no file of a model")
+        elif path.is_symlink():
+            raise UserError("run", str(path), "a file itself: a symbolic link may lead to anything")
         elif path.name in _NAMING:
             files[path.name] = _without_places(path, base)
         else:
@@ -226,9 +228,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _cleared(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        held = {name: value for name, value in content.items() if name not in _PLACES and not is_place(value)}
+        return {name: _cleared(value) for name, value in held.items()}
+    return list(map(_cleared, content)) if isinstance(content, list) else content
+
+
 def _without_places(path: Path, base: Base) -> bytes:
     content = read_json(path, "run")
-    kept = {name: value for name, value in content.items() if name not in _PLACES and not is_place(value)}
+    kept = _cleared(content)
     if path.name == CONFIG:
         # save_adapter made a local directory's name absolute; a relative one would be taken for a hub id.
         kept |= {"base_model_name_or_path": base.name, "revision": base.revision}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from toys.models import adapted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ssiuu.cli.publish import publish
-from lightning_ssiuu.evaluation.model_card import base_of
-from lightning_ssiuu.evaluation.shown_settings import shown_settings
 from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.models.export import save_adapter
 from lightning_ssiuu.models.loading import TINY, load_model, load_tokenizer
+from lightning_ssiuu.publishing.model_card import base_of
+from lightning_ssiuu.publishing.shown_settings import shown_settings
 
 
 @pytest.fixture
@@ -103,6 +104,14 @@ def test_without_attacks_the_audits_own_is_told(run: Path, tmp_path: Path) -> No
     assert row in text
 
 
+def test_no_number_is_none_of_the_hubs(run: Path, tmp_path: Path) -> None:
+    changed(run / "metrics.json", lambda content: content["after"]["scores"]["forget"].update(probability=math.nan))
+    publish(str(run), output=str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| forget probability | 88.0 | – |" in text
+    assert "nan" not in text.lower()
+
+
 def test_names_are_text(run: Path, tmp_path: Path) -> None:
     changed(run / "metrics.json", lambda content: content.update(objective="<img src=x> | [a](javascript:b)\n# c"))
     publish(str(run), output=str(tmp_path / "out"))
@@ -125,7 +134,8 @@ def test_only_settings_that_tell_of_nobody_are_shown() -> None:
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 2e-8}}
     options = {"checkpoint": "/srv/me/model", "retain": "kl", "forget_weight": 1.0, "quantization": "4bit"}
     options |= {"lora": {"r": 4, "modules": ["smith"]}, "optimizer": optimizer, "reference": "runs/smith"}
-    data = {"forget_ids": "ids.txt", "max_length": 64, "template": "Tell me of {question}", "seed": None}
+    data = {"forget_ids": [4711, 4712], "max_length": 64, "template": "Tell me of {question}", "seed": None}
+    data |= {"id_column": 4711, "smith": 3, "template_options": {"smith": 1}}
     config = {
         "model": {"class_path": "lightning_ssiuu.GradientDifference", "init_args": options},
         "data": {"class_path": "lightning_ssiuu.CustomData", "init_args": data},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lightning_ssiuu.evaluation.chance import Level
 from lightning_ssiuu.evaluation.scores import SCORES
@@ -34,8 +36,9 @@ def class_name(section: Any) -> str:
 def shown_settings(config: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
     """The part of a ``config.yaml`` that tells how a model was made and nothing of whom it was made to forget.
 
-    Numbers, true and false, words that an option's annotation lists as choices, and names of libraries' classes stay;
-    what is the class's default, and all else, goes.
+    True and false, numbers where an option's annotation asks for a number, words that it lists as choices, and names of
+    libraries' classes stay; what is the class's default, and all else, goes: a number may be an id, where text may
+    stand as well.
 
     Args:
         config: The configuration.
@@ -70,27 +73,45 @@ def shown_settings(config: Mapping[str, Any], base: str | None = None) -> dict[s
 
 
 def _shown(value: Any, hint: Any = None) -> Any:
-    if isinstance(value, bool | int | float):
+    kinds = _kinds(hint)
+    if isinstance(value, bool):
         return value
+    if isinstance(value, int | float):
+        return value if _is_of_numbers(kinds) or value in _choices(hint) else _NOTHING
     if isinstance(value, str):
         return value if value in _choices(hint) else _NOTHING
     if isinstance(value, list):
-        return value if value and all(isinstance(each, bool | int | float) for each in value) else _NOTHING
+        inner = [[each for part in get_args(kind) for each in _kinds(part)] for kind in kinds]
+        listed = all(isinstance(each, int | float) for each in value) and any(map(_is_of_numbers, inner))
+        return value if value and listed else _NOTHING
     if not isinstance(value, Mapping):
         return _NOTHING
     if "class_path" not in value:
-        kept = {name: shown for name, each in value.items() if (shown := _shown(each)) is not _NOTHING}
-        return kept or _NOTHING
+        record = next((kind for kind in kinds if is_dataclass(kind)), None)
+        return _options(value, record) or _NOTHING
     path = value["class_path"]
     if not isinstance(path, str) or not path.startswith(_PUBLIC):
         return _NOTHING
-    known = _parameters(lookup(path))
-    options = {}
-    for name, each in (value.get("init_args") or {}).items():
-        own, default = known.get(name, (None, _NOTHING))
-        if each != default and (shown := _shown(each, own)) is not _NOTHING:
-            options[name] = shown
+    options = _options(value.get("init_args") or {}, lookup(path))
     return {"class_path": path} | ({"init_args": options} if options else {})
+
+
+def _options(given: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    # Of a class's options those that may be shown: none that it does not have, whose name may be data.
+    options = {}
+    for name, (hint, default) in _parameters(kind).items():
+        if name in given and given[name] != default and (shown := _shown(given[name], hint)) is not _NOTHING:
+            options[name] = shown
+    return options
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_of_numbers(kinds: Iterable[Any]) -> bool:
+    # What may be text as well may be an id.
+    return bool({int, float} & set(kinds)) and str not in kinds
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ same reason no digest of data or configuration is in a card.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lightning_ssiuu.evaluation.findings import Findings
 from lightning_ssiuu.evaluation.results import ATTACKS, attack_order
-from lightning_ssiuu.evaluation.shown_settings import class_name, shown_settings
 from lightning_ssiuu.models.loading import hub_options
+from lightning_ssiuu.publishing.findings import Findings
+from lightning_ssiuu.publishing.shown_settings import class_name, shown_settings
 from lightning_ssiuu.utils.errors import UserError, one_line
 
 _TASK = "text-generation"
@@ -126,7 +127,7 @@ def model_card(findings: Findings, subject: Subject) -> str:
         "scores": _score_rows(metrics),
         "attacks": [_attack_row(row, findings) for row in _in_order(findings.attacks)],
         "not_tried": [name.replace("_", " ") for name in ATTACKS if name not in kinds],
-        "base": "tiny, the embedded model," if base.name == "tiny" else base.name or "a model that is not named here",
+        "base": "tiny (the embedded model)" if base.name == "tiny" else base.name or "a model that is not named here",
         "versions": [f"{name} {version}" for name, version in versions.items()],
         "data": class_name(findings.config.get("data")),
         "width": options.get("quantization"),
@@ -167,7 +168,9 @@ def _escaped(text: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return round(float(value), 1) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    # The hub takes no NaN.
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return round(float(value), 1) if known else None
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lightning_ssiuu.evaluation.results import check_attacks, check_metrics, read_config, read_result
+from lightning_ssiuu.evaluation.results import check_attacks, check_metrics, read_result, read_sections
 from lightning_ssiuu.models.digest import weights_sha256
 from lightning_ssiuu.utils.reading import only
 
@@ -67,7 +67,7 @@ def findings_of(run: Path, model: Path, argument: str = "run") -> Findings:
     there = {name: run / name for name in ("metrics.json", "config.yaml", "attack.json", "audit.json")}
     there = {name: path for name, path in there.items() if path.is_file()}
     metrics = read_result(there["metrics.json"], argument, check_metrics) if "metrics.json" in there else {}
-    config = read_config(run, argument) if "config.yaml" in there else {}
+    config = read_sections(run, argument) if "config.yaml" in there else {}
     data = (metrics.get("provenance") or {}).get("data_sha256")
     left_out: list[str] = []
 
@@ -103,7 +103,7 @@ def _of(content: Mapping[str, Any], kept: set[str]) -> tuple[tuple[Any, ...], tu
 
 def _check_audit(content: Mapping[str, Any]) -> None:
     only(str, content["verdict"]["label"], content["verdict"]["sentence"])
-    only(dict, content["provenance"])
+    only(dict, content["provenance"], content["provenance"].get("weights_sha256") or {})
     check_attacks(content.get("relearning") or {})
 
 

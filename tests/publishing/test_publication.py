@@ -42,7 +42,8 @@ def test_the_dry_run_holds_the_model_the_card_and_the_certificate(run: Path, tmp
 
 def test_nothing_of_the_data_or_of_the_machine_leaves(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
-        changed(run / "model" / name, lambda content: content.update(name_or_path="runs/base", kept=str(run)))
+        nested = {"parts": [{"_name_or_path": "runs/base", "kept": str(run)}]}
+        changed(run / "model" / name, lambda content, own=nested: content.update(name_or_path="runs/base", **own))
     out = tmp_path / "out"
     publish(str(run), output=str(out))
     assert not leaks(out)
@@ -65,6 +66,14 @@ def test_a_certificate_with_ids_or_a_path_stays(run: Path, tmp_path: Path) -> No
     assert "There is no certificate." in (tmp_path / "path" / "README.md").read_text()
 
 
+def test_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    weights = run / "model" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    refused(command("publish", run, "--output", tmp_path / "out"), "run", "model.safetensors", "symbolic link")
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = {"run": str(run), "output": str(out)}
@@ -80,6 +89,23 @@ def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path) -> N
             publish(str(run), output=str(run / inside), overwrite=True)
     with pytest.raises(UserError, match=r"run: .*with model_adapter in it \(there is model, without --adapter\)"):
         publish(str(run), output=str(tmp_path / "new"), adapter=True)
+    with pytest.raises(UserError, match=rf"run: .*, as {run} may be: this is a model"):
+        publish(str(run / "model"), output=str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "data: 3"),
+        ("config.yaml", "model: {init_args: [1]}"),
+        ("audit.json", '{"verdict": {"label": "a", "sentence": "b"}, "provenance": {"weights_sha256": 3}}'),
+        ("attack.json", '{"settings": {"harmful": {"provenance": {"weights_sha256": 3}}}}'),
+    ],
+)
+def test_damaged_records_are_refused(run: Path, tmp_path: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    refused(command("publish", run, "--output", tmp_path / "out"), "run", name)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- pushing ------------------------------------------------------------------------------------------------------
@@ -109,6 +135,7 @@ def test_shards_of_an_earlier_model_go(run: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_the_hub_refuses_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(command("publish", run), "to", "owner/name")
+    refused(command("publish", run, "--output", run / "new", "--license", "all mine"), "license", "apache-2.0")
     for name in ("forgetful", "me/for/getful", "me/for getful", "./me", "me/x--y"):
         refused(command("publish", run, "--to", name), "to", "owner/name")
     refused(command("publish", run, "--to", "me/x"), "to", "HF_HUB_OFFLINE")  # as every test has it
@@ -138,7 +165,7 @@ def test_fit_pushes_when_everything_is_written(tmp_path: Path, monkeypatch: pyte
     assert found[0] == round(measured, 1)
     assert "**Not audited:" in card.text
     assert hub.pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
-    assert "This is tiny, the embedded model" in card.text
+    assert "This is tiny (the embedded model)" in card.text
     assert equal(load_model(str(tmp_path / "model")).parameters(), module.model.hf.parameters())
 
     def full(*_: Any, **__: Any) -> None:
