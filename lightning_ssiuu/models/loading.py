@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import os
 import re
@@ -27,7 +26,7 @@ from lightning_ssiuu.models.checks import check_weights, fit_tokenizer
 from lightning_ssiuu.models.quantization import check_reach, check_reading, loading_options, prepare_for_training
 from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.extras import check_extra
-from lightning_ssiuu.utils.files import cache_directory
+from lightning_ssiuu.utils.files import cache_directory, file_sha256
 from lightning_ssiuu.utils.reading import read_json, reading
 from lightning_ssiuu.utils.waiting import held_back
 
@@ -334,8 +333,7 @@ def _converted_gguf(path: Path) -> Path:
 @cache
 def _digest(path: Path, size: int, changed: int) -> str:
     # Of a file of that size, last changed then: asked for whenever its checkpoint is named.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def context_length(checkpoint: str | os.PathLike[str]) -> int | None:

@@ -6,7 +6,6 @@ checkpoint, and no path of the machine that made them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from lightning_ssiuu.models.adapter_directory import CONFIG, is_adapter_director
 from lightning_ssiuu.publishing.findings import findings_of, is_place
 from lightning_ssiuu.publishing.model_card import Base, Subject, base_of, model_card
 from lightning_ssiuu.utils.errors import UserError
-from lightning_ssiuu.utils.files import check_space, written_atomically
+from lightning_ssiuu.utils.files import check_space, file_sha256, written_atomically
 from lightning_ssiuu.utils.reading import read_json, reading
 
 CARD, CERTIFICATE = "README.md", "certificate.json"
@@ -142,7 +141,7 @@ def publication(
             files[path.name] = _without_places(path, base)
         else:
             files[path.name] = path
-    hashes = {name: _sha256(file) for name, file in files.items() if isinstance(file, Path) and _is_weights(name)}
+    hashes = {name: file_sha256(file) for name, file in files.items() if isinstance(file, Path) and _is_weights(name)}
     subject = replace(subject, base=base, adapter=adapter, hashes=hashes)
     files[CARD] = model_card(findings, subject).encode()
     if findings.certificate is not None:
@@ -221,11 +220,6 @@ def _is_listed(name: str) -> bool:
 
 def _is_weights(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cleared(content: Any) -> Any:

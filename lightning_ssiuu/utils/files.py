@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import math
 import os
@@ -281,3 +282,9 @@ def check_space(argument: str, folder: str | os.PathLike[str], needed: int) -> N
 def cache_directory() -> Path:
     """Where what can be made again is kept: ``LIGHTNING_SSIUU_CACHE``, or ``~/.cache/lightning_ssiuu``."""
     return Path(os.environ.get("LIGHTNING_SSIUU_CACHE", "~/.cache/lightning_ssiuu")).expanduser()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
