@@ -116,6 +116,11 @@ ARMS: dict[str, list[Arm]] = {
         Arm(penalty=penalised(target="log_probability", **EXACT)),
         Arm("Muon", penalised(**EXACT)),
     ],
+    # With files of --forget whose answers are shorter or longer (answer_lengths.py), beside the same arms without them.
+    "d": [
+        *(Arm(penalty=penalised(target=t)) for t in ("length_normalised", "sequence")),
+        Arm(penalty=penalised(anchor_batch="same", **EXACT)),
+    ],
     "h": [Arm(penalty=p, level=2.0) for p in (penalised(), penalised(**EXACT))],
     "e": [Arm(penalty=penalised(anchor_batch="same", **o)) for o in ({}, EXACT)],
     "j": [Arm(mask=True), *(Arm(penalty=penalised(**o), data=WHOLE) for o in ({}, EXACT))],

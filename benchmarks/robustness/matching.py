@@ -49,7 +49,7 @@ class MatchForgetScore(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         stopping = _stopping(trainer)
-        if not stopping.stopped:
+        if not stopping.stopped or stopping.walked_back is not None:  # which ends at the threshold by itself
             return
         after, loader = _trained(pl_module), split_loader(trainer, "forget")
         trained = {name: p for name, p in pl_module.named_parameters() if name in after}

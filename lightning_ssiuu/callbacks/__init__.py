@@ -7,6 +7,7 @@ from lightning_ssiuu.callbacks.neuron_attribution import NeuronAttributionCallba
 from lightning_ssiuu.callbacks.run_report import RunReport
 from lightning_ssiuu.callbacks.save_pretrained import SavePretrained
 from lightning_ssiuu.callbacks.update_signs import UpdateSigns
+from lightning_ssiuu.callbacks.walk_back import WalkBack
 
 __all__ = [
     "ElicitedLook",
@@ -17,4 +18,5 @@ __all__ = [
     "RunReport",
     "SavePretrained",
     "UpdateSigns",
+    "WalkBack",
 ]

@@ -96,16 +96,19 @@ class ElicitedLooks:
         self.step: int | None = None
         self.passed = 0
 
-    def judge(self, value: float | None, level: float, step: int, look: Callable[[], float]) -> Ending | None:
+    def judge(
+        self, value: float | None, level: float, step: int, look: Callable[[], float], ending: float
+    ) -> Ending | None:
         """What ends the run after a look at the weights as they are, if anything does.
 
         Args:
-            value: Their score in percent; None: above the level.
-            level: In percent.
+            value: Their score in percent; None: above ``ending``.
+            level: That at the adversary's weights, in percent.
             step: The optimiser step.
             look: Asks the adversary.
+            ending: That of the weights as they are, in percent.
         """
-        if value is None or value > level:
+        if value is None or value > ending:
             self.passed = 0
             return None
         below = self.options.floor is not None and value < self.options.floor * level

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_ssiuu.callbacks.elicited import ElicitedLooks, ElicitedStop, Ending
+from lightning_ssiuu.callbacks.walk_back import WalkBack, WayBack
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import Level, level_of
 from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
@@ -46,6 +47,9 @@ class ForgetThresholdStopping(L.Callback):
             most, if there is one; ``"warn"`` goes on.
         elicited: Also ask an adversary (:class:`ElicitedStop`); None stops at the first look at or below the threshold.
             Without a threshold it is asked at the end alone.
+        walk_back: Unlearn further than the threshold and go back to it (:class:`WalkBack`), which keeps more of what
+            is retained; ``walked_back`` is then the scale of the update and the share of weights it changes. It takes a
+            copy of the trained weights in the host's memory. None ends at the threshold.
 
     Raises:
         UserError: If an argument is outside its range, the model does not know the forget set, or the threshold is met
@@ -67,6 +71,7 @@ class ForgetThresholdStopping(L.Callback):
         seed: int = 0,
         unknown: Unknown = "refuse",
         elicited: ElicitedStop | None = None,
+        walk_back: WalkBack | None = None,
     ) -> None:
         check_score(score, "stopping.score")
         measured = threshold in get_args(Level)
@@ -82,6 +87,9 @@ class ForgetThresholdStopping(L.Callback):
         self.elicited = elicited
         self.ended_by: Ending | None = None  # "floor": over-unlearned, and what was to be erased still comes back
         self._looks = None if elicited is None else ElicitedLooks(elicited)
+        self.walk_back = walk_back
+        self.walked_back: tuple[float, float] | None = None
+        self._way: WayBack | None = None
         self.scores: Sequence[str] | None = ()  # of the forget set that another callback wants, too; None: all of them
         self.scored: tuple[int, dict[str, float]] | None = None  # these, and after which step
         self._loader: Any = None
@@ -97,7 +105,14 @@ class ForgetThresholdStopping(L.Callback):
         """The last score at an adversary's weights, in percent; None: not asked."""
         return None if self._looks is None else self._looks.value
 
+    @property
+    def ending_level(self) -> float | None:
+        """The score in percent at which training ends: the threshold, or what lies beyond it to walk back from."""
+        return self.level if self.level is None or self.walk_back is None else self.walk_back.overshoot * self.level
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.walk_back is not None and stage == "fit":
+            self.walk_back.check(pl_module)
         if self.elicited is None or stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -121,13 +136,15 @@ class ForgetThresholdStopping(L.Callback):
                     others, test = (batches_of(trainer, split) for split in ("retain", "test"))
                     asked = (self.score, model, pl_module.tokenizer, self._loader, self.seed, others, test)
                     self.level = level_of(self.threshold, *asked)
-                pl_module.stopping_level = self.level if self.score == "probability" else None
+                pl_module.stopping_level = self.ending_level if self.score == "probability" else None
             if begins:
                 self._score(pl_module)
+            if self.walk_back is not None and self.walked_back is None:
+                self._way = WayBack(self.walk_back, pl_module, resumed=not begins)
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
         if self.level is None or self.value is None:
             return
-        if begins and self._judge(trainer, pl_module) not in (None, "floor"):
+        if begins and self._judge(trainer, pl_module, self.level) not in (None, "floor"):
             allowed = f"below the forget set's {self.score}, which is {self.value:.4g} % before the first step"
             if (back := self.elicited_value) is not None:
                 allowed += f", or its elicited {self.score}, {back:.4g} %"
@@ -136,20 +153,19 @@ class ForgetThresholdStopping(L.Callback):
             raise UserError("stopping.threshold", f"{self.level:.4g}", allowed)
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
             if self._looks is None:
-                self._judge(trainer, pl_module)
-            trainer.should_stop |= self.ended_by is not None
+                self._judge(trainer, pl_module, self.ending_level)
+            self._end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
         self._looked_at = step
-        model, tokenizer = pl_module.model, pl_module.tokenizer
-        self.value = value = score_above(self.level, model, tokenizer, self._loader, "forget", self.score, step)
-        if value is not None:
+        if (value := self._look(pl_module)) is not None:
             for logger in trainer.loggers:
                 logger.log_metrics({f"stopping/{self.score}": value}, step=step)
-        trainer.should_stop |= self._judge(trainer, pl_module) is not None
+        self._judge(trainer, pl_module, self.ending_level)
+        self._end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._looks is not None and self._looks.step != trainer.global_step:
@@ -157,6 +173,8 @@ class ForgetThresholdStopping(L.Callback):
         if self.level is not None and not self.stopped:
             if self._looked_at == trainer.global_step and self.value is None:
                 self._score(pl_module)
+            if self._way is not None and self._judge(trainer, pl_module, self.level) == "threshold":
+                return  # the steps were over before there was anything to walk back
             what, value = self.score, self.value
             if self._looks is not None and value is not None and value <= self.level:
                 what, value = f"elicited {self.score}", self._looks.value
@@ -169,34 +187,65 @@ class ForgetThresholdStopping(L.Callback):
         level, back = self.level, self.elicited_value
         if self.ended_by is None or level is None or self.value is None:
             return None
+        walked = "" if self.walked_back is None else f", walked back from {self.ending_level:.4g} %"
         if self.ended_by == "threshold" or self.elicited is None or back is None:
-            return f"{self.score} <= {level:.4g} %"
+            return f"{self.score} <= {level:.4g} %{walked}"
         if self.ended_by == "elicited":
-            return f"elicited {self.score} <= {level:.4g} %"
+            return f"elicited {self.score} <= {level:.4g} %{walked}"
         floor = (self.elicited.floor or 0.0) * level
         return f"floor, not erased: {self.score} < {floor:.4g} %, elicited {back:.4g} % > {level:.4g} %"
 
     def state_dict(self) -> dict[str, Any]:
         looks = None if self._looks is None else self._looks.state_dict()
         state: dict[str, Any] = {"value": self.value, "level": self.level, "looked_at": self._looked_at}
-        return state | {"ended_by": self.ended_by, "elicited": looks}
+        return state | {"ended_by": self.ended_by, "elicited": looks, "walked_back": self.walked_back}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.value, self.level, self._looked_at = (state_dict[name] for name in ("value", "level", "looked_at"))
         self.ended_by = state_dict.get("ended_by", "threshold" if state_dict.get("stopped") else None)
+        self.walked_back = state_dict.get("walked_back")
         if self._looks is not None and (looks := state_dict.get("elicited")) is not None:
             self._looks.load_state_dict(looks)
 
-    def _judge(self, trainer: Any, pl_module: Any) -> Ending | None:
-        value, level = self.value, self.level
-        if level is None:
+    def _look(self, pl_module: Any) -> float | None:
+        # The score of the weights as they are; None as soon as it is certain that it is above the level.
+        level, step = self.level if self.ended_by else self.ending_level, pl_module.global_step
+        asked = (level, pl_module.model, pl_module.tokenizer, self._loader, "forget", self.score, step)
+        self.value = score_above(*asked)  # type: ignore[arg-type]
+        return self.value
+
+    def _judge(self, trainer: Any, pl_module: Any, ending: float | None) -> Ending | None:
+        value = self.value
+        if self.level is None or ending is None:
             return None
         if self._looks is None:
-            self.ended_by = "threshold" if value is not None and value <= level else None
+            self.ended_by = "threshold" if value is not None and value <= ending else None
         else:
             ask = partial(self._ask, trainer, pl_module)
-            self.ended_by = self._looks.judge(value, level, trainer.global_step, ask)
+            self.ended_by = self._looks.judge(value, self.level, trainer.global_step, ask, ending)
         return self.ended_by
+
+    def _end(self, trainer: Any, pl_module: Any) -> None:
+        # At once, and not when training has ended: what others then measure, log and save is what there is in the end.
+        trainer.should_stop |= self.ended_by is not None
+        if not self.stopped or self._way is None or self.walked_back is not None:
+            return
+        met = [(self.value, self.elicited_value)]
+
+        def passes() -> bool:
+            value, back = self._look(pl_module), None
+            if value is None:
+                return False
+            if self._looks is not None and (back := self._ask(trainer, pl_module)) > self.level:  # type: ignore[operator]
+                return False
+            met.append((value, back))
+            return True
+
+        self.walked_back = self._way.walk(pl_module, passes)
+        self.value, back = met[-1]
+        if self._looks is not None:
+            self._looks.value = back
+        self._way = None
 
     def _ask(self, trainer: Any, pl_module: Any) -> float:
         assert self._looks is not None

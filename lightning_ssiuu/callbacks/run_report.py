@@ -34,9 +34,10 @@ class RunReport(L.Callback):
     2509.22263: on people neither unlearned nor held on to. ``collapsed`` says that the retain score is at chance
     (``retain_chance``) and was not before (:class:`~lightning_ssiuu.evaluation.retention.Retention`; None where no
     chance is known): such a model has forgotten everything. ``elicited`` is what came back to an adversary at the end
-    (where one was asked), ``{score: percent}``, ``stopped_by`` the rule that ended the run, ``loggers`` what each of
-    the run's calls it (None but for TensorBoard, W&B and MLflow), so that ``audit`` can go on there. The scores go to
-    the loggers, too (``report/forget_probability``), before the first step and at the end. No data-set text is written.
+    (where one was asked), ``{score: percent}``, ``stopped_by`` the rule that ended the run, ``walked_back`` what was
+    left of the update (``{scale, keep}``, as :class:`WalkBack` has them; None: all of it), ``loggers`` what each of the
+    run's calls it (None but for TensorBoard, W&B and MLflow), so that ``audit`` can go on there. The scores go to the
+    loggers, too (``report/forget_probability``), before the first step and at the end. No data-set text is written.
     Give it after :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping.
     ``before``, ``after``: ``{split: {score: percent}}``.
 
@@ -133,6 +134,7 @@ class RunReport(L.Callback):
             "objective": type(pl_module).__name__,
             "steps": trainer.global_step,
             "stopped_by": stopped_by,
+            "walked_back": _walked_back(stopping),
             "score": main,
             "collapsed": None if retention is None else retention.collapsed,
             "retain_chance": self.chance,
@@ -146,6 +148,12 @@ class RunReport(L.Callback):
 def _block(scores: Scores, main: str) -> dict[str, Any]:
     block: dict[str, Any] = {f"{split}_score": values[main] for split, values in scores.items() if main in values}
     return block | {"scores": scores}
+
+
+def _walked_back(stopping: ForgetThresholdStopping | None) -> dict[str, float] | None:
+    if stopping is None or stopping.walked_back is None:
+        return None
+    return dict(zip(("scale", "keep"), stopping.walked_back, strict=True))
 
 
 def _elicited(*callbacks: ForgetThresholdStopping | NeuronAttributionCallback | None) -> dict[str, Any]:

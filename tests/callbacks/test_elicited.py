@@ -141,7 +141,7 @@ def test_when_it_ends(name: str) -> None:
             asked.append(back)
             return float(back)
 
-        assert looks.judge(value, 10.0, step, look) == ending, step
+        assert looks.judge(value, 10.0, step, look, 10.0) == ending, step
         assert asked == ([] if back is None else [back]), step
         again = ElicitedLooks(looks.options)
         again.load_state_dict(looks.state_dict())

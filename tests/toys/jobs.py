@@ -21,6 +21,7 @@ from toys.ranks import ranks
 from lightning_ssiuu import regularizers
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, RunReport
 from lightning_ssiuu.callbacks.elicited import ElicitedStop
+from lightning_ssiuu.callbacks.walk_back import WalkBack, WayBack
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.loaders import evaluation_loaders
 from lightning_ssiuu.models import source
@@ -59,6 +60,7 @@ class Job:
         optimizer: Key of ``OPTIMIZERS``.
         steps: Where training ends.
         looking: Whether attribution, stopping and report are at work.
+        walks: Whether the largest third of the update alone is kept in the end, and three quarters of that.
         save: Save a checkpoint every second step under this name, with ``{step}`` in it.
         resume: Go on from step 2 of what was saved under this name.
         broken: The checkpoint cannot be read, which only the process that reads it can notice.
@@ -76,6 +78,7 @@ class Job:
     optimizer: str = "sgd"
     steps: int = 2
     looking: bool = False
+    walks: bool = False
     save: str | None = None
     resume: str | None = None
     broken: bool = False
@@ -143,6 +146,17 @@ class StepAtStart(L.Callback):
         self.step = trainer.global_step
 
 
+class Walk(L.Callback):
+    """Goes three quarters of the way, whatever the scores."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.way = WayBack(WalkBack(keep=1 / 3, looks=2), pl_module, resumed=trainer.global_step > 0)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        passed = iter([True, False, True])  # at 1, 1/2 and 3/4
+        assert self.way.walk(pl_module, lambda: next(passed)) == (0.75, 1 / 3)
+
+
 def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     """Train; weights, figures and what the callbacks measured."""
     checkpoint = str(folder / job.model)
@@ -173,7 +187,7 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
         job.steps,
         strategy=strategy,
         devices=n_ranks,
-        callbacks=[restored, *keep, *([attribution, stopping, report] if job.looking else [])],
+        callbacks=[restored, *keep, *([attribution, stopping, report] if job.looking else []), *[Walk()][: job.walks]],
         enable_checkpointing=bool(keep),
         limit_val_batches=1.0 if job.looking else 0,
         log_every_n_steps=1,

@@ -104,6 +104,7 @@ JOBS = [
         data={"splits": _unequal()},
         model="shallow",
     ),
+    Job("walked back", objective="GradientDifference", walks=True, model="shallow"),
     Job("l2 to start", regularizer={"class": "L2ToStart", "weight": 0.5}, steps=3, model="shallow"),
     Job("matched", regularizer={"class": "MatchedUpdateNorm", "norm": 0.05}, model="shallow"),
 ]
@@ -141,6 +142,7 @@ MOVED = Job(
     regularizer=PENALTY | {"anchor": "original"},
     optimizer="momentum",
     model="shallow",
+    walks=True,  # from the original's weights, which a resumed run no longer has
     save="moved-{strategy}-{step}",
     **_INTERRUPTED,
 )

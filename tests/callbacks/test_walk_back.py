@@ -1,0 +1,155 @@
+"""A run that unlearns further than its threshold ends at it, with a part of its update, and nothing else differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from toys.interrupted import Kill, KilledError
+from toys.models import bare_trainer
+from toys.training import FewFacts, fit
+
+from lightning_ssiuu import GradientDifference
+from lightning_ssiuu.callbacks import (
+    ElicitedStop,
+    ForgetThresholdStopping,
+    KeepCheckpoints,
+    RunReport,
+    SavePretrained,
+    WalkBack,
+)
+from lightning_ssiuu.evaluation.scorer import evaluate
+from lightning_ssiuu.models.loading import load_model
+from lightning_ssiuu.models.lora import LoRA
+from lightning_ssiuu.training.checkpoints import newest_checkpoint
+from lightning_ssiuu.utils.errors import UserError
+
+
+def slow(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=3e-4)
+
+
+def stopping(walk: WalkBack | None, **kwargs: Any) -> ForgetThresholdStopping:
+    return ForgetThresholdStopping("probability", 20.0, walk_back=walk, **kwargs)
+
+
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.model.named_parameters() if p.requires_grad}
+
+
+def score(module: Any, split: str = "forget") -> float:
+    loader = FewFacts().eval_dataloader(split)
+    return evaluate(module.model, module.tokenizer, [loader], ["probability"])[split]["probability"]
+
+
+def test_a_run_ends_at_its_threshold_with_a_part_of_its_update(tmp_path: Path) -> None:
+    plain = GradientDifference(optimizer=slow)
+    steps = fit(plain, [stopping(None)], tmp_path / "plain", 20).global_step
+    module, stop = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25, keep=0.3))
+    callbacks = [stop, SavePretrained(), RunReport(print_table=False)]
+    further = fit(module, callbacks, tmp_path / "walked", 20)
+    assert further.global_step > steps
+    assert stop.stopped
+    assert stop.walked_back is not None
+    scale, keep = stop.walked_back
+    assert keep == 0.3
+    assert stop.value == pytest.approx(score(module), rel=1e-6)
+    assert 20.0 > stop.value > 19.0 > score(plain)  # the search ends near the threshold, one step need not
+    # The weights are the original's but for the largest three tenths of the changes, which are scaled alike.
+    end = GradientDifference(optimizer=slow)
+    fit(end, [], tmp_path / "end", further.global_step)
+    original = dict(load_model("tiny").named_parameters())
+    before = torch.cat([original[name.removeprefix("hf.")].detach().flatten() for name in weights(module)])
+    walked, whole = (torch.cat([w.flatten() for w in weights(each).values()]) - before for each in (module, end))
+    kept = walked != 0
+    assert int(kept.sum()) == pytest.approx(0.3 * len(kept), rel=0.01)
+    assert whole[kept].abs().min() >= whole[~kept].abs().max()
+    torch.testing.assert_close(walked[kept], scale * whole[kept], rtol=1e-3, atol=1e-7)
+    # What is saved and reported is what there is in the end.
+    saved = GradientDifference(checkpoint=str(tmp_path / "walked" / "model"))
+    saved.configure_model()
+    assert all(torch.equal(a, b) for a, b in zip(weights(saved).values(), weights(module).values(), strict=True))
+    metrics = json.loads((tmp_path / "walked" / "metrics.json").read_text())
+    assert metrics["walked_back"] == {"scale": scale, "keep": keep}
+    assert metrics["stopped_by"] == "probability <= 20 %, walked back from 5 %"
+    assert metrics["after"]["forget_score"] == stop.value
+    # More of what the model knew is left than at the same score without it.
+    assert score(module, "test") > score(plain, "test")
+
+
+def test_what_comes_back_counts_too(tmp_path: Path) -> None:
+    adversary = ElicitedStop(share=0.25, learning_rate=5e-4, steps=4)
+    alone, both = stopping(WalkBack(0.25)), stopping(WalkBack(0.25), elicited=adversary)
+    for name, stop in (("alone", alone), ("both", both)):
+        fit(GradientDifference(optimizer=slow), [stop], tmp_path / name, 25)
+    assert (both.ended_by, alone.ended_by) == ("elicited", "threshold")
+    assert both.elicited_value is not None
+    assert both.value is not None
+    assert both.elicited_value <= 20 >= both.value
+    assert alone.value is not None
+    assert both.value < alone.value
+    assert both.why() == "elicited probability <= 20 %, walked back from 5 %"
+
+
+def test_an_interrupted_run_walks_back_to_the_same_weights(tmp_path: Path) -> None:
+    ends = []
+    for kills in ((), (3, 6)):
+        folder = tmp_path / str(len(kills))
+        for kill in (*kills, None):
+            L.seed_everything(0, verbose=False)
+            module, stop = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25))
+            callbacks = [stop, KeepCheckpoints(2), *([] if kill is None else [Kill(kill)])]
+            resume = newest_checkpoint(folder / "checkpoints")
+            trainer = bare_trainer(20, callbacks=callbacks, default_root_dir=folder, enable_checkpointing=True)
+            try:
+                trainer.fit(module, FewFacts(), ckpt_path=resume)
+            except KilledError:
+                continue
+        ends.append((stop.walked_back, weights(module)))
+    (a, first), (b, second) = ends
+    assert a == b
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_steps_that_are_over_before_it(tmp_path: Path) -> None:
+    module, stop = GradientDifference(optimizer=slow), stopping(None)
+    steps = fit(module, [stop], tmp_path, 20).global_step
+    again, walking = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.01))
+    fit(again, [walking], tmp_path, steps)
+    assert (walking.stopped, walking.walked_back) == (True, None)
+    assert walking.why() == "probability <= 20 %"
+    assert all(torch.equal(a, b) for a, b in zip(weights(module).values(), weights(again).values(), strict=True))
+
+
+def test_adapters_are_scaled_by_one_of_their_factors(tmp_path: Path) -> None:
+    def adapted() -> GradientDifference:
+        torch.manual_seed(0)
+        return GradientDifference(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), lora=LoRA(r=4, alpha=8.0))
+
+    module, stop = adapted(), stopping(WalkBack(overshoot=0.25, keep=1.0))
+    steps = fit(module, [stop], tmp_path / "walked", 30).global_step
+    end = adapted()
+    fit(end, [], tmp_path / "end", steps)
+    assert stop.walked_back is not None
+    (scale, _), walked = stop.walked_back, weights(module)
+    assert 0 < scale < 1
+    assert stop.value is not None
+    assert 19 < stop.value <= 20
+    for name, whole in weights(end).items():
+        torch.testing.assert_close(walked[name], scale * whole if "lora_B" in name else whole)
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    for options in ({"overshoot": 0.0}, {"overshoot": 1.1}, {"keep": 0.0}, {"keep": 2.0}, {"looks": 0}):
+        with pytest.raises(UserError, match=rf"^stopping\.walk_back\.{next(iter(options))}: "):
+            WalkBack(**options)
+    adapters = LoRA(r=2)
+    with pytest.raises(UserError, match=r"^stopping\.walk_back\.keep: got 0\.3, allowed: 1 with lora"):
+        fit(GradientDifference(lora=adapters), [stopping(WalkBack())], tmp_path, 1)
+    lengths = LoRA(r=2, options={"use_dora": True})
+    with pytest.raises(UserError, match=r"^stopping\.walk_back\.overshoot: .* no walk_back with lora"):
+        fit(GradientDifference(lora=lengths), [stopping(WalkBack(keep=1.0))], tmp_path, 1)
