@@ -18,6 +18,7 @@ from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
 from lightning_ssiuu.evaluation.scores import check_score
+from lightning_ssiuu.training.progress import ends_with_step
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Unknown = Literal["refuse", "warn"]
@@ -136,7 +137,7 @@ class ForgetThresholdStopping(L.Callback):
                     others, test = (batches_of(trainer, split) for split in ("retain", "test"))
                     asked = (self.score, model, pl_module.tokenizer, self._loader, self.seed, others, test)
                     self.level = level_of(self.threshold, *asked)
-                pl_module.stopping_level = self.ending_level if self.score == "probability" else None
+                pl_module.stopping_level = self.level if self.score == "probability" else None
             if begins:
                 self._score(pl_module)
             if self.walk_back is not None and self.walked_back is None:
@@ -161,10 +162,12 @@ class ForgetThresholdStopping(L.Callback):
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
         self._looked_at = step
-        if (value := self._look(pl_module)) is not None:
+        # A run whose steps are over is walked back from where it is.
+        ending = self.level if ends_with_step(trainer) else self.ending_level
+        if (value := self._look(pl_module, ending)) is not None:
             for logger in trainer.loggers:
                 logger.log_metrics({f"stopping/{self.score}": value}, step=step)
-        self._judge(trainer, pl_module, self.ending_level)
+        self._judge(trainer, pl_module, ending)
         self._end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -173,8 +176,6 @@ class ForgetThresholdStopping(L.Callback):
         if self.level is not None and not self.stopped:
             if self._looked_at == trainer.global_step and self.value is None:
                 self._score(pl_module)
-            if self._way is not None and self._judge(trainer, pl_module, self.level) == "threshold":
-                return  # the steps were over before there was anything to walk back
             what, value = self.score, self.value
             if self._looks is not None and value is not None and value <= self.level:
                 what, value = f"elicited {self.score}", self._looks.value
@@ -187,7 +188,7 @@ class ForgetThresholdStopping(L.Callback):
         level, back = self.level, self.elicited_value
         if self.ended_by is None or level is None or self.value is None:
             return None
-        walked = "" if self.walked_back is None else f", walked back from {self.ending_level:.4g} %"
+        walked = "" if self.walked_back is None else ", walked back to it"
         if self.ended_by == "threshold" or self.elicited is None or back is None:
             return f"{self.score} <= {level:.4g} %{walked}"
         if self.ended_by == "elicited":
@@ -207,11 +208,11 @@ class ForgetThresholdStopping(L.Callback):
         if self._looks is not None and (looks := state_dict.get("elicited")) is not None:
             self._looks.load_state_dict(looks)
 
-    def _look(self, pl_module: Any) -> float | None:
+    def _look(self, pl_module: Any, level: float | None) -> float | None:
         # The score of the weights as they are; None as soon as it is certain that it is above the level.
-        level, step = self.level if self.ended_by else self.ending_level, pl_module.global_step
-        asked = (level, pl_module.model, pl_module.tokenizer, self._loader, "forget", self.score, step)
-        self.value = score_above(*asked)  # type: ignore[arg-type]
+        assert level is not None
+        model, tokenizer, step = pl_module.model, pl_module.tokenizer, pl_module.global_step
+        self.value = score_above(level, model, tokenizer, self._loader, "forget", self.score, step)
         return self.value
 
     def _judge(self, trainer: Any, pl_module: Any, ending: float | None) -> Ending | None:
@@ -233,7 +234,7 @@ class ForgetThresholdStopping(L.Callback):
         met = [(self.value, self.elicited_value)]
 
         def passes() -> bool:
-            value, back = self._look(pl_module), None
+            value, back = self._look(pl_module, self.level), None
             if value is None:
                 return False
             if self._looks is not None and (back := self._ask(trainer, pl_module)) > self.level:  # type: ignore[operator]

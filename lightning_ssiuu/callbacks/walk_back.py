@@ -28,7 +28,8 @@ class WalkBack:
 
     Args:
         overshoot: Share of the threshold at which training ends, in (0, 1].
-        keep: Share of the trained weights whose change is kept, the largest ones, in (0, 1]; 1 with adapters.
+        keep: Share of the trained weights whose change is kept, the largest ones, in (0, 1]. With adapters all are: the
+            numbers of a factor are no weights.
         looks: Halvings in the search for the size, ≥ 1; each takes at most one scoring of the forget set.
 
     Raises:
@@ -52,11 +53,9 @@ class WalkBack:
         check_at_least(f"{self.section}.looks", self.looks, 1)
 
     def check(self, module: Any) -> None:
-        """Refuse a module with adapters that cannot be walked back."""
+        """Refuse a module whose adapters cannot be walked back."""
         if module.lora is not None and module.lora.is_dora:
-            raise UserError(f"{self.section}.overshoot", self.overshoot, "no walk_back with lora.options.use_dora")
-        if module.lora is not None and self.keep < 1:
-            raise UserError(f"{self.section}.keep", self.keep, "1 with lora: an adapter's numbers are no weights")
+            raise UserError("stopping.walk_back", "options", "null with lora.options.use_dora: lengths are trained")
 
 
 class WayBack:
@@ -71,7 +70,8 @@ class WayBack:
     """
 
     def __init__(self, options: WalkBack, module: Any, resumed: bool) -> None:
-        self.options = options
+        self.keep = 1.0 if module.lora is not None else options.keep
+        self.looks = options.looks
         self._before: dict[str, Tensor] = {}
         parameters = trained_parameters(module.model)
         if module.lora is not None:
@@ -98,13 +98,13 @@ class WayBack:
             update.put(scale, keep)
             return passes()
 
-        keep, high = self.options.keep, None
+        keep, high = self.keep, None
         if keep < 1:
             high = next((scale for scale in _FURTHER if passing(scale, keep)), None)
         if high is None:  # nothing can be left out
             keep, high = 1.0, 1.0
         low = 0.0
-        for _ in range(self.options.looks):
+        for _ in range(self.looks):
             scale = (low + high) / 2
             low, high = (low, scale) if passing(scale, keep) else (scale, high)
         reshard(module.model)

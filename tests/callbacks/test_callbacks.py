@@ -274,7 +274,7 @@ def test_report_and_privacy(tmp_path: Path) -> None:
     trainer = fit(ssiuu(), callbacks, tmp_path, 6, data, logger=logger, log_every_n_steps=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert set(content) == {"objective", "steps", "stopped_by", "score", "collapsed"} | {
+    assert set(content) == {"objective", "steps", "stopped_by", "walked_back", "score", "collapsed"} | {
         *("retain_chance", "before", "after", "loggers", "provenance")
     }
     assert content["collapsed"] is False
