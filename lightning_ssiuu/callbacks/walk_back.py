@@ -84,14 +84,18 @@ class WayBack:
         for name, p in parameters.items():
             self._before[name] = cut_like(original[name].detach().to(p.dtype), p).cpu()
 
+    def update(self, module: Any) -> WeightUpdate:
+        """What training has done to the weights since."""
+        reshard(module.model)
+        parameters = trained_parameters(module.model)
+        return WeightUpdate([parameters[name] for name in self._before], list(self._before.values()))
+
     def walk(self, module: Any, passes: Callable[[], bool]) -> tuple[float, float]:
         """Put the weights to the smallest update that passes; its scale and the share of weights that it changes.
 
         Each rank must call it, with the weights at the end of training, which pass.
         """
-        reshard(module.model)
-        parameters = {name: p for name, p in trained_parameters(module.model).items() if name in self._before}
-        update = WeightUpdate(list(parameters.values()), list(self._before.values()))
+        update = self.update(module)
 
         def passing(scale: float, keep: float) -> bool:
             reshard(module.model)

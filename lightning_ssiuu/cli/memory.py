@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 from lightning_ssiuu.callbacks import ForgetThresholdStopping, NeuronAttributionCallback, SavePretrained
+from lightning_ssiuu.callbacks.walk_back import WayBack
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.datamodules.largest import Size, evaluation_batch, training_batch
 from lightning_ssiuu.evaluation.elicitation import relearned
@@ -145,8 +146,12 @@ class _Run:
         with self.simulation:
             self._load(model)
             self._refer(move_data_to_device(batch, self.device))
+            ways = self._ways_back()
             self._train(batch)
             self._elicit(batch)
+            for way in ways:
+                with self.simulation.phase("walking back"):
+                    way.update(self.module).put(1.0)
             self._attribute()
             self._score()
             self._save()
@@ -206,6 +211,12 @@ class _Run:
             reference = lambda name, _: torch.empty(shapes[name][0], dtype=shapes[name][1], device=self.device)  # noqa: E731
         for objective in (module, *module._backbone):
             objective._reference = reference
+
+    def _ways_back(self) -> list[WayBack]:
+        asked = [each.walk_back for each in self._callbacks(ForgetThresholdStopping) if each.threshold is not None]
+        ways = [WayBack(options, self.module, resumed=False) for options in filter(None, asked)]
+        self.simulation.tag_rest("weights")
+        return ways
 
     def _train(self, batch: Mapping[str, Any]) -> None:
         module, precision = self.module, self.trainer.precision_plugin

@@ -165,6 +165,21 @@ def test_a_look_with_an_adversary(checkpoint: str) -> None:
     assert 8 * n_bytes <= estimate.by_phase["elicited look"] < 9.5 * n_bytes
 
 
+def test_the_way_back(checkpoint: str) -> None:
+    n_bytes = size([p for p in loaded(objective(checkpoint)).parameters() if p.requires_grad])
+    plain, walking = (
+        estimate_memory(
+            objective(checkpoint, optimizer=adamw),
+            FewFacts(n=1, batch_size=1),
+            bare_trainer(2, callbacks=[ForgetThresholdStopping(walk_back=walk)]),
+        ).by_phase
+        for walk in (None, WalkBack())
+    )
+    assert walking["training step"] - plain["training step"] == n_bytes  # the weights before, which the host holds here
+    # Two copies of the weights beside what the run holds: weights, gradients and AdamW's two.
+    assert 6 * n_bytes <= walking["walking back"] < 7 * n_bytes
+
+
 def test_sharding_divides_and_replicas_do_not(checkpoint: str) -> None:
     parameters = size(list(loaded(objective(checkpoint)).parameters()))
     replicas, shards = (
