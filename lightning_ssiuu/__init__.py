@@ -102,6 +102,7 @@ _EXPORTS = {
     "UserError": "utils.errors",
     "utility": "cli.functions",
     "Verdict": "cli.functions",
+    "WalkBack": "callbacks",
     "WGA": "objectives.wga",
     "WMDP": "datamodules",
     "WMDPDeduped": "datamodules",
@@ -140,6 +141,7 @@ if TYPE_CHECKING:  # type checkers see every name and its type, and a name that 
     from lightning_ssiuu.callbacks import NeuronAttributionCallback as NeuronAttributionCallback
     from lightning_ssiuu.callbacks import RunReport as RunReport
     from lightning_ssiuu.callbacks import SavePretrained as SavePretrained
+    from lightning_ssiuu.callbacks import WalkBack as WalkBack
     from lightning_ssiuu.cli.erase import erase as erase
     from lightning_ssiuu.cli.functions import Result as Result
     from lightning_ssiuu.cli.functions import Verdict as Verdict

@@ -25,6 +25,7 @@ from lightning_ssiuu import (
     GradientDifference,
     NeuronAttributionCallback,
 )
+from lightning_ssiuu.callbacks import WalkBack
 from lightning_ssiuu.cli.memory import MemoryEstimate, estimate_memory, print_estimate
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
