@@ -214,8 +214,8 @@ class _Run:
 
     def _ways_back(self) -> list[WayBack]:
         asked = [each.walk_back for each in self._callbacks(ForgetThresholdStopping) if each.threshold is not None]
-        ways = [WayBack(options, self.module, resumed=False) for options in filter(None, asked)]
-        self.simulation.tag_rest("weights")
+        if ways := [WayBack(options, self.module, resumed=False) for options in filter(None, asked)]:
+            self.simulation.tag_rest("weights")
         return ways
 
     def _train(self, batch: Mapping[str, Any]) -> None:

@@ -57,6 +57,7 @@ _METRICS = {
     "objective",
     "steps",
     "stopped_by",
+    "walked_back",
     "score",
     "collapsed",
     "retain_chance",
