@@ -84,10 +84,9 @@ def teach(folder: Path, epochs: int, rate: float) -> None:
     module = FineTuning(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
     files = {split: str(folder / f"{split}.jsonl") for split in ("forget", "others", "retain", "test")}
     data = CustomData(files["forget"], files["others"], tokenizer="tiny", train_on="all", batch_size=36)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     with quiet_lightning():
-        L.Trainer(accelerator="cpu", devices=1, max_epochs=epochs, **quiet).fit(module, datamodule=data)
+        trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=epochs, barebones=True, limit_val_batches=0)
+        trainer.fit(module, datamodule=data)
     save_pretrained(module.model.hf, module.tokenizer, folder / "model")
     loaders = [data.eval_dataloader(split) for split in ("forget", "retain")]
     known = evaluate(module.model, module.tokenizer, loaders, ["probability"])

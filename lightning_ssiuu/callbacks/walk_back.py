@@ -55,7 +55,7 @@ class WalkBack:
     def check(self, module: Any) -> None:
         """Refuse a module whose adapters cannot be walked back."""
         if module.lora is not None and module.lora.is_dora:
-            raise UserError("stopping.walk_back", "options", "null with lora.options.use_dora: lengths are trained")
+            raise UserError("lora.options.use_dora", True, f"false with {self.section}: B alone is no update then")
 
 
 class WayBack:
@@ -75,7 +75,8 @@ class WayBack:
         self._before: dict[str, Tensor] = {}
         parameters = trained_parameters(module.model)
         if module.lora is not None:
-            self._before = {name: torch.zeros_like(local(p.detach())) for name, p in parameters.items() if _is_b(name)}
+            factors = {name: p for name, p in parameters.items() if ".lora_B." in name}
+            self._before = {name: torch.zeros_like(local(p.detach())) for name, p in factors.items()}
             return
         if not resumed:
             self._before = {name: local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
@@ -97,9 +98,12 @@ class WayBack:
         """
         update = self.update(module)
 
-        def passing(scale: float, keep: float) -> bool:
+        def put(scale: float, keep: float) -> None:
             reshard(module.model)
             update.put(scale, keep)
+
+        def passing(scale: float, keep: float) -> bool:
+            put(scale, keep)
             return passes()
 
         keep, high = self.keep, None
@@ -111,10 +115,5 @@ class WayBack:
         for _ in range(self.looks):
             scale = (low + high) / 2
             low, high = (low, scale) if passing(scale, keep) else (scale, high)
-        reshard(module.model)
-        update.put(high, keep)
+        put(high, keep)
         return high, keep
-
-
-def _is_b(name: str) -> bool:
-    return ".lora_B." in name

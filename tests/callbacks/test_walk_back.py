@@ -151,5 +151,5 @@ def test_bad_options(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"^stopping\.walk_back\.{next(iter(options))}: "):
             WalkBack(**options)
     lengths = LoRA(r=2, options={"use_dora": True})
-    with pytest.raises(UserError, match=r"^stopping\.walk_back: got 'options', allowed: null with lora"):
+    with pytest.raises(UserError, match=r"^lora\.options\.use_dora: got True, allowed: false with stopping\.walk_back"):
         fit(GradientDifference(lora=lengths), [stopping(WalkBack(keep=1.0))], tmp_path, 1)
