@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_ssiuu.evaluation.loaders import run_directory
 from lightning_ssiuu.evaluation.results import check_folder
-from lightning_ssiuu.training.progress import ends_with_step
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -51,12 +50,7 @@ class KeepCheckpoints(Checkpoint):
             self._begins = False
             self._remove(trainer, but=None)
         self._is_fresh, step = False, trainer.global_step
-        if (
-            self.every_n_steps is None
-            or step == self._saved_step
-            or step % self.every_n_steps
-            or ends_with_step(trainer)
-        ):
+        if self.every_n_steps is None or step == self._saved_step or step % self.every_n_steps or _ends(trainer):
             return
         if trainer.is_last_batch:  # a validation and whatever else ends an epoch are part of it
             self._is_due = True
@@ -70,7 +64,7 @@ class KeepCheckpoints(Checkpoint):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_due and not ends_with_step(trainer):
+        if self._is_due and not _ends(trainer):
             self._write(trainer)
         self._is_due = False
 
@@ -84,3 +78,9 @@ class KeepCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             for path in set(Path(run_directory(trainer), self.folder).glob("step=*.ckpt")) - {but}:
                 trainer.strategy.remove_checkpoint(path)
+
+
+def _ends(trainer: L.Trainer) -> bool:
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    last_epoch = epochs not in (None, -1) and trainer.current_epoch + 1 >= (epochs or 0)
+    return trainer.should_stop or 0 < steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)

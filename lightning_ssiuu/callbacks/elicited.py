@@ -123,10 +123,7 @@ class ElicitedLooks:
     def ask(self, trainer: Any, pl_module: Any, score: str, seed: int) -> float:
         """What comes back now, in percent."""
         fold = self.options.fold(trainer.datamodule, seed, trainer.global_step)
-        value = asked(self.options, fold, trainer, pl_module, score)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"stopping/elicited_{score}": value}, step=trainer.global_step)
-        return value
+        return asked(self.options, fold, trainer, pl_module, score)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "step": self.step, "passed": self.passed}

@@ -18,7 +18,6 @@ from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
 from lightning_ssiuu.evaluation.scores import check_score
-from lightning_ssiuu.training.progress import ends_with_step
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Unknown = Literal["refuse", "warn"]
@@ -50,7 +49,8 @@ class ForgetThresholdStopping(L.Callback):
             Without a threshold it is asked at the end alone.
         walk_back: Unlearn further than the threshold and go back to it (:class:`WalkBack`), which keeps more of what
             is retained; ``walked_back`` is then the scale of the update and the share of weights it changes. It takes a
-            copy of the trained weights in the host's memory. None ends at the threshold.
+            copy of the trained weights in the host's memory, and goes to the front of the Trainer's callbacks, so that
+            all others see the weights it ends with. None ends at the threshold.
 
     Raises:
         UserError: If an argument is outside its range, the model does not know the forget set, or the threshold is met
@@ -109,11 +109,15 @@ class ForgetThresholdStopping(L.Callback):
     @property
     def ending_level(self) -> float | None:
         """The score in percent at which training ends: the threshold, or what lies beyond it to walk back from."""
-        return self.level if self.level is None or self.walk_back is None else self.walk_back.overshoot * self.level
+        if self.level is None or self.walk_back is None or self.walked_back is not None:
+            return self.level
+        return self.walk_back.overshoot * self.level
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.walk_back is not None and stage == "fit":
             self.walk_back.check(pl_module)
+            # Before the others: what they measure, log and save at the end is what there is in the end.
+            trainer.callbacks = [self, *(each for each in trainer.callbacks if each is not self)]  # type: ignore[attr-defined]
         if self.elicited is None or stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -139,6 +143,7 @@ class ForgetThresholdStopping(L.Callback):
                     self.level = level_of(self.threshold, *asked)
                 pl_module.stopping_level = self.level if self.score == "probability" else None
             if begins:
+                self.walked_back = None  # of an earlier run
                 self._score(pl_module)
             if self.walk_back is not None and self.walked_back is None:
                 self._way = WayBack(self.walk_back, pl_module, resumed=not begins)
@@ -155,22 +160,20 @@ class ForgetThresholdStopping(L.Callback):
         if self._looked_at == trainer.global_step > 0:  # a resumed run may have come to its end already
             if self._looks is None:
                 self._judge(trainer, pl_module, self.ending_level)
-            self._end(trainer, pl_module)
+            trainer.should_stop |= self.ended_by is not None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
         self._looked_at = step
-        # A run whose steps are over is walked back from where it is.
-        ending = self.level if ends_with_step(trainer) else self.ending_level
-        if (value := self._look(pl_module, ending)) is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics({f"stopping/{self.score}": value}, step=step)
-        self._judge(trainer, pl_module, ending)
-        self._end(trainer, pl_module)
+        if (value := self._look(pl_module, self.ending_level)) is not None:
+            self._log(trainer, self.score, value)
+        trainer.should_stop |= self._judge(trainer, pl_module, self.ending_level) is not None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._way is not None:
+            self._walk(trainer, pl_module, self._way)
         if self._looks is not None and self._looks.step != trainer.global_step:
             self._looks.value, self._looks.step = self._ask(trainer, pl_module), trainer.global_step
         if self.level is not None and not self.stopped:
@@ -226,31 +229,43 @@ class ForgetThresholdStopping(L.Callback):
             self.ended_by = self._looks.judge(value, self.level, trainer.global_step, ask, ending)
         return self.ended_by
 
-    def _end(self, trainer: Any, pl_module: Any) -> None:
-        # At once, and not when training has ended: what others then measure, log and save is what there is in the end.
-        trainer.should_stop |= self.ended_by is not None
-        if not self.stopped or self._way is None or self.walked_back is not None:
+    def _walk(self, trainer: Any, pl_module: Any, way: WayBack) -> None:
+        step, level = trainer.global_step, self.level
+        assert level is not None
+        if not self.stopped or self._looked_at != step:  # it may be below the threshold all the same
+            self._looked_at = step
+            self._look(pl_module, level)
+            self._judge(trainer, pl_module, level)
+        self._way = None
+        if not self.stopped:
             return
         met = [(self.value, self.elicited_value)]
 
         def passes() -> bool:
-            value, back = self._look(pl_module, self.level), None
-            if value is None:
+            value, back = self._look(pl_module, level), None
+            if value is None or value > level:  # not every score is known to be above before all of it is
                 return False
-            if self._looks is not None and (back := self._ask(trainer, pl_module)) > self.level:  # type: ignore[operator]
+            if self._looks is not None and (back := self._looks.ask(trainer, pl_module, self.score, self.seed)) > level:
                 return False
             met.append((value, back))
             return True
 
-        self.walked_back = self._way.walk(pl_module, passes)
+        self.walked_back = way.walk(pl_module, passes)
         self.value, back = met[-1]
+        self._log(trainer, self.score, self.value)
         if self._looks is not None:
-            self._looks.value = back
-        self._way = None
+            self._looks.value, self._looks.step = back, step
+            self._log(trainer, f"elicited_{self.score}", back)
+
+    def _log(self, trainer: Any, name: str, value: float | None) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"stopping/{name}": value}, step=trainer.global_step)
 
     def _ask(self, trainer: Any, pl_module: Any) -> float:
         assert self._looks is not None
-        return self._looks.ask(trainer, pl_module, self.score, self.seed)
+        value = self._looks.ask(trainer, pl_module, self.score, self.seed)
+        self._log(trainer, f"elicited_{self.score}", value)
+        return value
 
     def _check_known(self, trainer: Any, pl_module: Any) -> Knowledge | None:
         value, chance = self.value, self.level if self.threshold == "chance" else None

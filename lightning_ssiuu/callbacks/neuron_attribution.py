@@ -103,6 +103,7 @@ class NeuronAttributionCallback(L.Callback):
         self._probes: dict[str, list[Mapping[str, Any]]] = {}
         self._before: dict[str, NeuronAttribution] = {}
         self._sites: list[NeuronSite] = []
+        self._stopping: ForgetThresholdStopping | None = None
         self._measured_step = 0  # nothing has moved before the first step
         self._fold: RelearnDataModule | None = None
         self.score = "probability"
@@ -146,7 +147,8 @@ class NeuronAttributionCallback(L.Callback):
         if not self._before:
             return
         model, variation = pl_module.model, self.variation
-        if variation is None or self._measured_step != trainer.global_step:
+        walked = self._stopping is not None and self._stopping.walked_back is not None  # since the last step
+        if variation is None or self._measured_step != trainer.global_step or walked:
             variation = self._measure(trainer, pl_module)
         retain = influence.influence_variation(self._before["retain"], self._attribute(model, "retain"))
         self.flagged = influence.spurious_neurons(variation, retain, self.alpha)
@@ -181,6 +183,7 @@ class NeuronAttributionCallback(L.Callback):
     def _prepare(self, trainer: Any) -> None:
         # Whom to ask what comes back, and by which score.
         stopping = next((each for each in trainer.callbacks if isinstance(each, ForgetThresholdStopping)), None)
+        self._stopping = stopping
         self.score = self.score if stopping is None else stopping.score
         told = stopping is not None and stopping.elicited is not None
         if self.elicited is None or told or str(trainer.precision).startswith("16-"):

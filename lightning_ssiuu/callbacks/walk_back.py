@@ -29,8 +29,9 @@ class WalkBack:
     Args:
         overshoot: Share of the threshold at which training ends, in (0, 1].
         keep: Share of the trained weights whose change is kept, the largest ones, in (0, 1]. With adapters all are: the
-            numbers of a factor are no weights.
-        looks: Halvings in the search for the size, ≥ 1; each takes at most one scoring of the forget set.
+            numbers of a factor are no weights; so they are where the largest ones are too little.
+        looks: Halvings in the search for the size, ≥ 1. Each takes one scoring of the forget set, and up to four come
+            before them; with ``stopping.elicited`` also the adversary's steps.
 
     Raises:
         UserError: If an option is outside its range.
@@ -61,7 +62,8 @@ class WalkBack:
 class WayBack:
     """The weights that one run began with, and the way to them.
 
-    With adapters those are the same ones with B at zero: the update is scaled with B. A resumed run's are built again.
+    With adapters those are the same ones with B at zero: the update is scaled with B. A resumed run's are built again,
+    which a model that is trained ``in_place`` cannot be.
 
     Args:
         options: How far.

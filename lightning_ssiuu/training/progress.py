@@ -21,13 +21,6 @@ def is_over(trainer: L.Trainer) -> bool:
         telling.disabled, epoch.completed = was, completed
 
 
-def ends_with_step(trainer: L.Trainer) -> bool:
-    """Whether the step that was just made is the last one, as a callback sees it when its batch ends."""
-    steps, epochs = trainer.max_steps, trainer.max_epochs
-    last_epoch = epochs not in (None, -1) and trainer.current_epoch + 1 >= (epochs or 0)
-    return trainer.should_stop or 0 < steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)
-
-
 def settle_progress(checkpoint: dict[str, Any], accumulate: int = 1) -> None:
     """Make what a checkpoint says of its place in the run one statement, before Lightning reads it.
 

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from toys.interrupted import Kill, KilledError
 from toys.models import bare_trainer
 from toys.training import FewFacts, fit
@@ -18,6 +20,7 @@ from lightning_ssiuu.callbacks import (
     ElicitedStop,
     ForgetThresholdStopping,
     KeepCheckpoints,
+    NeuronAttributionCallback,
     RunReport,
     SavePretrained,
     WalkBack,
@@ -125,6 +128,85 @@ def test_steps_that_are_over_before_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="training ended before"):
         fit(GradientDifference(optimizer=slow), [never := stopping(WalkBack())], tmp_path, 1)
     assert (never.stopped, never.walked_back) == (False, None)
+
+
+@pytest.mark.parametrize("name", ["rouge_l", "probability"])
+def test_scores_that_are_known_only_when_all_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_ssiuu.evaluation.scorer.Percentage", type(None))  # none ends early
+    module, stop = GradientDifference(optimizer=slow), ForgetThresholdStopping(name, 40.0, walk_back=WalkBack(0.5))
+    fit(module, [stop, RunReport(print_table=False)], tmp_path, 25)
+    assert stop.walked_back is not None
+    assert json.loads((tmp_path / "metrics.json").read_text())["after"]["scores"]["forget"][name] == stop.value
+    assert stop.value is not None
+    assert 0 < stop.value <= 40
+
+
+class Stop(L.Callback):
+    """Ends a run after a step, as a callback behind the stopping may."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop |= trainer.global_step == self.step
+
+
+def test_runs_that_end_for_other_reasons(tmp_path: Path) -> None:
+    plain = fit(GradientDifference(optimizer=slow), [stopping(None)], tmp_path, 20).global_step
+    ends: dict[str, Any] = {
+        "off a look": ({"every_n_steps": 50}, [], {"steps": plain}),
+        "by another callback": ({}, [Stop(plain)], {"steps": 50}),
+        "when it may": ({}, [], {"steps": 50, "min_steps": plain + 3}),
+    }
+    for name, (options, more, trainer) in ends.items():
+        module = GradientDifference(optimizer=slow)
+        stop = stopping(WalkBack(overshoot=0.4 if name == "when it may" else 0.01), **options)
+        fit(module, [stop, *more], tmp_path, **trainer)
+        assert stop.walked_back is not None, name
+        assert (stop.stopped, stop.value) == (True, pytest.approx(score(module), rel=1e-6)), name
+        assert 15 < score(module) <= 20, name
+
+
+def test_whoever_looks_in_the_end_sees_what_there_is(tmp_path: Path) -> None:
+    found = []
+    for every, is_first in ((None, True), (1, True), (1, False)):
+        attribution = NeuronAttributionCallback(2, every_n_steps=every, target="length_normalised", write=False)
+        stop, folder = stopping(WalkBack(overshoot=0.25)), tmp_path / f"{every}{is_first}"
+        both: list[Any] = [attribution, stop] if is_first else [stop, attribution]
+        logger = CSVLogger(folder)
+        fit(GradientDifference(optimizer=slow), [*both, RunReport(print_table=False)], folder, 20, logger=logger)
+        after = json.loads((folder / "metrics.json").read_text())["after"]
+        found.append((after["elicited"], after["influence"], attribution.history[-1]))
+        assert [entry["step"] for entry in attribution.history] == sorted({e["step"] for e in attribution.history})
+        logged = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+        column = logged[0].split(",").index("stopping/probability")
+        assert float([line.split(",")[column] for line in logged[1:] if line.split(",")[column]][-1]) == stop.value
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_checkpoint_of_the_last_step_or_later_ends_with_the_same_weights(tmp_path: Path) -> None:
+    module, stop = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25))
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=1)
+    trainer = fit(module, [stop, keep], tmp_path, 20, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    for path in (tmp_path / "kept" / "last.ckpt", tmp_path / "after.ckpt"):
+        again, later = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25))
+        resumed = bare_trainer(20, callbacks=[later], default_root_dir=tmp_path / "again")
+        resumed.fit(again, FewFacts(), ckpt_path=path)
+        assert resumed.global_step == trainer.global_step
+        assert (later.walked_back, later.value) == (stop.walked_back, stop.value)
+        assert all(torch.equal(a, b) for a, b in zip(weights(module).values(), weights(again).values(), strict=True))
+
+
+def test_a_callback_that_is_used_again(tmp_path: Path) -> None:
+    stop, found = stopping(WalkBack(overshoot=0.25)), []
+    for _ in range(2):
+        module = GradientDifference(optimizer=slow)
+        fit(module, [stop], tmp_path, 20)
+        found.append((stop.walked_back, stop.value, score(module)))
+    assert found[0] == found[1]
 
 
 def test_adapters_are_scaled_by_one_of_their_factors(tmp_path: Path) -> None:
