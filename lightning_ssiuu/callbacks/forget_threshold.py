@@ -191,7 +191,7 @@ class ForgetThresholdStopping(L.Callback):
         level, back = self.level, self.elicited_value
         if self.ended_by is None or level is None or self.value is None:
             return None
-        walked = "" if self.walked_back is None else ", walked back to it"
+        walked = "" if self.walked_back is None else ", walked back"
         if self.ended_by == "threshold" or self.elicited is None or back is None:
             return f"{self.score} <= {level:.4g} %{walked}"
         if self.ended_by == "elicited":

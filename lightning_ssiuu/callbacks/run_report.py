@@ -20,7 +20,7 @@ from lightning_ssiuu.evaluation.scorer import evaluate, untouched
 from lightning_ssiuu.utils.files import write_json
 from lightning_ssiuu.utils.loggers import identities
 from lightning_ssiuu.utils.provenance import provenance
-from lightning_ssiuu.utils.terminal import text_console
+from lightning_ssiuu.utils.terminal import text_console, three_digits
 from lightning_ssiuu.utils.version import commit
 
 Scores = dict[str, dict[str, float]]
@@ -184,7 +184,7 @@ def print_before_after(content: dict[str, Any]) -> None:
     for score, value in after.get("elicited", {}).items():
         table.add_row(Text(f"forget {score}, elicited"), "", f"{value:.1f}", "%")
     for name, value in after["influence"].items():
-        table.add_row(name, f"{before['influence'][name]:.3g}", f"{value:.3g}", "")
+        table.add_row(name, three_digits(before["influence"][name]), three_digits(value), "")
     console.print(table)
     if content.get("collapsed"):
         chance, score = f"{content['retain_chance']:.1f} %", content["score"].replace("_", " ")

@@ -38,6 +38,7 @@ from lightning_ssiuu.reports.audit.verdict import LEAST_FORGOTTEN, Evidence, dec
 from lightning_ssiuu.training.devices import Devices
 from lightning_ssiuu.utils.errors import UserError
 from lightning_ssiuu.utils.files import print_written, refuse_links, write_csv, write_json, written_atomically
+from lightning_ssiuu.utils.terminal import three_digits
 
 
 def audit(
@@ -256,7 +257,7 @@ def print_audit(content: dict[str, Any]) -> None:
         for score in measured:
             rows.append([f"{split} {score}", *(f"{content['scores'][m][split][score]:.1f}" for m in models), "%"])
     for figure in next(iter(influence.values())):
-        rows.append([figure, *(f"{influence[m][figure]:.3g}" if m in influence else "" for m in models), ""])
+        rows.append([figure, *(three_digits(influence[m][figure]) if m in influence else "" for m in models), ""])
     notes: list[str | Text] = [Text(content["verdict"]["sentence"])]  # Text: brackets are no markup
     if content["verdict"].get("oracle_retains") is False:
         notes.append("The oracle does not retain: what is measured beside it says little.")

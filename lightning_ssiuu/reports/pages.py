@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_ssiuu.utils import figures
 from lightning_ssiuu.utils.figures import clean
+from lightning_ssiuu.utils.terminal import three_digits
 
 
 def page(template: str, **content: Any) -> str:
@@ -32,8 +33,12 @@ def _environment() -> Environment:
     environment.filters["words"] = lambda text: clean(str(text)).replace("_", " ")
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\d) %", "\u00a0%", clean(text))
     environment.filters["one_decimal"] = lambda value: "–" if _missing(value) else f"{value:.1f}"
-    environment.filters["three_digits"] = lambda value: "–" if _missing(value) else f"{value:.3g}".replace("inf", "∞")
+    environment.filters["three_digits"] = lambda value: "–" if _missing(value) else _unending(three_digits(value))
     return environment
+
+
+def _unending(figure: str) -> str:
+    return figure.replace("inf", "∞")
 
 
 def attack_title(attack: str, p: float | None) -> str:

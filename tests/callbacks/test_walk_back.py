@@ -78,7 +78,7 @@ def test_a_run_ends_at_its_threshold_with_a_part_of_its_update(tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(weights(saved).values(), weights(module).values(), strict=True))
     metrics = json.loads((tmp_path / "walked" / "metrics.json").read_text())
     assert metrics["walked_back"] == {"scale": scale, "keep": keep}
-    assert metrics["stopped_by"] == "probability <= 20 %, walked back to it"
+    assert metrics["stopped_by"] == "probability <= 20 %, walked back"
     assert metrics["after"]["forget_score"] == stop.value
     # More of what the model knew is left than at the same score without it.
     assert score(module, "test") > score(plain, "test")
@@ -95,7 +95,7 @@ def test_what_comes_back_counts_too(tmp_path: Path) -> None:
     assert both.elicited_value <= 20 >= both.value
     assert alone.value is not None
     assert both.value < alone.value
-    assert both.why() == "elicited probability <= 20 %, walked back to it"
+    assert both.why() == "elicited probability <= 20 %, walked back"
 
 
 def test_an_interrupted_run_walks_back_to_the_same_weights(tmp_path: Path) -> None:
