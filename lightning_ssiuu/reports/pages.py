@@ -33,12 +33,12 @@ def _environment() -> Environment:
     environment.filters["words"] = lambda text: clean(str(text)).replace("_", " ")
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\d) %", "\u00a0%", clean(text))
     environment.filters["one_decimal"] = lambda value: "–" if _missing(value) else f"{value:.1f}"
-    environment.filters["three_digits"] = lambda value: "–" if _missing(value) else _unending(three_digits(value))
+    environment.filters["three_digits"] = _three_digits
     return environment
 
 
-def _unending(figure: str) -> str:
-    return figure.replace("inf", "∞")
+def _three_digits(value: Any) -> str:
+    return "–" if _missing(value) else three_digits(value).replace("inf", "∞")
 
 
 def attack_title(attack: str, p: float | None) -> str:
