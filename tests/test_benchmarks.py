@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import runpy
 import sys
@@ -112,6 +113,20 @@ def test_gpu_check_goes_on_where_it_ended(
     assert [lines[0] == done for lines in shown] == [False, True, True, False, False]  # other sizes are another check
     assert [lines[0][:2] == ok for lines in shown] == [True, False, False, True, True]
     assert [lines[1][:2] for lines in shown[1:3]] == [["peer:", "ok"]] * 2  # it had no checkout, and may have one now
+
+
+@pytest.mark.usefixtures("_importable")
+def test_the_composition_of_a_score_by_hand() -> None:
+    from score_composition import composition
+
+    places = torch.tensor([0, 0, 1, 1, 1])
+    oracle = torch.tensor([0.8, 0.05, 0.9, 0.3, 0.02]).double().log()
+    model = torch.tensor([0.4, 0.4, 0.1, 0.1, 0.1]).double().log()
+    form, between, facts, correlation, mean, median, highest, above = composition(model, oracle, places)
+    assert (form, between, facts) == pytest.approx((math.log(0.2), math.log(0.1), math.log(0.2)))
+    assert (mean, median, highest, above) == pytest.approx((25.0, 10.0, 40.0, 1))  # the oracle's: 20 and 17.5 %
+    assert -0.1 < correlation < 0.1
+    assert composition(oracle, oracle, places)[3:] == pytest.approx([1.0, 18.77, 17.54, 20.0, 0.0], abs=0.01)
 
 
 @pytest.mark.usefixtures("_importable")
