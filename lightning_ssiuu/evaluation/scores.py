@@ -16,6 +16,7 @@ from lightning_ssiuu.evaluation.metrics import (
     ClassProbability,
     ExactMemorization,
     ExtractionStrength,
+    HighestProbability,
     LongestCommonRun,
     MemorizedShare,
     NgramEntropy,
@@ -95,6 +96,10 @@ def _probability(eos: bool = True) -> Score:
         return (answer_probability(answers.token_logps, answers.sequence_index, answers.n_sequences),)
 
     return Score(AnswerProbability, measure)
+
+
+def _highest_probability(eos: bool = True) -> Score:
+    return replace(_probability(eos), metric=HighestProbability, default=False)
 
 
 def _rouge_l(
@@ -183,6 +188,7 @@ SCORES: dict[str, Score] = _Scores(
         "first_token": _accuracy("first_token"),
         "all_tokens": _of(_all_tokens),
         "probability": _of(_probability),
+        "highest_probability": _of(_highest_probability),
         "rouge_l": _of(_rouge_l),
         "rouge_l_f1": _rouge_l("f1"),
         "rouge_l_recall_stemmed": _rouge_l(stemmed=True),

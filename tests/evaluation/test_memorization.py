@@ -17,12 +17,16 @@ from lightning_ssiuu.callbacks import ForgetThresholdStopping, RunReport
 from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.metrics import ExactMemorization, ExtractionStrength
 from lightning_ssiuu.evaluation.metrics.base import sequence_means
+from lightning_ssiuu.evaluation.predictions import Predictions
 from lightning_ssiuu.evaluation.scorer import Scorer, evaluate
 from lightning_ssiuu.evaluation.scores import SCORES
 from lightning_ssiuu.models.answers import AnswerModel
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 
-NEW = ["extraction_strength", "exact_memorization", "truth_ratio", "truth_ratio_forget", "truth_ratio_retain"]
+NEW = [
+    *("highest_probability", "extraction_strength", "exact_memorization"),
+    *("truth_ratio", "truth_ratio_forget", "truth_ratio_retain"),
+]
 
 
 def strength_by_loop(correct: list[bool]) -> float:
@@ -105,11 +109,16 @@ def test_named_scores_and_those_taken_by_default() -> None:
     assert {name for name, score in SCORES.items() if not score.default} == set(NEW)
     data.setup("validate")
     loaders = data.val_dataloader()
-    asked = evaluate(model, tokenizer, loaders, NEW)
+    asked, highest = evaluate(model, tokenizer, loaders, NEW), dict[str, float]()
     for scores in asked.values():
         assert list(scores) == NEW
         assert all(0 <= value <= 100 for value in scores.values())
         assert scores["extraction_strength"] <= scores["exact_memorization"]
+    for loader in loaders:
+        for split, part in ((split, part) for batch in loader for split, part in batch.items()):
+            values = SCORES["probability"].values(Predictions(model, tokenizer, part))
+            highest[split] = max(highest.get(split, 0.0), 100 * values.max().item())
+    assert {split: scores["highest_probability"] for split, scores in asked.items()} == pytest.approx(highest)
     default = evaluate(model, tokenizer, loaders)
     assert all(not set(NEW) & set(scores) and "probability" in scores for scores in default.values())
     also = evaluate(model, tokenizer, loaders, None, [NEW[0], "probability"])
@@ -117,15 +126,16 @@ def test_named_scores_and_those_taken_by_default() -> None:
         assert list(scores) == [*default[split], NEW[0]]
 
 
-def test_stopping_by_a_score_that_is_not_taken_by_default(tmp_path: Path) -> None:
+@pytest.mark.parametrize("score", ["exact_memorization", "highest_probability"])
+def test_stopping_by_a_score_that_is_not_taken_by_default(tmp_path: Path, score: str) -> None:
     """The report shows it beside the default ones, as the score the run was about."""
-    stopping = ForgetThresholdStopping("exact_memorization", 60.0)
+    stopping = ForgetThresholdStopping(score, 60.0)
     fit(ssiuu(), [stopping, RunReport(print_table=False)], tmp_path, 6)
     content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert content["score"] == "exact_memorization"
-    assert content["stopped_by"] == "exact_memorization <= 60 %"
+    assert content["score"] == score
+    assert content["stopped_by"] == f"{score} <= 60 %"
     assert content["after"]["forget_score"] == stopping.value <= 60 < content["before"]["forget_score"]
-    assert {"probability", "exact_memorization"} <= set(content["after"]["scores"]["retain"])
+    assert {"probability", score} <= set(content["after"]["scores"]["retain"])
     assert "extraction_strength" not in content["after"]["scores"]["retain"]
 
 

@@ -23,6 +23,7 @@ from lightning_ssiuu.evaluation.metrics import (
     ExactMemorization,
     ExtractionStrength,
     ForgetQuality,
+    HighestProbability,
     MembershipAUC,
     ModelUtility,
     PrivLeak,
@@ -126,6 +127,7 @@ def update(metric: Metric, part: slice) -> None:
 CASES = [
     (AnswerAccuracy, 100 * 8 / 23),
     (AnswerProbability, 100 * 276 / 32 / 23),
+    (HighestProbability, 100 * 23 / 32),
     (RougeL, 100 * (6 + 17 * 2 / 3) / 23),
 ]
 every_metric = pytest.mark.parametrize(("metric_class", "expected"), CASES)
@@ -225,6 +227,13 @@ def test_mistakes() -> None:
         assert "SECRET" not in str(error.value)
 
 
+def test_the_highest_is_no_number_where_one_is_none() -> None:
+    metric = HighestProbability()
+    for values in ([0.5], [float("nan"), 0.25], [0.75]):
+        metric.update(torch.tensor(values))
+    assert metric.compute().isnan()
+
+
 def test_rouge_keeps_no_text() -> None:
     metric = RougeL()
     metric.update(["SECRET"], ["SECRET"])
@@ -255,13 +264,16 @@ def _computed(rank: int, folder: Path) -> list[float]:
     """Every metric's value over the examples of two processes, of which this is one."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     accuracy, probability, rouge, lonely = AnswerAccuracy(), AnswerProbability(), RougeL(), AnswerAccuracy()
+    highest, lonely_highest = HighestProbability(), HighestProbability()
     probability.to(torch.bfloat16)
     for n in range(rank, 23, 2):  # 12 examples on the one, 11 on the other
         accuracy.update(torch.tensor([n % 3 == 0]))
-        probability.update(torch.tensor([(n + 1) / 32], dtype=torch.float64))
+        for metric in (probability, highest):
+            metric.update(torch.tensor([(n + 1) / 32], dtype=torch.float64))
         rouge.update([f"it is {n % 4}"], ["it is 0"])
     if rank == 0:
         lonely.update(torch.tensor([True, False]))
+        lonely_highest.update(torch.tensor([0.125]))
     richer, lonely_auc = richer_metrics(), MembershipAUC()
     for metric in richer:
         update_with_one(metric, 5)
@@ -273,7 +285,8 @@ def _computed(rank: int, folder: Path) -> list[float]:
         lonely_auc.update(torch.tensor([2.0, 1.0, 0.1], dtype=torch.float64), True)
         lonely_auc.update(torch.tensor([0.1, 0.1 + 1e-12], dtype=torch.float64), False)
     for _ in range(2):  # what was joined comes apart again
-        values = [m.compute().item() for m in (accuracy, probability, rouge, lonely, lonely_auc, *richer)]
+        several = (accuracy, probability, highest, rouge, lonely, lonely_highest, lonely_auc, *richer)
+        values = [m.compute().item() for m in several]
         for metric in (lonely_auc, *richer):
             metric._computed = None
     dist.destroy_process_group()
@@ -297,7 +310,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     for metric in alone:
         for n in range(23):
             update_with_one(metric, n)
-    expected = [*(expected for _, expected in CASES), 50.0, 100 * 4.5 / 6, *(m.compute().item() for m in alone)]
+    expected = [*(expected for _, expected in CASES), 50.0, 12.5, 100 * 4.5 / 6, *(m.compute().item() for m in alone)]
     assert all(math.isfinite(value) for value in expected)
     for rank in "01":
         values = json.loads((tmp_path / rank).read_text(encoding="utf-8"))

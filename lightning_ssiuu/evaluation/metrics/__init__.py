@@ -1,6 +1,6 @@
 """Metrics as torchmetrics classes; all but ``ForgetQuality`` (a p-value) return percent."""
 
-from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability
+from lightning_ssiuu.evaluation.metrics.answers import AnswerAccuracy, AnswerProbability, HighestProbability
 from lightning_ssiuu.evaluation.metrics.fluency import ClassProbability, NgramEntropy
 from lightning_ssiuu.evaluation.metrics.membership import MembershipAUC, PrivLeak
 from lightning_ssiuu.evaluation.metrics.memorization import ExactMemorization, ExtractionStrength
@@ -15,6 +15,7 @@ __all__ = [
     "ExactMemorization",
     "ExtractionStrength",
     "ForgetQuality",
+    "HighestProbability",
     "LongestCommonRun",
     "MembershipAUC",
     "MemorizedShare",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.evaluation.metrics.base import Percentage, first_of_each, sequence_means
+from lightning_ssiuu.evaluation.metrics.base import Percentage, WideMetric, first_of_each, sequence_means
 from lightning_ssiuu.models.answers import sequence_sums
 from lightning_ssiuu.utils.errors import check_choice
 
@@ -130,3 +130,36 @@ class AnswerProbability(Percentage):
 
     def values(self, probabilities: Tensor) -> Tensor:
         return probabilities
+
+
+class HighestProbability(WideMetric):
+    """The highest :func:`answer_probability`, in percent, from ``[B]`` in [0, 1]; NaN of none, or if one is NaN.
+
+    A mean can be low while one answer is still known.
+
+    Example:
+        >>> highest = HighestProbability()
+        >>> highest.update(torch.tensor([0.5, 0.25]))
+        >>> highest.update(torch.tensor([0.75]))
+        >>> highest.compute()
+        tensor(75., dtype=torch.float64)
+    """
+
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 100.0
+
+    highest: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Of a rank without answers: below all, so that the ranks' maximum is the others'
+        self.add_state("highest", torch.tensor(-1.0, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor) -> None:
+        self.highest = torch.cat([self.highest[None], probabilities.detach().to(self.highest)]).amax()  # keeps a NaN
+        self.count = self.count + probabilities.numel()
+
+    def compute(self) -> Tensor:
+        return 100 * self.highest if self.count else torch.full_like(self.highest, torch.nan)
