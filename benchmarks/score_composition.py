@@ -22,6 +22,7 @@ from timing import markdown
 from torch import Tensor
 
 from lightning_ssiuu.datamodules.base import UnlearningDataModule
+from lightning_ssiuu.evaluation.metrics.answers import answer_probability
 from lightning_ssiuu.evaluation.results import read_config
 from lightning_ssiuu.evaluation.runs import run_data
 from lightning_ssiuu.models.answers import AnswerModel
@@ -58,15 +59,10 @@ def composition(logps: Tensor, oracle: Tensor, places: Tensor) -> list[float]:
     """The table's columns of one model: ``[N]`` log-probabilities in nats, the oracle's, and each token's answer."""
     known = oracle.exp()
     form, facts = known > FORM, known < FACT
-
-    def answers(values: Tensor) -> Tensor:
-        sums = torch.zeros(int(places.max()) + 1, dtype=values.dtype).index_add(0, places, values)
-        return 100 * (sums / places.bincount()).exp()
-
-    own = answers(logps)
+    own, wanted = (100 * answer_probability(each, places, int(places.max()) + 1) for each in (logps, oracle))
     means = [logps[chosen].mean().item() for chosen in (form, ~form & ~facts, facts)]
     correlation = torch.corrcoef(torch.stack([logps.exp(), known]))[0, 1].item()
-    above = float((own > answers(oracle).max()).sum())
+    above = float((own > wanted.max()).sum())
     return [*means, correlation, own.mean().item(), own.median().item(), own.max().item(), above]
 
 

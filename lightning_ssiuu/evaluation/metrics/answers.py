@@ -149,17 +149,14 @@ class HighestProbability(WideMetric):
     plot_upper_bound: float | None = 100.0
 
     highest: Tensor
-    count: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Of a rank without answers: below all, so that the ranks' maximum is the others'
+        # Of no answers: below all, so that a rank without any leaves the others' maximum
         self.add_state("highest", torch.tensor(-1.0, dtype=torch.float64), dist_reduce_fx="max")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor) -> None:
         self.highest = torch.cat([self.highest[None], probabilities.detach().to(self.highest)]).amax()  # keeps a NaN
-        self.count = self.count + probabilities.numel()
 
     def compute(self) -> Tensor:
-        return 100 * self.highest if self.count else torch.full_like(self.highest, torch.nan)
+        return torch.where(self.highest >= 0, 100 * self.highest, torch.nan)
