@@ -87,6 +87,7 @@ _EXPORTS = {
     "Sampling": "attacks",
     "SatImp": "objectives.satimp",
     "SavePretrained": "callbacks",
+    "SelectiveUnlearning": "objectives.selective_unlearning",
     "SimNPO": "objectives.simnpo",
     "SoftPrompt": "attacks",
     "SSIUU": "objectives.ssiuu",
@@ -194,6 +195,7 @@ if TYPE_CHECKING:  # type checkers see every name and its type, and a name that 
     from lightning_ssiuu.objectives.rmu import RMU as RMU
     from lightning_ssiuu.objectives.sam import SAM as SAM
     from lightning_ssiuu.objectives.satimp import SatImp as SatImp
+    from lightning_ssiuu.objectives.selective_unlearning import SelectiveUnlearning as SelectiveUnlearning
     from lightning_ssiuu.objectives.simnpo import SimNPO as SimNPO
     from lightning_ssiuu.objectives.ssiuu import SSIUU as SSIUU
     from lightning_ssiuu.objectives.task_vector import TaskVector as TaskVector

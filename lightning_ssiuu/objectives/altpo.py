@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightning_ssiuu.datamodules.pairs import asked
 from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.objectives.backbone import Parts
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.dpo import dpo
 from lightning_ssiuu.objectives.rejection import with_answers
@@ -46,17 +48,14 @@ class AltPO(UnlearningModule):
         0.5
     """
 
-    can_be_backbone = False  # it looks at the data
-
     def __init__(self, beta: float = 0.1, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_number("beta", beta, positive=True)
         self.beta, self.seed = beta, seed
         self.alternates: dict[int, list[int]] = {}  # token ids by example id
 
-    def on_train_start(self) -> None:
-        self.alternates = self._chosen()  # the same in a resumed run: from the data alone
-        super().on_train_start()
+    def begin(self, parts: Parts) -> None:
+        self.alternates = self._chosen(parts)  # the same in a resumed run: from the data alone
 
     def references(self) -> dict[str, Observation]:
         of_alternates = {f"forget/{self._name}": self._alternate_logps}
@@ -81,11 +80,11 @@ class AltPO(UnlearningModule):
     def _alternate_logps(self, model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
         return reference_logps(model, self.alternated(part))
 
-    def _chosen(self) -> dict[int, list[int]]:
+    def _chosen(self, parts: Parts) -> dict[int, list[int]]:
         context = getattr(self.model.hf.config, "max_position_embeddings", None)
-        retained = [one for one in self._examples("retain") if one.answer]
+        retained = [one for one in _examples(parts("retain")) if one.answer]
         chosen = {}
-        for one in self._examples("forget"):
+        for one in _examples(parts("forget")):
             room = float("inf") if context is None else context - len(one.prompt)
             others = [other for other in retained if other.answer != one.answer and len(other.answer) <= room]
             if not others:
@@ -93,13 +92,14 @@ class AltPO(UnlearningModule):
             chosen[one.id] = max(others, key=partial(self._likeness, one)).answer
         return chosen
 
-    def _examples(self, name: str) -> list[_Example]:
-        return [
-            _Example(example, prompt, answer, frozenset(prompt))
-            for part in self.training_parts(name)
-            for (prompt, answer), example in zip(asked(part), part["example_id"].tolist(), strict=True)
-        ]
-
     def _likeness(self, one: _Example, other: _Example) -> tuple[float, bytes]:
         tie = hashlib.sha256(f"{self.seed} {one.id} {other.id}".encode()).digest()
         return len(one.tokens & other.tokens) / len(one.tokens | other.tokens), tie
+
+
+def _examples(parts: Iterable[Part]) -> list[_Example]:
+    return [
+        _Example(example, prompt, answer, frozenset(prompt))
+        for part in parts
+        for (prompt, answer), example in zip(asked(part), part["example_id"].tolist(), strict=True)
+    ]

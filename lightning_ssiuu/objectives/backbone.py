@@ -1,14 +1,33 @@
-"""Which objectives can lend their losses to another one."""
+"""Which objectives can lend their losses to another one, and the training examples that losses are prepared on."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_ssiuu.models.answers import Reduction
+import torch
+
+from lightning_ssiuu.datamodules.encoding import EncodedDataset
+from lightning_ssiuu.models.answers import Part, Reduction
 from lightning_ssiuu.utils.errors import UserError, check_choice
 
+#: All training examples of ``"forget"`` or ``"retain"``, in their order, each time it is called.
+Parts = Callable[[str], Iterator[Part]]
+
 _LENT = ("forget_weight", "retain_weight", "retain", "reference", "reduction")
+
+
+def parts_in_order(loader: Any, name: str, batch_size: int, device: torch.device, asked_by: str) -> Iterator[Part]:
+    """All training examples of a part in their order, in batches on a device.
+
+    Raises:
+        UserError: If the loader is not one of an UnlearningDataModule; ``asked_by`` is what needs one.
+    """
+    if not isinstance(getattr(loader, "dataset", None), EncodedDataset):
+        raise UserError("data", type(loader).__name__, f"an UnlearningDataModule, for {asked_by}")
+    for part in loader.dataset.in_order(name, batch_size, loader.collate_fn):
+        yield {field: value.to(device) for field, value in part.items()}
 
 
 def take_options(objective: Any, backbone: Any, base: type) -> None:

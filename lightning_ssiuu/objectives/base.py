@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.evaluation.scorer import Scorer
 from lightning_ssiuu.evaluation.scores import check_score
 from lightning_ssiuu.models.answers import AnswerModel, Answers, Part, Reduction
@@ -22,7 +21,7 @@ from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.compiling import compile_backend
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.models.source import Bits, ModelSource, Width
-from lightning_ssiuu.objectives.backbone import check_reduction, take_options
+from lightning_ssiuu.objectives.backbone import Parts, check_reduction, parts_in_order, take_options
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.objectives.step_memory import StepMemory, together
@@ -147,14 +146,12 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             *(checkpoint, model, tokenizer, in_place, revision, attn_implementation, dtype),
             *(lora, quantization, self.architecture),
         )
-        self.torch_compile = compile_backend(torch_compile)
-        self.checkpoint = self.source.checkpoint
-        self.lora, self.quantization = lora, quantization
+        self.checkpoint, self.torch_compile = self.source.checkpoint, compile_backend(torch_compile)
+        self.lora, self.quantization, self.gradient_checkpointing = lora, quantization, gradient_checkpointing
         self.strict_loading = lora is None  # a checkpoint then holds the adapters alone
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
         self.lr_scheduler = find_schedule(lr_scheduler, warmup_steps)
-        self.forget_weight, self.retain_weight = forget_weight, retain_weight
-        self.regularizer, self.gradient_checkpointing = regularizer, gradient_checkpointing
+        self.forget_weight, self.retain_weight, self.regularizer = forget_weight, retain_weight, regularizer
         self.retain, self.reference, self.reduction, self.scores = retain, reference, reduction, scores
         check_reduction(self)
         for name in scores or ():
@@ -183,6 +180,10 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             return kl_divergence(answers, self.original("retain/logits", batch), self.reduction)
         return answer_nll(answers, self.reduction)
 
+    def kept_loss(self, batch: Part) -> dict[str, Tensor]:
+        """Weighed losses by name, of what is to stay of the forget part; at the weights as they are (scalars, nats)."""
+        return self._backbone[0].kept_loss(batch) if self._backbone else {}
+
     def unwritten(self) -> str | None:
         """Name of the method that a subclass still has to write; None for a complete objective."""
         own = type(self).forget_loss is not UnlearningModule.forget_loss
@@ -194,6 +195,11 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             return self._backbone[0].references()
         return {"retain/logits": reference_logits} if self.retain == "kl" and self.retain_weight > 0 else {}
 
+    def begin(self, parts: Parts) -> None:
+        """What is taken from ``parts(name)`` when training starts, or is resumed; by default what a backbone takes."""
+        for backbone in self._backbone:
+            backbone.begin(parts)
+
     def prepare(self) -> None:
         """What comes before the first step of a new run, once the original model was looked at; nothing by default."""
 
@@ -204,10 +210,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         return self._step_memory.recall(batch, self, self.model)
 
     def original(self, name: str, batch: Part) -> Tensor:
-        """What the original model says about a part, under its name in :meth:`references`; without gradients.
-
-        ``[N, ...]``, row by row as the observation gave it.
-        """
+        """What the original said of a part, by its name in :meth:`references`: ``[N, ...]``, without gradients."""
         if self._reference is None:
             raise RuntimeError("the original model is looked at when training starts; call this in a training step")
         return self._reference(name, batch)
@@ -218,11 +221,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         Raises:
             UserError: If the training loader is not one of :class:`~lightning_ssiuu.UnlearningDataModule`.
         """
-        loader: Any = self.trainer.train_dataloader
-        if not isinstance(getattr(loader, "dataset", None), EncodedDataset):
-            raise UserError("data", type(loader).__name__, f"an UnlearningDataModule, for {type(self).__name__}")
-        for part in loader.dataset.in_order(name, batch_size, loader.collate_fn):
-            yield {field: value.to(self.device) for field, value in part.items()}
+        return parts_in_order(self.trainer.train_dataloader, name, batch_size, self.device, type(self).__name__)
 
     @property
     def backbone(self) -> UnlearningModule | None:
@@ -291,6 +290,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def on_train_start(self) -> None:
+        with self.trainer.precision_plugin.forward_context():
+            self.begin(self.training_parts)
         if observations := self.references():
             self._reference = find_reference(self, observations, self._random_states is not None)
             for backbone in self._backbone:
@@ -317,18 +318,19 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         if self.regularizer is not None and "forget" in batch:
             self.regularizer.before_forward(self.model, batch["forget"])
         with self._step_memory(together(self, batch, UnlearningModule.retain_loss)):
-            losses: dict[str, Tensor] = {}
+            losses, kept = dict[str, Tensor](), dict[str, Tensor]()
             if "forget" in batch and self.forget_weight > 0:
-                losses["forget_loss"] = self.forget_loss(batch["forget"])
+                losses["forget_loss"], kept = self.forget_loss(batch["forget"]), self.kept_loss(batch["forget"])
             if "retain" in batch and self.retain_weight > 0:
                 losses["retain_loss"] = self.retain_loss(batch["retain"])
             if not losses:
                 raise UserError("batch", sorted(batch), "a part with a weight above 0: forget or retain")
             loss = sum(getattr(self, name.replace("loss", "weight")) * value for name, value in losses.items())
+            loss = sum(kept.values(), loss)
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
                 self.regularizer.before_backward(self.model, loss)
-        self.log_training(finite_losses(mean_over_ranks(losses), self.global_step))
+        self.log_training(finite_losses(mean_over_ranks(losses | kept), self.global_step))
         return loss
 
     def log_training(self, figures: Mapping[str, float | Tensor]) -> None:
@@ -367,8 +369,7 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         checkpoint["random_states"] = random_states(self.device)
         if self.lora is not None and not is_sharded(self):
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
-        checkpoint["reference"] = self.reference_key
-        checkpoint |= self.to_be_restored()
+        checkpoint |= {"reference": self.reference_key} | self.to_be_restored()
         for key, owner in self.stateful().items():
             put_state(checkpoint, key, owner.state())
 

@@ -92,12 +92,14 @@ class DisplacedObjective(UnlearningModule):
         with self._step_memory:
             if self.regularizer is not None:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
+            kept = self.kept_loss(batch["forget"])
+            loss = sum(kept.values())
             if "retain" in batch and self.retain_weight > 0:
                 losses["retain_loss"] = self.retain_loss(batch["retain"])
-                loss = self.retain_weight * losses["retain_loss"]
-            else:  # Lightning needs a loss of this graph all the same
+                loss = loss + self.retain_weight * losses["retain_loss"]
+            elif not kept:  # Lightning needs a loss of this graph all the same
                 loss = 0.0 * self.answers(batch["forget"]).logits.sum()
-        self.log_training(finite_losses(mean_over_ranks(losses), self.global_step))
+        self.log_training(finite_losses(mean_over_ranks(losses | kept), self.global_step))
         return loss + self.forget_weight * losses["forget_loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from lightning_ssiuu.datamodules.pairs import asked, batch_of, derangement
 from lightning_ssiuu.models.answers import Answers, Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
-from lightning_ssiuu.objectives.divergence import finite_losses
 from lightning_ssiuu.objectives.floor import Floor, Floored, above_floor
 from lightning_ssiuu.objectives.losses import answer_nll
 from lightning_ssiuu.training.optimizers import fused_where_possible
 from lightning_ssiuu.training.perturbation import answered_rows, displaced, gradient_at, move, rows_of, share_of_mean
 from lightning_ssiuu.training.shards import local_state, trained_parameters, wide
-from lightning_ssiuu.utils.distributed import gathered, mean_over_ranks
+from lightning_ssiuu.utils.distributed import gathered
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_number
 
 Named = dict[str, Tensor]
@@ -102,16 +101,15 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         self._n_learned = 0
         self._learning: list[Tensor] | None = None  # the adversary's gradients over this step's micro-batches
 
-    def training_step(self, batch: Mapping[str, Part], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        if self.mismatched_weight == 0 or "forget" not in batch or self.forget_weight == 0:
-            return loss
-        pairs = self.mismatched(batch["forget"])
+    def kept_loss(self, batch: Part) -> dict[str, Tensor]:
+        losses = super().kept_loss(batch)
+        if self.mismatched_weight == 0:
+            return losses
+        pairs = self.mismatched(batch)
         # A rank without two rows to exchange answers takes part all the same, with one that counts nothing.
-        part = pairs or rows_of(batch["forget"], torch.arange(1))
+        part = pairs or rows_of(batch, torch.arange(1))
         held = (pairs is not None) * self._shortfall(self(part))
-        self.log_training(finite_losses(mean_over_ranks({"mismatched_loss": held}), self.global_step))
-        return loss + self.mismatched_weight * held
+        return losses | {"mismatched_loss": self.mismatched_weight * held}
 
     def mismatched(self, batch: Part) -> Part | None:
         """The questions of this rank's rows that are forgotten, each with another's answer; None for less than two."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.pairs import asked, batch_of
 from lightning_ssiuu.datamodules.tokenization import JointTokenizer, Piece, is_end
 from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.backbone import Parts
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import UserError
 
@@ -91,10 +92,9 @@ class RejectingModule(UnlearningModule):
         """Of these rejections as a reference, so that values kept for other ones are not taken for theirs."""
         return f"rejections-{hashlib.sha256(repr(self.rejections).encode()).hexdigest()[:12]}"
 
-    def on_train_start(self) -> None:
-        for part in self.training_parts("forget"):
+    def begin(self, parts: Parts) -> None:
+        for part in parts("forget"):
             self.rejected(part)  # all fit behind their questions
-        super().on_train_start()
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

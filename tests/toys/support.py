@@ -34,7 +34,6 @@ REFUSES: dict[str, set[str]] = {
     "backbone": {
         *(
             "AdversarialUnlearning",
-            "AltPO",
             "CIR",
             "ElicitedUnlearning",
             "FDCU",
@@ -110,6 +109,9 @@ BAD_OPTIONS: list[tuple[str, str, list[Any]]] = [
     ("SAM", "rho", [-0.1, NAN]),
     ("SatImp", "beta1", [-0.5, NAN]),
     ("SatImp", "beta2", [-1.0, INF]),
+    ("SelectiveUnlearning", "shots", [-1]),
+    ("SelectiveUnlearning", "margin", [-1.0, NAN]),
+    ("SelectiveUnlearning", "held_weight", [-1.0, INF]),
     ("SimNPO", "beta", [0.0, -1.0, NAN, INF]),
     ("SimNPO", "delta", [-1.0]),
     ("TaskVector", "alpha", [0.0, -1.0, INF]),
@@ -128,6 +130,7 @@ ANY_VALUE = {
     "KLUE": {"only_unforgotten", "seed"},
     "RepSelect": {"seed"},
     "RMU": {"layer", "seed"},
+    "SelectiveUnlearning": {"seed", "unaware"},
     "UNDO": {"seed"},
 }
 
