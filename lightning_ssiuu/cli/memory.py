@@ -46,7 +46,7 @@ from lightning_ssiuu.models.meta import blueprint, give_memory, is_packed
 from lightning_ssiuu.objectives import UnlearningModule
 from lightning_ssiuu.training.fsdp import FLOATS_ONLY, shard
 from lightning_ssiuu.training.reference import LiveReference
-from lightning_ssiuu.utils.errors import UserError
+from lightning_ssiuu.utils.errors import UserError, naming
 from lightning_ssiuu.utils.simulation import Simulation
 from lightning_ssiuu.utils.terminal import text_console
 
@@ -194,6 +194,12 @@ class _Run:
     def _refer(self, batch: Mapping[str, Any]) -> None:
         # Give the losses an original model to compare with: live, or tensors in place of values read from the disk.
         module = self.module
+        each: Any
+        for each in (module, *module._backbone):
+            if unaware := getattr(each, "unaware", None):
+                with self.simulation.phase("unaware model"), naming("unaware"), torch.no_grad():
+                    give_memory(other := AnswerModel(blueprint(unaware, each.unaware_dtype, None)), self.device)
+                    other(*(batch["forget"][name] for name in ("input_ids", "attention_mask", "labels")))
         if not (observations := module.references()):
             return
         second = module.lora is None and module.reference == "second_model"

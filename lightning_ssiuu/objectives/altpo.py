@@ -48,6 +48,8 @@ class AltPO(UnlearningModule):
         0.5
     """
 
+    reads_part_alone = False
+
     def __init__(self, beta: float = 0.1, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_number("beta", beta, positive=True)
@@ -62,9 +64,11 @@ class AltPO(UnlearningModule):
         return super().references() | {"forget/logps": reference_logps} | of_alternates
 
     def alternated(self, batch: Part) -> Part:
-        """The questions of a part with their alternates for answers, ``[B, L']``."""
+        """The questions of a part with their alternates for answers, ``[B, L']``; before training with their own."""
         pairs = zip(asked(batch), batch["example_id"].tolist(), strict=True)
-        given = [(prompt, self.alternates[example] if answer else []) for (prompt, answer), example in pairs]
+        given = [
+            (prompt, self.alternates.get(example, answer) if answer else []) for (prompt, answer), example in pairs
+        ]
         return with_answers(batch, given, self.tokenizer)
 
     def forget_loss(self, batch: Part) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_ssiuu.datamodules.encoding import EncodedDataset
 from lightning_ssiuu.models.answers import Part, Reduction
@@ -14,6 +15,8 @@ from lightning_ssiuu.utils.errors import UserError, check_choice
 
 #: All training examples of ``"forget"`` or ``"retain"``, in their order, each time it is called.
 Parts = Callable[[str], Iterator[Part]]
+#: Weights and losses, by name.
+Kept = dict[str, tuple[float, Tensor]]
 
 _LENT = ("forget_weight", "retain_weight", "retain", "reference", "reduction")
 
@@ -28,6 +31,19 @@ def parts_in_order(loader: Any, name: str, batch_size: int, device: torch.device
         raise UserError("data", type(loader).__name__, f"an UnlearningDataModule, for {asked_by}")
     for part in loader.dataset.in_order(name, batch_size, loader.collate_fn):
         yield {field: value.to(device) for field, value in part.items()}
+
+
+def values_of(kept: Kept) -> dict[str, Tensor]:
+    """The losses without their weights."""
+    return {name: value for name, (_, value) in kept.items()}
+
+
+def check_reads_part_alone(objective: Any) -> None:
+    """Raise a UserError if the backbone's forget loss reads other texts than a part's: an objective sees that one's."""
+    backbone = objective.backbone
+    if not backbone.reads_part_alone:
+        allowed = f"an objective whose loss is of the forget answers alone, for {type(objective).__name__}"
+        raise UserError("backbone", type(backbone).__name__, allowed)
 
 
 def take_options(objective: Any, backbone: Any, base: type) -> None:

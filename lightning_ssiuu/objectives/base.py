@@ -21,7 +21,7 @@ from lightning_ssiuu.models.checks import diverging
 from lightning_ssiuu.models.compiling import compile_backend
 from lightning_ssiuu.models.lora import LoRA, adapters_kept_wide, check_adapter_state, without_frozen
 from lightning_ssiuu.models.source import Bits, ModelSource, Width
-from lightning_ssiuu.objectives.backbone import Parts, check_reduction, parts_in_order, take_options
+from lightning_ssiuu.objectives.backbone import Kept, Parts, check_reduction, parts_in_order, take_options, values_of
 from lightning_ssiuu.objectives.divergence import check_gradients, check_trained, finite_losses
 from lightning_ssiuu.objectives.losses import answer_nll, kl_divergence
 from lightning_ssiuu.objectives.step_memory import StepMemory, together
@@ -106,8 +106,8 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
 
     model: AnswerModel
     tokenizer: PreTrainedTokenizerBase
-    #: Whether it can be a backbone; False where it is more than its losses.
-    can_be_backbone = True
+    can_be_backbone = True  #: False where it is more than its losses.
+    reads_part_alone = True  #: False where its forget loss is of other texts than the part's, too.
     takes_token_means = True  #: Whether ``reduction`` can be ``"token"``.
 
     def __init__(
@@ -180,9 +180,9 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
             return kl_divergence(answers, self.original("retain/logits", batch), self.reduction)
         return answer_nll(answers, self.reduction)
 
-    def kept_loss(self, batch: Part) -> dict[str, Tensor]:
-        """Weighed losses by name, of what is to stay of the forget part; at the weights as they are (scalars, nats)."""
-        return self._backbone[0].kept_loss(batch) if self._backbone else {}
+    def kept_losses(self, batch: Part) -> Kept:
+        """Weight and loss by name of what is to stay of a forget part, at the weights as they are (scalars, nats)."""
+        return self._backbone[0].kept_losses(batch) if self._backbone else {}
 
     def unwritten(self) -> str | None:
         """Name of the method that a subclass still has to write; None for a complete objective."""
@@ -318,19 +318,19 @@ class UnlearningModule(Stateful, Restorable, L.LightningModule):  # type: ignore
         if self.regularizer is not None and "forget" in batch:
             self.regularizer.before_forward(self.model, batch["forget"])
         with self._step_memory(together(self, batch, UnlearningModule.retain_loss)):
-            losses, kept = dict[str, Tensor](), dict[str, Tensor]()
+            losses, kept = dict[str, Tensor](), Kept()
             if "forget" in batch and self.forget_weight > 0:
-                losses["forget_loss"], kept = self.forget_loss(batch["forget"]), self.kept_loss(batch["forget"])
+                losses["forget_loss"], kept = self.forget_loss(batch["forget"]), self.kept_losses(batch["forget"])
             if "retain" in batch and self.retain_weight > 0:
                 losses["retain_loss"] = self.retain_loss(batch["retain"])
             if not losses:
                 raise UserError("batch", sorted(batch), "a part with a weight above 0: forget or retain")
             loss = sum(getattr(self, name.replace("loss", "weight")) * value for name, value in losses.items())
-            loss = sum(kept.values(), loss)
+            loss = sum((weight * value for weight, value in kept.values()), loss)
             if self.regularizer is not None and "forget" in batch:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
                 self.regularizer.before_backward(self.model, loss)
-        self.log_training(finite_losses(mean_over_ranks(losses | kept), self.global_step))
+        self.log_training(finite_losses(mean_over_ranks(losses | values_of(kept)), self.global_step))
         return loss
 
     def log_training(self, figures: Mapping[str, float | Tensor]) -> None:

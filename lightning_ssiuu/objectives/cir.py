@@ -16,6 +16,7 @@ from lightning_ssiuu.evaluation.scorer import untouched
 from lightning_ssiuu.models.answers import AnswerModel, Part, input_positions
 from lightning_ssiuu.models.architectures import feed_forward_sites, neuron_sites
 from lightning_ssiuu.models.packing import apart
+from lightning_ssiuu.objectives.backbone import check_reads_part_alone
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.shards import train_only, wide
@@ -95,7 +96,8 @@ class CIR(CollapsedObjective):
     was projected out back. Tokens that start a sequence count like others.
 
     Args:
-        backbone: Any objective whose losses and weights are used; None takes gradient difference.
+        backbone: An objective whose losses and weights are used, and whose forget loss is of the forget answers alone;
+            None takes gradient difference.
         input_components: Principal components of the inputs to project out, ≥ 0 and at most a quarter of the width
             (more would leave small models no gradient); 0 leaves the inputs, mean included, as they are.
         gradient_components: The same of the output gradients.
@@ -122,6 +124,7 @@ class CIR(CollapsedObjective):
     ) -> None:
         super().__init__(input_components, gradient_components, attention, every_n_epochs, **kwargs)
         self.use_backbone(backbone or gradient_difference_like(self))
+        check_reads_part_alone(self)
 
     def loss_to_collapse(self, batch: Part) -> Tensor:
         return UnlearningModule.forget_loss(self, batch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Part
+from lightning_ssiuu.objectives.backbone import values_of
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.divergence import finite_losses
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
@@ -92,14 +93,14 @@ class DisplacedObjective(UnlearningModule):
         with self._step_memory:
             if self.regularizer is not None:
                 self.regularizer.collect(self.model, self.answers(batch["forget"]), batch["forget"])
-            kept = self.kept_loss(batch["forget"])
-            loss = sum(kept.values())
+            kept = self.kept_losses(batch["forget"])
+            loss = sum(weight * value for weight, value in kept.values())
             if "retain" in batch and self.retain_weight > 0:
                 losses["retain_loss"] = self.retain_loss(batch["retain"])
                 loss = loss + self.retain_weight * losses["retain_loss"]
             elif not kept:  # Lightning needs a loss of this graph all the same
                 loss = 0.0 * self.answers(batch["forget"]).logits.sum()
-        self.log_training(finite_losses(mean_over_ranks(losses | kept), self.global_step))
+        self.log_training(finite_losses(mean_over_ranks(losses | values_of(kept)), self.global_step))
         return loss + self.forget_weight * losses["forget_loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.datamodules.pairs import asked, batch_of, derangement
 from lightning_ssiuu.models.answers import Answers, Part
+from lightning_ssiuu.objectives.backbone import Kept
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.floor import Floor, Floored, above_floor
@@ -101,15 +102,15 @@ class ElicitedUnlearning(DisplacedObjective, Floored):  # type: ignore[misc]
         self._n_learned = 0
         self._learning: list[Tensor] | None = None  # the adversary's gradients over this step's micro-batches
 
-    def kept_loss(self, batch: Part) -> dict[str, Tensor]:
-        losses = super().kept_loss(batch)
+    def kept_losses(self, batch: Part) -> Kept:
+        losses = super().kept_losses(batch)
         if self.mismatched_weight == 0:
             return losses
         pairs = self.mismatched(batch)
         # A rank without two rows to exchange answers takes part all the same, with one that counts nothing.
         part = pairs or rows_of(batch, torch.arange(1))
         held = (pairs is not None) * self._shortfall(self(part))
-        return losses | {"mismatched_loss": self.mismatched_weight * held}
+        return losses | {"mismatched_loss": (self.mismatched_weight, held)}
 
     def mismatched(self, batch: Part) -> Part | None:
         """The questions of this rank's rows that are forgotten, each with another's answer; None for less than two."""

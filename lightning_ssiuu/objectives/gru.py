@@ -25,7 +25,8 @@ class GRU(DisplacedObjective):
     by one, as Adam does (and as the paper uses), keeps that only in part.
 
     Deviation: the default backbone is gradient difference; ``forget_weight`` and ``retain_weight`` scale g and m, and
-    only g's matters. A step costs what gradient difference does; memory, two more copies of the trained weights.
+    only g's matters. What a backbone holds of the forget part is in m, and does not train either. A step costs what
+    gradient difference does; memory, two more copies of the trained weights.
 
     Args:
         backbone: Any objective whose losses and weights are used; None takes gradient difference.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.architectures import transformer_blocks
+from lightning_ssiuu.objectives.backbone import check_reads_part_alone
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.objectives.losses import answer_nll
@@ -34,7 +35,8 @@ class LAT(UnlearningModule):
     costs ``steps + 1`` forward and backward passes over the forget part, the adversary's without weight gradients.
 
     Args:
-        backbone: Any objective whose losses and weights are used; None takes gradient difference.
+        backbone: An objective whose losses and weights are used, and whose forget loss is of the forget answers alone;
+            None takes gradient difference.
         epsilon: ε ≥ 0, the largest length of δ in lengths of h; 0 is the backbone.
         steps: The adversary's steps, ≥ 0; 0 is the backbone.
         step_size: Their size in parts of the largest length, ≥ 0.
@@ -68,6 +70,7 @@ class LAT(UnlearningModule):
         if self.gradient_checkpointing:
             raise UserError("gradient_checkpointing", True, "false: layers are recomputed without the adversary")
         self.use_backbone(backbone or gradient_difference_like(self))
+        check_reads_part_alone(self)
         self.epsilon, self.steps, self.step_size, self.layers = epsilon, steps, step_size, layers
 
     @property

@@ -31,9 +31,9 @@ class MUDMAN(DisplacedObjective):
     Sondej et al., arXiv 2506.12484. The adversary starts from the model, relearns the forget batches by gradient
     descent, ``θ′ ← θ′ − adversary_lr · ∇NLL(θ′)``, beside the training, and starts anew every ``fork_every_n_steps``;
     the forget gradient g is taken at θ′ before its step and normalised over all weights before the mask. m is the
-    running mean of the retain gradient (momentum β): where g would move a weight against it, the weight stays. With
-    SGD of learning rate η the paper's unlearning rate is ``η · forget_weight``, its retaining rate
-    ``η · retain_weight``; it has 0.1 and 0.001.
+    running mean of the retain gradient (momentum β), with what a backbone holds of the forget part: where g would move
+    a weight against it, the weight stays. With SGD of learning rate η the paper's unlearning rate is
+    ``η · forget_weight``, its retaining rate ``η · retain_weight``; it has 0.1 and 0.001.
 
     Deviations: the retain and the unlearning update are one optimiser step (the paper's retain update comes first); all
     trained weights are changed (the paper's choice is ``gate_proj``); micro-batches of a step share one adversary. With

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.pairs import asked, batch_of
 from lightning_ssiuu.datamodules.tokenization import JointTokenizer, Piece, is_end
 from lightning_ssiuu.models.answers import Part
-from lightning_ssiuu.objectives.backbone import Parts
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.utils.errors import UserError
 
@@ -75,6 +74,8 @@ def with_answers(
 class RejectingModule(UnlearningModule):
     """An objective that teaches the model to decline; see :class:`~lightning_ssiuu.IDK` for ``rejections``."""
 
+    reads_part_alone = False
+
     def __init__(self, rejections: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if rejections is not None and (not rejections or not all(text.strip() for text in rejections)):
@@ -92,9 +93,10 @@ class RejectingModule(UnlearningModule):
         """Of these rejections as a reference, so that values kept for other ones are not taken for theirs."""
         return f"rejections-{hashlib.sha256(repr(self.rejections).encode()).hexdigest()[:12]}"
 
-    def begin(self, parts: Parts) -> None:
-        for part in parts("forget"):
+    def on_train_start(self) -> None:
+        for part in self.training_parts("forget"):
             self.rejected(part)  # all fit behind their questions
+        super().on_train_start()
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ssiuu.datamodules.pairs import IGNORE
 from lightning_ssiuu.models.answers import Answers, Part, Reduction, mean_over_answers
-from lightning_ssiuu.objectives.backbone import Parts
+from lightning_ssiuu.models.quantization import is_quantized
+from lightning_ssiuu.models.source import ModelSource
+from lightning_ssiuu.objectives.backbone import Kept, Parts
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.unaware import by_counting, by_model
 from lightning_ssiuu.utils.errors import check_at_least, check_number
@@ -41,17 +44,18 @@ class SelectiveUnlearning(UnlearningModule):
 
     Args:
         unaware: Checkpoint of a model that does not know the forget set, with the same tokenizer: the one before
-            fine-tuning, or a smaller one. It is read once, before the first step. None counts words instead: what
-            follows which in the retain set's answers, and what is repeated from the question.
+            fine-tuning, or a smaller one. It is read once, before the first step, on every rank. None counts instead
+            which token follows which in the retain set's answers, and what is repeated from the question.
         shots: Retain items before each question that the unaware model is asked, ≥ 0: without them it does not know
-            what form the answers have.
+            what form the answers have. They are of the first 10,000, and so are those that are counted.
         margin: Nats below the unaware model's log-probability to which a token is pushed, ≥ 0.
-        held_weight: Weight of what holds up the tokens that the unaware model finds probable, ≥ 0.
+        held_weight: Weight, times ``forget_weight``, of what holds up the tokens that the unaware model finds probable,
+            ≥ 0.
         seed: Which retain items stand before a question.
 
     Raises:
         UserError: If an option is outside its range; when training starts, if the unaware model cannot be loaded, has
-            another tokenizer, or is to be shown retain items and there are none.
+            other tokens or too few positions, or if there are no retain items to show or to count.
 
     Example:
         >>> SelectiveUnlearning(margin=2.0, retain_weight=4.0).shots
@@ -78,19 +82,33 @@ class SelectiveUnlearning(UnlearningModule):
         if self.unaware is None:
             self._levels = by_counting(parts)
         else:
-            self._levels = by_model(self.unaware, self.tokenizer, self.model.hf.dtype, parts, self.shots, self.seed)
+            weights = next(self.model.parameters())
+            options = self.unaware_dtype, weights.device, parts, self.shots, self.seed
+            self._levels = by_model(self.unaware, self.tokenizer, *options)
+
+    @property
+    def unaware_dtype(self) -> torch.dtype:
+        """Type of the unaware model's weights: as those that are trained, or beside quantised ones its file's."""
+        if self.unaware is not None and is_quantized(self.model):
+            return ModelSource(self.unaware, dtype="auto").torch_dtype()
+        return self.model.hf.dtype
 
     def forget_loss(self, batch: Part) -> Tensor:
         answers = self.answers(batch)
         return above_unaware(answers, self.unaware_logps(batch, answers), self.margin, self.reduction)
 
-    def kept_loss(self, batch: Part) -> dict[str, Tensor]:
+    def kept_losses(self, batch: Part) -> Kept:
         if self.held_weight == 0:
             return {}
         answers = self.answers(batch)
-        return {"held_loss": self.held_weight * held(answers, self.unaware_logps(batch, answers), self.reduction)}
+        loss = held(answers, self.unaware_logps(batch, answers), self.reduction)
+        return {"held_loss": (self.forget_weight * self.held_weight, loss)}
 
     def unaware_logps(self, batch: Part, answers: Answers) -> Tensor:
-        """``[N]`` log-probability of each answer token of a part by the unaware model, in nats."""
-        found = [self._levels[example] for example in batch["example_id"].tolist()]
-        return torch.cat(found).to(answers.token_logps)
+        """``[N]`` log-probability of each answer token of a part by the unaware model, in nats; 0 before training."""
+        if not self._levels:
+            return torch.zeros_like(answers.token_logps)
+        counted = (batch["labels"][:, 1:] != IGNORE).any(1).tolist()
+        examples = zip(batch["example_id"].tolist(), counted, strict=True)
+        found = [self._levels[example] for example, has_answer in examples if has_answer]
+        return torch.cat(found).to(answers.token_logps) if found else answers.token_logps.detach()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ssiuu.datamodules.pairs import IGNORE
-from lightning_ssiuu.models.answers import AnswerModel, Answers, Part
+from lightning_ssiuu.models.answers import AnswerModel, Part
+from lightning_ssiuu.models.checks import check_peaks
 from lightning_ssiuu.models.loading import load_model, load_tokenizer
 from lightning_ssiuu.objectives.backbone import Parts
 from lightning_ssiuu.utils.errors import UserError, naming
@@ -21,6 +23,8 @@ from lightning_ssiuu.utils.errors import UserError, naming
 #: Log-probability of each answer token in nats, ``[n]``, by example id.
 Levels = dict[int, Tensor]
 
+_MOST = 10_000  # retain items that are shown and counted
+_TOKENS = 4096  # of the examples of a pass, without their shots
 _LONGEST = 4  # tokens that one is looked up by: its own and those before it
 
 
@@ -31,7 +35,13 @@ class _Row(NamedTuple):
 
 
 def by_model(
-    checkpoint: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, parts: Parts, shots: int = 4, seed: int = 0
+    checkpoint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: Parts,
+    shots: int = 4,
+    seed: int = 0,
 ) -> Levels:
     """By a model that is loaded for it and let go, with retain items before each question.
 
@@ -39,33 +49,33 @@ def by_model(
         checkpoint: Of the unaware model.
         tokenizer: Of the training examples; the model's own has to agree with it.
         dtype: Type of the unaware model's weights.
+        device: Where it runs.
         parts: The training examples.
         shots: Retain items before a question, fewer where they do not fit into the model's context.
         seed: Which retain items, drawn for each example by its id.
 
     Raises:
-        UserError: If the model cannot be loaded or has other tokens, or there are no retain items to show.
+        UserError: If the model cannot be loaded, has other tokens, too few positions, or gives no numbers, or there are
+            no retain items to show.
     """
-    retained = [row.ids for row in _rows(parts("retain"))] if shots else []
+    retained = [row.ids for row in _retained(parts)] if shots else []
     if shots and not retained:
         raise UserError("shots", shots, "0 without a retain set, whose items are shown before a question")
-    with naming("unaware"):
-        _check_tokens(checkpoint, tokenizer, parts)
-        model = AnswerModel(load_model(checkpoint, dtype)).requires_grad_(False)
-    context = getattr(model.hf.config, "max_position_embeddings", None)
     levels: Levels = {}
-    for part in parts("forget"):
-        model.to(part["input_ids"].device)
-        before = []
-        for row in _rows([part]):
-            drawn = random.Random(f"shots {seed} {row.example}").sample(retained, min(shots, len(retained)))
-            while context is not None and drawn and sum(map(len, drawn)) + len(row.ids) > context:
-                drawn.pop()
-            before.append([token for ids in drawn for token in ids])
-        with torch.no_grad():
-            answers = model(**_behind(before, part))
-        for example, own in zip(part["example_id"].tolist(), _by_sequence(answers), strict=True):
-            levels[example] = own.cpu()
+    with naming("unaware"):
+        _check_tokens(checkpoint, tokenizer, retained, parts)
+        model = AnswerModel(load_model(checkpoint, dtype)).requires_grad_(False).to(device)
+        context = getattr(model.hf.config, "max_position_embeddings", None) or sys.maxsize
+        for rows in _passes(_rows(parts("forget"))):
+            if longest := next((row for row in rows if len(row.ids) > context), None):
+                allowed = f"a model of more than {context} positions: example id {longest.example} is longer"
+                raise UserError("checkpoint", checkpoint, allowed)
+            shown = [_with_shots(row, retained, shots, f"{seed} {row.example}", context) for row in rows]
+            with torch.no_grad():
+                answers = model(**_padded(shown, device))
+            check_peaks(answers.peaks)
+            own = answers.token_logps.cpu().split([len(row.predicted) for row in rows])
+            levels |= {row.example: logps for row, logps in zip(rows, own, strict=True)}
     return levels
 
 
@@ -78,7 +88,7 @@ def by_counting(parts: Parts) -> Levels:
     Raises:
         UserError: If there is no retain set.
     """
-    retained = _Counts(_rows(parts("retain")))
+    retained = _Counts(_retained(parts))
     if retained.is_empty:
         raise UserError("unaware", None, "a checkpoint without a retain set, whose tokens are counted")
     return {row.example: retained.logps(row) for row in _rows(parts("forget"))}
@@ -142,25 +152,45 @@ def _rows(parts: Iterable[Part]) -> Iterator[_Row]:
             yield _Row(example, ids[: sum(mask)], predicted)
 
 
-def _behind(before: Sequence[list[int]], part: Part) -> dict[str, Tensor]:
-    # The rows of a part, each behind other tokens; what its first token is predicted from does not count.
-    rows: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for k, shown in enumerate(before):
-        ids = part["input_ids"].new_tensor(shown)
-        own = torch.cat([part["labels"].new_full((1,), IGNORE), part["labels"][k, 1:]])
-        rows["input_ids"].append(torch.cat([ids, part["input_ids"][k]]))
-        rows["attention_mask"].append(torch.cat([torch.ones_like(ids), part["attention_mask"][k]]))
-        rows["labels"].append(torch.cat([torch.full_like(ids, IGNORE), own]))
-    filler = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
-    return {name: pad_sequence(values, batch_first=True, padding_value=filler[name]) for name, values in rows.items()}
+def _retained(parts: Parts) -> Iterator[_Row]:
+    return islice(_rows(parts("retain")), _MOST)
 
 
-def _by_sequence(answers: Answers) -> tuple[Tensor, ...]:
-    return answers.token_logps.split(answers.lengths.long().tolist())
+def _with_shots(row: _Row, retained: Sequence[list[int]], shots: int, seed: str, context: int) -> _Row:
+    drawn = random.Random(f"shots {seed}").sample(retained, min(shots, len(retained)))
+    while drawn and sum(map(len, drawn)) + len(row.ids) > context:
+        drawn.pop()
+    before = [token for ids in drawn for token in ids]
+    return _Row(row.example, [*before, *row.ids], [len(before) + place for place in row.predicted])
 
 
-def _check_tokens(checkpoint: str, tokenizer: PreTrainedTokenizerBase, parts: Parts) -> None:
+def _passes(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+    # What is run together: rows of not too many tokens, or one.
+    together: list[_Row] = []
+    for row in rows:
+        if together and sum(len(one.ids) for one in together) + len(row.ids) > _TOKENS:
+            yield together
+            together = []
+        together.append(row)
+    if together:
+        yield together
+
+
+def _padded(rows: Sequence[_Row], device: torch.device) -> dict[str, Tensor]:
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+    for k, row in enumerate(rows):
+        own = torch.tensor(row.ids)
+        ids[k, : len(own)], mask[k, : len(own)] = own, 1
+        labels[k, row.predicted] = own[row.predicted]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def _check_tokens(
+    checkpoint: str, tokenizer: PreTrainedTokenizerBase, retained: Iterable[list[int]], parts: Parts
+) -> None:
     own = load_tokenizer(checkpoint)
-    used = sorted({token for name in ("forget", "retain") for row in _rows(parts(name)) for token in row.ids})
+    used = sorted({token for ids in chain(retained, (row.ids for row in _rows(parts("forget")))) for token in ids})
     if own.convert_ids_to_tokens(used) != tokenizer.convert_ids_to_tokens(used):
         raise UserError("checkpoint", checkpoint, "a model with the same tokens as the one that is trained")

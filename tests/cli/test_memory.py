@@ -29,8 +29,10 @@ from lightning_ssiuu.callbacks import WalkBack
 from lightning_ssiuu.cli.memory import MemoryEstimate, estimate_memory, print_estimate
 from lightning_ssiuu.models.loading import load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
-from lightning_ssiuu.objectives import UnlearningModule
+from lightning_ssiuu.objectives import UnlearningModule, objectives
+from lightning_ssiuu.objectives.elicited_unlearning import ElicitedUnlearning
 from lightning_ssiuu.objectives.npo import NPO
+from lightning_ssiuu.objectives.selective_unlearning import SelectiveUnlearning
 from lightning_ssiuu.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -155,6 +157,22 @@ def test_an_original_model_to_compare_with(checkpoint: str) -> None:
     assert plain == cached == pytest.approx(second - once, rel=1e-3)
     kl = estimate_memory(objective(checkpoint, retain="kl"), many_to_score(), bare_trainer(2))
     assert kl.by_phase["reference"] > once
+
+
+@pytest.mark.parametrize("name", ["AltPO", "SelectiveUnlearning"])
+def test_what_an_objective_takes_from_the_examples_is_not_needed(name: str, checkpoint: str) -> None:
+    data = FewFacts(n=1, batch_size=1)
+    estimate = estimate_memory(objectives()[name](checkpoint=checkpoint), data, bare_trainer(2))
+    assert "unaware model" not in estimate.by_phase
+
+
+def test_an_unaware_model_is_there_beside_the_trained_one(checkpoint: str) -> None:
+    n_bytes = size(list(loaded(objective(checkpoint)).parameters()))
+    module = SelectiveUnlearning(checkpoint=checkpoint, unaware=checkpoint)
+    estimate = estimate_memory(
+        ElicitedUnlearning(backbone=module, checkpoint=checkpoint), FewFacts(n=1, batch_size=1), bare_trainer(2)
+    )
+    assert 2 * n_bytes <= estimate.by_phase["unaware model"] < 3 * n_bytes
 
 
 def test_a_look_with_an_adversary(checkpoint: str) -> None:

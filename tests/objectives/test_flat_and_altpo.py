@@ -16,8 +16,11 @@ from toys.models import bare_trainer, part, random_model
 from lightning_ssiuu.datamodules import QAExample, Splits
 from lightning_ssiuu.datamodules.pairs import answered
 from lightning_ssiuu.models.answers import AnswerModel
+from lightning_ssiuu.objectives import objectives
 from lightning_ssiuu.objectives.altpo import AltPO
+from lightning_ssiuu.objectives.cir import CIR
 from lightning_ssiuu.objectives.flat import FLAT, activation, conjugate
+from lightning_ssiuu.objectives.lat import LAT
 from lightning_ssiuu.objectives.rejection import rejected
 from lightning_ssiuu.utils.errors import UserError
 
@@ -116,6 +119,13 @@ def test_ones_own_answer_is_no_alternate_and_the_seed_breaks_ties() -> None:
     found = [chosen(forget, retain, seed=seed) for seed in (0, 0, 1)]
     assert set(found[0].values()) == {"8", "7"}
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("name", ["AltPO", "DPO", "FLAT", "IDK"])
+@pytest.mark.parametrize("wrapper", [LAT, CIR])
+def test_states_of_other_texts_than_the_forget_answers_are_no_business_of_some(wrapper: Any, name: str) -> None:
+    with pytest.raises(UserError, match=f"backbone: got '?{name}'?, allowed: an objective whose loss is of the forget"):
+        wrapper(backbone=objectives()[name]())
 
 
 def test_no_other_answer_is_refused() -> None:

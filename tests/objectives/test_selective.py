@@ -24,6 +24,7 @@ from lightning_ssiuu.objectives.unaware import by_counting, by_model
 from lightning_ssiuu.utils.errors import UserError
 
 FORGET = part(UNEQUAL, 7)
+CPU = torch.device("cpu")
 LENGTHS = [answer for _, answer in UNEQUAL]
 
 
@@ -39,7 +40,7 @@ class Whole(SelectiveUnlearning):
     """Both of its losses on the forget part in one."""
 
     def forget_loss(self, batch: Part) -> Tensor:
-        return super().forget_loss(batch) + sum(self.kept_loss(batch).values())
+        return super().forget_loss(batch) + sum(weight * loss for weight, loss in self.kept_losses(batch).values())
 
 
 @pytest.mark.parametrize(("margin", "held_weight"), [(0.0, 0.0), (1.0, 0.0), (3.0, 0.7), (9.0, 1.0)])
@@ -80,7 +81,7 @@ def test_what_is_held_is_held_at_the_weights_as_they_are() -> None:
     wanted = gradient(0.5 * held(module(FORGET), levels), module.model)
     assert norm(wanted) > 1e-3
     assert distance(found, wanted) == 0
-    assert logged["held_loss"].item() == 0.5 * held(module(FORGET), levels).item()
+    assert logged["held_loss"].item() == held(module(FORGET), levels).item()
 
 
 def test_what_nobody_would_say_is_pushed_as_by_gradient_ascent_and_what_everybody_would_is_held() -> None:
@@ -103,6 +104,16 @@ def test_a_token_is_pushed_to_the_margin_and_no_further() -> None:
 
     assert [moves(p, 0.0) for p in (0.24, 0.26)] == [False, True]
     assert [moves(p, 1.0) for p in (0.24 / math.e, 0.26 / math.e)] == [False, True]
+
+
+def test_rows_without_an_answer_do_not_count() -> None:
+    some = text(([70, 71], [72]), ([80, 81], [82, 83]))
+    some["labels"][0] = -100
+    module = SelectiveUnlearning()
+    module.adopt(AnswerModel(random_model(vocab_size=260)), byte_tokenizer())
+    module._levels = {0: torch.tensor([-1.0]), 1: torch.tensor([-2.0, -3.0])}
+    assert module.unaware_logps(some, module(some)).tolist() == [-2.0, -3.0]
+    assert module.forget_loss(some).isfinite()
 
 
 # ---- an unaware model ------------------------------------------------------------------------------------------------
@@ -135,7 +146,7 @@ def alone(folder: str, ids: list[int], n_answer: int) -> Tensor:
 
 def test_without_shots_it_says_what_the_model_says(folder: str) -> None:
     forget = text(([70, 71, 72], [73]), ([80, 81], [82, 83, 84]), ([], [90, 91, 92]))
-    found = by_model(folder, byte_tokenizer(), torch.float64, parts_of(forget), shots=0)
+    found = by_model(folder, byte_tokenizer(), torch.float64, CPU, parts_of(forget), shots=0)
     torch.testing.assert_close(found[0], alone(folder, [70, 71, 72, 73], 1))
     torch.testing.assert_close(found[1], alone(folder, [80, 81, 82, 83, 84], 3))
     # Without shots the first token of a passage is predicted from nothing, and does not count.
@@ -144,11 +155,11 @@ def test_without_shots_it_says_what_the_model_says(folder: str) -> None:
 
 def test_the_shots_are_retain_items_as_many_as_fit(folder: str) -> None:
     forget, retain = text(([70, 71], [72, 73]), ([60] * 30, [61] * 4)), text(([50, 51], [52]))
-    found = by_model(folder, byte_tokenizer(), torch.float64, parts_of(forget, retain), shots=4)
+    found = by_model(folder, byte_tokenizer(), torch.float64, CPU, parts_of(forget, retain), shots=4)
     torch.testing.assert_close(found[0], alone(folder, [50, 51, 52, 70, 71, 72, 73], 2))
     torch.testing.assert_close(found[1], alone(folder, [50, 51, 52, *[60] * 30, *[61] * 4], 4))
     longer = text(([50] * 3, [52] * 4))  # 7 tokens before 34 do not fit into 40
-    found = by_model(folder, byte_tokenizer(), torch.float64, parts_of(forget, longer), shots=4)
+    found = by_model(folder, byte_tokenizer(), torch.float64, CPU, parts_of(forget, longer), shots=4)
     torch.testing.assert_close(found[1], alone(folder, [*[60] * 30, *[61] * 4], 4))
 
 
@@ -158,7 +169,7 @@ def test_shots_are_drawn_by_seed_and_example(folder: str) -> None:
 
     def drawn(seed: int) -> Tensor:
         return torch.stack(
-            list(by_model(folder, byte_tokenizer(), torch.float64, parts_of(forget, retain), 2, seed).values())
+            list(by_model(folder, byte_tokenizer(), torch.float64, CPU, parts_of(forget, retain), 2, seed).values())
         )
 
     assert torch.equal(drawn(0), drawn(0))
@@ -169,11 +180,13 @@ def test_shots_are_drawn_by_seed_and_example(folder: str) -> None:
 def test_other_tokens_and_missing_retain_items_are_refused(folder: str) -> None:
     forget = text(([70, 71], [72]))
     with pytest.raises(UserError, match="shots: got 4, allowed: 0 without a retain set"):
-        by_model(folder, byte_tokenizer(), torch.float32, parts_of(forget))
+        by_model(folder, byte_tokenizer(), torch.float32, CPU, parts_of(forget))
     with pytest.raises(UserError, match=r"unaware: got '?tiny'?, allowed: a model with the same tokens"):
-        by_model("tiny", byte_tokenizer(), torch.float32, parts_of(forget), shots=0)
+        by_model("tiny", byte_tokenizer(), torch.float32, CPU, parts_of(forget), shots=0)
+    with pytest.raises(UserError, match=r"unaware: got .*a model of more than 40 positions: example id 0 is longer"):
+        by_model(folder, byte_tokenizer(), torch.float32, CPU, parts_of(text(([70] * 40, [71]))), shots=0)
     with pytest.raises(UserError, match=r"unaware: got .*nowhere"):
-        by_model("./nowhere", byte_tokenizer(), torch.float32, parts_of(forget), shots=0)
+        by_model("./nowhere", byte_tokenizer(), torch.float32, CPU, parts_of(forget), shots=0)
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------
@@ -210,6 +223,7 @@ def test_without_a_retain_set_there_is_nothing_to_count() -> None:
 
 @pytest.mark.parametrize("elicited", [False, True])
 def test_it_learns_what_the_unaware_model_says_before_the_first_step(elicited: bool, folder: str) -> None:
+    random_model(vocab_size=260, seed=4, max_position_embeddings=400).save_pretrained(folder)
     selective = SelectiveUnlearning(unaware=folder, shots=1)
     module: Any = ElicitedUnlearning(backbone=selective) if elicited else selective
     module.adopt(AnswerModel(random_model(vocab_size=260)), byte_tokenizer())
