@@ -19,7 +19,8 @@ _CACHED = 1 << 18
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, each tied one once."""
+    """By name, each tied one once; under FSDP2 those that show this rank's shards, also after a forward pass."""
+    reshard(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -26,7 +26,7 @@ from lightning_ssiuu.evaluation.chance import mismatched_level
 from lightning_ssiuu.evaluation.loaders import evaluation_loaders
 from lightning_ssiuu.models import source
 from lightning_ssiuu.models.export import _whole
-from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.loading import evaluation_mode, load_model, load_tokenizer
 from lightning_ssiuu.models.lora import LoRA
 from lightning_ssiuu.objectives import objectives
 from lightning_ssiuu.utils.errors import UserError
@@ -137,13 +137,15 @@ def _unreadable(*args: Any, **kwargs: Any) -> Any:
     return load_model(*args, **kwargs)
 
 
-class StepAtStart(L.Callback):
-    """The step a run begins at."""
+class Evaluated(L.Callback):
+    """Knows the step a run begins at, and looks at the model then, as reports do: FSDP2 leaves its root gathered."""
 
     step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.step = trainer.global_step
+        with torch.no_grad(), evaluation_mode(pl_module.model):
+            pl_module(next(pl_module.training_parts("forget", 2)))
 
 
 class Walk(L.Callback):
@@ -182,7 +184,7 @@ def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
     if job.save is not None:
         name = job.save.replace("{strategy}", job.strategy)
         keep = [ModelCheckpoint(folder, name, every_n_train_steps=2, save_top_k=-1)]
-    restored = StepAtStart()
+    restored = Evaluated()
     trainer = bare_trainer(
         job.steps,
         strategy=strategy,
