@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ssiuu.datamodules.pairs import IGNORE
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.checks import check_peaks
-from lightning_ssiuu.models.loading import load_model, load_tokenizer
+from lightning_ssiuu.models.loading import context_length, load_model, load_tokenizer
 from lightning_ssiuu.objectives.backbone import Parts
 from lightning_ssiuu.utils.errors import UserError, naming
 
@@ -24,7 +24,7 @@ from lightning_ssiuu.utils.errors import UserError, naming
 Levels = dict[int, Tensor]
 
 _MOST = 10_000  # retain items that are shown and counted
-_TOKENS = 4096  # of the examples of a pass, without their shots
+_TOKENS = 4096  # of a pass over several examples, their shots included
 _LONGEST = 4  # tokens that one is looked up by: its own and those before it
 
 
@@ -65,14 +65,14 @@ def by_model(
     with naming("unaware"):
         _check_tokens(checkpoint, tokenizer, retained, parts)
         model = AnswerModel(load_model(checkpoint, dtype)).requires_grad_(False).to(device)
-        context = getattr(model.hf.config, "max_position_embeddings", None) or sys.maxsize
-        for rows in _passes(_rows(parts("forget"))):
+        context = context_length(checkpoint) or sys.maxsize
+        shown = (_with_shots(row, retained, shots, f"{seed} {row.example}", context) for row in _rows(parts("forget")))
+        for rows in _passes(shown):
             if longest := next((row for row in rows if len(row.ids) > context), None):
                 allowed = f"a model of more than {context} positions: example id {longest.example} is longer"
                 raise UserError("checkpoint", checkpoint, allowed)
-            shown = [_with_shots(row, retained, shots, f"{seed} {row.example}", context) for row in rows]
             with torch.no_grad():
-                answers = model(**_padded(shown, device))
+                answers = model(**_padded(rows, device))
             check_peaks(answers.peaks)
             own = answers.token_logps.cpu().split([len(row.predicted) for row in rows])
             levels |= {row.example: logps for row, logps in zip(rows, own, strict=True)}
