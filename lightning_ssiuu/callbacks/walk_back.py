@@ -89,7 +89,6 @@ class WayBack:
 
     def update(self, module: Any) -> WeightUpdate:
         """What training has done to the weights since."""
-        reshard(module.model)
         parameters = trained_parameters(module.model)
         return WeightUpdate([parameters[name] for name in self._before], list(self._before.values()))
 

@@ -14,7 +14,7 @@ from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.divergence import finite_losses
 from lightning_ssiuu.objectives.gradient_difference import gradient_difference_like
 from lightning_ssiuu.training.perturbation import add_gradients
-from lightning_ssiuu.training.shards import local, local_state, reshard
+from lightning_ssiuu.training.shards import local, local_state, trained_parameters
 from lightning_ssiuu.utils.distributed import mean_over_ranks, world_size
 
 
@@ -106,6 +106,5 @@ class DisplacedObjective(UnlearningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients, self._forget_gradients = self._forget_gradients, None
         if gradients is not None:
-            reshard(self.model)
-            self.combine([p for p in self.model.parameters() if p.requires_grad], gradients)
+            self.combine(list(trained_parameters(self.model).values()), gradients)
         super().on_before_optimizer_step(optimizer)

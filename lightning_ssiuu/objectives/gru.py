@@ -12,7 +12,7 @@ from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.objectives.base import UnlearningModule
 from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.training.perturbation import answered_rows, gradient_at, rows_of, share_of_mean
-from lightning_ssiuu.training.shards import local, over_shards, reshard, shard_device, trained_parameters, wide
+from lightning_ssiuu.training.shards import local, over_shards, shard_device, trained_parameters, wide
 from lightning_ssiuu.utils.errors import UserError
 
 
@@ -53,8 +53,7 @@ class GRU(DisplacedObjective):
 
     def displaced_gradient(self, batch: Part) -> tuple[list[Tensor], Tensor]:
         rows, weight = share_of_mean(answered_rows(batch))
-        reshard(self.model)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = list(trained_parameters(self.model).values())
         with self._step_memory:
             loss = weight * self.forget_loss(rows_of(batch, rows))
         return gradient_at(loss, parameters, self.model), loss.detach()

@@ -30,7 +30,6 @@ from lightning_ssiuu.training.shards import (
     local,
     local_state,
     norm_over_shards,
-    reshard,
     shard_like,
     snapshot,
     train_only,
@@ -133,7 +132,6 @@ class RepSelect(DisplacedObjective):
         rows, weight = share_of_mean(answered_rows(batch))
         with torch.no_grad():
             loss = weight * self.forget_loss(rows_of(batch, rows))
-        reshard(self.model)
         self._direction, directions = local_state(self._direction, trained_parameters(self.model))
         return [direction.clone() for direction in directions], loss
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssiuu.datamodules.pairs import IGNORE
 from lightning_ssiuu.models.answers import Answers, Part, Reduction, mean_over_answers
 from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.models.source import ModelSource
@@ -106,9 +105,6 @@ class SelectiveUnlearning(UnlearningModule):
 
     def unaware_logps(self, batch: Part, answers: Answers) -> Tensor:
         """``[N]`` log-probability of each answer token of a part by the unaware model, in nats; 0 before training."""
-        if not self._levels:
-            return torch.zeros_like(answers.token_logps)
-        counted = (batch["labels"][:, 1:] != IGNORE).any(1).tolist()
-        examples = zip(batch["example_id"].tolist(), counted, strict=True)
-        found = [self._levels[example] for example, has_answer in examples if has_answer]
-        return torch.cat(found).to(answers.token_logps) if found else answers.token_logps.detach()
+        examples = zip(batch["example_id"].tolist(), answers.lengths.tolist(), strict=True)
+        found = [self._levels[example] for example, length in examples if length and self._levels]
+        return torch.cat(found).to(answers.token_logps) if found else torch.zeros_like(answers.token_logps)

@@ -19,7 +19,6 @@ from lightning_ssiuu.training.shards import (
     local,
     local_state,
     over_shards,
-    reshard,
     shard_device,
     shard_like,
     snapshot,
@@ -83,7 +82,6 @@ class DualMask(Regularizer):
         with evaluation_mode(model), torch.enable_grad(), module.trainer.precision_plugin.forward_context():
             for part in islice(module.training_parts("retain", 1), self.n_examples):
                 total = module(part).logps.sum()
-                reshard(model)
                 parameters = list(trained_parameters(model).values())
                 gradients = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph=False)]
                 fisher = fisher or [torch.zeros_like(g) for g in gradients]
@@ -92,7 +90,6 @@ class DualMask(Regularizer):
         if not n_seen:
             raise UserError("regularizer.alpha", self.alpha, "0 without retain examples to take Fisher information of")
         torch._foreach_div_(fisher, n_seen)
-        reshard(model)
         named = trained_parameters(model)
         self._normalised(fisher, list(named.values()))
         self._fisher = {name: shard_like(f, p) for (name, p), f in zip(named.items(), fisher, strict=True)}
@@ -100,7 +97,6 @@ class DualMask(Regularizer):
     def collect(self, model: nn.Module, answers: Answers, part: Mapping[str, Tensor]) -> None:
         if self.beta == 0:
             return
-        reshard(model)
         parameters = list(trained_parameters(model).values())
         fresh = [wide(g) for g in extra_gradient(answers.logps.sum(), parameters, model)]
         if self._gradients is None:

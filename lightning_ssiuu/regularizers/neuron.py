@@ -85,7 +85,6 @@ class NeuronAttributionRegularizer(AttributionPenalty):
             # The first step only measures; later ones have the last part's graph still.
             for part in reversed(parts) if self._anchor is not None else ():
                 total = self._total(*(passes.pop() if passes else self._run(model, part, sites)), push)
-                reshard(model)
                 parameters = list(trained_parameters(model).values())
                 fresh = [wide(g) for g in extra_gradient(total, parameters, model, keep_graph=False)]
                 reshard(model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_ssiuu.models.answers import Part
 from lightning_ssiuu.training.gradients import extra_gradient, sum_over_ranks
-from lightning_ssiuu.training.shards import local, reshard, snapshot, wide
+from lightning_ssiuu.training.shards import local, reshard, snapshot, trained_parameters, wide
 from lightning_ssiuu.utils.distributed import gathered
 
 
@@ -26,8 +26,7 @@ def displaced(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     Bit for bit, also after an exception. No graph of a forward pass may be kept across its beginning or its end. What
     it yields are the trained parameters, for :func:`gradient_at` and :func:`move`.
     """
-    reshard(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(trained_parameters(model).values())
     stash = snapshot(parameters)
     try:
         yield parameters
