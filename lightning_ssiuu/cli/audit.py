@@ -92,7 +92,7 @@ def audit(
         method: Attribution method: ``gradient_x_activation`` (the default), ``integrated_gradients`` or another of
             :data:`~lightning_ssiuu.attribution.methods.METHODS`, or the import path of a callable.
         memory_budget: Bytes an attribution pass may take beside the weights, or ``2GB``; null: batches as they come.
-        scores: Scores to compare; by default all that need no generated text.
+        scores: Scores to compare; by default all that need no generated text, and the most probable forget answer.
         output: Directory for the results; by default the unlearned model's run.
         devices: Where to run; nothing is trained, so not in ``bf16-mixed``. The figures do not depend on it, but for
             rounding; attributions are taken in float32 at least.

@@ -111,8 +111,18 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_agrees_with_the_run_it_audits(audited: Path) -> None:
     content, metrics = read_json(audited / "audit.json"), read_json(default_run()[0] / "metrics.json")
     assert content["influence"]["unlearned"] == pytest.approx(metrics["after"]["influence"], rel=1e-4)
-    assert content["scores"]["unlearned"]["forget"] == pytest.approx(metrics["after"]["scores"]["forget"], rel=1e-4)
+    forget = dict(content["scores"]["unlearned"]["forget"])
+    del forget["highest_probability"]  # which a run does not measure unasked
+    assert forget == pytest.approx(metrics["after"]["scores"]["forget"], rel=1e-4)
     assert all(value == 0 for value in content["influence"]["oracle"].values())
+
+
+def test_says_unasked_how_probable_the_most_probable_forget_answer_is(audited: Path) -> None:
+    scores, shown = read_json(audited / "audit.json")["scores"], (audited / "shown.txt").read_text(encoding="utf-8")
+    for model in scores.values():
+        assert 100 >= model["forget"]["highest_probability"] > model["forget"]["probability"]
+        assert not any("highest_probability" in measured for split, measured in model.items() if split != "forget")
+    assert f"{scores['unlearned']['forget']['highest_probability']:.1f}" in shown
 
 
 def test_writes_numbers_table_plots_and_page(audited: Path) -> None:

@@ -35,6 +35,8 @@ from lightning_ssiuu.utils.errors import naming
 
 #: Forget examples shown with ``show_text``.
 SHOWN_EXAMPLES = 12
+#: Measured of the forget set unasked: a mean may hide a single answer that is still known.
+HIGHEST = "highest_probability"
 
 
 @dataclass
@@ -102,13 +104,17 @@ def measure(
     original's weights in main memory; it is never done on weights that are cut over devices.
     """
     findings, weights = Findings(), dict[str, Tensor]()
-    also = list(dict.fromkeys([score, forced_score(score)]))
+    single = [HIGHEST] if scores is None else []
+    also = list(dict.fromkeys([score, forced_score(score), *single]))
     for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model", disable=not devices.is_first):
         with naming(name):
             model, tokenizer = devices.load(checkpoint, unchanged=True), load_tokenizer(checkpoint)
             findings.examined[name] = examine_model(
                 model, tokenizer, data, probe_examples, target, scores, also, method
             )
+        for split, measured in findings.examined[name].scores.items():
+            if single and split != "forget" and score != HIGHEST:
+                del measured[HIGHEST]
         if name == "original":
             measured = findings.examined[name].scores
             by_chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget"), others=retained(data))
