@@ -112,11 +112,11 @@ def measure(
             findings.examined[name] = examine_model(
                 model, tokenizer, data, probe_examples, target, scores, also, method
             )
-        for split, measured in findings.examined[name].scores.items():
-            if single and split != "forget" and score != HIGHEST:
-                del measured[HIGHEST]
+        measured = findings.examined[name].scores
+        if single and score != HIGHEST:
+            for split in set(measured) - {"forget"}:
+                del measured[split][HIGHEST]
         if name == "original":
-            measured = findings.examined[name].scores
             by_chance = chance_of(score, model, tokenizer, data.eval_dataloader("forget"), others=retained(data))
             findings.chance = by_chance or 0.0
             known = knowledge(score, model, tokenizer, data, measured["forget"][score], by_chance)
