@@ -196,7 +196,7 @@ class _Run:
         module = self.module
         each: Any
         for each in (module, *module._backbone):
-            if unaware := getattr(each, "unaware_checkpoint", None):
+            if unaware := getattr(each, "unaware", None):
                 with self.simulation.phase("unaware model"), naming("unaware"), torch.no_grad():
                     give_memory(other := AnswerModel(blueprint(unaware, each.unaware_dtype, None)), self.device)
                     other(*(batch["forget"][name] for name in ("input_ids", "attention_mask", "labels")))

@@ -90,7 +90,7 @@ def alike(questions: Sequence[str], answers: Sequence[Hashable]) -> list[int]:
     others: list[int] = []
     for start in range(0, len(questions), BLOCK):
         own = answers[start : start + BLOCK]
-        common = common_words(questions[start : start + BLOCK])
+        common = _common(questions[start : start + BLOCK])
         number: dict[Hashable, int] = {}
         which = np.array([number.setdefault(answer, len(number)) for answer in own])
         common[which[:, None] == which] = -len(own)  # worse than any number of unlike questions
@@ -98,11 +98,8 @@ def alike(questions: Sequence[str], answers: Sequence[Hashable]) -> list[int]:
     return others
 
 
-def common_words(questions: Sequence[str]) -> np.ndarray:
-    """Share of the words of two questions that both have, ``[n, n]``, without names and numbers.
-
-    What is asked, not about whom: these would make all questions about one subject alike.
-    """
+def _common(questions: Sequence[str]) -> np.ndarray:
+    # What is asked, not about whom: names and numbers would pair the questions about one subject.
     found = [_WORD.findall(question) for question in questions]
     words = [{word.casefold() for k, word in enumerate(of) if k == 0 or word.islower()} for of in found]
     place = {word: k for k, word in enumerate(sorted(set().union(*words)))}

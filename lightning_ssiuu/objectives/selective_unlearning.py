@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from lightning_ssiuu.models.quantization import is_quantized
 from lightning_ssiuu.models.source import ModelSource
 from lightning_ssiuu.objectives.backbone import Kept, Parts
 from lightning_ssiuu.objectives.base import UnlearningModule
-from lightning_ssiuu.objectives.unaware import MISMATCHED, OtherQuestions, by_counting, by_model
-from lightning_ssiuu.training.reference import Observation
+from lightning_ssiuu.objectives.unaware import by_counting, by_model
 from lightning_ssiuu.utils.errors import check_at_least, check_number
 
 
@@ -45,10 +43,8 @@ class SelectiveUnlearning(UnlearningModule):
 
     Args:
         unaware: Checkpoint of a model that does not know the forget set, with the same tokenizer: the one before
-            fine-tuning, or a smaller one. It is read once, before the first step, on every rank. ``mismatched``: the
-            original model itself, asked four other questions worded alike (the mean of its probabilities), for answers
-            that do not repeat names of the question. None counts which token follows which in the retain set's answers,
-            and what is repeated from the question.
+            fine-tuning, or a smaller one. It is read once, before the first step, on every rank. None counts instead
+            which token follows which in the retain set's answers, and what is repeated from the question.
         shots: Retain items before each question that the unaware model is asked, ≥ 0: without them it does not know
             what form the answers have. They are of the first 10,000, and so are those that are counted.
         margin: Nats below the unaware model's log-probability to which a token is pushed, ≥ 0.
@@ -80,32 +76,20 @@ class SelectiveUnlearning(UnlearningModule):
         check_number("held_weight", held_weight)
         self.unaware, self.shots, self.margin, self.held_weight, self.seed = unaware, shots, margin, held_weight, seed
         self._levels: dict[int, Tensor] = {}
-        self._others: OtherQuestions | None = None
 
     def begin(self, parts: Parts) -> None:
-        if (checkpoint := self.unaware_checkpoint) is not None:
+        if self.unaware is None:
+            self._levels = by_counting(parts)
+        else:
             weights = next(self.model.parameters())
             options = self.unaware_dtype, weights.device, parts, self.shots, self.seed
-            self._levels = by_model(checkpoint, self.tokenizer, *options)
-        elif self.unaware == MISMATCHED:
-            context = getattr(self.model.hf.config, "max_position_embeddings", None) or sys.maxsize
-            self._others = OtherQuestions.of(parts, self.tokenizer, context, self.seed)
-        else:
-            self._levels = by_counting(parts)
-
-    def references(self) -> dict[str, Observation]:
-        return super().references() | ({} if self._others is None else {self._others.name: self._others})
-
-    @property
-    def unaware_checkpoint(self) -> str | None:
-        """Checkpoint of a second model that is read; None if the model itself is asked, or words are counted."""
-        return None if self.unaware == MISMATCHED else self.unaware
+            self._levels = by_model(self.unaware, self.tokenizer, *options)
 
     @property
     def unaware_dtype(self) -> torch.dtype:
-        """Type of that model's weights: as those that are trained, or beside quantised ones its file's."""
-        if self.unaware_checkpoint is not None and is_quantized(self.model):
-            return ModelSource(self.unaware_checkpoint, dtype="auto").torch_dtype()
+        """Type of the unaware model's weights: as those that are trained, or beside quantised ones its file's."""
+        if self.unaware is not None and is_quantized(self.model):
+            return ModelSource(self.unaware, dtype="auto").torch_dtype()
         return self.model.hf.dtype
 
     def forget_loss(self, batch: Part) -> Tensor:
@@ -121,8 +105,6 @@ class SelectiveUnlearning(UnlearningModule):
 
     def unaware_logps(self, batch: Part, answers: Answers) -> Tensor:
         """``[N]`` log-probability of each answer token of a part by the unaware model, in nats; 0 before training."""
-        if self._others is not None:
-            return self.original(self._others.name, batch).to(answers.token_logps)
         examples = zip(batch["example_id"].tolist(), answers.lengths.tolist(), strict=True)
         found = [self._levels[example] for example, length in examples if length and self._levels]
         return torch.cat(found).to(answers.token_logps) if found else torch.zeros_like(answers.token_logps)

@@ -1,17 +1,11 @@
-"""What who does not know the forget set would say of its answers, token by token.
-
-By another model, by the model itself, asked other questions, or by counting.
-"""
+"""What who does not know the forget set would say of its answers, token by token: by another model, or by counting."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -19,22 +13,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ssiuu.datamodules.pairs import BLOCK, IGNORE, answered, common_words
+from lightning_ssiuu.datamodules.pairs import IGNORE
 from lightning_ssiuu.models.answers import AnswerModel, Part
 from lightning_ssiuu.models.checks import check_peaks
 from lightning_ssiuu.models.loading import context_length, load_model, load_tokenizer
 from lightning_ssiuu.objectives.backbone import Parts
-from lightning_ssiuu.objectives.rejection import with_answers
 from lightning_ssiuu.utils.errors import UserError, naming
 
-#: The unaware model's name where it is the model itself, asked other questions.
-MISMATCHED = "mismatched"
 #: Log-probability of each answer token in nats, ``[n]``, by example id.
 Levels = dict[int, Tensor]
 
 _MOST = 10_000  # retain items that are shown and counted
 _TOKENS = 4096  # of a pass over several examples, their shots included
-_OTHERS = 4  # questions that each answer is given to
 _LONGEST = 4  # tokens that one is looked up by: its own and those before it
 
 
@@ -87,74 +77,6 @@ def by_model(
             own = answers.token_logps.cpu().split([len(row.predicted) for row in rows])
             levels |= {row.example: logps for row, logps in zip(rows, own, strict=True)}
     return levels
-
-
-@dataclass(frozen=True)
-class OtherQuestions:
-    """The model itself, asked other questions: what it says of an answer then is no knowledge of it.
-
-    ``prompts`` are token ids by example id: the questions of the forget and the retain set that are worded most alike,
-    but for names and numbers, and have another answer.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    prompts: dict[int, list[list[int]]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, parts: Parts, tokenizer: PreTrainedTokenizerBase, context: int, seed: int = 0) -> OtherQuestions:
-        """Choose the questions: four, or as many as there are, out of the first 1,000 of each set.
-
-        Args:
-            parts: The training examples.
-            tokenizer: Theirs.
-            context: Tokens that the model takes.
-            seed: Which of questions that are equally alike.
-
-        Raises:
-            UserError: If an example has no other question that it could be.
-        """
-        rows, retained = ([pair for part in parts(name) for pair in _asked(part)] for name in ("forget", "retain"))
-        chosen: dict[int, list[list[int]]] = {}
-        for start in range(0, len(rows), BLOCK):
-            own = rows[start : start + BLOCK]
-            pool = [*own, *retained[:BLOCK]]
-            likeness = common_words(tokenizer.batch_decode([prompt for _, prompt, _ in pool]))
-            for (example, prompt, answer), alike in zip(own, likeness, strict=False):
-                others = [
-                    k
-                    for k, (_, other, theirs) in enumerate(pool)
-                    if theirs != answer and other != prompt and len(other) + len(answer) <= context
-                ]
-                if answer and not others:
-                    allowed = f"a checkpoint: no other question could be asked for the answer of example id {example}"
-                    raise UserError("unaware", MISMATCHED, allowed)
-                random.Random(f"others {seed} {example}").shuffle(others)
-                chosen[example] = [pool[k][1] for k in sorted(others, key=lambda k: -alike[k])[:_OTHERS]]
-        return cls(tokenizer, chosen)
-
-    @property
-    def name(self) -> str:
-        """Of what is observed; another one for other questions."""
-        digest = hashlib.sha256(repr(sorted(self.prompts.items())).encode()).hexdigest()
-        return f"forget/{MISMATCHED}-{digest[:12]}"
-
-    def __call__(self, model: AnswerModel, part: Part) -> tuple[Tensor, Tensor | None]:
-        """Observes the logarithm of the mean probability of each answer token, in nats: ``[N]``."""
-        logps = []
-        for k in range(_OTHERS):
-            given = [(self._prompt(k, example) if answer else own, answer) for example, own, answer in _asked(part)]
-            other = with_answers(part, given, self.tokenizer)
-            found = model(other["input_ids"], other["attention_mask"], other["labels"])
-            logps.append(found.token_logps)
-        return torch.stack(logps).logsumexp(0) - math.log(_OTHERS), found.lengths
-
-    def _prompt(self, k: int, example: int) -> list[int]:
-        prompts = self.prompts[example]
-        return prompts[k % len(prompts)]
-
-
-def _asked(part: Part) -> list[tuple[int, list[int], list[int]]]:
-    return [(example, *pair) for example, pair in zip(part["example_id"].tolist(), answered(part), strict=True)]
 
 
 def by_counting(parts: Parts) -> Levels:

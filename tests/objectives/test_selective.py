@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import decoders
 from torch import Tensor, nn
 from toys.data import Toy, byte_tokenizer
 from toys.losses import UNEQUAL, answers, check_by_hand, gradient, logit_gradient, mean, predictions, probabilities
 from toys.models import bare_trainer, distance, norm, part, random_model
-from transformers import PreTrainedTokenizerFast
 
 from lightning_ssiuu.datamodules.pairs import batch_of
 from lightning_ssiuu.models.answers import AnswerModel, Part
@@ -22,7 +20,7 @@ from lightning_ssiuu.objectives.displaced import DisplacedObjective
 from lightning_ssiuu.objectives.elicited_unlearning import ElicitedUnlearning
 from lightning_ssiuu.objectives.losses import answer_nll, gradient_ascent
 from lightning_ssiuu.objectives.selective_unlearning import SelectiveUnlearning, above_unaware, held
-from lightning_ssiuu.objectives.unaware import OtherQuestions, by_counting, by_model
+from lightning_ssiuu.objectives.unaware import by_counting, by_model
 from lightning_ssiuu.utils.errors import UserError
 
 FORGET = part(UNEQUAL, 7)
@@ -191,69 +189,6 @@ def test_other_tokens_and_missing_retain_items_are_refused(folder: str) -> None:
         by_model("./nowhere", byte_tokenizer(), torch.float32, CPU, parts_of(forget), shots=0)
 
 
-# ---- other questions -------------------------------------------------------------------------------------------------
-
-
-def speller() -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def spelled(*pairs: tuple[str, str], first: int = 0) -> dict[str, Tensor]:
-    tokenizer = speller()
-    ids = [(tokenizer.encode(question), tokenizer.encode(answer)) for question, answer in pairs]
-    return batch_of(ids, 0) | {"example_id": torch.arange(first, first + len(pairs))}
-
-
-FORGOTTEN = spelled(("Who wrote Emma?", "Austen"), ("Who wrote Ulysses?", "Joyce"), ("Where is Oslo?", "Norway"))
-RETAINED = spelled(("Where is Rome?", "Italy"), ("Who wrote Persuasion?", "Austen"), first=10)
-
-
-def asked_instead(seed: int = 0, parts: Callable[[str], Iterator[Part]] | None = None) -> OtherQuestions:
-    return OtherQuestions.of(parts or parts_of(FORGOTTEN, RETAINED), speller(), 400, seed)
-
-
-def test_the_other_questions_are_those_worded_alike_with_another_answer() -> None:
-    said = {n: [speller().decode(ids) for ids in prompts] for n, prompts in asked_instead().prompts.items()}
-    assert said[0][0] == "Who wrote Ulysses?"
-    assert set(said[0]) == {"Who wrote Ulysses?", "Where is Oslo?", "Where is Rome?"}  # Persuasion is Austen's, too
-    assert set(said[1][:2]) == {"Who wrote Emma?", "Who wrote Persuasion?"}
-    assert said[2][0] == "Where is Rome?"
-    assert len(said[2]) == 4
-
-
-def test_which_of_equally_like_questions_is_drawn_by_the_seed() -> None:
-    many = spelled(*[(f"Who wrote Book {n}?", f"Author {n}") for n in range(20)])
-    drawn = [asked_instead(seed, parts_of(many)) for seed in (0, 0, 1)]
-    assert drawn[0].name == drawn[1].name != drawn[2].name
-    assert len({str(prompts) for prompts in drawn[0].prompts.values()}) > 15
-
-
-def test_the_level_is_the_mean_probability_over_the_other_questions(folder: str) -> None:
-    others = asked_instead()
-    model = AnswerModel(random_model(vocab_size=260, seed=4, max_position_embeddings=400).double())
-    model.hf.save_pretrained(folder)
-    found, lengths = others(model, FORGOTTEN)
-    assert lengths is not None
-    for n, (row, logps) in enumerate(
-        zip(FORGOTTEN["labels"], found.split([int(length) for length in lengths]), strict=True)
-    ):
-        answer = row[row != -100].tolist()
-        given = [others.prompts[n][k % len(others.prompts[n])] for k in range(4)]
-        by_hand = torch.stack([alone(folder, [*prompt, *answer], len(answer)).exp() for prompt in given]).mean(0)
-        torch.testing.assert_close(logps.exp(), by_hand)
-
-
-def test_an_answer_without_another_question_is_refused() -> None:
-    one = spelled(("Who wrote Emma?", "Austen"), ("Who wrote Persuasion?", "Austen"))
-    with pytest.raises(UserError, match="unaware: got 'mismatched', allowed: a checkpoint: no other question"):
-        asked_instead(parts=parts_of(one))
-    whole = text(([], [70, 71]), ([], [72, 73]))  # passages: there is no question
-    with pytest.raises(UserError, match="no other question could be asked for the answer of example id 0"):
-        asked_instead(parts=parts_of(whole))
-
-
 # ---- counts ----------------------------------------------------------------------------------------------------------
 
 
@@ -297,25 +232,3 @@ def test_it_learns_what_the_unaware_model_says_before_the_first_step(elicited: b
     assert sorted(selective._levels) == sorted(one.example_id for one in data.splits.forget)
     assert all((level < 0).all() for level in selective._levels.values())
     assert module.global_step == 2
-
-
-def test_the_model_itself_is_asked_as_it_was_before_the_first_step() -> None:
-    found: list[Tensor] = []
-
-    class Noting(SelectiveUnlearning):
-        def unaware_logps(self, batch: Part, answers: Any) -> Tensor:
-            levels = super().unaware_logps(batch, answers)
-            with torch.no_grad():
-                found.extend([levels, before(batch)])
-            return levels
-
-    def before(batch: Part) -> Tensor:
-        assert module._others is not None
-        return module._others(AnswerModel(random_model(vocab_size=260, max_position_embeddings=400)), batch)[0]
-
-    module = Noting(unaware="mismatched")
-    module.adopt(AnswerModel(random_model(vocab_size=260, max_position_embeddings=400)), byte_tokenizer())
-    bare_trainer(6, limit_val_batches=0).fit(module, Toy())
-    assert len(found) >= 4
-    for level, fresh in zip(found[::2], found[1::2], strict=True):
-        torch.testing.assert_close(level, fresh)
