@@ -4,10 +4,11 @@
 
 Reads the directory of a finished ``python -m benchmarks.robustness`` (without ``--delete_models``). Tokens of the
 forget answers are divided by their probability in the oracle of the same seed: *form* (above 1/2: names from the
-question, words any such answer has), *facts* (below 1/10), and the rest. For the oracle, the learned model and every
-objective the table has the mean log-probability of each, in nats, the correlation of the tokens' probabilities with the
-oracle's, and over answers the median and the highest probability (percent, ``exp`` of the mean log-probability per
-token), and how many are above the oracle's highest. Mean ± standard deviation over seeds.
+question, words any such answer has), *facts* (below 1/10), and the rest. For the oracle, the model before and after
+teaching, and every objective, the table has the mean log-probability of each, in nats, the correlation of the tokens'
+probabilities with the oracle's, and over answers the median and the highest probability (percent, ``exp`` of the mean
+log-probability per token), how many are above the oracle's highest, and which one is highest (its place in the forget
+set). Mean ± standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -56,14 +57,23 @@ def token_logps(model: AnswerModel, data: UnlearningDataModule) -> tuple[Tensor,
 
 
 def composition(logps: Tensor, oracle: Tensor, places: Tensor) -> list[float]:
-    """The table's columns of one model: ``[N]`` log-probabilities in nats, the oracle's, and each token's answer."""
+    """The table's columns of one model: ``[N]`` log-probabilities in nats, the oracle's, and each token's answer.
+
+    The last one is the place of the most probable answer.
+    """
     known = oracle.exp()
     form, facts = known > FORM, known < FACT
     own, wanted = (100 * answer_probability(each, places, int(places.max()) + 1) for each in (logps, oracle))
     means = [logps[chosen].mean().item() for chosen in (form, ~form & ~facts, facts)]
     correlation = torch.corrcoef(torch.stack([logps.exp(), known]))[0, 1].item()
     above = float((own > wanted.max()).sum())
-    return [*means, correlation, own.mean().item(), own.median().item(), own.max().item(), above]
+    over_answers = own.mean().item(), own.median().item(), own.max().item(), above
+    return [*means, correlation, *over_answers, float(own.argmax())]
+
+
+def checkpoint_of(run: Path) -> str:
+    """What a run started from."""
+    return read_config(run, "run")["model"]["init_args"]["checkpoint"]
 
 
 def loaded(folder: Path | str) -> AnswerModel:
@@ -90,7 +100,7 @@ def main() -> None:
     runs = [run for run in results["runs"] if run["phase"] == "test" and run["data"] == (options.data or run["data"])]
     if len({run["data"] for run in runs}) != 1:
         parser.error(f"--data: got {options.data}, allowed: one of {sorted({run['data'] for run in results['runs']})}")
-    found: dict[str, dict[int, list[float]]] = {"oracle": {}, "learned": {}}
+    found: dict[str, dict[int, list[float]]] = {"oracle": {}, "before teaching": {}, "learned": {}}
     oracles: dict[int, tuple[Tensor, Tensor]] = {}
     for run in runs:
         if options.objectives and run["label"] not in options.objectives:
@@ -101,20 +111,25 @@ def main() -> None:
         if seed not in oracles:
             (oracle,) = (options.folder / "stages" / "oracle").glob(f"{run['data']}.seed{seed}-*/model")
             oracles[seed] = token_logps(loaded(oracle), data)
-            start = read_config(Path(run["folder"]), "run")["model"]["init_args"]["checkpoint"]
+            start = checkpoint_of(Path(run["folder"]))
             found["oracle"][seed] = composition(oracles[seed][0], *oracles[seed])
             found["learned"][seed] = composition(token_logps(loaded(start), data)[0], *oracles[seed])
+            if (Path(start).parent / "config.yaml").exists():
+                before = checkpoint_of(Path(start).parent)
+                found["before teaching"][seed] = composition(token_logps(loaded(before), data)[0], *oracles[seed])
         found.setdefault(run["label"], {})[seed] = composition(token_logps(loaded(model), data)[0], *oracles[seed])
     print(table(found))
 
 
 def table(found: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
     """Markdown of all models by name and seed."""
-    rows = [
-        [name, str(len(seeds)), *map(spread, zip(*seeds.values(), strict=True), COLUMNS.values())]
-        for name, seeds in found.items()
-    ]
-    return markdown(["", "seeds", *COLUMNS], rows)
+    rows = []
+    for name, seeds in found.items():
+        if seeds:
+            *figures, places = zip(*seeds.values(), strict=True)
+            which = ", ".join(str(place) for place in sorted({int(place) for place in places}))
+            rows.append([name, str(len(seeds)), *map(spread, figures, COLUMNS.values()), which])
+    return markdown(["", "seeds", *COLUMNS, "which is"], rows)
 
 
 if __name__ == "__main__":

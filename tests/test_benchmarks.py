@@ -122,11 +122,11 @@ def test_the_composition_of_a_score_by_hand() -> None:
     places = torch.tensor([0, 0, 1, 1, 1])
     oracle = torch.tensor([0.8, 0.05, 0.9, 0.3, 0.02]).double().log()
     model = torch.tensor([0.4, 0.4, 0.1, 0.1, 0.1]).double().log()
-    form, between, facts, correlation, mean, median, highest, above = composition(model, oracle, places)
+    form, between, facts, correlation, mean, median, highest, above, which = composition(model, oracle, places)
     assert (form, between, facts) == pytest.approx((math.log(0.2), math.log(0.1), math.log(0.2)))
-    assert (mean, median, highest, above) == pytest.approx((25.0, 10.0, 40.0, 1))  # the oracle's: 20 and 17.5 %
+    assert (mean, median, highest, above, which) == pytest.approx((25.0, 10.0, 40.0, 1, 0))  # oracle: 20 and 17.5 %
     assert -0.1 < correlation < 0.1
-    assert composition(oracle, oracle, places)[3:] == pytest.approx([1.0, 18.77, 17.54, 20.0, 0.0], abs=0.01)
+    assert composition(oracle, oracle, places)[3:] == pytest.approx([1.0, 18.77, 17.54, 20.0, 0.0, 0], abs=0.01)
 
 
 @pytest.mark.usefixtures("_importable")
