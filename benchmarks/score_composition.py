@@ -125,10 +125,11 @@ def table(found: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
     """Markdown of all models by name and seed."""
     rows = []
     for name, seeds in found.items():
-        if seeds:
-            *figures, places = zip(*seeds.values(), strict=True)
-            which = ", ".join(str(place) for place in sorted({int(place) for place in places}))
-            rows.append([name, str(len(seeds)), *map(spread, figures, COLUMNS.values()), which])
+        if not seeds:
+            continue
+        *figures, places = zip(*seeds.values(), strict=True)
+        which = ", ".join(f"{place:.0f}" for place in sorted(set(places)))
+        rows.append([name, str(len(seeds)), *map(spread, figures, COLUMNS.values()), which])
     return markdown(["", "seeds", *COLUMNS, "which is"], rows)
 
 

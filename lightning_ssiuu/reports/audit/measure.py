@@ -104,8 +104,7 @@ def measure(
     original's weights in main memory; it is never done on weights that are cut over devices.
     """
     findings, weights = Findings(), dict[str, Tensor]()
-    single = [HIGHEST] if scores is None else []
-    also = list(dict.fromkeys([score, forced_score(score), *single]))
+    also = list(dict.fromkeys([score, forced_score(score), *([HIGHEST] if scores is None else [])]))
     for name, checkpoint in tqdm(checkpoints.items(), desc="audit", unit="model", disable=not devices.is_first):
         with naming(name):
             model, tokenizer = devices.load(checkpoint, unchanged=True), load_tokenizer(checkpoint)
@@ -113,7 +112,7 @@ def measure(
                 model, tokenizer, data, probe_examples, target, scores, also, method
             )
         measured = findings.examined[name].scores
-        if single and score != HIGHEST:
+        if scores is None and score != HIGHEST:
             for split in set(measured) - {"forget"}:
                 del measured[split][HIGHEST]
         if name == "original":
