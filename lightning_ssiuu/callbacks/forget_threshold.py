@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_ssiuu.callbacks.elicited import ElicitedLooks, ElicitedStop, Ending
-from lightning_ssiuu.callbacks.walk_back import WalkBack, WayBack
+from lightning_ssiuu.callbacks.walk_back import WalkBack, Walked, WayBack
 from lightning_ssiuu.datamodules import UnlearningDataModule
 from lightning_ssiuu.evaluation.chance import Level, level_of
 from lightning_ssiuu.evaluation.knowledge import Knowledge, knowledge
 from lightning_ssiuu.evaluation.loaders import batches_of, split_loader
 from lightning_ssiuu.evaluation.scorer import evaluate, score_above, untouched
 from lightning_ssiuu.evaluation.scores import check_score
+from lightning_ssiuu.training.checkpoints import put_state, take_state
 from lightning_ssiuu.utils.errors import UserError, check_at_least, check_choice
 
 Unknown = Literal["refuse", "warn"]
+#: The key of the average of the weights in a checkpoint.
+_AVERAGE = "walk_back"
 
 
 class ForgetThresholdStopping(L.Callback):
@@ -48,9 +52,10 @@ class ForgetThresholdStopping(L.Callback):
         elicited: Also ask an adversary (:class:`ElicitedStop`); None stops at the first look at or below the threshold.
             Without a threshold it is asked at the end alone.
         walk_back: Unlearn further than the threshold and go back to it (:class:`WalkBack`), which keeps more of what
-            is retained; ``walked_back`` is then the scale of the update and the share of weights it changes. It takes a
-            copy of the trained weights in the host's memory, and goes to the front of the Trainer's callbacks, so that
-            all others see the weights it ends with. None ends at the threshold.
+            is retained; ``walked_back`` is then the scale of the update, the share of weights it changes, and whether
+            it is an average's. It takes a copy of the trained weights in the host's memory (for an average another one
+            beside the weights), and goes to the front of the Trainer's callbacks, so that all others see the weights
+            it ends with. None ends at the threshold.
 
     Raises:
         UserError: If an argument is outside its range, the model does not know the forget set, or the threshold is met
@@ -89,8 +94,10 @@ class ForgetThresholdStopping(L.Callback):
         self.ended_by: Ending | None = None  # "floor": over-unlearned, and what was to be erased still comes back
         self._looks = None if elicited is None else ElicitedLooks(elicited)
         self.walk_back = walk_back
-        self.walked_back: tuple[float, float] | None = None
+        self.walked_back: Walked | None = None
         self._way: WayBack | None = None
+        self._average: Mapping[str, Tensor] | None = None  # an interrupted run's, until its way is there
+        self._stepped = 0
         self.scores: Sequence[str] | None = ()  # of the forget set that another callback wants, too; None: all of them
         self.scored: tuple[int, dict[str, float]] | None = None  # these, and after which step
         self._loader: Any = None
@@ -146,7 +153,8 @@ class ForgetThresholdStopping(L.Callback):
                 self.walked_back = None  # of an earlier run
                 self._score(pl_module)
             if self.walk_back is not None and self.walked_back is None:
-                self._way = WayBack(self.walk_back, pl_module, resumed=not begins)
+                self._way = WayBack(self.walk_back, pl_module, not begins, self._average)
+                self._average, self._stepped = None, trainer.global_step
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
         if self.level is None or self.value is None:
             return
@@ -164,6 +172,9 @@ class ForgetThresholdStopping(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
+        if self._way is not None and step != self._stepped:
+            self._way.after_step(pl_module)
+            self._stepped = step
         if self.level is None or step == self._looked_at or step % self.every_n_steps:
             return
         self._looked_at = step
@@ -202,14 +213,24 @@ class ForgetThresholdStopping(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         looks = None if self._looks is None else self._looks.state_dict()
         state: dict[str, Any] = {"value": self.value, "level": self.level, "looked_at": self._looked_at}
-        return state | {"ended_by": self.ended_by, "elicited": looks, "walked_back": self.walked_back}
+        walked = None if self.walked_back is None else tuple(self.walked_back)
+        return state | {"ended_by": self.ended_by, "elicited": looks, "walked_back": walked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.value, self.level, self._looked_at = (state_dict[name] for name in ("value", "level", "looked_at"))
         self.ended_by = state_dict.get("ended_by", "threshold" if state_dict.get("stopped") else None)
-        self.walked_back = state_dict.get("walked_back")
+        walked = state_dict.get("walked_back")
+        self.walked_back = None if walked is None else Walked(*walked)
         if self._looks is not None and (looks := state_dict.get("elicited")) is not None:
             self._looks.load_state_dict(looks)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._way is not None and self._way.state is not None:
+            put_state(checkpoint, _AVERAGE, {"average": self._way.state})
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.walk_back is not None and _AVERAGE in checkpoint:
+            self._average = take_state(checkpoint, _AVERAGE, pl_module.model, trainer.ckpt_path)["average"]
 
     def _look(self, pl_module: Any, level: float | None) -> float | None:
         # The score of the weights as they are; None as soon as it is certain that it is above the level.

@@ -35,9 +35,10 @@ class RunReport(L.Callback):
     (``retain_chance``) and was not before (:class:`~lightning_ssiuu.evaluation.retention.Retention`; None where no
     chance is known): such a model has forgotten everything. ``elicited`` is what came back to an adversary at the end
     (where one was asked), ``{score: percent}``, ``stopped_by`` the rule that ended the run, ``walked_back`` what was
-    left of the update (``{scale, keep}``, as :class:`WalkBack` has them; None: all of it), ``loggers`` what each of the
-    run's calls it (None but for TensorBoard, W&B and MLflow), so that ``audit`` can go on there. The scores go to the
-    loggers, too (``report/forget_probability``), before the first step and at the end. No data-set text is written.
+    left of the update (``{scale, keep, averaged}``, as :class:`WalkBack` has them; None: all of it), ``loggers`` what
+    each of the run's calls it (None but for TensorBoard, W&B and MLflow), so that ``audit`` can go on there. The scores
+    go to the loggers, too (``report/forget_probability``), before the first step and at the end. No data-set text is
+    written.
     Give it after :class:`NeuronAttributionCallback`, whose figures it reports, and after the stopping.
     ``before``, ``after``: ``{split: {score: percent}}``.
 
@@ -150,10 +151,10 @@ def _block(scores: Scores, main: str) -> dict[str, Any]:
     return block | {"scores": scores}
 
 
-def _walked_back(stopping: ForgetThresholdStopping | None) -> dict[str, float] | None:
+def _walked_back(stopping: ForgetThresholdStopping | None) -> dict[str, Any] | None:
     if stopping is None or stopping.walked_back is None:
         return None
-    return dict(zip(("scale", "keep"), stopping.walked_back, strict=True))
+    return stopping.walked_back._asdict()
 
 
 def _elicited(*callbacks: ForgetThresholdStopping | NeuronAttributionCallback | None) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class _Run:
             self._elicit(batch)
             for way in ways:
                 with self.simulation.phase("walking back"):
-                    way.update(self.module).put(1.0)
+                    way.updates(self.module)[0].put(1.0)
             self._attribute()
             self._score()
             self._save()

@@ -40,8 +40,8 @@ JSON_FILES = {
             "objective": "name of the objective's class",
             "steps": "optimiser steps that were made",
             "stopped_by": "the rule that ended the run, in words",
-            "walked_back": "with `stopping.walk_back`: `scale` of the update and `keep`, the share of weights it "
-            "changes; or null",
+            "walked_back": "with `stopping.walk_back`: `scale` of the update, `keep`, the share of weights it "
+            "changes, and `averaged`, whether it is the average's; or null",
             "score": "the score that `stopping` looks at",
             "collapsed": "whether the retain score fell to chance; null where no chance is known",
             "retain_chance": "that level, percent, or null",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ssiuu.training.shards import local, over_shards, shard_device, snapshot, wide
+from lightning_ssiuu.training.shards import local, over_shards, shard_device, wide
 
 # The bits of a float32 that is not negative are ordered as it is: first the upper ones are counted, then the lower.
 _LOW_BITS = 15
@@ -23,12 +23,13 @@ class WeightUpdate:
     Trimming by size is that of TIES (arXiv 2306.01708), the line that of WiSE-FT (arXiv 2109.01903).
 
     Args:
-        parameters: Hold θ now; under FSDP2 as shards.
+        parameters: What is set; under FSDP2 shards.
         before: θ₀, tensors (of this rank's shards) in the same order, on any device.
+        after: θ in the same order, where the parameters are, and not their own storage.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) -> None:
-        self.parameters, self.before, self.after = list(parameters), list(before), snapshot(parameters)
+    def __init__(self, parameters: Sequence[nn.Parameter], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        self.parameters, self.before, self.after = list(parameters), list(before), list(after)
         self._least: dict[float, float] = {1.0: 0.0}
 
     @torch.no_grad()

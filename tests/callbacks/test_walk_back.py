@@ -58,7 +58,7 @@ def test_a_run_ends_at_its_threshold_with_a_part_of_its_update(tmp_path: Path) -
     assert further.global_step > steps
     assert stop.stopped
     assert stop.walked_back is not None
-    scale, keep = stop.walked_back
+    scale, keep, _ = stop.walked_back
     assert keep == 0.3
     assert stop.value == pytest.approx(score(module), rel=1e-6)
     assert 20.0 > stop.value > 19.0 > score(plain)  # the search ends near the threshold, one step need not
@@ -77,7 +77,7 @@ def test_a_run_ends_at_its_threshold_with_a_part_of_its_update(tmp_path: Path) -
     saved.configure_model()
     assert all(torch.equal(a, b) for a, b in zip(weights(saved).values(), weights(module).values(), strict=True))
     metrics = json.loads((tmp_path / "walked" / "metrics.json").read_text())
-    assert metrics["walked_back"] == {"scale": scale, "keep": keep}
+    assert metrics["walked_back"] == {"scale": scale, "keep": keep, "averaged": False}
     assert metrics["stopped_by"] == "probability <= 20 %, walked back"
     assert metrics["after"]["forget_score"] == stop.value
     # More of what the model knew is left than at the same score without it.
@@ -98,13 +98,14 @@ def test_what_comes_back_counts_too(tmp_path: Path) -> None:
     assert both.why() == "elicited probability <= 20 %, walked back"
 
 
-def test_an_interrupted_run_walks_back_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+def test_an_interrupted_run_walks_back_to_the_same_weights(decay: float, tmp_path: Path) -> None:
     ends = []
     for kills in ((), (3, 6)):
         folder = tmp_path / str(len(kills))
         for kill in (*kills, None):
             L.seed_everything(0, verbose=False)
-            module, stop = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25))
+            module, stop = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25, ema_decay=decay))
             callbacks = [stop, KeepCheckpoints(2), *([] if kill is None else [Kill(kill)])]
             resume = newest_checkpoint(folder / "checkpoints")
             trainer = bare_trainer(20, callbacks=callbacks, default_root_dir=folder, enable_checkpointing=True)
@@ -115,6 +116,8 @@ def test_an_interrupted_run_walks_back_to_the_same_weights(tmp_path: Path) -> No
         ends.append((stop.walked_back, weights(module)))
     (a, first), (b, second) = ends
     assert a == b
+    assert a is not None
+    assert a.averaged == (decay > 0)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -219,7 +222,7 @@ def test_adapters_are_scaled_by_one_of_their_factors(tmp_path: Path) -> None:
     end = adapted()
     fit(end, [], tmp_path / "end", steps)
     assert stop.walked_back is not None
-    (scale, keep), walked = stop.walked_back, weights(module)
+    (scale, keep, _), walked = stop.walked_back, weights(module)
     assert keep == 1
     assert 0 < scale < 1
     assert stop.value is not None

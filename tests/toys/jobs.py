@@ -156,7 +156,7 @@ class Walk(L.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         passed = iter([True, False, True])  # at 1, 1/2 and 3/4
-        assert self.way.walk(pl_module, lambda: next(passed)) == (0.75, 1 / 3)
+        assert self.way.walk(pl_module, lambda: next(passed)) == (0.75, 1 / 3, False)
 
 
 def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:

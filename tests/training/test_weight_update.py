@@ -11,7 +11,7 @@ from lightning_ssiuu.training.weight_update import WeightUpdate
 
 def update(before: list[Tensor], after: list[Tensor]) -> tuple[WeightUpdate, list[nn.Parameter]]:
     parameters = [nn.Parameter(value.clone()) for value in after]
-    return WeightUpdate(parameters, before), parameters
+    return WeightUpdate(parameters, before, after), parameters
 
 
 def test_by_hand() -> None:
