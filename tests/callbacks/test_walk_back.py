@@ -231,8 +231,69 @@ def test_adapters_are_scaled_by_one_of_their_factors(tmp_path: Path) -> None:
         torch.testing.assert_close(walked[name], scale * whole if "lora_B" in name else whole)
 
 
+class Averages(L.Callback):
+    """Averages the weights itself."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.before, self.average, self.step = weights(pl_module), weights(pl_module), 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            for name, now in weights(pl_module).items():
+                self.average[name] = self.decay * self.average[name] + (1 - self.decay) * now
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
+def test_an_average_is_scaled_where_it_meets_the_rule(options: dict[str, Any], tmp_path: Path) -> None:
+    module, stop, own = GradientDifference(optimizer=slow), stopping(WalkBack(0.2, 1.0, ema_decay=0.6)), Averages(0.6)
+    fit(module, [stop, own], tmp_path, 40, **options)
+    assert stop.walked_back is not None
+    scale, keep, averaged = stop.walked_back
+    assert (keep, averaged) == (1.0, True)
+    assert stop.value is not None
+    assert 19 < stop.value <= 20
+    for name, walked in weights(module).items():
+        expected = own.before[name] + scale * (own.average[name] - own.before[name])
+        torch.testing.assert_close(walked, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_average_that_lags_too_far_is_not_used(tmp_path: Path) -> None:
+    ends = []
+    for decay in (0.0, 0.999):
+        module, stop = GradientDifference(optimizer=slow), stopping(WalkBack(overshoot=0.25, ema_decay=decay))
+        fit(module, [stop], tmp_path, 20)
+        ends.append((stop.walked_back, weights(module)))
+    (a, first), (b, second) = ends
+    assert a == b
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_averaged_adapters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = GradientDifference(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), lora=LoRA(r=4, alpha=8.0))
+    stop, own = stopping(WalkBack(0.25, ema_decay=0.5)), Averages(0.5)
+    fit(module, [stop, own], tmp_path, 30)
+    assert stop.walked_back is not None
+    scale, keep, averaged = stop.walked_back
+    assert (keep, averaged) == (1.0, True)
+    for name, walked in weights(module).items():
+        expected = (scale if "lora_B" in name else 1.0) * own.average[name]
+        torch.testing.assert_close(walked, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_bad_options(tmp_path: Path) -> None:
-    for options in ({"overshoot": 0.0}, {"overshoot": 1.1}, {"keep": 0.0}, {"keep": 2.0}, {"looks": 0}):
+    for options in (
+        {"overshoot": 0.0},
+        {"overshoot": 1.1},
+        {"keep": 0.0},
+        {"keep": 2.0},
+        {"looks": 0},
+        {"ema_decay": 1.0},
+    ):
         with pytest.raises(UserError, match=rf"^stopping\.walk_back\.{next(iter(options))}: "):
             WalkBack(**options)
     lengths = LoRA(r=2, options={"use_dora": True})

@@ -186,17 +186,19 @@ def test_a_look_with_an_adversary(checkpoint: str) -> None:
 
 def test_the_way_back(checkpoint: str) -> None:
     n_bytes = size([p for p in loaded(objective(checkpoint)).parameters() if p.requires_grad])
-    plain, walking = (
+    plain, walking, averaging = (
         estimate_memory(
             objective(checkpoint, optimizer=adamw),
             FewFacts(n=1, batch_size=1),
             bare_trainer(2, callbacks=[ForgetThresholdStopping(walk_back=walk)]),
         ).by_phase
-        for walk in (None, WalkBack())
+        for walk in (None, WalkBack(), WalkBack(ema_decay=0.9))
     )
     assert walking["training step"] - plain["training step"] == n_bytes  # the weights before, which the host holds here
+    assert averaging["training step"] - plain["training step"] == 2 * n_bytes
     # Two copies of the weights beside what the run holds: weights, gradients and AdamW's two.
     assert 6 * n_bytes <= walking["walking back"] < 7 * n_bytes
+    assert 7 * n_bytes <= averaging["walking back"] < 8 * n_bytes
 
 
 def test_sharding_divides_and_replicas_do_not(checkpoint: str) -> None:

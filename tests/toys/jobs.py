@@ -148,15 +148,24 @@ class Evaluated(L.Callback):
             pl_module(next(pl_module.training_parts("forget", 2)))
 
 
-class Walk(L.Callback):
-    """Goes three quarters of the way, whatever the scores."""
+class Walk(ForgetThresholdStopping):
+    """Goes three quarters of the way to the average of the weights, whatever the scores."""
+
+    def __init__(self) -> None:
+        super().__init__("probability", None, walk_back=WalkBack(keep=1 / 3, looks=2, ema_decay=0.5))
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Stay where it is, behind the one that looks at the scores."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.way = WayBack(WalkBack(keep=1 / 3, looks=2), pl_module, resumed=trainer.global_step > 0)
+        assert self.walk_back is not None
+        assert (self._average is not None) == (trainer.global_step > 0)
+        self._way = WayBack(self.walk_back, pl_module, trainer.global_step > 0, self._average)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         passed = iter([True, False, True])  # at 1, 1/2 and 3/4
-        assert self.way.walk(pl_module, lambda: next(passed)) == (0.75, 1 / 3, False)
+        assert self._way is not None
+        assert self._way.walk(pl_module, lambda: next(passed)) == (0.75, 1 / 3, True)
 
 
 def train(job: Job, n_ranks: int, folder: Path) -> dict[str, Any]:
