@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -137,6 +138,7 @@ class ForgetThresholdStopping(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         begins = trainer.global_step == 0
+        average, self._average, self._way = None if begins else self._average, None, None
         if self.threshold is not None:
             with untouched(model := pl_module.model):
                 self._loader = split_loader(trainer, "forget")
@@ -153,8 +155,9 @@ class ForgetThresholdStopping(L.Callback):
                 self.walked_back = None  # of an earlier run
                 self._score(pl_module)
             if self.walk_back is not None and self.walked_back is None:
-                self._way = WayBack(self.walk_back, pl_module, not begins, self._average)
-                self._average, self._stepped = None, trainer.global_step
+                if not begins and self.walk_back.ema_decay > 0 and average is None:
+                    rank_zero_warn("ForgetThresholdStopping: the checkpoint has no average; it begins with its weights")
+                self._way, self._stepped = WayBack(self.walk_back, pl_module, not begins, average), trainer.global_step
         known = self._check_known(trainer, pl_module) if begins and _unlearns(trainer, pl_module) else None
         if self.level is None or self.value is None:
             return
@@ -229,7 +232,7 @@ class ForgetThresholdStopping(L.Callback):
             put_state(checkpoint, _AVERAGE, {"average": self._way.state})
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.walk_back is not None and _AVERAGE in checkpoint:
+        if trainer.state.fn == TrainerFn.FITTING and self.walk_back is not None and _AVERAGE in checkpoint:
             self._average = take_state(checkpoint, _AVERAGE, pl_module.model, trainer.ckpt_path)["average"]
 
     def _look(self, pl_module: Any, level: float | None) -> float | None:
@@ -257,9 +260,9 @@ class ForgetThresholdStopping(L.Callback):
             self._looked_at = step
             self._look(pl_module, level)
             self._judge(trainer, pl_module, level)
-        self._way = None
         if not self.stopped:
             return
+        self._way = None
         met = [(self.value, self.elicited_value)]
 
         def passes() -> bool:

@@ -23,7 +23,7 @@ class Walked(NamedTuple):
 
     scale: float
     keep: float
-    averaged: bool
+    averaged: bool = False
 
 
 @dataclass

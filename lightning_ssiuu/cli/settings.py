@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from lightning_ssiuu.callbacks.elicited import ElicitedLook, ElicitedStop
+from lightning_ssiuu.callbacks.walk_back import WalkBack
 from lightning_ssiuu.training.schedules import follows_length
 from lightning_ssiuu.utils.errors import Given, UserError
 
@@ -38,6 +40,8 @@ HARMLESS = frozenset(
     ]
 )
 
+#: Sections within sections.
+_SECTIONS = frozenset(options.section for options in (ElicitedLook, ElicitedStop, WalkBack))
 #: Not harmless with a schedule that follows the number of steps.
 _LENGTH = frozenset(["trainer.max_epochs", "trainer.max_steps"])
 
@@ -82,7 +86,7 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]
             yield f"{name}.class_path".lstrip("."), old.get("class_path"), new.get("class_path")
             return
         # Sections and classes have all their options; in a mapping of the user's an absent key is a value.
-        has_all = name.count(".") == 0 or name.endswith(".init_args")
+        has_all = name.count(".") == 0 or name.endswith(".init_args") or name in _SECTIONS
         for key in old if has_all else {**old, **new}:
             if not has_all or key in new:
                 yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))

@@ -272,6 +272,45 @@ def test_an_average_that_lags_too_far_is_not_used(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_average_goes_with_its_run_alone(tmp_path: Path) -> None:
+    def run(stop: ForgetThresholdStopping, steps: int, start: Path | None = None) -> tuple[Any, Any]:
+        L.seed_everything(0, verbose=False)
+        module = GradientDifference(optimizer=slow)
+        trainer = bare_trainer(steps, callbacks=[stop], default_root_dir=tmp_path)
+        trainer.fit(module, FewFacts(), ckpt_path=start)
+        if steps < 20:
+            trainer.save_checkpoint(tmp_path / "4.ckpt")
+        return stop.walked_back, weights(module)
+
+    def averaging(decay: float = 0.6) -> ForgetThresholdStopping:
+        return stopping(WalkBack(overshoot=0.25, ema_decay=decay))
+
+    expected = run(averaging(), 20)
+    assert expected[0] is not None
+    with pytest.warns(UserWarning, match="training ended before"):
+        run(averaging(), 4)
+    used = averaging()
+    module = GradientDifference(optimizer=slow)
+    bare_trainer(1, callbacks=[used], default_root_dir=tmp_path).validate(module, FewFacts(), tmp_path / "4.ckpt")
+    ends = [
+        run(used, 20),  # what it has seen is not its own
+        run(averaging(), 20, tmp_path / "4.ckpt"),  # of a run that ended above its threshold
+    ]
+    for walked, found in ends:
+        assert walked == expected[0]
+        assert all(torch.equal(found[name], value) for name, value in expected[1].items())
+    with pytest.warns(UserWarning, match="training ended before"):
+        run(averaging(0.0), 4)
+    with pytest.warns(UserWarning, match="the checkpoint has no average"):
+        run(averaging(), 20, tmp_path / "4.ckpt")
+
+
+def test_what_an_earlier_version_saved() -> None:
+    stop = stopping(WalkBack())
+    stop.load_state_dict({"value": 20.0, "level": 20.0, "looked_at": 9, "walked_back": (0.5, 0.3)})
+    assert stop.walked_back == (0.5, 0.3, False)
+
+
 def test_averaged_adapters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = GradientDifference(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), lora=LoRA(r=4, alpha=8.0))

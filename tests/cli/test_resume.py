@@ -175,6 +175,14 @@ def test_which_difference_is_one(tmp_path: Path) -> None:
     assert difference(one, two.replace("data", "other")) == "data.init_args.x"
 
 
+@pytest.mark.parametrize("section", ["stopping.walk_back", "stopping.elicited", "attribution.elicited"])
+def test_an_option_of_a_later_version_in_a_section_of_a_section(section: str) -> None:
+    outer, inner = section.split(".")
+    check_settings({outer: {inner: {"a": 1}}}, {outer: {inner: {"a": 1, "later": 2}}}, "step=1.ckpt")
+    with pytest.raises(UserError, match=rf"^{section}\.a: got 2"):
+        check_settings({outer: {inner: {"a": 1}}}, {outer: {inner: {"a": 2, "later": 2}}}, "step=1.ckpt")
+
+
 def test_what_is_harmless_is_documented() -> None:
     page = (ROOT / "docs" / "how-to" / "interrupted.md").read_text(encoding="utf-8")
     for option in HARMLESS:
