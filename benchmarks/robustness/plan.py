@@ -59,17 +59,25 @@ class Run:
         return list(found.values())
 
 
-def read_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file of settings, by name or path, with what the command line gives."""
+def _read(name: str) -> dict[str, Any]:
     path = Path(name) if Path(name).is_file() else SETTINGS / f"{name}.yaml"
     if not path.is_file():
         raise SystemExit(
             f"--settings: got {name!r}, allowed: a file, {', '.join(sorted(f.stem for f in SETTINGS.glob('*')))}"
         )
-    read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    read: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    like = read.pop("like", None)
     if unknown := [key for key in read if key not in _DEFAULTS]:
-        raise SystemExit(f"{path.name}: got {unknown[0]!r}, allowed: {', '.join(_DEFAULTS)}")
-    settings = _DEFAULTS | read | {key: value for key, value in given.items() if value is not None}
+        raise SystemExit(f"{path.name}: got {unknown[0]!r}, allowed: like, {', '.join(_DEFAULTS)}")
+    return read if like is None else _read(like) | read
+
+
+def read_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file of settings, by name or path, with what the command line gives.
+
+    A file is as the one it names as ``like``, but for what it has itself.
+    """
+    settings = _DEFAULTS | _read(name) | {key: value for key, value in given.items() if value is not None}
     if not settings["data"]:
         raise SystemExit("--data: got nothing, allowed: embedded:FOLD, world_facts:SPLIT, or directories of slices")
     if settings["tune"] in settings["data"]:

@@ -229,11 +229,11 @@ class ForgetThresholdStopping(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._way is not None and self._way.state is not None:
-            put_state(checkpoint, _AVERAGE, {"average": self._way.state})
+            put_state(checkpoint, _AVERAGE, self._way.state)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self.walk_back is not None and _AVERAGE in checkpoint:
-            self._average = take_state(checkpoint, _AVERAGE, pl_module.model, trainer.ckpt_path)["average"]
+        if trainer.state.fn == TrainerFn.FITTING and self.walk_back is not None:
+            self._average = take_state(checkpoint, _AVERAGE, pl_module.model, trainer.ckpt_path)
 
     def _look(self, pl_module: Any, level: float | None) -> float | None:
         # The score of the weights as they are; None as soon as it is certain that it is above the level.

@@ -13,8 +13,8 @@ from lightning_ssiuu.training.shards import blocks, local, local_state, wide
 class WeightAverage:
     """``ā ← d ā + (1 − d) θ`` after every step, in at least float32; at first θ itself.
 
-    Steps of a run go back and forth, most of all in what the forget set does not determine. Their average does not
-    (arXiv 1803.05407). It is held where the weights are, under FSDP2 as shards.
+    What steps do back and forth is not in it (arXiv 1803.05407). It is held where the weights are, under FSDP2 as
+    shards.
 
     Args:
         decay: d, in [0, 1).

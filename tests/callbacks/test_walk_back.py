@@ -332,6 +332,7 @@ def test_bad_options(tmp_path: Path) -> None:
         {"keep": 2.0},
         {"looks": 0},
         {"ema_decay": 1.0},
+        {"ema_decay": -0.1},
     ):
         with pytest.raises(UserError, match=rf"^stopping\.walk_back\.{next(iter(options))}: "):
             WalkBack(**options)
